@@ -1,0 +1,360 @@
+"""Owner of every file layout the pipeline writes: cubes, labels, patches, splits, statistics.
+
+No other module spells a dataset name or a column. docs/data_formats.md describes each layout field by field.
+Axis order: cubes and patches (y, x, band), maps (y, x). Missing values: NaN in floats, LABEL_NONE in classes.
+Needs neither astropy nor torch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+
+import utils
+from utils import DataError
+
+CUBE_SCHEMA, CUBE_VERSION = "manga-cube", 2
+STATS_SCHEMA, STATS_VERSION = "manga-stats", 1
+FLUX_UNIT = "1e-17 erg/s/cm2/Angstrom/spaxel"
+CHUNK_SPAXELS = 4
+"""Spaxels a side of an H5 chunk: 4 x 4 spectra of 2040 float32 are 131 kB."""
+
+
+# Cubes
+
+
+@dataclass
+class Cube:
+    """A processed cube.
+
+    Attributes
+    ----------
+    flux : (y, x, band) float32, 1e-17 erg/s/cm2/Angstrom/spaxel
+        Flux density in the rest frame, NaN where no good pixel contributed.
+    ivar : (y, x, band) float32 or None
+        Inverse variance of `flux`, 0 where that is NaN.
+    good_fraction : (y, x, band) float16 or None
+        Share of each bin's width that good pixels covered, 0 to 1.
+    wave : (band,) float64, Angstrom
+        Vacuum rest wavelengths of the bin centres (geometric).
+    attrs : dict
+        plateifu, mangaid, redshift, provenance.
+    """
+
+    flux: np.ndarray
+    wave: np.ndarray
+    ivar: np.ndarray | None = None
+    good_fraction: np.ndarray | None = None
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+def write_cube(path: Path, cube: Cube, compression: str | None = None) -> None:
+    """Write an H5 cube, whole or not at all.
+
+    Spaxels without a single good bin (the corners outside the hexagon) are never written: HDF5
+    gives back the fill value for chunks that do not exist.
+
+    Parameters
+    ----------
+    path : Path
+    cube : Cube
+    compression : {None, "gzip"}
+        For flux and ivar, which are noise and hardly shrink (docs/performance.md); the good
+        fraction is always compressed.
+    """
+    ny, nx, n_band = cube.flux.shape
+    chunk = (min(CHUNK_SPAXELS, ny), min(CHUNK_SPAXELS, nx), n_band)
+    squeeze = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+    layouts = [
+        ("cube", cube.flux, "f4", np.nan, FLUX_UNIT, squeeze if compression else {}),
+        ("ivar", cube.ivar, "f4", 0, f"({FLUX_UNIT})^-2", squeeze if compression else {}),
+        ("good_fraction", cube.good_fraction, "f2", 0, "1", squeeze),
+    ]
+    with utils.atomic_path(path) as part, h5py.File(part, "w", libver=("earliest", "v110")) as f:
+        f.attrs.update(schema=CUBE_SCHEMA, schema_version=CUBE_VERSION)
+        f.attrs.update({k: v for k, v in cube.attrs.items() if v is not None})
+        wave = f.create_dataset("wave", data=cube.wave.astype("f8"))
+        wave.attrs.update(unit="Angstrom (vacuum, rest frame)", axes="band")
+        occupied = np.isfinite(cube.flux).any(axis=2)
+        for name, data, dtype, fill, unit, options in layouts:
+            if data is None:
+                continue
+            dataset = f.create_dataset(
+                name, (ny, nx, n_band), dtype, chunks=chunk, fillvalue=fill, **options
+            )
+            dataset.attrs.update(unit=unit, axes="y,x,band")
+            for y in range(0, ny, chunk[0]):
+                rows = occupied[y : y + chunk[0]].any(axis=0)
+                if not rows.any():
+                    continue
+                first, last = np.flatnonzero(rows)[[0, -1]]
+                x = slice(first // chunk[1] * chunk[1], last + 1)
+                dataset[y : y + chunk[0], x] = data[y : y + chunk[0], x]
+
+
+def read_cube(path: Path, with_errors: bool = True) -> Cube:
+    """Read an H5 cube.
+
+    Parameters
+    ----------
+    path : Path
+    with_errors : bool
+        Also read ivar and the good fraction.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, no cube, or of another schema version.
+    """
+    with _open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as f:
+        errors = [f[k][...] if with_errors and k in f else None for k in ("ivar", "good_fraction")]
+        return Cube(f["cube"][...], f["wave"][...], *errors, attrs=dict(f.attrs))
+
+
+def read_cube_attrs(path: Path) -> dict[str, Any]:
+    """Read a cube's root attributes and its `shape` without touching the spectra."""
+    with _open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as f:
+        return {**f.attrs, "shape": f["cube"].shape}
+
+
+def _open_h5(path: Path, schema: str, version: int, remedy: str) -> h5py.File:
+    """Open an H5 file of ours after checking what it says it is."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Make it with {remedy.replace(' --overwrite', '')}.")
+    try:
+        f = h5py.File(path, "r")
+    except OSError as error:
+        raise DataError(f"{path}: not a readable HDF5 file ({error}). Re-run {remedy}.") from None
+    found = (f.attrs.get("schema"), f.attrs.get("schema_version"))
+    if found != (schema, version):
+        f.close()
+        raise DataError(
+            f"{path}: schema {found[0]} version {found[1]}, this code needs {schema} "
+            f"version {version}. Re-run {remedy}."
+        )
+    return f
+
+
+# Labels
+
+
+def label_error_path(label_file: Path) -> Path:
+    """Uncertainty map beside a label map."""
+    return label_file.with_name(f"{label_file.stem}_err.npy")
+
+
+def write_labels(path: Path, labels: np.ndarray, error: np.ndarray, meta: dict[str, Any]) -> None:
+    """Write a label map, its uncertainty map and its provenance; the label map last.
+
+    Parameters
+    ----------
+    path : Path
+        `processed/labels/<label_task>/<plateifu>.npy`; beside it `_err.npy` and `.json`.
+    labels : (y, x) int16 or float32
+        BPT class (LABEL_NONE: none) or 12+log(O/H) in dex (NaN: none).
+    error : (y, x) float32
+        BPT: probability that noise put the spaxel into a wrong class. logOH: 1 sigma in dex from
+        the flux errors. NaN where there is no label.
+    meta : dict
+        How the labels were made, as JSON values.
+    """
+    utils.write_json(path.with_suffix(".json"), meta)
+    _save_npy(label_error_path(path), error.astype(np.float32))
+    _save_npy(path, labels)
+
+
+def read_labels(path: Path) -> np.ndarray:
+    """Read a label map (y, x): int16 BPT classes or float32 12+log(O/H)."""
+    return _load_npy(path, "process_single_cube.py", ndim=2)
+
+
+def read_label_error(path: Path) -> np.ndarray:
+    """Read the uncertainty map that lies beside a label map."""
+    return _load_npy(label_error_path(Path(path)), "process_single_cube.py", ndim=2)
+
+
+def read_label_meta(path: Path) -> dict[str, Any]:
+    """Read how a label map was made ({} if nothing says)."""
+    side = Path(path).with_suffix(".json")
+    return json.loads(side.read_text()) if side.is_file() else {}
+
+
+# Patches
+
+PATCH_COLUMNS = ("row", "y", "x", "label")
+
+
+def patch_index_path(patch_file: Path) -> Path:
+    """Index table beside a patch file."""
+    return patch_file.with_name(f"{patch_file.stem}_index.csv")
+
+
+def write_patches(path: Path, patches: np.ndarray, index: pd.DataFrame, meta: dict) -> None:
+    """Write a patch file, its index and its provenance; the patches last.
+
+    Parameters
+    ----------
+    path : Path
+        `processed/patches/<label_task>/<patch_norm>/<plateifu>/<plateifu>.npy`.
+    patches : (N, P, P, C) float32
+        The labelled spaxel is [P//2, P//2]; zeros beyond the field of view.
+    index : DataFrame of N rows: row, y, x, label
+        `label` is the label value: BPT class or 12+log(O/H).
+    meta : dict
+        How the patches were made (patch_norm, patch_size, wave, ...), as JSON values.
+    """
+    utils.write_json(path.with_suffix(".json"), meta)
+    with utils.atomic_path(patch_index_path(path)) as part:
+        index.to_csv(part, columns=list(PATCH_COLUMNS), index=False)
+    _save_npy(path, np.ascontiguousarray(patches, dtype=np.float32))
+
+
+def read_patches(path: Path) -> tuple[np.ndarray, pd.DataFrame, dict[str, Any]]:
+    """Read a patch file: memory-mapped patches (N, P, P, C), index table, provenance."""
+    patches = _load_npy(path, "cube_patch_processing.py", ndim=4, mmap=True)
+    index = pd.read_csv(patch_index_path(Path(path)))
+    if len(index) != len(patches):
+        raise DataError(
+            f"{path}: {len(patches)} patches, but {len(index)} rows in its index. "
+            "Re-run cube_patch_processing.py --overwrite."
+        )
+    return patches, index, json.loads(Path(path).with_suffix(".json").read_text())
+
+
+def _save_npy(path: Path, array: np.ndarray) -> None:
+    """Save an array, whole or not at all."""
+    with utils.atomic_path(path) as part:
+        np.save(part, array, allow_pickle=False)
+
+
+def _load_npy(path: Path, maker: str, ndim: int, mmap: bool = False) -> np.ndarray:
+    """Load an array of `ndim` axes, with one clear line if that cannot be."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Make it with {maker}.")
+    try:
+        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a readable .npy file ({error}). Re-run {maker}.") from None
+    if array.ndim != ndim:
+        raise DataError(f"{path}: {array.ndim} axes, expected {ndim}. Re-run {maker} --overwrite.")
+    return array
+
+
+# Splits
+
+
+def write_split(folder: Path, parts: dict[str, pd.DataFrame], meta: dict[str, Any]) -> None:
+    """Write train.csv, val.csv and test.csv with their provenance in the header.
+
+    Parameters
+    ----------
+    folder : Path
+        `splits/<split_dir>`.
+    parts : dict of "train", "val", "test" -> DataFrame
+        Columns plateifu, mangaid, then y, x if the split is by spaxel (easy splits); more columns
+        are kept.
+    meta : dict
+        kind ("hard" or "easy"), seed, ...; one header line each.
+    """
+    check_split(parts, meta.get("kind", "hard"), str(folder))
+    for part, table in parts.items():
+        text = io.StringIO()
+        for key, value in meta.items():
+            text.write(f"# {key}: {json.dumps(value, default=str)}\n")
+        table.to_csv(text, index=False)
+        with utils.atomic_path(Path(folder) / f"{part}.csv") as temporary:
+            temporary.write_text(text.getvalue())
+
+
+def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
+    """Read and check a split; return its parts and its header.
+
+    Raises
+    ------
+    DataError
+        If a part is missing, or a galaxy of a hard split stands in two parts.
+    """
+    folder, parts, meta = Path(folder), {}, {}
+    for part in utils.SPLIT_PARTS:
+        path = folder / f"{part}.csv"
+        if not path.is_file():
+            raise DataError(f"{path}: no such file. Make the split with create_data_splits.py.")
+        lines = path.read_text().splitlines()
+        header = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
+        meta = {key: json.loads(value) for key, _, value in header}
+        table = pd.read_csv(path, comment="#", dtype={"plateifu": str, "mangaid": str})
+        missing = {"plateifu", "mangaid"} - set(table.columns)
+        if missing:
+            raise DataError(f"{path}: no column {', '.join(sorted(missing))}.")
+        parts[part] = table
+    check_split(parts, meta.get("kind", "hard"), str(folder))
+    return parts, meta
+
+
+def check_split(parts: dict[str, pd.DataFrame], kind: str, where: str) -> None:
+    """Raise a DataError if a galaxy (hard split) or a spaxel (easy split) is in two parts."""
+    keys = ["mangaid"] if kind == "hard" else ["plateifu", "y", "x"]
+    whole = pd.concat(
+        [t[keys].drop_duplicates().assign(part=p) for p, t in parts.items()], ignore_index=True
+    )
+    twice = whole[whole.duplicated(keys, keep=False)]
+    if len(twice):
+        first = twice.iloc[0]
+        raise DataError(
+            f"{where}: {' '.join(str(first[k]) for k in keys)} and {len(twice) // 2 - 1} more stand "
+            "in two parts of the split. Make it anew with create_data_splits.py."
+        )
+
+
+# Statistics
+
+
+@dataclass
+class Stats:
+    """Statistics of a training split's spectra, each divided by its own mean.
+
+    Attributes
+    ----------
+    wave : (band,) float64, Angstrom
+    mean, std : (band,) float64
+    components : (K, band) float64
+        Principal components, orthonormal rows, by falling variance.
+    explained_variance, explained_ratio : (K,) float64
+    attrs : dict
+        n_spaxels, n_galaxies, split_dir, provenance.
+    """
+
+    wave: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    components: np.ndarray
+    explained_variance: np.ndarray
+    explained_ratio: np.ndarray
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+STATS_FIELDS = ("wave", "mean", "std", "components", "explained_variance", "explained_ratio")
+
+
+def write_stats(path: Path, stats: Stats) -> None:
+    """Write the statistics of a training split, whole or not at all."""
+    with utils.atomic_path(path) as part, h5py.File(part, "w") as f:
+        f.attrs.update(schema=STATS_SCHEMA, schema_version=STATS_VERSION)
+        f.attrs.update({k: v for k, v in stats.attrs.items() if v is not None})
+        for name in STATS_FIELDS:
+            f[name] = getattr(stats, name)
+
+
+def read_stats(path: Path) -> Stats:
+    """Read the statistics of a training split."""
+    with _open_h5(path, STATS_SCHEMA, STATS_VERSION, "calc_data_stats.py --overwrite") as f:
+        return Stats(*(f[name][...] for name in STATS_FIELDS), attrs=dict(f.attrs))

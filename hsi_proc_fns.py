@@ -1,0 +1,181 @@
+"""Normalise cubes and cut them into patches: arrays in, arrays out.
+
+Axis order (y, x, band) throughout. A spaxel is *usable* if enough of its spectrum was measured; the others are zero in
+every normalised cube, set no minimum and no maximum, and never become the centre of a patch.
+
+    >>> usable = usable_spaxels(cube.flux)
+    >>> normed = normalise(cube.flux, "spectral")
+    >>> patches = extract_patches(normed, ys, xs, patch_size=7)      # label of spaxel (y, x)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data_io import Stats
+from utils import PATCH_NORMS, DataError
+
+MIN_MEASURED = 0.8
+"""Share of bins a spectrum needs to be usable; the DAP asks the same of its spectra (header FSPCOV)."""
+
+
+def usable_spaxels(flux: np.ndarray, min_measured: float = MIN_MEASURED) -> np.ndarray:
+    """Spaxels with enough measured bins and any light in them.
+
+    Parameters
+    ----------
+    flux : (y, x, band) array
+        NaN where nothing was measured.
+    min_measured : float
+        Share of bins that must be finite.
+
+    Returns
+    -------
+    (y, x) bool
+    """
+    measured = np.isfinite(flux)
+    return (measured.mean(axis=-1) >= min_measured) & np.any(measured & (flux != 0), axis=-1)
+
+
+def fill_gaps(spectra: np.ndarray) -> np.ndarray:
+    """Bridge unmeasured bins of each spectrum linearly; hold the end values beyond the ends.
+
+    Parameters
+    ----------
+    spectra : (N, band) float array, NaN in the gaps
+
+    Returns
+    -------
+    (N, band) float array, finite wherever the spectrum has any finite bin; else NaN. The input
+    itself, not a copy, if nothing had to be filled.
+    """
+    gaps = ~np.isfinite(spectra)
+    rows = np.flatnonzero(gaps.any(axis=1) & ~gaps.all(axis=1))
+    if not rows.size:
+        return spectra
+    filled = spectra.copy()
+    bins = np.arange(spectra.shape[1])
+    for row in rows:
+        gap = gaps[row]
+        filled[row, gap] = np.interp(bins[gap], bins[~gap], spectra[row, ~gap])
+    return filled
+
+
+def unit_mean(spectra: np.ndarray) -> np.ndarray:
+    """Divide each spectrum by the mean of its absolute values, so that brightness drops out.
+
+    The absolute value keeps the divisor away from zero where the noise exceeds the light.
+    """
+    scale = np.abs(spectra).mean(axis=-1, keepdims=True)
+    return np.divide(spectra, scale, out=np.zeros_like(spectra), where=scale > 0)
+
+
+def normalise(
+    flux: np.ndarray,
+    patch_norm: str,
+    stats: Stats | None = None,
+    usable: np.ndarray | None = None,
+) -> np.ndarray:
+    """Scale a cube for a neural network.
+
+    Parameters
+    ----------
+    flux : (y, x, band) array
+        NaN where nothing was measured.
+    patch_norm : {"global", "spatial", "spectral", "PCA"}
+        global: one minimum and maximum for the cube, to [0, 1]. spatial: one pair a band (over
+        the spaxels). spectral: one pair a spaxel (over its bands). PCA: each spectrum over its
+        own mean, less the training mean, on the training split's principal components, each
+        scaled to unit variance.
+    stats : Stats, optional
+        Needed for PCA.
+    usable : (y, x) bool, optional
+        Default: `usable_spaxels(flux)`.
+
+    Returns
+    -------
+    (y, x, C) float32, finite
+        C = band, or the number of components for PCA. Unusable spaxels are 0. Where minimum and
+        maximum coincide the result is 0.
+
+    Raises
+    ------
+    DataError
+        Unknown norm; PCA without statistics or with those of another wavelength grid.
+    """
+    if patch_norm not in PATCH_NORMS:
+        raise DataError(f"patch norm {patch_norm!r}: expected one of {', '.join(PATCH_NORMS)}.")
+    if usable is None:
+        usable = usable_spaxels(flux)
+    spectra = fill_gaps(flux[usable])  # (N, band)
+    if patch_norm == "PCA":
+        values = project_pca(spectra, stats)
+    else:
+        axis = {"global": None, "spatial": 0, "spectral": 1}[patch_norm]
+        values = _to_unit_range(spectra, axis)
+    out = np.zeros((*flux.shape[:2], values.shape[1]), np.float32)
+    out[usable] = values
+    return out
+
+
+def project_pca(spectra: np.ndarray, stats: Stats | None) -> np.ndarray:
+    """Whitened principal components of spectra; (N, band) -> (N, K).
+
+    Raises
+    ------
+    DataError
+        Without statistics, or if their grid has another number of bands.
+    """
+    if stats is None:
+        raise DataError("patch norm PCA needs the split's statistics: run calc_data_stats.py.")
+    if spectra.shape[1] != stats.mean.size:
+        raise DataError(
+            f"PCA of {stats.mean.size} bands, cube of {spectra.shape[1]}: run calc_data_stats.py "
+            "on cubes of this wavelength grid."
+        )
+    scale = np.sqrt(np.maximum(stats.explained_variance, 1e-12))
+    matrix = (stats.components / scale[:, None]).astype(np.float32)  # (K, band)
+    centred = unit_mean(spectra) - stats.mean.astype(np.float32)
+    return centred.astype(np.float32) @ matrix.T
+
+
+def _to_unit_range(spectra: np.ndarray, axis: int | None) -> np.ndarray:
+    """Map the range along `axis` to [0, 1]; a range of zero width to 0."""
+    if not spectra.size:
+        return spectra
+    low = spectra.min(axis=axis, keepdims=True)
+    width = spectra.max(axis=axis, keepdims=True) - low
+    return np.divide(spectra - low, width, out=np.zeros_like(spectra), where=width > 0)
+
+
+def pad_for_patches(cube: np.ndarray, patch_size: int) -> np.ndarray:
+    """Pad (y, x, C) with zeros so that the patch of spaxel (y, x) starts at (y, x)."""
+    before = patch_size // 2
+    after = patch_size - 1 - before
+    return np.pad(cube, ((before, after), (before, after), (0, 0)))
+
+
+def extract_patches(
+    cube: np.ndarray, ys: np.ndarray, xs: np.ndarray, patch_size: int
+) -> np.ndarray:
+    """Cut the patches around given spaxels.
+
+    Parameters
+    ----------
+    cube : (y, x, C) array
+        Normalised cube.
+    ys, xs : (N,) int
+        Spaxels at the patches' centres.
+    patch_size : int
+        P.
+
+    Returns
+    -------
+    (N, P, P, C) array of the cube's type
+        Spaxel (ys[i], xs[i]) is at [i, P//2, P//2]; zeros beyond the cube's edge.
+    """
+    padded = pad_for_patches(cube, patch_size)
+    windows = np.lib.stride_tricks.sliding_window_view(
+        padded, (patch_size, patch_size), axis=(0, 1)
+    )
+    return np.moveaxis(windows[ys, xs], 1, 3)  # (N, C, P, P) -> (N, P, P, C)

@@ -1,0 +1,568 @@
+"""Where every file lies, what the labels mean, and the few services that all scripts share.
+
+Paths (README, "Data locations"), each from a data folder and a plateifu, and back again from the path alone:
+
+    raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz     raw_paths
+    processed/cubes/<plate>/<plateifu>.h5                                    cube_path
+    processed/labels/<label_task>/<plateifu>.npy                             label_path
+    processed/patches/<label_task>/<patch_norm>/<plateifu>/<plateifu>.npy    patch_path
+    splits/<split_dir>/{train,val,test}.csv                                  split_path
+
+What is inside those files is `data_io`'s business. Importing this module does nothing.
+
+    >>> cube = cube_path(data_dir(None), "8485-1901")
+    >>> sibling(cube, "label", label_task="BPT")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+VERSION = "0.1.0"
+
+LabelTask = Literal["BPT", "logOH"]
+PatchNorm = Literal["global", "spatial", "spectral", "PCA"]
+LABEL_TASKS: tuple[str, ...] = get_args(LabelTask)
+PATCH_NORMS: tuple[str, ...] = get_args(PatchNorm)
+SPLIT_PARTS = ("train", "val", "test")
+
+LABEL_NONE = -1
+"""Class of a spaxel without a label."""
+
+BPT_CLASSES = ("star-forming", "composite", "AGN")
+"""Below Kauffmann et al. (2003) / between / above Kewley et al. (2001); index = class."""
+
+LOGOH_EDGES: dict[int, tuple[float, ...]] = {
+    6: (8.40, 8.44, 8.48, 8.52, 8.56),
+    8: (8.34, 8.40, 8.44, 8.47, 8.50, 8.52, 8.55),
+}
+"""Inner edges of the metallicity classes, 12+log(O/H) in dex; the outer classes are open."""
+
+EXIT_DONE, EXIT_DATA, EXIT_USAGE, EXIT_AGAIN = 0, 1, 2, 75
+"""Exit codes: done; a data problem; wrong usage; stopped early, run me again."""
+
+PLATEIFU = re.compile(r"(?<!\d)(\d{4,5})-(\d{3,5})(?!\d)")
+
+
+class DataError(ValueError):
+    """A problem with a file or its content, told in one line: what, where, what to do."""
+
+
+# Labels
+
+
+def class_names(label_task: str, n_classes: int | None = None) -> tuple[str, ...]:
+    """Names of the classes of a label task, in class order.
+
+    Raises
+    ------
+    DataError
+        If the task has no scale of that many classes.
+    """
+    if label_task == "BPT":
+        if n_classes not in (None, len(BPT_CLASSES)):
+            raise DataError(f"BPT has {len(BPT_CLASSES)} classes, not {n_classes}.")
+        return BPT_CLASSES
+    edges = logoh_edges(n_classes or 6)
+    middle = [f"{a:.2f}-{b:.2f}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return (f"< {edges[0]:.2f}", *middle, f">= {edges[-1]:.2f}")
+
+
+def logoh_edges(n_classes: int) -> tuple[float, ...]:
+    """Inner class edges of the 6- or 8-class metallicity scale, dex."""
+    try:
+        return LOGOH_EDGES[n_classes]
+    except KeyError:
+        scales = " or ".join(map(str, LOGOH_EDGES))
+        raise DataError(f"{n_classes} metallicity classes: choose {scales}.") from None
+
+
+def label_classes(labels: np.ndarray, label_task: str, n_classes: int = 6) -> np.ndarray:
+    """Turn label values into classes.
+
+    Parameters
+    ----------
+    labels : array of any shape
+        BPT: classes already, LABEL_NONE where there is none. logOH: 12+log(O/H) in dex, NaN
+        where there is none.
+    label_task : {"BPT", "logOH"}
+    n_classes : int
+        Metallicity scale, 6 or 8; ignored for BPT.
+
+    Returns
+    -------
+    int16 array of the same shape, LABEL_NONE where there is no label. A value on an edge belongs
+    to the class above it.
+    """
+    labels = np.asarray(labels)
+    if label_task == "BPT":
+        return labels.astype(np.int16)
+    classes = np.digitize(labels, logoh_edges(n_classes)).astype(np.int16)
+    classes[~np.isfinite(labels)] = LABEL_NONE
+    return classes
+
+
+def class_values(n_classes: int) -> np.ndarray:
+    """Representative 12+log(O/H) of each metallicity class, (n_classes,) dex.
+
+    The middle of a closed class; an open outer class is taken as wide as its neighbour.
+    """
+    edges = np.array(logoh_edges(n_classes))
+    low, high = 2 * edges[0] - edges[1], 2 * edges[-1] - edges[-2]
+    full = np.concatenate([[low], edges, [high]])
+    return (full[:-1] + full[1:]) / 2
+
+
+# Paths
+
+
+def data_dir(flag: Path | None = None) -> Path:
+    """Data folder: the flag, else $MANGA_DATA_DIR, else ./data/manga."""
+    return Path(flag or os.environ.get("MANGA_DATA_DIR") or "data/manga")
+
+
+def split_plateifu(plateifu: str) -> tuple[str, str]:
+    """Plate and ifu of a plateifu such as 8485-1901."""
+    match = PLATEIFU.fullmatch(plateifu.strip())
+    if not match:
+        raise DataError(f"{plateifu!r} is no plateifu: expected <plate>-<ifu>, e.g. 8485-1901.")
+    return match[1], match[2]
+
+
+def raw_dir(root: Path, plateifu: str) -> Path:
+    """Folder of a galaxy's FITS files."""
+    plate, ifu = split_plateifu(plateifu)
+    return Path(root) / "raw" / plate / ifu
+
+
+def raw_paths(root: Path, plateifu: str, kind: str, daptype: str | None = None) -> list[Path]:
+    """FITS files of one kind (LOGCUBE or MAPS) that a galaxy has, DAP before DRP, sorted."""
+    found = raw_dir(root, plateifu).glob(f"manga-{plateifu}-{kind}*.fits*")
+    names = [p for p in found if p.name.endswith((".fits", ".fits.gz"))]
+    if daptype:
+        names = [p for p in names if f"-{kind}-{daptype}.fits" in p.name]
+    return sorted(names, key=lambda p: (p.name.split(".")[0].endswith(kind), p.name))
+
+
+def find_raw(root: Path, plateifu: str, kind: str, daptype: str | None = None) -> Path:
+    """Return the one FITS file of a kind that a galaxy has.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    plateifu : str
+    kind : {"LOGCUBE", "MAPS"}
+    daptype : str, optional
+        Needed only where several analyses of the galaxy lie side by side.
+
+    Raises
+    ------
+    DataError
+        If there is no such file, or several (the message lists them).
+    """
+    found = raw_paths(root, plateifu, kind, daptype)
+    dap = [p for p in found if f"-{kind}-" in p.name]
+    if len(dap) > 1:
+        raise DataError(
+            f"{plateifu}: {len(dap)} {kind} files in {raw_dir(root, plateifu)} "
+            f"({', '.join(p.name for p in dap)}): choose one with --daptype."
+        )
+    if not found:
+        wanted = f"manga-{plateifu}-{kind}-{daptype or '*'}.fits.gz"
+        raise DataError(
+            f"{plateifu}: no {wanted} in {raw_dir(root, plateifu)}. The data folder comes from "
+            f"--data-dir, MANGA_DATA_DIR or ./data/manga; fetch the file with "
+            f"python download_utils.py --plateifu {plateifu}."
+        )
+    return found[0]
+
+
+def cube_path(root: Path, plateifu: str) -> Path:
+    """Processed H5 cube of a galaxy."""
+    plate, _ = split_plateifu(plateifu)
+    return Path(root) / "processed" / "cubes" / plate / f"{plateifu}.h5"
+
+
+def label_path(root: Path, label_task: str, plateifu: str) -> Path:
+    """Label map (.npy) of a galaxy."""
+    return Path(root) / "processed" / "labels" / label_task / f"{plateifu}.npy"
+
+
+def patch_path(root: Path, label_task: str, patch_norm: str, plateifu: str) -> Path:
+    """Patch file (.npy) of a galaxy; its index table is patch_index_path."""
+    folder = Path(root) / "processed" / "patches" / label_task / patch_norm / plateifu
+    return folder / f"{plateifu}.npy"
+
+
+def split_path(root: Path, split_dir: str, part: str | None = None) -> Path:
+    """Folder of a split, or the CSV of one of its parts."""
+    folder = Path(root) / "splits" / split_dir
+    return folder / f"{part}.csv" if part else folder
+
+
+def stats_path(root: Path, split_dir: str) -> Path:
+    """Statistics and PCA of a split's training part."""
+    return split_path(root, split_dir) / "stats.h5"
+
+
+def catalogue_path(root: Path) -> Path | None:
+    """First dapall or drpall catalogue in the raw folder, None if there is none."""
+    raw = Path(root) / "raw"
+    return next(iter([*sorted(raw.glob("dapall*.fits")), *sorted(raw.glob("drpall*.fits"))]), None)
+
+
+def plateifu_of(path: Path | str) -> str:
+    """Plateifu that a file's name holds.
+
+    Raises
+    ------
+    DataError
+        If the name holds none.
+    """
+    match = PLATEIFU.search(Path(path).name)
+    if not match:
+        raise DataError(f"{path}: no <plate>-<ifu> in the file name.")
+    return match[0]
+
+
+def data_dir_of(path: Path | str) -> Path:
+    """Data folder that a raw or processed file lies in (the parent of raw/ or processed/)."""
+    parents = list(Path(path).parents)
+    for folder in parents:
+        if folder.name in ("raw", "processed", "splits"):
+            return folder.parent
+    raise DataError(f"{path}: lies in no data folder (no raw/, processed/ or splits/ above it).")
+
+
+Sibling = Literal["logcube", "maps", "cube", "label", "patches"]
+
+
+def sibling(
+    path: Path | str,
+    kind: Sibling,
+    label_task: str | None = None,
+    patch_norm: str | None = None,
+    daptype: str | None = None,
+) -> Path:
+    """Another file of the same galaxy in the same data folder.
+
+    Parameters
+    ----------
+    path : Path
+        A FITS file, cube, label file or patch file.
+    kind : {"logcube", "maps", "cube", "label", "patches"}
+        What to return. The FITS kinds must exist (their name holds the analysis); the others are
+        names only.
+    label_task, patch_norm : str, optional
+        Needed for labels and patches unless `path` itself names them.
+
+    Raises
+    ------
+    DataError
+        If the file lies outside a data folder, or a FITS file is missing.
+    """
+    root, plateifu, parts = data_dir_of(path), plateifu_of(path), Path(path).parts
+    label_task = label_task or next((t for t in LABEL_TASKS if t in parts), None)
+    patch_norm = patch_norm or next((n for n in PATCH_NORMS if n in parts), None)
+    if kind in ("logcube", "maps"):
+        return find_raw(root, plateifu, kind.upper(), daptype)
+    if kind == "cube":
+        return cube_path(root, plateifu)
+    if label_task is None:
+        raise DataError(f"{path}: the label task is not in the path; give label_task.")
+    if kind == "label":
+        return label_path(root, label_task, plateifu)
+    if patch_norm is None:
+        raise DataError(f"{path}: the patch norm is not in the path; give patch_norm.")
+    return patch_path(root, label_task, patch_norm, plateifu)
+
+
+# Writing
+
+
+@contextlib.contextmanager
+def atomic_path(out: Path | str) -> Iterator[Path]:
+    """Give a hidden neighbour to write to, renamed to `out` if all went well, else removed."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part{out.suffix}")
+    try:
+        yield part
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    """Write JSON, whole or not at all; paths become strings."""
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with Path(path).open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# Provenance
+
+
+def utc_now() -> str:
+    """UTC time, ISO 8601, whole seconds."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout that this module lies in (None outside of one)."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except OSError:
+        return {"commit": None, "dirty": None}
+
+
+def environment() -> dict[str, Any]:
+    """What a run depended on: python, platform, packages, git state, SLURM job, command line."""
+    packages = {}
+    for name in ("numpy", "scipy", "pandas", "h5py", "astropy", "scikit-learn", "torch", "isal"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    torch = sys.modules.get("torch")  # never imported for this alone
+    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
+    return {
+        "version": VERSION,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "git": git_state(),
+        "gpu": gpu,
+        "cpus": cpu_count(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "command": sys.argv,
+        "created_utc": utc_now(),
+    }
+
+
+def config_dict(config: Any) -> dict[str, Any]:
+    """Fields of a config dataclass as plain JSON values; `--config` reads them back."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+# Commands
+
+
+def config_args(path: Path | str) -> list[str]:
+    """Command-line words that reproduce a saved config.json."""
+    try:
+        saved = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: no readable JSON config ({error}).") from None
+    if not isinstance(saved, dict):
+        raise DataError(f"{path}: expected a JSON object of flags, found {type(saved).__name__}.")
+    words: list[str] = []
+    for key, value in saved.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *map(str, values)]
+    return words
+
+
+def with_config_file(args: Sequence[str]) -> list[str]:
+    """Replace `--config FILE` by the flags it stands for, before the user's own: later wins."""
+    words = list(args)
+    for i, word in enumerate(words):
+        if word == "--config":
+            if i + 1 == len(words):
+                raise DataError("--config needs a file: --config run.json.")
+            return config_args(words[i + 1]) + words[:i] + words[i + 2 :]
+        if word.startswith("--config="):
+            return config_args(word.partition("=")[2]) + words[:i] + words[i + 1 :]
+    return words
+
+
+Config = TypeVar("Config")
+
+
+def run_command(main: Callable[[Config], int | None], config_class: type[Config], doc: str) -> None:
+    """Parse the command line into a config, run `main`, and leave with the right exit code.
+
+    A DataError ends the program with its one line and code 1 (with a traceback under --debug); a
+    wrong flag with code 2; Ctrl-C with 130.
+    """
+    import tyro  # here, so that importing a script's functions does not need it
+
+    argv = sys.argv[1:]
+    debug = "--debug" in argv
+    setup_logging()
+    try:
+        words = with_config_file(argv)
+        config = tyro.cli(config_class, args=words, description=doc)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    try:
+        code = main(config)
+    except (DataError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_DATA)
+    except KeyboardInterrupt:
+        print("stopped; finished outputs are whole, run the same command to go on", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code or EXIT_DONE)
+
+
+def setup_logging(log_file: Path | None = None) -> None:
+    """Log to the console, and to `log_file` if given. Only commands call this."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if log_file:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file))
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=handlers,
+        force=True,
+    )
+
+
+def cpu_count() -> int:
+    """CPUs this process may use: SLURM's word, else its affinity."""
+    slurm = os.environ.get("SLURM_CPUS_PER_TASK")
+    if slurm:
+        return int(slurm)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shard_of(items: Sequence[Any], shard: str | None) -> list[Any]:
+    """Items k, k+n, ... for shard "k/n" (k from 0); all of them without a shard."""
+    if not shard:
+        return list(items)
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or int(match[1]) >= int(match[2]):
+        raise DataError(f"--shard {shard}: expected k/n with 0 <= k < n, e.g. 0/4.")
+    return list(items[int(match[1]) :: int(match[2])])
+
+
+def for_each_galaxy(
+    work: Callable[[str], str],
+    plateifus: Iterable[str],
+    stage: str,
+    failed_csv: Path,
+    jobs: int = 1,
+) -> dict[str, str]:
+    """Run `work` on every galaxy; one that fails is reported and the loop goes on.
+
+    Parameters
+    ----------
+    work : function of a plateifu, picklable
+        Returns a word on what it did ("written", "skipped"). A DataError or OSError fails its
+        galaxy only.
+    plateifus : iterable of str
+    stage : str
+        What is being done, for the progress bar, the log and failed.csv.
+    failed_csv : Path
+        Written (plateifu, stage, reason) if any galaxy failed, removed if none did.
+    jobs : int
+        Processes; 1 works in this one.
+
+    Returns
+    -------
+    dict of plateifu -> word, "failed" for the failed ones.
+    """
+    from tqdm import tqdm  # only loops need it
+
+    todo = list(plateifus)
+    outcome: dict[str, str] = {}
+    failures: list[tuple[str, str, str]] = []
+    start = time.monotonic()
+    with tqdm(total=len(todo), desc=stage, unit="galaxy", disable=None) as bar:
+
+        def finish(plateifu: str, word: str, reason: str | None) -> None:
+            outcome[plateifu] = word
+            if reason is not None:
+                failures.append((plateifu, stage, reason))
+                log.error("%s: %s failed: %s", plateifu, stage, reason)
+            bar.update()
+            done = len(outcome)
+            if done % 100 == 0:
+                rate = done / (time.monotonic() - start)
+                left = (len(todo) - done) / rate / 60
+                log.info("%s: %d of %d, %.1f/s, %.0f min left", stage, done, len(todo), rate, left)
+
+        if jobs <= 1 or len(todo) < 2:
+            for plateifu in todo:
+                finish(plateifu, *_attempt(work, plateifu))
+        else:
+            with ProcessPoolExecutor(max_workers=min(jobs, len(todo))) as pool:
+                futures = {pool.submit(_attempt, work, p): p for p in todo}
+                for future in as_completed(futures):
+                    try:
+                        word, reason = future.result()
+                    except (
+                        Exception
+                    ) as error:  # a worker that died (memory, signal) breaks the pool
+                        word, reason = "failed", f"worker died: {error!r}"
+                    finish(futures[future], word, reason)
+    if failures:
+        with atomic_path(failed_csv) as part, part.open("w", newline="") as f:
+            csv.writer(f).writerows([("plateifu", "stage", "reason"), *sorted(failures)])
+        log.error(
+            "%s: %d of %d galaxies failed, listed in %s",
+            stage,
+            len(failures),
+            len(todo),
+            failed_csv,
+        )
+    else:
+        Path(failed_csv).unlink(missing_ok=True)
+    return outcome
+
+
+def _attempt(work: Callable[[str], str], plateifu: str) -> tuple[str, str | None]:
+    """Outcome and, if it failed, the reason, of one galaxy's work."""
+    try:
+        return work(plateifu), None
+    except (DataError, OSError) as error:
+        return "failed", str(error)
+    except Exception as error:  # a bug met on one galaxy must not stop ten thousand others
+        log.debug("%s", traceback.format_exc())
+        return "failed", f"{type(error).__name__}: {error} (a bug: run this galaxy with --debug)"
