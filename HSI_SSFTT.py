@@ -1,0 +1,306 @@
+"""The network: spectral-spatial feature tokenization transformer (SSFTT) for hyperspectral cubes.
+
+Sun, Zhao, Zheng & Wu 2022, IEEE TGRS 60, 5522214: two convolutions find local features, a few
+tokens gather them over the patch by a softmax over positions, one transformer block lets a class
+token look at them.
+
+One module, two faces that share every weight:
+
+    forward        patches (N, 1, band, P, P)  -> logits (N, classes), of the spaxels [P//2, P//2]
+    forward_dense  cutouts (B, 1, band, y, x)  -> logits (B, classes, y, x), of every spaxel
+
+The two agree because nothing inside pads: a patch's features are a window of the cutout's, so
+each is computed once instead of once a patch. Beyond a cutout's edge lie zeros, as in the patches.
+
+    >>> model = get_SSFTT_model(n_classes=6, patch_size=7, bands=2040)
+    >>> maps = model.eval().forward_dense(cube.permute(2, 0, 1)[None, None])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import DataError
+
+SMALLEST_CONVOLVED = 5
+"""Patches under 5x5 cannot take two 3x3 convolutions without padding; theirs are 1x1."""
+
+BLOCK_BYTES = 128 << 20
+"""Widest activation of one block of rows in dense evaluation; what the caches like, not a limit."""
+
+
+class ClassTokenBlock(nn.Module):
+    """One pre-norm transformer block, evaluated for the first token only.
+
+    The head reads nothing but the class token and there is one block, so the other tokens serve
+    as keys and values and their own outputs are never needed.
+    """
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = dim**-0.5  # of the whole width, not of one head: facts of the published net
+        self.norm_attention = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, dim)
+        self.to_kv = nn.Linear(dim, 2 * dim)
+        self.project = nn.Linear(dim, dim)
+        self.norm_mlp = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(mlp_dim, dim),
+            nn.Dropout(dropout),
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, T, dim), the class token first -> class token (N, dim)."""
+        n, t, dim = tokens.shape
+        normed = self.norm_attention(tokens)
+        q = self.to_q(normed[:, :1]).view(n, 1, self.heads, -1).transpose(1, 2)  # (N, h, 1, dim/h)
+        kv = self.to_kv(normed).view(n, t, 2, self.heads, -1)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # each (N, h, T, dim/h)
+        weights = ((q @ k.transpose(-1, -2)) * self.scale).softmax(-1)
+        seen = (weights @ v).reshape(n, dim)
+        out = tokens[:, 0] + self.dropout(self.project(seen))
+        return out + self.mlp(self.norm_mlp(out))
+
+
+class SSFTT(nn.Module):
+    """The network; `get_SSFTT_model` says what its arguments mean, checks and keeps them."""
+
+    arguments: dict[str, Any]
+
+    def __init__(
+        self,
+        n_classes: int,
+        patch_size: int,
+        bands: int,
+        n_tokens: int,
+        dim: int,
+        heads: int,
+        mlp_dim: int,
+        channels: int,
+        dropout: float,
+        spectral_kernel: int,
+        spectral_stride: int,
+    ) -> None:
+        super().__init__()
+        kernel = 3 if patch_size >= SMALLEST_CONVOLVED else 1
+        self.patch_size = patch_size
+        self.window = patch_size - 2 * (kernel - 1)
+        """Side of the window of features that one patch has."""
+        bands_left = (bands - spectral_kernel) // spectral_stride + 1
+        self.widest = channels * bands_left
+        """Channels between the two convolutions."""
+        self.spectral = nn.Sequential(
+            nn.Conv3d(
+                1,
+                channels,
+                (spectral_kernel, kernel, kernel),
+                stride=(spectral_stride, 1, 1),
+            ),
+            nn.BatchNorm3d(channels),
+            nn.ReLU(inplace=True),
+        )
+        self.spatial = nn.Sequential(
+            nn.Conv2d(self.widest, dim, kernel),
+            nn.BatchNorm2d(dim),
+            nn.ReLU(inplace=True),
+        )
+        self.token_logits = nn.Parameter(nn.init.xavier_normal_(torch.empty(n_tokens, dim)))
+        self.token_values = nn.Parameter(nn.init.xavier_normal_(torch.empty(dim, dim)))
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions = nn.Parameter(torch.randn(1, n_tokens + 1, dim) * 0.02)
+        self.dropout = nn.Dropout(dropout)
+        self.block = ClassTokenBlock(dim, heads, mlp_dim, dropout)
+        self.head = nn.Linear(dim, n_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Convolve: (B, 1, band, y, x) -> (B, dim, y - s, x - s), s = patch_size - window."""
+        return self.spatial(self.spectral(x).flatten(1, 2))
+
+    def classify(self, tokens: Tensor) -> Tensor:
+        """Tokens (N, T, dim) of N spaxels -> logits (N, classes)."""
+        first = self.class_token.expand(len(tokens), -1, -1)
+        tokens = torch.cat([first.to(tokens.dtype), tokens], dim=1) + self.positions
+        return self.head(self.block(self.dropout(tokens)))
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Classify the spaxel [P//2, P//2] of each patch.
+
+        Parameters
+        ----------
+        patches : (N, 1, band, P, P)
+
+        Returns
+        -------
+        (N, classes) logits
+        """
+        features = self.features(patches).flatten(2).transpose(1, 2)  # (N, window**2, dim)
+        attention = (features @ self.token_logits.T).softmax(dim=1)  # over positions
+        values = features @ self.token_values
+        return self.classify(attention.transpose(1, 2).to(values.dtype) @ values)
+
+    def forward_dense(self, cutouts: Tensor, block_bytes: int = BLOCK_BYTES) -> Tensor:
+        """Classify every spaxel of cutouts.
+
+        Parameters
+        ----------
+        cutouts : (B, 1, band, y, x)
+            Any y and x, also smaller than a patch.
+        block_bytes : int
+            Evaluation works through blocks of rows whose widest activation stays near this; at
+            least one row. Training takes the whole at once, as batch statistics need it.
+
+        Returns
+        -------
+        (B, classes, y, x) logits, those of `forward` on the patches of these spaxels.
+        """
+        before = self.patch_size // 2
+        after = self.patch_size - 1 - before
+        rows, columns = cutouts.shape[-2:]
+        if self.training:
+            return self._dense(F.pad(cutouts, (before, after, before, after)))
+        width = self.widest * (columns + self.patch_size - 1)
+        row_bytes = len(cutouts) * width * cutouts.element_size()
+        step = max(1, int(block_bytes // row_bytes) - self.window + 1)
+        blocks = []
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            top, bottom = start - before, stop + after
+            block = cutouts[..., max(top, 0) : min(bottom, rows), :]
+            edges = (before, after, max(-top, 0), max(bottom - rows, 0))
+            blocks.append(self._dense(F.pad(block, edges)))
+        return torch.cat(blocks, dim=2)
+
+    def _dense(self, padded: Tensor) -> Tensor:
+        """Logits (B, classes, y, x) of cutouts that carry their padding already."""
+        features = self.features(padded)  # (B, dim, y + window - 1, x + window - 1)
+        logits = torch.einsum("bdyx,td->btyx", features, self.token_logits)
+        values = torch.einsum("bdyx,de->beyx", features, self.token_values)
+        tokens = window_tokens(logits, values, self.window)  # (B, T, dim, y, x)
+        b, t, d, y, x = tokens.shape
+        out = self.classify(tokens.permute(0, 3, 4, 1, 2).reshape(b * y * x, t, d))
+        return out.reshape(b, y, x, -1).permute(0, 3, 1, 2)
+
+
+def window_tokens(logits: Tensor, values: Tensor, window: int) -> Tensor:
+    """Gather values over every window by a softmax over the window's positions.
+
+    Parameters
+    ----------
+    logits : (B, T, Y, X)
+    values : (B, dim, Y, X)
+    window : int
+        Side w of the square windows.
+
+    Returns
+    -------
+    (B, T, dim, Y - w + 1, X - w + 1)
+
+    Notes
+    -----
+    The softmax over a window is a ratio of two box sums, sum(exp(a) v) / sum(exp(a)), and box
+    sums are built from sums over smaller boxes. Here each box carries its weighted mean and the
+    log of its summed weights instead of the two sums: joining two boxes is a weighted mean of
+    their means, with weights in [0, 1]. So no exponential ever over- or underflows, however far
+    the logits of a map lie apart, in any precision. A window of w takes about 2 log2(w) joins.
+    """
+    level = logits.float()[:, :, None]  # (B, T, 1, Y, X)
+    mean = values[:, None]  # (B, 1, dim, Y, X), the same for every token until the first join
+    for axis in (3, 4):
+        level, mean = _grow(level, mean, window, axis)
+    return mean.expand(-1, logits.shape[1], -1, -1, -1)
+
+
+def _grow(level: Tensor, mean: Tensor, size: int, axis: int) -> tuple[Tensor, Tensor]:
+    """Level and mean of all runs of `size` boxes along an axis."""
+    if size == 1:
+        return level, mean
+    half, half_mean = _grow(level, mean, size // 2, axis)
+    joined = _join(half, half_mean, half, half_mean, size // 2, axis)
+    return _join(*joined, level, mean, size - 1, axis) if size % 2 else joined
+
+
+def _join(
+    level: Tensor, mean: Tensor, level_next: Tensor, mean_next: Tensor, shift: int, axis: int
+) -> tuple[Tensor, Tensor]:
+    """Join the boxes at i with the ones at i + shift."""
+    count = level_next.shape[axis] - shift
+    level, mean = level.narrow(axis, 0, count), mean.narrow(axis, 0, count)
+    level_next = level_next.narrow(axis, shift, count)
+    mean_next = mean_next.narrow(axis, shift, count)
+    share = torch.sigmoid(level - level_next).to(mean.dtype)
+    return torch.logaddexp(level, level_next), torch.lerp(mean_next, mean, share)
+
+
+def get_SSFTT_model(
+    n_classes: int = 6,
+    patch_size: int = 7,
+    bands: int = 2040,
+    n_tokens: int = 4,
+    dim: int = 64,
+    heads: int = 8,
+    mlp_dim: int = 8,
+    channels: int = 8,
+    dropout: float = 0.1,
+    spectral_kernel: int = 3,
+    spectral_stride: int = 1,
+) -> SSFTT:
+    """Make the network; the defaults are MaNGA's fiducial model (9,414,654 parameters).
+
+    Parameters
+    ----------
+    n_classes : int
+    patch_size : int
+        P. Under 5 both convolutions are 1x1 in space.
+    bands : int
+        Bands (or principal components) of the patches.
+    n_tokens, dim, heads, mlp_dim : int
+        Tokens beside the class token, width of all of them, heads of the attention, hidden width
+        of the transformer's MLP.
+    channels : int
+        Filters of the first, three-dimensional convolution.
+    dropout : float
+    spectral_kernel, spectral_stride : int
+        Of the first convolution along the bands. 9 and 8 need an eighth of the parameters and
+        about a sixteenth of the time of the fiducial 3 and 1.
+
+    Raises
+    ------
+    DataError
+        If the numbers cannot make a network.
+    """
+    if bands < spectral_kernel:
+        raise DataError(f"{bands} bands: the spectral kernel of {spectral_kernel} needs as many.")
+    if dim % heads:
+        raise DataError(f"width {dim} does not divide among {heads} heads.")
+    if min(n_classes, patch_size, n_tokens, spectral_stride) < 1:
+        raise DataError("classes, patch size, tokens and stride must be at least 1.")
+    arguments: dict[str, Any] = {
+        "n_classes": n_classes,
+        "patch_size": patch_size,
+        "bands": bands,
+        "n_tokens": n_tokens,
+        "dim": dim,
+        "heads": heads,
+        "mlp_dim": mlp_dim,
+        "channels": channels,
+        "dropout": dropout,
+        "spectral_kernel": spectral_kernel,
+        "spectral_stride": spectral_stride,
+    }
+    model = SSFTT(**arguments)
+    model.arguments = arguments
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable parameters of a model."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
