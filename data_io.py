@@ -1,8 +1,8 @@
 """Owner of every file layout the pipeline writes: cubes, labels, patches, splits, statistics.
 
-No other module spells a dataset name or a column. docs/data_formats.md describes each layout field by field.
-Axis order: cubes and patches (y, x, band), maps (y, x). Missing values: NaN in floats, LABEL_NONE in classes.
-Needs neither astropy nor torch.
+No other module spells a dataset name or a column; docs/data_formats.md describes each layout.
+Axis order: cubes and patches (y, x, band), maps (y, x). Missing values: NaN in floats, LABEL_NONE
+in classes. Needs neither astropy nor torch.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
-import pandas as pd
 
 import utils
 from utils import DataError
+
+if TYPE_CHECKING:  # tables alone need pandas: cubes and labels are spared its import time
+    import pandas as pd
 
 CUBE_SCHEMA, CUBE_VERSION = "manga-cube", 2
 STATS_SCHEMA, STATS_VERSION = "manga-stats", 1
@@ -219,6 +221,8 @@ def write_patches(path: Path, patches: np.ndarray, index: pd.DataFrame, meta: di
 
 def read_patches(path: Path) -> tuple[np.ndarray, pd.DataFrame, dict[str, Any]]:
     """Read a patch file: memory-mapped patches (N, P, P, C), index table, provenance."""
+    import pandas as pd
+
     patches = _load_npy(path, "cube_patch_processing.py", ndim=4, mmap=True)
     index = pd.read_csv(patch_index_path(Path(path)))
     if len(index) != len(patches):
@@ -283,6 +287,8 @@ def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     DataError
         If a part is missing, or a galaxy of a hard split stands in two parts.
     """
+    import pandas as pd
+
     folder, parts, meta = Path(folder), {}, {}
     for part in utils.SPLIT_PARTS:
         path = folder / f"{part}.csv"
@@ -302,6 +308,8 @@ def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
 
 def check_split(parts: dict[str, pd.DataFrame], kind: str, where: str) -> None:
     """Raise a DataError if a galaxy (hard split) or a spaxel (easy split) is in two parts."""
+    import pandas as pd
+
     keys = ["mangaid"] if kind == "hard" else ["plateifu", "y", "x"]
     whole = pd.concat(
         [t[keys].drop_duplicates().assign(part=p) for p, t in parts.items()], ignore_index=True
@@ -310,8 +318,8 @@ def check_split(parts: dict[str, pd.DataFrame], kind: str, where: str) -> None:
     if len(twice):
         first = twice.iloc[0]
         raise DataError(
-            f"{where}: {' '.join(str(first[k]) for k in keys)} and {len(twice) // 2 - 1} more stand "
-            "in two parts of the split. Make it anew with create_data_splits.py."
+            f"{where}: {' '.join(str(first[k]) for k in keys)} and {len(twice) // 2 - 1} more "
+            "stand in two parts of the split. Make it anew with create_data_splits.py."
         )
 
 

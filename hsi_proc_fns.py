@@ -1,7 +1,8 @@
 """Normalise cubes and cut them into patches: arrays in, arrays out.
 
-Axis order (y, x, band) throughout. A spaxel is *usable* if enough of its spectrum was measured; the others are zero in
-every normalised cube, set no minimum and no maximum, and never become the centre of a patch.
+Axis order (y, x, band) throughout. A spaxel is *usable* if enough of its spectrum was measured;
+the others are zero in every normalised cube, set no minimum and no maximum, and never become the
+centre of a patch.
 
     >>> usable = usable_spaxels(cube.flux)
     >>> normed = normalise(cube.flux, "spectral")
@@ -16,7 +17,7 @@ from data_io import Stats
 from utils import PATCH_NORMS, DataError
 
 MIN_MEASURED = 0.8
-"""Share of bins a spectrum needs to be usable; the DAP asks the same of its spectra (header FSPCOV)."""
+"""Share of bins a spectrum needs to be usable, as the DAP asks of its spectra (header FSPCOV)."""
 
 
 def usable_spaxels(flux: np.ndarray, min_measured: float = MIN_MEASURED) -> np.ndarray:

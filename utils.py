@@ -1,6 +1,6 @@
 """Where every file lies, what the labels mean, and the few services that all scripts share.
 
-Paths (README, "Data locations"), each from a data folder and a plateifu, and back again from the path alone:
+Paths (README, "Data locations"), each from a data folder and a plateifu, and back again:
 
     raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz     raw_paths
     processed/cubes/<plate>/<plateifu>.h5                                    cube_path
@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -86,7 +87,7 @@ def class_names(label_task: str, n_classes: int | None = None) -> tuple[str, ...
             raise DataError(f"BPT has {len(BPT_CLASSES)} classes, not {n_classes}.")
         return BPT_CLASSES
     edges = logoh_edges(n_classes or 6)
-    middle = [f"{a:.2f}-{b:.2f}" for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    middle = [f"{a:.2f}-{b:.2f}" for a, b in itertools.pairwise(edges)]
     return (f"< {edges[0]:.2f}", *middle, f">= {edges[-1]:.2f}")
 
 
@@ -125,7 +126,7 @@ def label_classes(labels: np.ndarray, label_task: str, n_classes: int = 6) -> np
 
 
 def class_values(n_classes: int) -> np.ndarray:
-    """Representative 12+log(O/H) of each metallicity class, (n_classes,) dex.
+    """Give each metallicity class its representative 12+log(O/H), (n_classes,) dex.
 
     The middle of a closed class; an open outer class is taken as wide as its neighbour.
     """
@@ -139,7 +140,7 @@ def class_values(n_classes: int) -> np.ndarray:
 
 
 def data_dir(flag: Path | None = None) -> Path:
-    """Data folder: the flag, else $MANGA_DATA_DIR, else ./data/manga."""
+    """Choose the data folder: the flag, else $MANGA_DATA_DIR, else ./data/manga."""
     return Path(flag or os.environ.get("MANGA_DATA_DIR") or "data/manga")
 
 
@@ -201,7 +202,7 @@ def find_raw(root: Path, plateifu: str, kind: str, daptype: str | None = None) -
 
 
 def cube_path(root: Path, plateifu: str) -> Path:
-    """Processed H5 cube of a galaxy."""
+    """Name the processed H5 cube of a galaxy."""
     plate, _ = split_plateifu(plateifu)
     return Path(root) / "processed" / "cubes" / plate / f"{plateifu}.h5"
 
@@ -249,7 +250,7 @@ def plateifu_of(path: Path | str) -> str:
 
 
 def data_dir_of(path: Path | str) -> Path:
-    """Data folder that a raw or processed file lies in (the parent of raw/ or processed/)."""
+    """Find the data folder of a raw or processed file (the parent of raw/ or processed/)."""
     parents = list(Path(path).parents)
     for folder in parents:
         if folder.name in ("raw", "processed", "splits"):
@@ -328,6 +329,26 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def check_recipe(target: Path, made: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise a DataError unless an existing output was made as it would be made now.
+
+    Parameters
+    ----------
+    target : Path
+        The output.
+    made, wanted : dict
+        Options and source hashes then and now; only the keys of `wanted` are compared, as JSON
+        values.
+    """
+    wanted = json.loads(json.dumps(wanted, default=str))
+    changed = [k for k, v in wanted.items() if made.get(k) != v]
+    if changed:
+        raise DataError(
+            f"{target}: exists, made with another {', '.join(changed)}. "
+            "Replace it with --overwrite."
+        )
+
+
 # Provenance
 
 
@@ -355,7 +376,7 @@ def git_state() -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What a run depended on: python, platform, packages, git state, SLURM job, command line."""
+    """Gather what a run depended on: packages, platform, git state, SLURM job, command line."""
     packages = {}
     for name in ("numpy", "scipy", "pandas", "h5py", "astropy", "scikit-learn", "torch", "isal"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -432,7 +453,8 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     setup_logging()
     try:
         words = with_config_file(argv)
-        config = tyro.cli(config_class, args=words, description=doc)
+        description = doc.replace("\nWrites ", "\n\nWrites ")  # else the help joins the lines
+        config = tyro.cli(config_class, args=words, description=description)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
@@ -566,3 +588,11 @@ def _attempt(work: Callable[[str], str], plateifu: str) -> tuple[str, str | None
     except Exception as error:  # a bug met on one galaxy must not stop ten thousand others
         log.debug("%s", traceback.format_exc())
         return "failed", f"{type(error).__name__}: {error} (a bug: run this galaxy with --debug)"
+
+
+def report(outcome: dict[str, str], stage: str, where: Path) -> int:
+    """Log how many galaxies ended how, and where the results lie; return the exit code."""
+    words = sorted(set(outcome.values()))
+    counts = ", ".join(f"{sum(v == w for v in outcome.values())} {w}" for w in words)
+    log.info("%s: %d galaxies: %s. Results: %s", stage, len(outcome), counts or "none", where)
+    return EXIT_DATA if "failed" in words else EXIT_DONE

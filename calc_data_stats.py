@@ -1,0 +1,191 @@
+"""Mean, standard deviation and principal components of a training split's spectra.
+
+Each usable spectrum is divided by its own mean first, so the statistics describe shapes. Moments
+are accumulated galaxy by galaxy: the memory is that of one cube and one (band, band) matrix,
+whatever the number of galaxies, and the result is the exact PCA of all spectra.
+
+Reads   splits/<split_dir>/train.csv and processed/cubes/<plate>/<plateifu>.h5 of its galaxies.
+Writes  splits/<split_dir>/stats.h5, stats_components.png, stats_variance.png.
+
+    python calc_data_stats.py --split-dir hard --n-components 30
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import data_io
+import hsi_proc_fns
+import utils
+from utils import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Mean, standard deviation and principal components of a training split's spectra."""
+
+    split_dir: str
+    """Split whose training part is used."""
+    data_dir: Path | None = None
+    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
+    n_components: int = 30
+    """Principal components to keep."""
+    min_snr: float = 2.0
+    """Leave out spectra whose median signal-to-noise ratio a bin is lower: they add only noise."""
+    overwrite: bool = False
+    """Replace existing statistics made with other options."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+@dataclass
+class Moments:
+    """Running count, mean and scatter matrix of spectra.
+
+    Attributes
+    ----------
+    n : int
+    mean : (band,) float64
+    scatter : (band, band) float64
+        Sum of outer products of deviations from the mean.
+    """
+
+    n_band: int
+    n: int = 0
+    mean: np.ndarray = field(init=False)
+    scatter: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start at nothing."""
+        self.mean = np.zeros(self.n_band)
+        self.scatter = np.zeros((self.n_band, self.n_band))
+
+    def add(self, spectra: np.ndarray) -> None:
+        """Add (N, band) spectra; Chan et al. (1983), The American Statistician 37, 242, eq. 2.1."""
+        if not len(spectra):
+            return
+        block = spectra.astype(float)
+        block_mean = block.mean(axis=0)
+        deviations = block - block_mean
+        shift = block_mean - self.mean
+        total = self.n + len(block)
+        self.scatter += deviations.T @ deviations
+        self.scatter += np.outer(shift, shift) * (self.n * len(block) / total)
+        self.mean += shift * (len(block) / total)
+        self.n = total
+
+
+def principal_components(moments: Moments, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Leading principal components of accumulated spectra.
+
+    Returns
+    -------
+    components : (k, band)
+        Orthonormal rows by falling variance; the largest entry of each is positive.
+    variance, ratio : (k,)
+        Sample variance along each (divisor n - 1), and its share of the total.
+    """
+    values, vectors = np.linalg.eigh(moments.scatter / (moments.n - 1))
+    components = vectors[:, ::-1][:, :k].T
+    largest = np.abs(components).argmax(axis=1)
+    components = components * np.sign(components[np.arange(k), largest])[:, None]
+    variance = np.maximum(values[::-1], 0)
+    return components, variance[:k], variance[:k] / variance.sum()
+
+
+def usable_spectra(cube: data_io.Cube, min_snr: float) -> np.ndarray:
+    """Spectra of a cube that are complete and bright enough, each over its own mean; (N, band)."""
+    usable = hsi_proc_fns.usable_spaxels(cube.flux)
+    spectra = hsi_proc_fns.fill_gaps(cube.flux[usable])
+    if cube.ivar is not None and min_snr > 0:
+        snr = np.median(np.abs(spectra) * np.sqrt(cube.ivar[usable]), axis=1)
+        spectra = spectra[snr >= min_snr]
+    return hsi_proc_fns.unit_mean(spectra)
+
+
+def split_stats(
+    root: Path, plateifus: list[str], n_components: int, min_snr: float
+) -> data_io.Stats:
+    """Statistics over the spectra of the given galaxies.
+
+    Raises
+    ------
+    DataError
+        If a cube is missing, the wavelength grids differ, or fewer usable spectra than components
+        are found.
+    """
+    from tqdm import tqdm
+
+    moments, wave = None, None
+    for plateifu in tqdm(plateifus, desc="statistics", unit="galaxy", disable=None):
+        path = utils.cube_path(root, plateifu)
+        cube = data_io.read_cube(path)
+        if moments is None or wave is None:
+            moments, wave = Moments(cube.wave.size), cube.wave
+        if cube.wave.shape != wave.shape or not np.allclose(cube.wave, wave, rtol=1e-9, atol=0):
+            raise DataError(
+                f"{path}: its wavelength grid differs from the other cubes'. Re-run "
+                "process_single_cube.py --overwrite with the same --wave-min --wave-max --n-band."
+            )
+        moments.add(usable_spectra(cube, min_snr))
+    if moments is None or wave is None or moments.n <= n_components:
+        found = moments.n if moments else 0
+        raise DataError(
+            f"{found} usable spectra in {len(plateifus)} galaxies: {n_components} components need "
+            "more. Lower --n-components or --min-snr."
+        )
+    components, variance, ratio = principal_components(moments, n_components)
+    std = np.sqrt(np.diag(moments.scatter) / (moments.n - 1))
+    attrs = {"n_spaxels": moments.n, "n_galaxies": len(plateifus), "created_utc": utils.utc_now()}
+    return data_io.Stats(wave, moments.mean, std, components, variance, ratio, attrs)
+
+
+def main(config: Config) -> int:
+    """Compute, write and draw the statistics."""
+    import vis_fns  # figures only: the numbers need no matplotlib
+
+    root = utils.data_dir(config.data_dir)
+    folder = utils.split_path(root, config.split_dir)
+    parts, _ = data_io.read_split(folder)
+    plateifus = sorted(parts["train"]["plateifu"].unique())
+    target = utils.stats_path(root, config.split_dir)
+    recipe = {
+        "n_components": config.n_components,
+        "min_snr": config.min_snr,
+        "plateifus": plateifus,
+    }
+    if target.is_file() and not config.overwrite:
+        made = json.loads(data_io.read_stats(target).attrs["config_json"])
+        utils.check_recipe(target, made, recipe)
+        log.info("%s: up to date", target)
+        return utils.EXIT_DONE
+    stats = split_stats(root, plateifus, config.n_components, config.min_snr)
+    stats.attrs.update(
+        config_json=json.dumps(recipe), split_dir=config.split_dir, code_version=utils.VERSION
+    )
+    for figure, name in (
+        (vis_fns.components_figure(stats), "stats_components.png"),
+        (vis_fns.variance_figure(stats), "stats_variance.png"),
+    ):
+        vis_fns.save(figure, folder / name)
+    data_io.write_stats(target, stats)
+    shown = ", ".join(f"{100 * r:.1f}" for r in stats.explained_ratio[:5])
+    log.info(
+        "%d spectra of %d galaxies; first components explain %s %% of the variance",
+        stats.attrs["n_spaxels"],
+        len(plateifus),
+        shown,
+    )
+    log.info("Statistics and figures: %s", folder)
+    return utils.EXIT_DONE
+
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, __doc__)

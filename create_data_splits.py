@@ -1,0 +1,207 @@
+"""Split galaxies into training, validation and test parts: whole galaxies, by mangaid.
+
+A galaxy observed twice keeps both observations in one part. The parts are stratified: galaxies are
+sorted by their mean label, and each part takes its share evenly along that order.
+
+Reads   processed/labels/<label_task>/*.npy (and the .json beside each).
+Writes  splits/<split_dir>/{train,val,test}.csv: plateifu, mangaid, n_labelled, mean_label, one
+        count a class; seed and options in the header.
+
+    python create_data_splits.py --label-task logOH --split-dir hard --seed 0
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import data_io
+import utils
+from utils import DataError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_FRACTIONS = (0.7, 0.15, 0.15)
+DEFAULT_MIN_LABELLED = 20
+
+
+@dataclass(frozen=True)
+class Config:
+    """Split galaxies into training, validation and test parts."""
+
+    label_task: utils.LabelTask = "logOH"
+    """Labels to stratify by."""
+    split_dir: str | None = None
+    """Name of the split; default the label task."""
+    data_dir: Path | None = None
+    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
+    fractions: tuple[float, float, float] = DEFAULT_FRACTIONS
+    """Shares of training, validation and test."""
+    min_labelled: int = DEFAULT_MIN_LABELLED
+    """Leave out galaxies with fewer labelled spaxels."""
+    seed: int = 0
+    """Seed of the draw."""
+    overwrite: bool = False
+    """Replace an existing split that differs."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def labelled_galaxies(root: Path, label_task: str, min_labelled: int) -> pd.DataFrame:
+    """One row a galaxy with enough labels.
+
+    Returns
+    -------
+    DataFrame
+        plateifu, mangaid, n_labelled, mean_label (12+log(O/H), or the mean BPT class), and
+        class_<k> counts (6-class scale for logOH), sorted by plateifu.
+
+    Raises
+    ------
+    DataError
+        If there is no label map, or none with enough labels.
+    """
+    folder = Path(root) / "processed" / "labels" / label_task
+    paths = sorted(p for p in folder.glob("*.npy") if not p.stem.endswith("_err"))
+    if not paths:
+        raise DataError(f"{folder}: no label maps. Make them with cube_processing.py.")
+    n_classes = len(utils.class_names(label_task))
+    rows = []
+    for path in paths:
+        labels = data_io.read_labels(path)
+        classes = utils.label_classes(labels, label_task)
+        has_label = classes != utils.LABEL_NONE
+        count = int(has_label.sum())
+        if count < max(min_labelled, 1):
+            continue
+        plateifu = utils.plateifu_of(path)
+        mangaid = data_io.read_label_meta(path).get("mangaid") or plateifu
+        counts = np.bincount(classes[has_label], minlength=n_classes)
+        rows.append(
+            {
+                "plateifu": plateifu,
+                "mangaid": mangaid,
+                "n_labelled": count,
+                "mean_label": round(float(labels[has_label].mean(dtype=float)), 4),
+                **{f"class_{k}": int(c) for k, c in enumerate(counts)},
+            }
+        )
+    if not rows:
+        raise DataError(
+            f"{folder}: none of {len(paths)} galaxies has {min_labelled} labelled spaxels; lower "
+            "--min-labelled."
+        )
+    left_out = len(paths) - len(rows)
+    if left_out:
+        log.info("%d galaxies left out: fewer than %d labelled spaxels", left_out, min_labelled)
+    return pd.DataFrame(rows)
+
+
+def hard_split(
+    galaxies: pd.DataFrame, fractions: tuple[float, float, float], seed: int
+) -> dict[str, pd.DataFrame]:
+    """Distribute whole galaxies over the parts.
+
+    Parameters
+    ----------
+    galaxies : DataFrame
+        With plateifu, mangaid and mean_label.
+    fractions : (train, val, test)
+        Positive, summing to 1.
+    seed : int
+
+    Returns
+    -------
+    dict of part -> DataFrame
+        Disjoint in mangaid. Each part's number of galaxies is within one of its share.
+
+    Raises
+    ------
+    DataError
+        Fractions that are none, or too few galaxies to give each part one.
+    """
+    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise DataError(f"--fractions {fractions}: expected three positive numbers summing to 1.")
+    rng = np.random.default_rng(seed)
+    means = galaxies.groupby("mangaid")["mean_label"].mean()
+    if len(means) < 3:
+        raise DataError(f"{len(means)} galaxies: a split into three parts needs at least 3.")
+    order = means.index[np.lexsort((rng.random(len(means)), means.to_numpy()))]
+    parts = _interleave(len(order), fractions, rng)
+    part_of = dict(zip(order, parts, strict=True))
+    assigned = galaxies["mangaid"].map(part_of)
+    return {
+        name: galaxies[assigned == i].sort_values("plateifu").reset_index(drop=True)
+        for i, name in enumerate(utils.SPLIT_PARTS)
+    }
+
+
+def _interleave(n: int, fractions: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
+    """Part of each of n sorted galaxies: each part evenly spread, in a random phase."""
+    counts = np.maximum(np.round(np.array(fractions) * n).astype(int), 1)
+    counts[0] = n - counts[1:].sum()
+    position = [(np.arange(c) + rng.random(c)) / c for c in counts]  # jittered, one a stratum
+    part = np.repeat(np.arange(len(fractions)), counts)
+    return part[np.argsort(np.concatenate(position), kind="stable")]
+
+
+def write_hard_split(
+    root: Path,
+    label_task: str,
+    split_dir: str,
+    fractions: tuple[float, float, float] = DEFAULT_FRACTIONS,
+    min_labelled: int = DEFAULT_MIN_LABELLED,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, pd.DataFrame]:
+    """Make and write a split by whole galaxies; log what each part holds."""
+    galaxies = labelled_galaxies(root, label_task, min_labelled)
+    parts = hard_split(galaxies, fractions, seed)
+    options = {"fractions": list(fractions), "min_labelled": min_labelled, "seed": seed}
+    meta = {"kind": "hard", "label_task": label_task, **options}
+    write_checked(root, split_dir, parts, meta, overwrite)
+    return parts
+
+
+def write_checked(
+    root: Path,
+    split_dir: str,
+    parts: dict[str, pd.DataFrame],
+    meta: dict[str, Any],
+    overwrite: bool,
+) -> None:
+    """Write a split unless another one stands in its place; log what each part holds."""
+    folder = utils.split_path(root, split_dir)
+    if not overwrite and all(utils.split_path(root, split_dir, p).is_file() for p in parts):
+        existing, made = data_io.read_split(folder)
+        is_same = all(
+            existing[p]["plateifu"].tolist() == parts[p]["plateifu"].tolist() for p in parts
+        )
+        utils.check_recipe(folder, {**made, "galaxies": is_same}, {**meta, "galaxies": True})
+    data_io.write_split(folder, parts, {**meta, "created_utc": utils.utc_now()})
+    for name, table in parts.items():
+        count = f"{table['plateifu'].nunique()} galaxies"
+        spaxels = int(table["n_labelled"].sum()) if "n_labelled" in table else len(table)
+        log.info("%s/%s: %s, %d labelled spaxels", split_dir, name, count, spaxels)
+    log.info("Split: %s", folder)
+
+
+def main(config: Config) -> int:
+    """Write the split."""
+    options = asdict(config)
+    write_hard_split(
+        utils.data_dir(config.data_dir),
+        config.label_task,
+        config.split_dir or config.label_task,
+        **{k: options[k] for k in ("fractions", "min_labelled", "seed", "overwrite")},
+    )
+    return utils.EXIT_DONE
+
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, __doc__)

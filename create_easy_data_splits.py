@@ -1,0 +1,103 @@
+"""Split spaxels, not galaxies: patches of one galaxy stand in training AND in test.
+
+FOR COMPARISON ONLY. Neighbouring spaxels share light (the seeing mixes them) and patches overlap,
+so a score on such a split says how well a network remembers galaxies it was shown, not how well it
+does on new ones. Use create_data_splits.py for anything you report.
+
+Reads   processed/labels/<label_task>/*.npy.
+Writes  splits/<split_dir>/{train,val,test}.csv: plateifu, mangaid, y, x, one row a labelled spaxel.
+
+    python create_easy_data_splits.py --label-task logOH --split-dir easy
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+import create_data_splits as hard
+import data_io
+import utils
+
+log = logging.getLogger(__name__)
+
+WARNING = (
+    "EASY split: patches of one galaxy are in training and in test. Scores on it are far above "
+    "those on new galaxies; report create_data_splits.py's instead."
+)
+
+
+@dataclass(frozen=True)
+class Config(hard.Config):
+    """Split spaxels, not galaxies. For comparison only: its scores say nothing of new galaxies."""
+
+    split_dir: str | None = None
+    """Name of the split; default easy_<label_task>."""
+
+
+def easy_split(
+    galaxies: pd.DataFrame,
+    spaxels: dict[str, tuple[np.ndarray, np.ndarray]],
+    fractions: tuple[float, float, float],
+    seed: int,
+) -> dict[str, pd.DataFrame]:
+    """Distribute each galaxy's labelled spaxels over the parts at random.
+
+    Parameters
+    ----------
+    galaxies : DataFrame
+        With plateifu and mangaid.
+    spaxels : dict of plateifu -> (ys, xs)
+        Labelled spaxels.
+    fractions : (train, val, test)
+    seed : int
+
+    Returns
+    -------
+    dict of part -> DataFrame
+        plateifu, mangaid, y, x.
+    """
+    rng = np.random.default_rng(seed)
+    tables = []
+    for plateifu, mangaid in galaxies[["plateifu", "mangaid"]].itertuples(index=False):
+        ys, xs = spaxels[plateifu]
+        ends = np.round(np.cumsum(fractions) * ys.size).astype(int)
+        part = np.searchsorted(ends, rng.permutation(ys.size), side="right")
+        names = {"plateifu": plateifu, "mangaid": mangaid}
+        tables.append(pd.DataFrame({**names, "y": ys, "x": xs, "part": part}))
+    whole = pd.concat(tables, ignore_index=True)
+    return {
+        name: whole[whole["part"] == i].drop(columns="part").reset_index(drop=True)
+        for i, name in enumerate(utils.SPLIT_PARTS)
+    }
+
+
+def main(config: Config) -> int:
+    """Write the split, and say what it is."""
+    root = utils.data_dir(config.data_dir)
+    galaxies = hard.labelled_galaxies(root, config.label_task, config.min_labelled)
+    spaxels = {}
+    for plateifu in galaxies["plateifu"]:
+        labels = data_io.read_labels(utils.label_path(root, config.label_task, plateifu))
+        classes = utils.label_classes(labels, config.label_task)
+        spaxels[plateifu] = np.nonzero(classes != utils.LABEL_NONE)
+    parts = easy_split(galaxies, spaxels, config.fractions, config.seed)
+    meta = {
+        "kind": "easy",
+        "warning": WARNING,
+        "label_task": config.label_task,
+        "fractions": list(config.fractions),
+        "min_labelled": config.min_labelled,
+        "seed": config.seed,
+    }
+    split_dir = config.split_dir or f"easy_{config.label_task}"
+    hard.write_checked(root, split_dir, parts, meta, config.overwrite)
+    log.warning(WARNING)
+    return utils.EXIT_DONE
+
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, __doc__)

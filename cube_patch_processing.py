@@ -1,0 +1,244 @@
+"""Cut processed cubes into labelled patches for training.
+
+Reads   processed/cubes/<plate>/<plateifu>.h5 and processed/labels/<label_task>/<plateifu>.npy;
+        for the norm PCA also splits/<split_dir>/stats.h5.
+Writes  processed/patches/<label_task>/<patch_norm>/<plateifu>/<plateifu>.npy, float32 (N, P, P, C),
+        one row a labelled spaxel, beside its index table (row, y, x, label). Layout:
+        docs/data_formats.md#patches.
+The label belongs to the spaxel at [P//2, P//2]; beyond the field of view a patch holds zeros.
+Training does not need these files (it cuts patches from the cubes); a patch file repeats every
+spaxel up to P*P times. No astronomy package is needed.
+
+    python cube_patch_processing.py --plateifu 8485-1901 --patch-size 9 --patch-norms global
+    python cube_patch_processing.py --label-tasks logOH --patch-norms PCA --split-dir hard --jobs 8
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import data_io
+import hsi_proc_fns
+import utils
+from utils import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """How patches are cut."""
+
+    patch_norms: tuple[utils.PatchNorm, ...] = ()
+    """Normalisations to write patch files for (global spatial spectral PCA)."""
+    patch_size: int = 7
+    """Spaxels a side."""
+    split_dir: str | None = None
+    """Split whose statistics the norm PCA uses."""
+
+
+@dataclass(frozen=True)
+class GalaxyChoice:
+    """Which galaxies to work on, and how."""
+
+    data_dir: Path | None = None
+    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
+    plateifu: tuple[str, ...] = ()
+    """Galaxies, e.g. 8485-1901; default all that are there."""
+    galaxy_list: Path | None = None
+    """File with a plateifu a line, or a CSV with a column plateifu."""
+    shard: str | None = None
+    """Work on items k, k+n, ... only: k/n, e.g. 0/4 (for job arrays)."""
+    jobs: int = 0
+    """Processes; 0 takes one a CPU."""
+    overwrite: bool = False
+    """Replace existing outputs."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+@dataclass(frozen=True)
+class Config(PatchOptions, GalaxyChoice):
+    """Cut processed cubes into labelled patches."""
+
+    patch_norms: tuple[utils.PatchNorm, ...] = ("global",)
+    """Normalisations to write patch files for (global spatial spectral PCA)."""
+    label_tasks: tuple[utils.LabelTask, ...] = utils.LABEL_TASKS  # type: ignore[assignment]
+    """Labels to cut patches for."""
+
+
+def chosen_galaxies(choice: GalaxyChoice, available: list[str]) -> list[str]:
+    """Galaxies named by flag or file, else the available ones; then this shard's.
+
+    Raises
+    ------
+    DataError
+        If a name is no plateifu, the list cannot be read, or nothing is left.
+    """
+    names = list(choice.plateifu)
+    if choice.galaxy_list:
+        names += read_galaxy_list(choice.galaxy_list)
+    for name in names:
+        utils.split_plateifu(name)
+    names = list(dict.fromkeys(names)) or available
+    if not names:
+        root = utils.data_dir(choice.data_dir)
+        raise DataError(
+            f"{root}: no galaxy to work on. The data folder comes from --data-dir, "
+            "MANGA_DATA_DIR or ./data/manga; fill it with download_utils.py or mock_manga.py."
+        )
+    return utils.shard_of(names, choice.shard)
+
+
+def read_galaxy_list(path: Path) -> list[str]:
+    """Plateifus in a text file (one a line) or in a CSV's column plateifu; # starts a comment."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such galaxy list.")
+    rows = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    rows = [row for row in rows if row]
+    header = [word.strip().lower() for word in rows[0].split(",")] if rows else []
+    if "plateifu" in header:
+        column = header.index("plateifu")
+        return [row.split(",")[column].strip() for row in rows[1:]]
+    return rows
+
+
+def job_count(choice: GalaxyChoice) -> int:
+    """Choose how many processes work."""
+    return choice.jobs or utils.cpu_count()
+
+
+def label_patches(
+    flux: np.ndarray,
+    labels: np.ndarray,
+    label_task: str,
+    patch_norm: str,
+    patch_size: int,
+    stats: data_io.Stats | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut the patches of every labelled, usable spaxel.
+
+    Parameters
+    ----------
+    flux : (y, x, band) array
+    labels : (y, x) array
+        Label map of the task.
+    label_task, patch_norm, patch_size, stats
+        As in `hsi_proc_fns.normalise` and `extract_patches`.
+
+    Returns
+    -------
+    patches : (N, P, P, C) float32
+    ys, xs : (N,) int
+        Spaxels at their centres, in C order of the map.
+    """
+    if labels.shape != flux.shape[:2]:
+        raise DataError(f"label map of {labels.shape}, cube of {flux.shape[:2]} spaxels.")
+    usable = hsi_proc_fns.usable_spaxels(flux)
+    has_label = utils.label_classes(labels, label_task) != utils.LABEL_NONE
+    ys, xs = np.nonzero(usable & has_label)
+    normed = hsi_proc_fns.normalise(flux, patch_norm, stats, usable)
+    return hsi_proc_fns.extract_patches(normed, ys, xs, patch_size), ys, xs
+
+
+def patch_galaxy(
+    root: Path,
+    plateifu: str,
+    label_task: str,
+    options: PatchOptions,
+    overwrite: bool = False,
+) -> str:
+    """Write the patch files of one galaxy and label task, one for each norm.
+
+    Returns
+    -------
+    {"written", "up to date"}
+
+    Raises
+    ------
+    DataError
+        Missing or unreadable inputs, an existing file made with other options.
+    """
+    import pandas as pd
+
+    cube_path = utils.cube_path(root, plateifu)
+    label_path = utils.label_path(root, label_task, plateifu)
+    source = {
+        "cube_sha256": data_io.read_cube_attrs(cube_path).get("source_sha256"),
+        "label_options": data_io.read_label_meta(label_path).get("options"),
+    }
+    cube = labels = None
+    for norm in options.patch_norms:
+        stats, recipe = None, {**source, "patch_norm": norm, "patch_size": options.patch_size}
+        if norm == "PCA":
+            stats = data_io.read_stats(_stats_path(root, options.split_dir))
+            recipe["stats"] = stats.attrs.get("created_utc")
+        target = utils.patch_path(root, label_task, norm, plateifu)
+        if target.is_file() and not overwrite:
+            utils.check_recipe(target, data_io.read_patches(target)[2], recipe)
+            continue
+        if cube is None or labels is None:
+            cube = data_io.read_cube(cube_path, with_errors=False)
+            labels = data_io.read_labels(label_path)
+        patches, ys, xs = label_patches(
+            cube.flux, labels, label_task, norm, options.patch_size, stats
+        )
+        index = pd.DataFrame({"row": np.arange(ys.size), "y": ys, "x": xs, "label": labels[ys, xs]})
+        meta: dict[str, Any] = {
+            **recipe,
+            "plateifu": plateifu,
+            "label_task": label_task,
+            "mangaid": cube.attrs.get("mangaid"),
+            "wave_min": float(cube.wave[0]),
+            "wave_max": float(cube.wave[-1]),
+            "n_band": int(cube.wave.size),
+            "code_version": utils.VERSION,
+            "created_utc": utils.utc_now(),
+        }
+        data_io.write_patches(target, patches, index, meta)
+    return "up to date" if cube is None else "written"
+
+
+def _stats_path(root: Path, split_dir: str | None) -> Path:
+    """Statistics file for the norm PCA."""
+    if split_dir is None:
+        raise DataError(
+            "patch norm PCA needs a training split's statistics: name the split with --split-dir."
+        )
+    return utils.stats_path(root, split_dir)
+
+
+def patch_all_tasks(
+    plateifu: str, root: Path, label_tasks: tuple[str, ...], options: PatchOptions, overwrite: bool
+) -> str:
+    """Write one galaxy's patch files for several label tasks."""
+    words = {patch_galaxy(root, plateifu, task, options, overwrite) for task in label_tasks}
+    return "written" if "written" in words else "up to date"
+
+
+def main(config: Config) -> int:
+    """Cut the patches of all chosen galaxies."""
+    root = utils.data_dir(config.data_dir)
+    cubes = sorted((root / "processed" / "cubes").glob("*/*.h5"))
+    galaxies = chosen_galaxies(config, [p.stem for p in cubes])
+    options = PatchOptions(config.patch_norms, config.patch_size, config.split_dir)
+    work = partial(
+        patch_all_tasks,
+        root=root,
+        label_tasks=config.label_tasks,
+        options=options,
+        overwrite=config.overwrite,
+    )
+    failed_csv = root / "processed" / "patches" / "failed.csv"
+    outcome = utils.for_each_galaxy(work, galaxies, "patches", failed_csv, job_count(config))
+    return utils.report(outcome, "patches", root / "processed" / "patches")
+
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, __doc__)

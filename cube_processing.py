@@ -1,0 +1,74 @@
+"""Process a whole set of galaxies: cubes, labels, patches if asked for, then the split CSVs.
+
+Runs what process_single_cube.py does on every galaxy, in parallel; a galaxy that fails is listed
+in processed/failed.csv and the loop goes on. Running it again does only what is missing.
+
+Reads   raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz
+Writes  processed/cubes, processed/labels, processed/patches (see process_single_cube.py),
+        splits/<split_dir>/{train,val,test}.csv unless --no-splits or --shard is given.
+
+    python cube_processing.py --data-dir data/manga --jobs 8
+    python cube_processing.py --galaxy-list galaxies.txt --shard 3/100      # one of a job array
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import create_data_splits
+import cube_patch_processing as patches
+import process_single_cube as single
+import utils
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config(single.GalaxyOptions, patches.GalaxyChoice):
+    """Process a whole set of galaxies."""
+
+    splits: bool = True
+    """Write a split by whole galaxies into splits/<label_task> for each label task at the end."""
+    seed: int = 0
+    """Seed of that split."""
+
+
+def galaxies_with_files(config: Config) -> list[str]:
+    """Plateifus that have a LOGCUBE in the raw folder, sorted."""
+    raw = utils.data_dir(config.data_dir) / "raw"
+    found = {utils.plateifu_of(p) for p in raw.glob("*/*/manga-*-LOGCUBE*.fits*")}
+    return sorted(found)
+
+
+def main(config: Config) -> int:
+    """Process all chosen galaxies, then split them."""
+    root = utils.data_dir(config.data_dir)
+    galaxies = patches.chosen_galaxies(config, galaxies_with_files(config))
+    work = partial(
+        single.process_galaxy,
+        root=root,
+        options=config,
+        overwrite=config.overwrite,
+    )
+    name = f"failed-{config.shard.replace('/', 'of')}.csv" if config.shard else "failed.csv"
+    outcome = utils.for_each_galaxy(
+        work, galaxies, "cubes", root / "processed" / name, patches.job_count(config)
+    )
+    code = utils.report(outcome, "cubes", root / "processed")
+    if not config.splits or config.shard:
+        return code
+    for task in config.label_tasks:
+        try:
+            create_data_splits.write_hard_split(
+                root, task, task, seed=config.seed, overwrite=config.overwrite
+            )
+        except utils.DataError as error:  # a model may already be trained on the old split
+            log.warning("split %s not written: %s", task, error)
+            code = utils.EXIT_DATA
+    return code
+
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, __doc__)

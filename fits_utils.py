@@ -1,0 +1,814 @@
+"""Read MaNGA's FITS files and turn them into H5 cubes and label maps.
+
+`process_cube`  LOGCUBE (DAP model cube or DRP) -> processed/cubes/<plate>/<plateifu>.h5
+`process_map`   MAPS -> processed/labels/<label_task>/<plateifu>.npy, _err.npy, .json, .png
+
+A file is decompressed with igzip only as far as its last needed HDU, and only needed arrays are
+kept. Line channels and HDUs go by name, so releases DR15 to DR17 and every DAPTYPE read alike
+(data models: docs/data_formats.md). Axis order in FITS: (band, y, x).
+
+    >>> process_cube(logcube, utils.cube_path(root, "8485-1901"), CubeOptions())
+    >>> process_map(maps, utils.label_path(root, "logOH", "8485-1901"), "logOH", LabelOptions())
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from astropy.io import fits
+from isal import igzip_threaded, isal_zlib
+
+import data_io
+import line_labels
+import resample
+import utils
+from utils import DataError
+
+log = logging.getLogger(__name__)
+
+C_KMS = 299792.458
+"""Speed of light, km/s (exact)."""
+
+FITS_BLOCK = 2880
+DECOMPRESSION_BUFFER = 1 << 20
+
+WAVE_LOG_FIRST, WAVE_LOG_STEP, WAVE_N = 3.5589, 1e-4, 4563
+"""The LOGCUBE grid: pixel i is at 10**(3.5589 + 1e-4 i) Angstrom, vacuum (DAP data model)."""
+
+WAVE_TOLERANCE = 1e-6
+"""Largest relative disagreement of WAVE with that grid: its float32 values are off by 1e-7."""
+
+DAP_BAD = 0b11111
+"""MANGA_DAPSPECMASK bits 0-4: IGNORED FORESTAR FLUXINVALID IVARINVALID ARTIFACT. The bits above
+speak of the DAP's fit, not of the flux."""
+
+DRP_BAD = 1 << 10 | 1 << 3
+"""MANGA_DRP3PIXMASK: DONOTUSE, FORESTAR."""
+
+MAPS_DONOTUSE = 1 << 30
+"""MANGA_DAPPIXMASK: DONOTUSE; every other bit that spoils a value sets it too."""
+
+CRITICAL = 1 << 30
+"""DRP3QUAL and DAPQUAL: the whole file is not to be trusted."""
+
+ESSENTIAL = ("FLUX", "IVAR", "MASK", "WAVE")
+CUBE_UNIT = 1e-17
+BPT_COLOURS = ((68, 119, 170), (204, 187, 68), (238, 102, 119))
+"""Star-forming, composite, AGN: Tol's colour-blind-safe 'bright' scheme."""
+
+Diagnostic = Literal["O3N2-M13", "N2-M13", "O3N2-PP04", "N2O2-KD02"]
+
+
+@dataclass(frozen=True)
+class CubeOptions:
+    """How a cube is processed."""
+
+    wave_min: float = 5000.0
+    """Blue end of the rest-frame grid, Angstrom (vacuum)."""
+    wave_max: float = 8000.0
+    """Red end of the rest-frame grid, Angstrom (vacuum)."""
+    n_band: int = 2040
+    """Number of logarithmic bins."""
+    deredden: bool = True
+    """Undo the Galaxy's reddening."""
+    remove_gas_velocity: bool = False
+    """Also shift each spaxel by its gas velocity (Ha, from MAPS)."""
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """How labels are made."""
+
+    diagnostic: Diagnostic = "O3N2-M13"
+    """Metallicity calibration: O3N2 or N2 of Marino+13, O3N2 of Pettini & Pagel 04, N2O2 of
+    Kewley & Dopita 02."""
+    min_snr: float = 3.0
+    """Signal-to-noise ratio that every line used must exceed."""
+    star_forming_only: bool = True
+    """Metallicity only where the BPT class is star-forming: the calibrations are for H II
+    regions."""
+
+
+# Reading FITS
+
+
+@dataclass(frozen=True)
+class Hdu:
+    """Header and array (big-endian, FITS axis order) of one HDU."""
+
+    header: fits.Header
+    data: np.ndarray | None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a FITS file for sequential reading, decompressing in a second thread."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file.")
+    size = path.stat().st_size
+    if size == 0:
+        raise DataError(f"{path}: zero bytes. Fetch it again with download_utils.py --overwrite.")
+    with path.open("rb") as raw:
+        is_gzip = raw.read(2) == b"\x1f\x8b"
+    opened = (
+        igzip_threaded.open(path, "rb", threads=1, block_size=DECOMPRESSION_BUFFER)
+        if is_gzip
+        else path.open("rb")
+    )
+    try:
+        with opened as stream:
+            yield stream
+    except (EOFError, isal_zlib.error, zlib.error, OSError) as error:
+        raise DataError(
+            f"{path}: damaged or cut short ({error}). Fetch it again with download_utils.py "
+            "--overwrite."
+        ) from None
+
+
+def iterate_hdus(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Hdu]]:
+    """Read a FITS file from its start, up to the last of the wanted HDUs, in file order.
+
+    Parameters
+    ----------
+    path : Path
+        Plain or gzipped.
+    wanted : sequence of str
+        Extension names; "PRIMARY" is the first HDU. Arrays of other HDUs are passed over.
+
+    Yields
+    ------
+    name, Hdu
+
+    Raises
+    ------
+    DataError
+        Missing, empty, truncated or damaged file; not FITS; an HDU missing (after the others).
+    """
+    path, missing, seen = Path(path), set(wanted), []
+    with _opened(path) as stream:
+        while missing:
+            header = _read_header(stream, path, first=not seen)
+            if header is None:
+                raise DataError(
+                    f"{path}: no HDU {', '.join(sorted(missing))}; it holds {', '.join(seen)}."
+                )
+            name = header.get("EXTNAME", "PRIMARY" if not seen else f"HDU{len(seen)}").strip()
+            seen.append(name)
+            shape = tuple(header[f"NAXIS{i}"] for i in range(header["NAXIS"], 0, -1))
+            groups = header.get("GCOUNT", 1) * (
+                int(np.prod(shape, dtype=np.int64)) + header.get("PCOUNT", 0) if shape else 0
+            )
+            n_bytes = abs(header["BITPIX"]) // 8 * groups
+            padded = -(-n_bytes // FITS_BLOCK) * FITS_BLOCK
+            if name not in missing:
+                _skip(stream, padded, path, name)
+                continue
+            data = _read_array(stream, header["BITPIX"], shape, path, name) if shape else None
+            _skip(stream, padded - n_bytes, path, name, is_padding=True)
+            missing.discard(name)
+            yield name, Hdu(header, data)
+
+
+def read_hdus(path: Path, wanted: Sequence[str]) -> dict[str, Hdu]:
+    """Read the wanted HDUs of a FITS file; see `iterate_hdus`."""
+    return dict(iterate_hdus(path, wanted))
+
+
+def _read_header(stream: BinaryIO, path: Path, first: bool) -> fits.Header | None:
+    """Next header of the stream, None at the end of the file."""
+    blocks = b""
+    while True:
+        block = stream.read(FITS_BLOCK)
+        if not block and not blocks and not first:
+            return None
+        if first and not blocks and not block.startswith(b"SIMPLE  ="):
+            raise DataError(f"{path}: not a FITS file (it does not begin with SIMPLE).")
+        if len(block) < FITS_BLOCK:
+            raise DataError(f"{path}: cut short inside a header. Fetch it again.")
+        blocks += block
+        if any(block[i : i + 8] == b"END     " for i in range(0, FITS_BLOCK, 80)):
+            return fits.Header.fromstring(blocks.decode("ascii", "replace"))
+
+
+def _read_array(
+    stream: BinaryIO, bitpix: int, shape: tuple[int, ...], path: Path, name: str
+) -> np.ndarray:
+    """Read an image into memory as it stands, big-endian."""
+    kind = f">f{-bitpix // 8}" if bitpix < 0 else f">i{bitpix // 8}" if bitpix > 8 else "u1"
+    array = np.empty(shape, kind)
+    view, filled = memoryview(array.reshape(-1).view(np.uint8)), 0
+    while filled < len(view):
+        got = stream.readinto(view[filled:])  # type: ignore[attr-defined]
+        if not got:
+            raise DataError(
+                f"{path}: cut short inside {name} ({filled} of {len(view)} bytes). Fetch it again "
+                "with download_utils.py --overwrite."
+            )
+        filled += got
+    return array
+
+
+def _skip(stream: BinaryIO, n: int, path: Path, name: str, is_padding: bool = False) -> None:
+    """Read past n bytes; padding at the very end of a file may be missing."""
+    while n > 0:
+        got = len(stream.read(min(n, DECOMPRESSION_BUFFER)))
+        if not got:
+            if is_padding:
+                return
+            raise DataError(f"{path}: cut short inside {name}. Fetch it again.")
+        n -= got
+
+
+def native(array: np.ndarray) -> np.ndarray:
+    """Return the same values in the machine's byte order."""
+    return array.astype(array.dtype.newbyteorder("="))
+
+
+# Headers
+
+
+def redshift_of(primary: fits.Header, path: Path) -> float:
+    """Redshift in a DAP primary header: SCINPVEL is cz in km/s.
+
+    Raises
+    ------
+    DataError
+        If there is none, or it is not a galaxy's.
+    """
+    cz = primary.get("SCINPVEL")
+    if cz is None:
+        raise DataError(
+            f"{path}: no redshift (SCINPVEL) in the primary header. Give --redshift, or put the "
+            "dapall or drpall catalogue into <data-dir>/raw/."
+        )
+    return _checked_redshift(float(cz) / C_KMS, f"{path} (SCINPVEL)")
+
+
+def _checked_redshift(z: float, where: str) -> float:
+    """Return z if the survey could hold it."""
+    if not (np.isfinite(z) and -0.01 < z < 1.0):
+        raise DataError(
+            f"{where}: redshift {z} is no MaNGA galaxy's (-0.01 to 1). Give --redshift."
+        )
+    return z
+
+
+def critical_flags(primary: fits.Header) -> list[str]:
+    """Which quality words of a primary header say CRITICAL."""
+    return [k for k in ("DRP3QUAL", "DAPQUAL") if int(primary.get(k) or 0) & CRITICAL]
+
+
+def catalogue_row(path: Path, plateifu: str) -> dict[str, Any]:
+    """Redshift and identity of a galaxy from the dapall or drpall catalogue.
+
+    Returns
+    -------
+    dict with plateifu, mangaid, redshift
+
+    Raises
+    ------
+    DataError
+        If the catalogue does not hold the galaxy, or no redshift of it.
+    """
+    return catalogue_rows(path, (plateifu,))[plateifu]
+
+
+def catalogue_rows(path: Path, plateifus: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Rows of a dapall or drpall catalogue by plateifu; all of them, or those asked for.
+
+    The redshift is NSA_Z, else Z (in drpall nsa_z, else z); negative values mean none.
+
+    Raises
+    ------
+    DataError
+        If a galaxy asked for is not there.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such catalogue.")
+    rows: dict[str, dict[str, Any]] = {}
+    try:
+        with fits.open(path) as hdus:
+            for hdu in hdus[1:]:
+                if not isinstance(hdu, fits.BinTableHDU):
+                    continue
+                names = {n.lower(): n for n in hdu.columns.names}
+                if "plateifu" not in names:
+                    continue
+                z_names = [names[n] for n in ("nsa_z", "z") if n in names]
+                columns = [hdu.data[names["plateifu"]], hdu.data[names["mangaid"]]]
+                for i, (key, mangaid) in enumerate(zip(*columns, strict=True)):
+                    key = key.strip()
+                    if key in rows or (plateifus is not None and key not in plateifus):
+                        continue
+                    values = [float(hdu.data[n][i]) for n in z_names]
+                    good = [v for v in values if np.isfinite(v) and v > -0.01]
+                    rows[key] = {
+                        "plateifu": key,
+                        "mangaid": mangaid.strip(),
+                        "redshift": good[0] if good else None,
+                    }
+    except OSError as error:
+        raise DataError(f"{path}: not a readable catalogue ({error}).") from None
+    for key in plateifus or ():
+        if key not in rows:
+            raise DataError(f"{path}: no galaxy {key} in the catalogue ({len(rows)} rows matched).")
+    return rows
+
+
+# Cubes
+
+
+@dataclass(frozen=True)
+class RawCube:
+    """The part of a LOGCUBE that resampling needs.
+
+    Attributes
+    ----------
+    flux, ivar : (n, N) float32
+        Pixels `pixels` of the field's spaxels, one spectrum a column.
+    bad : (n, N) bool
+    inside : (y, x) bool
+        Spaxels with any good pixel: those N, in C order.
+    redcorr : (n,) float
+        Factor that undoes the Galaxy's reddening.
+    """
+
+    flux: np.ndarray
+    ivar: np.ndarray
+    bad: np.ndarray
+    inside: np.ndarray
+    redcorr: np.ndarray
+
+
+def process_cube(
+    source: Path,
+    target: Path,
+    options: CubeOptions,
+    redshift: float | None = None,
+    maps: Path | None = None,
+    catalogue: Path | None = None,
+    skip_critical: bool = False,
+    overwrite: bool = False,
+    compression: str | None = None,
+) -> str:
+    """De-redshift and resample one LOGCUBE, and write it as H5.
+
+    Flux density is multiplied by (1 + z) as wavelengths are divided by it, so a line's integral
+    stays what was observed (docs/science_choices.md#rest-frame).
+
+    Parameters
+    ----------
+    source : Path
+        DAP or DRP LOGCUBE, plain or gzipped.
+    target : Path
+        H5 file; layout in docs/data_formats.md#cubes.
+    options : CubeOptions
+    redshift : float, optional
+        Default: the DAP header's SCINPVEL / c, else the catalogue's.
+    maps : Path, optional
+        MAPS file; needed to remove the gas velocity.
+    catalogue : Path, optional
+        dapall or drpall; needed for DRP cubes without `redshift`.
+    skip_critical : bool
+        Do not process a cube whose quality word says CRITICAL. Otherwise it is warned of and
+        recorded.
+    overwrite : bool
+        Replace an output that other options or another source made. One that is up to date is
+        left alone.
+    compression : {None, "gzip"}
+
+    Returns
+    -------
+    {"written", "up to date", "skipped: CRITICAL"}
+
+    Raises
+    ------
+    DataError
+        Any problem with the input; nothing is written then.
+    """
+    source, target = Path(source), Path(target)
+    if not source.is_file():
+        raise DataError(f"{source}: no such file.")
+    _check_grid(options)
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(utils.sha256_of, source)
+        recipe = {**asdict(options), "redshift": redshift}
+        if target.is_file() and not overwrite:
+            attrs = data_io.read_cube_attrs(target)
+            made = json.loads(attrs.get("config_json", "{}"))
+            made["source_sha256"] = attrs.get("source_sha256")
+            utils.check_recipe(target, made, {**recipe, "source_sha256": hashing.result()})
+            return "up to date"
+        wanted = ("PRIMARY", *ESSENTIAL)
+        stream = iterate_hdus(source, (*wanted, "REDCORR") if _is_dap(source) else wanted)
+        _, first = next(stream)
+        primary = first.header
+        critical = critical_flags(primary)
+        if critical:
+            log.warning("%s: %s says CRITICAL", source, " and ".join(critical))
+            if skip_critical:
+                return "skipped: CRITICAL"
+        z, mangaid = _identify(source, primary, redshift, catalogue)
+        edges = resample.log_edges(WAVE_LOG_FIRST, WAVE_LOG_STEP, WAVE_N)
+        wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
+        slack = 1.0
+        if options.remove_gas_velocity:
+            stretch = _gas_stretch(maps, source)
+            slack = float(np.max(np.abs(stretch - 1))) + 1
+        matrix = resample.overlap_matrix(edges / (1 + z), bins)
+        pixels = resample.used_pixels(
+            resample.overlap_matrix(edges / (1 + z), bins[[0, -1]] * [1 / slack, slack])
+        )
+        if pixels.stop == pixels.start:
+            raise DataError(
+                f"{source}: at redshift {z:.4f} the cube holds nothing of "
+                f"{options.wave_min:g}-{options.wave_max:g} Angstrom. Check --redshift."
+            )
+        raw, header = _read_logcube(stream, source, pixels, options.deredden, primary)
+        if options.remove_gas_velocity:
+            if stretch.shape != raw.inside.shape:
+                raise DataError(f"{maps}: maps of {stretch.shape}, cube of {raw.inside.shape}.")
+            resampled = resample.resample_shifted(
+                raw.flux,
+                raw.ivar,
+                raw.bad,
+                edges[pixels.start : pixels.stop + 1],
+                bins,
+                (1 + z) * stretch[raw.inside],
+                raw.redcorr,
+            )
+        else:
+            resampled = resample.resample_spectra(
+                raw.flux, raw.ivar, raw.bad, matrix[:, pixels], np.diff(bins), raw.redcorr * (1 + z)
+            )
+        flux, ivar, good = (_unfold(a, raw.inside) for a in resampled)
+        flux[~raw.inside] = np.nan
+        attrs = {
+            "plateifu": primary.get("PLATEIFU", utils.plateifu_of(source)),
+            "mangaid": mangaid,
+            "redshift": z,
+            "critical": bool(critical),
+            "drp3qual": primary.get("DRP3QUAL"),
+            "dapqual": primary.get("DAPQUAL"),
+            "drp_version": primary.get("VERSDRP3"),
+            "dap_version": primary.get("VERSDAP"),
+            "daptype": primary.get("DAPTYPE"),
+            "objra": primary.get("OBJRA"),
+            "objdec": primary.get("OBJDEC"),
+            "ebv_galactic": primary.get("EBVGAL"),
+            "reff_arcsec": primary.get("REFF"),
+            "wcs_header": _celestial(header),
+            "source_file": source.name,
+            "source_sha256": hashing.result(),
+            "config_json": json.dumps(recipe),
+            "code_version": utils.VERSION,
+            "created_utc": utils.utc_now(),
+        }
+    cube = data_io.Cube(flux, wave, ivar, good, attrs)
+    data_io.write_cube(target, cube, compression)
+    return "written"
+
+
+def _check_grid(options: CubeOptions) -> None:
+    """Raise if the target grid makes no sense."""
+    if not (0 < options.wave_min < options.wave_max and options.n_band > 0):
+        raise DataError(
+            f"grid of {options.n_band} bins from {options.wave_min:g} to {options.wave_max:g} "
+            "Angstrom: expected 0 < --wave-min < --wave-max and --n-band > 0."
+        )
+
+
+def _is_dap(path: Path) -> bool:
+    """Tell a DAP model cube from a DRP cube by its primary header."""
+    header = read_hdus(path, ("PRIMARY",))["PRIMARY"].header
+    return header.get("MASKNAME", "").startswith("MANGA_DAP") or "DAPTYPE" in header
+
+
+def _identify(
+    source: Path, primary: fits.Header, redshift: float | None, catalogue: Path | None
+) -> tuple[float, str]:
+    """Redshift (flag, then header, then catalogue) and mangaid of a cube."""
+    mangaid = str(primary.get("MANGAID", "")).strip()
+    if redshift is not None:
+        return _checked_redshift(redshift, "--redshift"), mangaid
+    if primary.get("SCINPVEL") is None and catalogue is not None:
+        plateifu = str(primary.get("PLATEIFU") or utils.plateifu_of(source))
+        row = catalogue_row(catalogue, plateifu)
+        if row["redshift"] is None:
+            raise DataError(f"{catalogue}: no redshift of {plateifu}. Give --redshift.")
+        return _checked_redshift(row["redshift"], str(catalogue)), mangaid or row["mangaid"]
+    return redshift_of(primary, source), mangaid
+
+
+def _read_logcube(
+    stream: Iterator[tuple[str, Hdu]],
+    path: Path,
+    pixels: slice,
+    deredden: bool,
+    primary: fits.Header,
+) -> tuple[RawCube, fits.Header]:
+    """Read the cube arrays of a LOGCUBE and flag its bad pixels."""
+    header: fits.Header | None = None
+    shape: tuple[int, ...] = ()
+    kept: dict[str, np.ndarray] = {}
+    redcorr = None
+    for name, hdu in stream:
+        data = hdu.data
+        if data is None:
+            raise DataError(f"{path}: HDU {name} holds no data.")
+        if name == "WAVE":
+            _check_wave(data, path)
+        elif name == "REDCORR":
+            redcorr = native(data).astype(float)
+        else:
+            header = header or hdu.header
+            shape = shape or data.shape
+            if data.ndim != 3 or data.shape != shape or data.shape[0] != WAVE_N:
+                raise DataError(
+                    f"{path}: {name} has shape {data.shape}, expected ({WAVE_N}, y, x) as FLUX "
+                    f"({shape})."
+                )
+            kept[name] = data[pixels].reshape(pixels.stop - pixels.start, -1)
+            if name == "MASK":
+                flag = DAP_BAD if "DAP" in hdu.header.get("MASKNAME", "DAP") else DRP_BAD
+        del data, hdu
+    bad = (native(kept.pop("MASK")) & flag) != 0
+    flux, ivar = native(kept.pop("FLUX")), native(kept.pop("IVAR"))
+    bad |= ~(ivar > 0) | ~np.isfinite(ivar) | ~np.isfinite(flux)
+    inside = ~bad.all(axis=0)
+    if not inside.any():
+        raise DataError(f"{path}: every pixel in the wavelength range is masked; nothing to keep.")
+    if not deredden:
+        redcorr = np.ones(WAVE_N)
+    elif redcorr is None:
+        redcorr = galactic_correction(primary, path)
+    columns = np.flatnonzero(inside)
+    raw = RawCube(
+        flux[:, columns],
+        ivar[:, columns],
+        bad[:, columns],
+        inside.reshape(shape[1:]),
+        redcorr[pixels],
+    )
+    assert header is not None
+    return raw, header
+
+
+def _check_wave(wave: np.ndarray, path: Path) -> None:
+    """Raise if WAVE is not the LOGCUBE grid."""
+    expected = 10 ** (WAVE_LOG_FIRST + WAVE_LOG_STEP * np.arange(WAVE_N))
+    if wave.shape != expected.shape or np.max(np.abs(wave / expected - 1)) > WAVE_TOLERANCE:
+        raise DataError(
+            f"{path}: WAVE is not the LOGCUBE grid of {WAVE_N} pixels from {expected[0]:.3f} to "
+            f"{expected[-1]:.3f} Angstrom; a LINCUBE or a cut file cannot be processed."
+        )
+
+
+def galactic_correction(primary: fits.Header, path: Path) -> np.ndarray:
+    """Factor that undoes the Galaxy's reddening, from the header's E(B-V).
+
+    For DRP cubes, which have no REDCORR: 10**(0.4 A), O'Donnell (1994) with R_V = 3.1, as the DAP
+    does (header GEXTLAW, RVGAL). (n,) float64 on the LOGCUBE grid.
+    """
+    from astropy import units as u
+    from dust_extinction.parameter_averages import O94
+
+    ebv = primary.get("EBVGAL")
+    if ebv is None:
+        raise DataError(
+            f"{path}: no Galactic E(B-V) (EBVGAL) in the primary header. Use --no-deredden."
+        )
+    wave = 10 ** (WAVE_LOG_FIRST + WAVE_LOG_STEP * np.arange(WAVE_N))
+    law = O94(Rv=line_labels.R_V)
+    return 10 ** (0.4 * law(wave * u.AA) * line_labels.R_V * float(ebv))
+
+
+def _gas_stretch(maps: Path | None, source: Path) -> np.ndarray:
+    """1 + v/c of the gas, (y, x), from the Ha velocity in MAPS; 1 where it was not measured."""
+    if maps is None:
+        raise DataError(f"{source}: removing the gas velocity needs the galaxy's MAPS file.")
+    names = ("EMLINE_GVEL", "EMLINE_GVEL_MASK")
+    hdus = read_hdus(maps, names)
+    channel = line_channels(hdus["EMLINE_GVEL"].header, (line_labels.HA,), maps)[line_labels.HA]
+    velocity, mask = (native(hdus[n].data[channel]) for n in names)  # type: ignore[index]
+    is_bad = (mask & MAPS_DONOTUSE != 0) | ~np.isfinite(velocity)
+    return np.where(is_bad, 1.0, 1 + velocity.astype(float) / C_KMS)
+
+
+def _unfold(spectra: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """(N, band) spectra of the spaxels inside -> (y, x, band), zero elsewhere."""
+    cube = np.zeros((*inside.shape, spectra.shape[1]), spectra.dtype)
+    cube[inside] = spectra
+    return cube
+
+
+def _celestial(header: fits.Header) -> str:
+    """Celestial WCS cards of a cube header, as a header string."""
+    keep = fits.Header()
+    for card in header.cards:
+        key = card.keyword
+        if key[:5] in ("CRPIX", "CRVAL", "CDELT", "CUNIT", "CTYPE") and key[5:] in ("1", "2"):
+            keep.append(card)
+        elif key in ("PC1_1", "PC2_2", "PC1_2", "PC2_1", "CD1_1", "CD2_2", "RADESYS", "EQUINOX"):
+            keep.append(card)
+    return keep.tostring(sep="\n")
+
+
+# Maps
+
+
+def line_channels(header: fits.Header, lines: Sequence[str], path: Path) -> dict[str, int]:
+    """Index of each line's channel, from the header cards C01.. (C1.. where there are few).
+
+    Raises
+    ------
+    DataError
+        If a line is not there; the message lists those that are.
+    """
+    cards = ((k[1:], v) for k, v in header.items() if k[:1] == "C" and k[1:].isdigit())
+    channels = {str(value).strip(): int(number) - 1 for number, value in cards}
+    unknown = [line for line in lines if line not in channels]
+    if unknown:
+        raise DataError(f"{path}: no channel {', '.join(unknown)}; it holds {', '.join(channels)}.")
+    return {line: channels[line] for line in lines}
+
+
+def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[line_labels.LineMaps, Hdu, Hdu]:
+    """Gaussian-fit fluxes of emission lines from a MAPS file.
+
+    Parameters
+    ----------
+    path : Path
+        DAP MAPS of DR15 to DR17, any DAPTYPE.
+    lines : sequence of str
+        DAP names such as "Ha-6564".
+
+    Returns
+    -------
+    maps : LineMaps
+    primary, flux : Hdu
+        For their headers.
+    """
+    quantity = "EMLINE_GFLUX"
+    names = (quantity, f"{quantity}_IVAR", f"{quantity}_MASK")
+    hdus = read_hdus(path, ("PRIMARY", *names))
+    channels = line_channels(hdus[quantity].header, lines, path)
+    arrays = [hdus[name].data for name in names]
+    shape = arrays[0].shape  # type: ignore[union-attr]
+    for name, array in zip(names, arrays, strict=True):
+        if array is None or array.ndim != 3 or array.shape != shape:
+            found = None if array is None else array.shape
+            raise DataError(f"{path}: {name} has shape {found}, expected (channel, y, x) {shape}.")
+    flux, ivar, mask = ({k: native(a[i]) for k, i in channels.items()} for a in arrays)  # type: ignore[index]
+    bad = {k: (m & MAPS_DONOTUSE) != 0 for k, m in mask.items()}
+    return line_labels.LineMaps(flux, ivar, bad), hdus["PRIMARY"], hdus[quantity]
+
+
+def process_map(
+    source: Path,
+    target: Path,
+    label_task: utils.LabelTask,
+    options: LabelOptions,
+    skip_critical: bool = False,
+    overwrite: bool = False,
+) -> str:
+    """Make the label map of one galaxy.
+
+    Parameters
+    ----------
+    source : Path
+        DAP MAPS, plain or gzipped.
+    target : Path
+        `.npy` label map; beside it the uncertainty (`_err.npy`), provenance (`.json`) and a
+        picture (`.png`). Layout in docs/data_formats.md#labels.
+    label_task : {"BPT", "logOH"}
+    options : LabelOptions
+    skip_critical, overwrite : bool
+        As in `process_cube`.
+
+    Returns
+    -------
+    {"written", "up to date", "skipped: CRITICAL"}
+
+    Raises
+    ------
+    DataError
+        Any problem with the input; nothing is written then.
+    """
+    source, target = Path(source), Path(target)
+    if not source.is_file():
+        raise DataError(f"{source}: no such file.")
+    recipe = {**asdict(options), "label_task": label_task}
+    sha256 = utils.sha256_of(source)
+    if target.is_file() and not overwrite:
+        made = data_io.read_label_meta(target)
+        made = {**made.get("options", {}), "source_sha256": made.get("source_sha256")}
+        utils.check_recipe(target, made, {**recipe, "source_sha256": sha256})
+        return "up to date"
+    lines = list(line_labels.BPT_LINES)
+    if label_task == "logOH":
+        needed = line_labels.lines_needed(options.diagnostic)
+        lines = list(dict.fromkeys([*needed, *(lines if options.star_forming_only else ())]))
+    maps, primary_hdu, flux_hdu = read_line_maps(source, lines)
+    primary = primary_hdu.header
+    critical = critical_flags(primary)
+    if critical:
+        log.warning("%s: %s says CRITICAL", source, " and ".join(critical))
+        if skip_critical:
+            return "skipped: CRITICAL"
+    if label_task == "BPT":
+        labels, error = line_labels.bpt_classes(maps, options.min_snr)
+        counts = {n: int((labels == i).sum()) for i, n in enumerate(utils.BPT_CLASSES)}
+    else:
+        labels, error = line_labels.metallicity(
+            maps, options.diagnostic, options.min_snr, options.star_forming_only
+        )
+        classes = utils.label_classes(labels, "logOH", 6)
+        counts = {n: int((classes == i).sum()) for i, n in enumerate(utils.class_names("logOH", 6))}
+    n_labelled = sum(counts.values())
+    if not n_labelled:
+        log.warning("%s: no spaxel gets a %s label", source, label_task)
+    meta: dict[str, Any] = {
+        "plateifu": primary.get("PLATEIFU", utils.plateifu_of(source)),
+        "mangaid": str(primary.get("MANGAID", "")).strip(),
+        "options": recipe,
+        "n_labelled": n_labelled,
+        "counts": counts,
+        "critical": bool(critical),
+        "daptype": primary.get("DAPTYPE"),
+        "dap_version": primary.get("VERSDAP"),
+        "source_file": source.name,
+        "source_sha256": sha256,
+        "wcs_header": _celestial(flux_hdu.header),
+        "code_version": utils.VERSION,
+        "created_utc": utils.utc_now(),
+    }
+    if label_task == "logOH":
+        calibration = line_labels.CALIBRATIONS[options.diagnostic]
+        meta["calibration"] = {"source": calibration.source, "scatter_dex": calibration.scatter}
+    covered = np.any([maps.ivar[k] > 0 for k in maps.ivar], axis=0)
+    write_label_png(target.with_suffix(".png"), labels, label_task, covered)
+    data_io.write_labels(target, labels, error, meta)
+    return "written"
+
+
+def write_label_png(path: Path, labels: np.ndarray, label_task: str, covered: np.ndarray) -> None:
+    """Draw a label map, north up and east left, with its legend.
+
+    Parameters
+    ----------
+    path : Path
+    labels : (y, x)
+        BPT classes or 12+log(O/H).
+    label_task : {"BPT", "logOH"}
+    covered : (y, x) bool
+        Spaxels in the field of view: light grey where they have no label.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    classes = utils.label_classes(labels, label_task, 6)
+    names = utils.class_names(label_task, None if label_task == "BPT" else 6)
+    colours = BPT_COLOURS if label_task == "BPT" else tuple(map(tuple, _viridis(len(names))))
+    picture = np.full((*labels.shape, 3), 255, np.uint8)
+    picture[covered] = 225
+    for k, colour in enumerate(colours):
+        picture[classes == k] = colour
+    zoom = max(4, 420 // max(labels.shape))
+    map_image = Image.fromarray(picture[::-1]).resize(
+        (labels.shape[1] * zoom, labels.shape[0] * zoom), Image.Resampling.NEAREST
+    )
+    margin, legend = 12, 190
+    height = max(map_image.height, 24 * (len(names) + 2)) + 2 * margin + 24
+    image = Image.new("RGB", (map_image.width + legend + 3 * margin, height), "white")
+    image.paste(map_image, (margin, margin + 24))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    title = "BPT class" if label_task == "BPT" else "12 + log(O/H)"
+    count = int((classes >= 0).sum())
+    draw.text((margin, margin - 4), f"{path.stem}   {title}   {count} spaxels", "black", font)
+    x = map_image.width + 2 * margin
+    for k, name in enumerate([*names, "no label"]):
+        y = margin + 24 + 24 * k
+        colour = colours[k] if k < len(colours) else (225, 225, 225)
+        draw.rectangle((x, y, x + 16, y + 16), fill=colour, outline="black")
+        draw.text((x + 24, y - 1), name, "black", font)
+    with utils.atomic_path(path) as part:
+        image.save(part)
+
+
+def _viridis(n: int) -> np.ndarray:
+    """(n, 3) uint8 colours along viridis, dark to light, through five of its anchors."""
+    anchors = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])
+    at = np.linspace(0, 1, n)
+    steps = np.linspace(0, 1, len(anchors))
+    columns = [np.interp(at, steps, anchors[:, c]) for c in range(3)]
+    return np.stack(columns, axis=1).round().astype(np.uint8)

@@ -1,0 +1,321 @@
+"""From emission-line fluxes to labels: BPT class and gas metallicity, with uncertainties.
+
+Lines go by the DAP's names (vacuum wavelengths). Every map is (y, x). A line counts only where it
+is unmasked, positive and above the signal-to-noise cut; a label exists only where every line it
+uses counts.
+Arrays in, arrays out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri
+
+from utils import LABEL_NONE, DataError
+
+HA, HB, NII, OIII = "Ha-6564", "Hb-4862", "NII-6585", "OIII-5008"
+OII_BLUE, OII_RED = "OII-3727", "OII-3729"
+BPT_LINES = (HA, HB, NII, OIII)
+
+BALMER_RATIO = 2.86
+"""Intrinsic Ha/Hb: case B, T = 1e4 K, n_e = 100 cm-3 (Osterbrock & Ferland 2006, table 4.4)."""
+
+R_V = 3.1
+"""Total-to-selective extinction of the Milky Way's diffuse dust (Cardelli et al. 1989)."""
+
+SF, COMPOSITE, AGN = 0, 1, 2
+NOISE_NODES = 15
+"""Quantiles per axis at which a spaxel's error ellipse in the BPT plane is sampled."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A strong-line metallicity calibration: 12+log(O/H) as a polynomial of one line ratio.
+
+    Attributes
+    ----------
+    ratio : str
+        A key of RATIOS.
+    coefficients : tuple of float
+        Of the ratio's powers 0, 1, ...; for KD02 N2O2 of the polynomial inside the logarithm.
+    valid : (low, high)
+        Range of the log ratio over which the calibration was made.
+    scatter : float, dex
+        Of the calibrating sample about the relation; not part of the labels' uncertainty.
+    source : str
+    """
+
+    ratio: str
+    coefficients: tuple[float, ...]
+    valid: tuple[float, float]
+    scatter: float
+    source: str
+
+
+CALIBRATIONS: dict[str, Calibration] = {
+    "O3N2-M13": Calibration(
+        "O3N2", (8.533, -0.214), (-1.1, 1.7), 0.18, "Marino et al. 2013, A&A 559, A114, eq. 2"
+    ),
+    "N2-M13": Calibration(
+        "N2", (8.743, 0.462), (-1.6, -0.2), 0.16, "Marino et al. 2013, A&A 559, A114, eq. 4"
+    ),
+    "O3N2-PP04": Calibration(
+        "O3N2", (8.73, -0.32), (-1.0, 1.9), 0.14, "Pettini & Pagel 2004, MNRAS 348, L59, eq. 3"
+    ),
+    "N2O2-KD02": Calibration(
+        "N2O2",
+        (1.54020, 1.26602, 0.167977),
+        (-1.2, np.inf),
+        0.04,
+        "Kewley & Dopita 2002, ApJS 142, 35, eq. 5 (12+log(O/H) > 8.4), dereddened",
+    ),
+}
+
+RATIOS: dict[str, dict[str, float]] = {
+    "N2": {NII: 1, HA: -1},
+    "O3N2": {OIII: 1, HB: -1, NII: -1, HA: 1},
+    "N2O2": {NII: 1, OII_BLUE + "+" + OII_RED: -1},
+}
+"""Each log ratio as a sum of log fluxes; names joined by + are summed before the logarithm."""
+
+
+@dataclass(frozen=True)
+class LineMaps:
+    """Emission-line maps of a galaxy.
+
+    Attributes
+    ----------
+    flux, ivar : dict of line -> (y, x) float, 1e-17 erg/s/cm2/spaxel and its inverse square
+    bad : dict of line -> (y, x) bool
+        Masked by the DAP.
+    """
+
+    flux: Mapping[str, np.ndarray]
+    ivar: Mapping[str, np.ndarray]
+    bad: Mapping[str, np.ndarray]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(y, x) of the maps."""
+        return next(iter(self.flux.values())).shape  # type: ignore[return-value]
+
+
+def lines_needed(diagnostic: str) -> tuple[str, ...]:
+    """Lines that a metallicity diagnostic and its dust correction use.
+
+    Raises
+    ------
+    DataError
+        If the diagnostic is unknown.
+    """
+    if diagnostic not in CALIBRATIONS:
+        known = ", ".join(CALIBRATIONS)
+        raise DataError(f"diagnostic {diagnostic!r}: expected one of {known}.")
+    ratio = CALIBRATIONS[diagnostic].ratio
+    names = [line for group in RATIOS[ratio] for line in group.split("+")]
+    return tuple(dict.fromkeys([*names, HA, HB] if ratio == "N2O2" else names))
+
+
+def detected(maps: LineMaps, lines: tuple[str, ...], min_snr: float) -> np.ndarray:
+    """Spaxels where every line is unmasked, positive and above the cut; (y, x) bool.
+
+    The [O II] doublet is blended at MaNGA's resolution, so its two channels are judged by their
+    sum.
+    """
+    ok = np.ones(maps.shape, bool)
+    blended = {OII_BLUE, OII_RED} <= set(lines)
+    groups = [line for line in lines if not (blended and line in (OII_BLUE, OII_RED))]
+    for group in [*groups, *([OII_BLUE + "+" + OII_RED] if blended else [])]:
+        flux, variance, bad = _summed(maps, group)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ok &= ~bad & (flux > 0) & (flux > min_snr * np.sqrt(variance))
+    return ok
+
+
+def log_ratio(maps: LineMaps, ratio: str) -> tuple[np.ndarray, np.ndarray]:
+    """Log10 line ratio and its 1-sigma error from the flux errors.
+
+    Returns
+    -------
+    value, error : (y, x) float
+        NaN where a flux is not positive. N2O2 is corrected for dust by the Balmer decrement, whose
+        error is carried.
+    """
+    weights = dict(RATIOS[ratio])
+    if ratio == "N2O2":
+        return _dereddened_n2o2(maps)
+    value, variance = _log_sum(maps, weights)
+    return value, np.sqrt(variance)
+
+
+def balmer_ebv(f_ha: np.ndarray, f_hb: np.ndarray) -> np.ndarray:
+    """Colour excess from the Balmer decrement.
+
+    Parameters
+    ----------
+    f_ha, f_hb : (y, x) array, 1e-17 erg/s/cm2/spaxel
+        Observed fluxes, corrected for Galactic extinction. Non-positive pixels give NaN.
+
+    Returns
+    -------
+    (y, x) array, mag
+        E(B-V), clipped below at 0: 2.5 log10((Ha/Hb) / 2.86) / (k(Hb) - k(Ha)), k of Cardelli et
+        al. (1989) with R_V = 3.1.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        excess = np.log10(np.where((f_ha > 0) & (f_hb > 0), f_ha / f_hb, np.nan) / BALMER_RATIO)
+    return np.maximum(2.5 * excess / (extinction_k(HB) - extinction_k(HA)), 0)
+
+
+def extinction_k(line: str) -> float:
+    """A(lambda) / E(B-V) at a line, for the law of Cardelli et al. (1989) with R_V = 3.1.
+
+    The wavelength is the vacuum one in the line's name, to 1 Angstrom.
+    """
+    from astropy import units as u
+    from dust_extinction.parameter_averages import CCM89
+
+    return float(CCM89(Rv=R_V)(float(line.rpartition("-")[2]) * u.AA)) * R_V
+
+
+def bpt_classes(maps: LineMaps, min_snr: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
+    """BPT class of every spaxel, and the probability that noise made it wrong.
+
+    Parameters
+    ----------
+    maps : LineMaps
+        With Ha, Hb, [N II] 6585 and [O III] 5008.
+    min_snr : float
+        Cut on each of the four.
+
+    Returns
+    -------
+    classes : (y, x) int16
+        0 star-forming, 1 composite, 2 AGN, -1 none.
+    p_wrong : (y, x) float32
+        Share of the Gaussian error ellipse in the BPT plane that lies in other classes; NaN where
+        there is no class.
+    """
+    ok = detected(maps, BPT_LINES, min_snr)
+    x, x_error = (a[ok] for a in log_ratio(maps, "N2"))
+    y, y_variance = _log_sum(maps, {OIII: 1, HB: -1})
+    y, y_error = y[ok], np.sqrt(y_variance[ok])
+    classes = np.full(maps.shape, LABEL_NONE, np.int16)
+    classes[ok] = demarcate(x, y)
+    steps = ndtri((np.arange(NOISE_NODES) + 0.5) / NOISE_NODES)
+    wrong = np.zeros(x.shape)
+    for dx in steps:
+        for dy in steps:
+            wrong += demarcate(x + dx * x_error, y + dy * y_error) != classes[ok]
+    p_wrong = np.full(maps.shape, np.nan, np.float32)
+    p_wrong[ok] = wrong / steps.size**2
+    return classes, p_wrong
+
+
+def demarcate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Class of points in the [N II] BPT plane.
+
+    Parameters
+    ----------
+    x, y : arrays
+        log([N II] 6585 / Ha) and log([O III] 5008 / Hb).
+
+    Returns
+    -------
+    int16 array
+        AGN above Kewley et al. (2001), ApJ 556, 121, eq. 5: 0.61 / (x - 0.47) + 1.19; star-forming
+        below it and below Kauffmann et al. (2003), MNRAS 346, 1055, eq. 1: 0.61 / (x - 0.05) + 1.3;
+        composite between. Right of a curve's pole everything is above it.
+    """
+    with np.errstate(divide="ignore"):
+        kauffmann = np.where(x < 0.05, 0.61 / (x - 0.05) + 1.3, -np.inf)
+        kewley = np.where(x < 0.47, 0.61 / (x - 0.47) + 1.19, -np.inf)
+    return np.where(y > kewley, AGN, np.where(y > kauffmann, COMPOSITE, SF)).astype(np.int16)
+
+
+def metallicity(
+    maps: LineMaps,
+    diagnostic: str = "O3N2-M13",
+    min_snr: float = 3.0,
+    star_forming_only: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gas metallicity of every spaxel by a strong-line calibration.
+
+    Parameters
+    ----------
+    maps : LineMaps
+        With the lines of `lines_needed(diagnostic)`, and of BPT_LINES if `star_forming_only`.
+    diagnostic : str
+        A key of CALIBRATIONS.
+    min_snr : float
+        Cut on each line used.
+    star_forming_only : bool
+        The calibrations are made on H II regions: leave out composite and AGN spaxels.
+
+    Returns
+    -------
+    logoh, error : (y, x) float32, dex
+        12+log(O/H) and 1 sigma from the flux errors alone; NaN where there is no label (a line
+        missing, the ratio outside the calibrated range, not star-forming).
+    """
+    calibration = CALIBRATIONS[diagnostic]
+    ok = detected(maps, lines_needed(diagnostic), min_snr)
+    if star_forming_only:
+        ok &= bpt_classes(maps, min_snr)[0] == SF
+    ratio, ratio_error = log_ratio(maps, calibration.ratio)
+    low, high = calibration.valid
+    with np.errstate(invalid="ignore"):
+        ok &= (ratio > low) & (ratio < high)
+    ratio = np.where(ok, ratio, np.nan)
+    logoh, slope = calibrated(ratio, diagnostic)
+    error = np.where(ok, np.abs(slope) * ratio_error, np.nan)
+    return logoh.astype(np.float32), error.astype(np.float32)
+
+
+def calibrated(ratio: np.ndarray, diagnostic: str) -> tuple[np.ndarray, np.ndarray]:
+    """12+log(O/H) of a log line ratio, and its derivative (dex per dex)."""
+    calibration = CALIBRATIONS[diagnostic]
+    polynomial = np.polynomial.Polynomial(calibration.coefficients)
+    value, slope = polynomial(ratio), polynomial.deriv()(ratio)
+    if calibration.ratio == "N2O2":  # KD02 give the polynomial of the abundance, not of its log
+        return np.log10(value) + 8.93, slope / (value * np.log(10))
+    return value, slope
+
+
+def _summed(maps: LineMaps, group: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flux, variance and badness of lines whose names are joined by +."""
+    lines = group.split("+")
+    flux = np.sum([maps.flux[line].astype(float) for line in lines], axis=0)
+    with np.errstate(divide="ignore"):
+        variance = np.sum([1 / maps.ivar[line].astype(float) for line in lines], axis=0)
+    bad = np.any([maps.bad[line] | ~(maps.ivar[line] > 0) for line in lines], axis=0)
+    return flux, variance, bad | ~np.isfinite(flux)
+
+
+def _log_sum(maps: LineMaps, weights: dict[str, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of weighted log10 fluxes and its variance by linear propagation (no covariance)."""
+    value = np.zeros(maps.shape)
+    variance = np.zeros(maps.shape)
+    for group, weight in weights.items():
+        flux, flux_variance, _ = _summed(maps, group)
+        flux = np.where(flux > 0, flux, np.nan)
+        value += weight * np.log10(flux)
+        with np.errstate(invalid="ignore"):
+            variance += weight**2 * flux_variance / (flux * np.log(10)) ** 2
+    return value, variance
+
+
+def _dereddened_n2o2(maps: LineMaps) -> tuple[np.ndarray, np.ndarray]:
+    """Log ([N II] 6585 / [O II] 3727+3729), corrected for dust by the Balmer decrement."""
+    raw = RATIOS["N2O2"]
+    slope = (extinction_k(NII) - (extinction_k(OII_BLUE) + extinction_k(OII_RED)) / 2) / (
+        extinction_k(HB) - extinction_k(HA)
+    )  # d(log ratio) = 0.4 * (k_NII - k_OII) * E(B-V), with E(B-V) = 2.5 log(...) / (k_Hb - k_Ha)
+    plain, plain_variance = _log_sum(maps, raw)
+    dusty, dusty_variance = _log_sum(maps, {**raw, HA: slope, HB: -slope})
+    is_dusty = balmer_ebv(maps.flux[HA], maps.flux[HB]) > 0
+    value = np.where(is_dusty, dusty - slope * np.log10(BALMER_RATIO), plain)
+    return value, np.sqrt(np.where(is_dusty, dusty_variance, plain_variance))

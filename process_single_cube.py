@@ -1,0 +1,151 @@
+"""Process one galaxy: LOGCUBE and MAPS to an H5 cube, label maps and, if asked for, patches.
+
+Reads   raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz, or the files given.
+Writes  processed/cubes/<plate>/<plateifu>.h5
+        processed/labels/<label_task>/<plateifu>.npy, _err.npy, .json, .png
+        processed/patches/<label_task>/<patch_norm>/<plateifu>/ for each of --patch-norms
+Layouts: docs/data_formats.md. Outputs that are up to date are left alone.
+
+    python process_single_cube.py --plateifu 8485-1901
+    python process_single_cube.py --fits manga-8485-1901-LOGCUBE-SPX-MILESHC-MASTARSSP.fits.gz
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import cube_patch_processing as patches
+import fits_utils
+import utils
+from utils import DataError
+
+log = logging.getLogger(__name__)
+
+Options = TypeVar("Options", fits_utils.CubeOptions, fits_utils.LabelOptions)
+
+
+@dataclass(frozen=True)
+class GalaxyOptions(fits_utils.CubeOptions, fits_utils.LabelOptions, patches.PatchOptions):
+    """Everything that shapes one galaxy's outputs."""
+
+    label_tasks: tuple[utils.LabelTask, ...] = utils.LABEL_TASKS  # type: ignore[assignment]
+    """Labels to make (BPT logOH); none with an empty --label-tasks."""
+    daptype: str | None = None
+    """DAP analysis to read where several lie side by side, e.g. SPX-MILESHC-MASTARSSP."""
+    skip_critical: bool = False
+    """Leave out galaxies whose quality word says CRITICAL; otherwise they are warned of."""
+    catalogue: Path | None = None
+    """dapall or drpall for the redshifts of DRP cubes; default the one in <data-dir>/raw/."""
+    compression: Literal["none", "gzip"] = "none"
+    """Compression of the cube's flux and ivar."""
+
+    def part(self, options_class: type[Options]) -> Options:
+        """Pick the fields that one of the base classes declares, as that class."""
+        return options_class(**{f.name: getattr(self, f.name) for f in fields(options_class)})
+
+
+@dataclass(frozen=True)
+class Config(GalaxyOptions):
+    """Process one galaxy."""
+
+    plateifu: str | None = None
+    """Galaxy, e.g. 8485-1901; default the one that --fits names."""
+    fits: Path | None = None
+    """LOGCUBE to read; default the galaxy's in <data-dir>/raw/."""
+    maps: Path | None = None
+    """MAPS to read; default the galaxy's in <data-dir>/raw/."""
+    redshift: float | None = None
+    """Redshift to use instead of the header's or the catalogue's."""
+    data_dir: Path | None = None
+    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
+    overwrite: bool = False
+    """Replace existing outputs."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+def process_galaxy(
+    plateifu: str,
+    root: Path,
+    options: GalaxyOptions,
+    logcube: Path | None = None,
+    maps: Path | None = None,
+    redshift: float | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Make the cube, the labels and the patches of one galaxy.
+
+    Parameters
+    ----------
+    plateifu : str
+    root : Path
+        Data folder.
+    options : GalaxyOptions
+    logcube, maps : Path, optional
+        Default: the galaxy's files in the raw folder.
+    redshift : float, optional
+    overwrite : bool
+
+    Returns
+    -------
+    {"written", "up to date", "skipped: CRITICAL"}
+
+    Raises
+    ------
+    DataError
+        Any problem with the input. Outputs finished before it stay.
+    """
+    logcube = logcube or utils.find_raw(root, plateifu, "LOGCUBE", options.daptype)
+    needs_maps = bool(options.label_tasks) or options.remove_gas_velocity
+    if needs_maps and maps is None:
+        maps = utils.find_raw(root, plateifu, "MAPS", options.daptype)
+    words = [
+        fits_utils.process_cube(
+            logcube,
+            utils.cube_path(root, plateifu),
+            options.part(fits_utils.CubeOptions),
+            redshift,
+            maps if options.remove_gas_velocity else None,
+            options.catalogue or utils.catalogue_path(root),
+            options.skip_critical,
+            overwrite,
+            None if options.compression == "none" else options.compression,
+        )
+    ]
+    if words[0].startswith("skipped"):
+        return words[0]
+    for task in options.label_tasks:
+        assert maps is not None
+        word = fits_utils.process_map(
+            maps,
+            utils.label_path(root, task, plateifu),
+            task,
+            options.part(fits_utils.LabelOptions),
+            options.skip_critical,
+            overwrite,
+        )
+        words.append(word)
+        if options.patch_norms and not word.startswith("skipped"):
+            words.append(patches.patch_galaxy(root, plateifu, task, options, overwrite))
+    return "written" if "written" in words else words[-1]
+
+
+def main(config: Config) -> int:
+    """Process the galaxy and say where the outputs are."""
+    root = utils.data_dir(config.data_dir)
+    if config.plateifu is None and config.fits is None:
+        raise DataError("no galaxy: give --plateifu 8485-1901 or --fits FILE.")
+    plateifu = config.plateifu or utils.plateifu_of(config.fits)  # type: ignore[arg-type]
+    utils.split_plateifu(plateifu)
+    word = process_galaxy(
+        plateifu, root, config, config.fits, config.maps, config.redshift, config.overwrite
+    )
+    log.info("%s: %s. Cube: %s", plateifu, word, utils.cube_path(root, plateifu))
+    return utils.EXIT_DONE
+
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, __doc__)
