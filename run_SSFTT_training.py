@@ -1,0 +1,738 @@
+"""Train an SSFTT on the labelled spaxels of a split.
+
+Reads   splits/<split_dir>/ (stats.h5 for the norm PCA), and processed/cubes and processed/labels,
+        or with --source patches the files of cube_patch_processing.py.
+Writes  <run_dir>/: config.json, environment.json, split/ (a copy), log.txt, metrics.csv (one row an
+        epoch), last.pt (all that --resume auto needs), and all that using the model needs:
+        model.json, best.safetensors, stats.h5 (PCA), baseline.safetensors (spectrum only).
+
+SIGUSR1 and SIGTERM end the run after the step at hand: last.pt is saved, the exit code is 75, and
+the same command with --resume auto goes on as if nothing had happened.
+
+    python run_SSFTT_training.py --label-task logOH --patch-norm PCA --epochs 20
+    python run_SSFTT_training.py --config configs/fiducial.json --resume auto
+    python run_SSFTT_training.py --config runs/20260101T120000_logOH_PCA/config.json --seed 1
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data_fns
+import eval_fns
+import utils
+from data_fns import Batches, PatchDataset, PatchSpec
+from HSI_SSFTT import SSFTT, count_parameters, get_SSFTT_model
+from utils import DataError
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT_FILE, LOG_FILE = "environment.json", "log.txt"
+CHECKPOINT_FILE, NAN_FILE = "last.pt", "nan_batch.json"
+RUNS_FOLDER = Path("runs")
+BASELINE_SPECTRA = 10_000
+"""Spectra that the spectrum-only baseline is fitted to; more do not change its accuracy."""
+BASELINE_COMPONENTS = 50
+"""Principal components of the spectra that the baseline sees."""
+FINAL_LR = 0.01
+"""Learning rate at the end of the cosine, as a share of the peak."""
+NOT_THE_RUN = ("run_dir", "resume", "overwrite", "debug")
+"""Fields that say where and how to start, not what to compute."""
+MAY_CHANGE = (*NOT_THE_RUN, "epochs", "patience", "workers", "cache_gb", "data_dir", "device")
+"""Fields that may differ when a run is resumed."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of run_SSFTT_training.py."""
+
+    data_dir: Path | None = None
+    """Data folder; default MANGA_DATA_DIR, else ./data/manga."""
+    split_dir: str = "hard"
+    """Split to learn from: a folder in <data_dir>/splits."""
+    run_dir: Path | None = None
+    """Folder for everything the run writes; default ./runs/<time>_<task>_<norm>."""
+    resume: Literal["no", "auto"] = "no"
+    """auto: go on with the run in --run-dir, or the newest one of the same options in ./runs."""
+    overwrite: bool = False
+    """Start anew in a --run-dir that holds a run."""
+    label_task: utils.LabelTask = "logOH"
+    """Labels to learn."""
+    n_classes: Literal[6, 8] = 6
+    """Metallicity classes; BPT has 3, whatever this says."""
+    patch_norm: utils.PatchNorm = "global"
+    """Normalisation of the patches."""
+    patch_size: int = 7
+    """Spaxels a side of a patch."""
+    bands: tuple[int, int] | None = None
+    """First band (or component) and the one after the last; default all."""
+    source: data_fns.Source = "cubes"
+    """Cut patches from cubes on the fly, or read patch files."""
+    n_tokens: int = 4
+    """Tokens that gather a patch's features."""
+    dropout: float = 0.1
+    """Dropout of tokens and transformer."""
+    spectral_kernel: int = 3
+    """Width of the first convolution along the bands."""
+    spectral_stride: int = 1
+    """Its stride; kernel 9 and stride 8 train some 16 times faster on full spectra."""
+    epochs: int = 30
+    """Passes over the training samples."""
+    samples_per_epoch: int | None = None
+    """Patches in a pass; default as many as there are labelled spaxels."""
+    batch_size: int = 256
+    """Patches a step."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate over the epochs."""
+    label_smoothing: float = 0.0
+    """Share of the target spread evenly over the classes."""
+    balance: bool = True
+    """Draw every class equally often; else as often as it occurs."""
+    augment: bool = False
+    """Turn and mirror patches at random (odd patch sizes)."""
+    monitor: Literal["accuracy", "macro_f1", "loss"] = "accuracy"
+    """Validation value that picks the best epoch."""
+    patience: int = 0
+    """Stop after this many epochs without a better one; 0: never."""
+    baselines: bool = True
+    """Fit the spectrum-only baseline."""
+    amp: eval_fns.Amp = "off"
+    """Mixed precision."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    workers: int = 0
+    """Processes that cut patches; 0 cuts in this one, fast enough for PCA patches."""
+    cache_gb: float = 4.0
+    """Memory for normalised cubes, all workers together."""
+    seed: int = 0
+    """Of weights, order and dropout."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    @property
+    def spec(self) -> PatchSpec:
+        """What a sample is."""
+        return PatchSpec(
+            self.label_task, self.n_classes, self.patch_norm, self.patch_size, self.bands
+        )
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with the weights."""
+
+    epoch: int = 0
+    """Epoch at hand, from 0; finished ones are below it."""
+    step: int = 0
+    """Steps done in it."""
+    loss_sum: float = 0.0
+    hits: int = 0
+    seen: int = 0
+    """Sums over these steps."""
+    seconds: float = 0.0
+    """Training time in this epoch."""
+    best: float = -math.inf
+    """Best monitored value; larger is better."""
+    best_epoch: int = -1
+    finished: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Rows of metrics.csv."""
+
+
+class Stopper:
+    """Remember that a signal asked for an end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen to SIGUSR1 and SIGTERM (only the main thread may)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGUSR1, signal.SIGTERM)
+        before = {n: signal.signal(n, self._note) for n in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        log.info("%s: stopping after this step", signal.Signals(number).name)
+        self.asked = True
+
+
+@dataclass
+class Training:
+    """Everything that one run works with."""
+
+    config: TrainConfig
+    run_dir: Path
+    device: torch.device
+    loaders: dict[str, DataLoader]
+    model: SSFTT
+    optimiser: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler
+    about: dict[str, Any]
+    """Content of model.json."""
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def batches(self) -> Batches:
+        """Sampler of the training part."""
+        sampler = self.loaders["train"].batch_sampler
+        assert isinstance(sampler, Batches)
+        return sampler
+
+    @property
+    def n_classes(self) -> int:
+        """Classes of the task."""
+        return len(self.config.spec.class_names)
+
+
+# One epoch
+
+
+def train_epoch(training: Training, stopper: Stopper) -> bool:
+    """Take the steps of the epoch that are left; False if a signal ended it early."""
+    config, progress = training.config, training.progress
+    model, device, scaler = training.model.train(), training.device, training.scaler
+    training.batches.set_epoch(progress.epoch, skip=progress.step)
+    start, seconds_before = time.monotonic(), progress.seconds
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss times samples, hits
+    previous: tuple[Tensor, Tensor] | None = None
+
+    def settle() -> None:
+        """Wait for the steps under way and book them."""
+        if previous is not None:
+            check_loss(training, *previous)
+        progress.seconds = seconds_before + time.monotonic() - start
+        progress.loss_sum += float(sums[0])
+        progress.hits += int(sums[1])
+        sums.zero_()
+
+    bar = tqdm(
+        training.loaders["train"],
+        desc=f"epoch {progress.epoch + 1}/{config.epochs}",
+        initial=progress.step,
+        total=len(training.batches),
+        unit="batch",
+        leave=False,
+        disable=None,
+    )
+    for batch in bar:
+        patches = batch.patches.to(device, non_blocking=True)
+        classes = batch.classes.to(device, non_blocking=True)
+        with torch.autocast(
+            device.type, eval_fns.AMP_TYPES[config.amp], enabled=config.amp != "off"
+        ):
+            logits = model(patches)
+            loss = F.cross_entropy(logits.float(), classes, label_smoothing=config.label_smoothing)
+        training.optimiser.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(training.optimiser)
+        scaler.update()
+        training.scheduler.step()
+        with torch.no_grad():
+            sums[0] += loss.detach().double() * len(classes)
+            sums[1] += (logits.argmax(1) == classes).sum()
+        progress.seen += len(classes)
+        progress.step += 1
+        if previous is not None:  # a step late, so that a GPU never waits for the answer
+            check_loss(training, *previous)
+        previous = loss.detach(), batch.rows
+        if stopper.asked:
+            settle()
+            return False
+    settle()
+    return True
+
+
+def check_loss(training: Training, loss: Tensor, rows: Tensor) -> None:
+    """Stop at a loss that is no number; save the batch and name its files.
+
+    Raises
+    ------
+    DataError
+    """
+    if torch.isfinite(loss):
+        return
+    config, progress = training.config, training.progress
+    samples = _dataset(training.loaders["train"]).samples
+    plateifus = sorted({samples.plateifus[samples.galaxy[row]] for row in rows.tolist()})
+    out = training.run_dir / NAN_FILE
+    utils.write_json(
+        out,
+        {
+            "epoch": progress.epoch,
+            "loss": float(loss),
+            "rows": rows.tolist(),
+            "spaxels": samples.describe(rows.tolist()),
+        },
+    )
+    root = utils.data_dir(config.data_dir)
+    files = [
+        str(
+            utils.cube_path(root, p)
+            if config.source == "cubes"
+            else utils.patch_path(root, config.label_task, config.patch_norm, p)
+        )
+        for p in plateifus
+    ]
+    raise DataError(
+        f"the loss is {float(loss)} in epoch {progress.epoch + 1}; the batch is in {out}. Look for "
+        f"values that are not finite in {', '.join(files)}; if there are none, lower --lr "
+        f"({config.lr:g})."
+    )
+
+
+def validate(training: Training) -> dict[str, float]:
+    """Loss and metrics over the validation part."""
+    loader = training.loaders["val"]
+    logits, rows = eval_fns.predict_logits(
+        training.model, loader, training.device, training.config.amp
+    )
+    classes = _dataset(loader).samples.classes[rows]
+    loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(classes))
+    confusion = eval_fns.confusion_matrix(classes, logits.argmax(1), training.n_classes)
+    metrics = eval_fns.overall_metrics(confusion)
+    return {"loss": float(loss), **{k: float(v) for k, v in metrics.items()}}
+
+
+def finish_epoch(training: Training, values: dict[str, float]) -> None:
+    """Book an epoch: history, best weights, early stopping."""
+    config, progress = training.config, training.progress
+    row = {
+        "epoch": progress.epoch + 1,
+        "train_loss": progress.loss_sum / progress.seen,
+        "train_accuracy": progress.hits / progress.seen,
+        **{f"val_{k}": v for k, v in values.items()},
+        "lr": training.optimiser.param_groups[0]["lr"],
+        "seconds": round(progress.seconds, 2),
+        "patches_per_s": round(progress.seen / max(progress.seconds, 1e-9), 1),
+    }
+    progress.history.append(row)
+    score = -values["loss"] if config.monitor == "loss" else values[config.monitor]
+    better = score > progress.best
+    if better:
+        progress.best, progress.best_epoch = score, progress.epoch + 1
+        save_best(training, row)
+    left = (config.epochs - progress.epoch - 1) * progress.seconds / 60
+    log.info(
+        "epoch %d/%d: loss %.4f, accuracy %.3f; validation loss %.4f, accuracy %.3f, macro F1 %.3f"
+        "%s; %.0f patches/s, %.1f min left",
+        progress.epoch + 1,
+        config.epochs,
+        row["train_loss"],
+        row["train_accuracy"],
+        values["loss"],
+        values["accuracy"],
+        values["macro_f1"],
+        " (best)" if better else "",
+        row["patches_per_s"],
+        left,
+    )
+    progress.epoch += 1
+    progress.step = progress.hits = progress.seen = 0
+    progress.loss_sum = progress.seconds = 0.0
+    stale = progress.epoch - progress.best_epoch
+    if config.patience and stale >= config.patience:
+        log.info("no better epoch in %d: stopping early", stale)
+        progress.finished = True
+    progress.finished = progress.finished or progress.epoch >= config.epochs
+
+
+# Files of a run
+
+
+def save_best(training: Training, row: dict[str, float]) -> None:
+    """Write the weights, then the description that names them."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in training.model.state_dict().items()}
+    with utils.atomic_path(training.run_dir / eval_fns.WEIGHTS_FILE) as part:
+        save_file(weights, part)
+    training.about["best"] = {**row, "monitor": training.config.monitor}
+    utils.write_json(training.run_dir / eval_fns.MODEL_FILE, training.about)
+
+
+def save_checkpoint(training: Training) -> None:
+    """Write last.pt: all that going on needs, without a pickled object."""
+    cuda = torch.cuda.get_rng_state_all() if training.device.type == "cuda" else []
+    content = {
+        "model": training.model.state_dict(),
+        "optimiser": training.optimiser.state_dict(),
+        "scheduler": training.scheduler.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "progress": asdict(training.progress),
+        "sampler": {"epoch": training.progress.epoch, "skip": training.progress.step},
+        "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+        "config": utils.config_dict(training.config),
+    }
+    with utils.atomic_path(training.run_dir / CHECKPOINT_FILE) as part:
+        torch.save(content, part)
+    if training.progress.history:
+        with utils.atomic_path(training.run_dir / eval_fns.METRICS_FILE) as part:
+            pd.DataFrame(training.progress.history).to_csv(part, index=False)
+
+
+def read_checkpoint(run_dir: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read last.pt; no code in it is run."""
+    path = run_dir / CHECKPOINT_FILE
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch has no one error for a damaged file
+        raise DataError(
+            f"{path}: no readable checkpoint ({error}). Start anew with --overwrite."
+        ) from None
+
+
+def restore(training: Training) -> None:
+    """Take up a run where its last.pt left it.
+
+    Raises
+    ------
+    DataError
+        If the run was made with other options than these.
+    """
+    saved = read_checkpoint(training.run_dir, training.device)
+    now = utils.config_dict(training.config)
+    changed = [k for k in now if k not in MAY_CHANGE and saved["config"].get(k) != now[k]]
+    if changed:
+        raise DataError(
+            f"{training.run_dir}: the run was made with another {', '.join(changed)}. Give it the "
+            f"same options (--config {training.run_dir / eval_fns.CONFIG_FILE}), or start anew "
+            "with --overwrite."
+        )
+    training.model.load_state_dict(saved["model"])
+    training.optimiser.load_state_dict(saved["optimiser"])
+    training.scheduler.load_state_dict(saved["scheduler"])
+    training.scaler.load_state_dict(saved["scaler"])
+    training.progress = Progress(**saved["progress"])
+    if training.progress.epoch < training.config.epochs and not (
+        training.config.patience
+        and training.progress.epoch - training.progress.best_epoch >= training.config.patience
+    ):
+        training.progress.finished = False  # more epochs were asked for than the run had
+    training.about = json.loads((training.run_dir / eval_fns.MODEL_FILE).read_text())
+    torch.set_rng_state(saved["rng"]["torch"].cpu())
+    if training.device.type == "cuda":
+        torch.cuda.set_rng_state_all([state.cpu() for state in saved["rng"]["cuda"]])
+
+
+def choose_run_dir(config: TrainConfig) -> tuple[Path, bool]:
+    """Folder of the run, and whether a run there is to be resumed.
+
+    Raises
+    ------
+    DataError
+        If the folder holds a run and the options do not say what to do with it.
+    """
+    if config.run_dir is None:
+        if config.resume == "auto":
+            mine = _comparable(utils.config_dict(config))
+            for saved in sorted(RUNS_FOLDER.glob(f"*/{eval_fns.CONFIG_FILE}"), reverse=True):
+                same = _comparable(json.loads(saved.read_text())) == mine
+                if same and (saved.parent / CHECKPOINT_FILE).is_file():
+                    return saved.parent, True
+        name = f"{time.strftime('%Y%m%dT%H%M%S')}_{config.label_task}_{config.patch_norm}"
+        return RUNS_FOLDER / name, False
+    run_dir = Path(config.run_dir)
+    if (run_dir / CHECKPOINT_FILE).is_file():
+        if config.resume == "auto" and not config.overwrite:
+            return run_dir, True
+        if not config.overwrite:
+            raise DataError(
+                f"{run_dir}: holds a run. Go on with it by --resume auto, or replace it by "
+                "--overwrite."
+            )
+    return run_dir, False
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k not in NOT_THE_RUN}
+
+
+def start_run_dir(config: TrainConfig, run_dir: Path) -> None:
+    """Make the folder and write all that is known before the first step."""
+    for name in (eval_fns.WEIGHTS_FILE, eval_fns.MODEL_FILE, eval_fns.BASELINE_FILE, NAN_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in (CHECKPOINT_FILE, eval_fns.METRICS_FILE, eval_fns.STATS_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    for part in utils.SPLIT_PARTS:
+        shutil.rmtree(run_dir / part, ignore_errors=True)
+    root = utils.data_dir(config.data_dir)
+    for part in utils.SPLIT_PARTS:
+        copy_file(
+            utils.split_path(root, config.split_dir, part),
+            run_dir / eval_fns.SPLIT_FOLDER / f"{part}.csv",
+        )
+    stats = utils.stats_path(root, config.split_dir)
+    if config.patch_norm == "PCA" and stats.is_file():
+        copy_file(stats, run_dir / eval_fns.STATS_FILE)
+    utils.write_json(run_dir / eval_fns.CONFIG_FILE, utils.config_dict(config))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all."""
+    with utils.atomic_path(target) as part:
+        shutil.copyfile(source, part)
+
+
+# Data, baselines, set-up
+
+
+def _dataset(loader: DataLoader) -> PatchDataset:
+    assert isinstance(loader.dataset, PatchDataset)
+    return loader.dataset
+
+
+def fit_spectrum_baseline(dataset: PatchDataset, seed: int) -> dict[str, Tensor]:
+    """Fit a logistic regression to the samples' own spectra, without their neighbours.
+
+    Returns
+    -------
+    dict of weight (classes, band) and bias (classes,)
+        The scaling, the principal components and the regression are linear: one matrix holds
+        all. Classes that never occur get a bias of -inf.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+
+    n = len(dataset)
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(n, size=min(n, BASELINE_SPECTRA), replace=False))
+    spectra = dataset.centres(rows).astype(np.float64)
+    classes = dataset.samples.classes[rows]
+    n_classes, n_bands = len(dataset.spec.class_names), spectra.shape[1]
+    weight = np.zeros((n_classes, n_bands))
+    bias = np.full(n_classes, -np.inf)
+    present = np.unique(classes)
+    if present.size == 1:
+        bias[present] = 0.0
+    else:
+        pca = PCA(min(BASELINE_COMPONENTS, n_bands, len(rows)), random_state=seed, whiten=True)
+        regression = LogisticRegression(max_iter=300).fit(pca.fit_transform(spectra), classes)
+        scale = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
+        coefficients, intercept = regression.coef_, regression.intercept_
+        if present.size == 2:  # sklearn keeps one row for two classes
+            coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
+            intercept = np.concatenate([-intercept / 2, intercept / 2])
+        weight[present] = coefficients @ (pca.components_ / scale[:, None])
+        bias[present] = intercept - weight[present] @ pca.mean_
+    return {
+        "weight": torch.from_numpy(weight.astype(np.float32)),
+        "bias": torch.from_numpy(bias.astype(np.float32)),
+    }
+
+
+def score_baselines(training: Training) -> dict[str, float]:
+    """Find the validation accuracy of the majority class and of the spectra alone."""
+    train, val = (_dataset(training.loaders[p]) for p in ("train", "val"))
+    truth = val.samples.classes
+    counts = data_fns.class_counts(train.samples, training.n_classes)
+    scores = {"val_majority_accuracy": float((truth == counts.argmax()).mean())}
+    if training.config.baselines:
+        weights = fit_spectrum_baseline(train, training.config.seed)
+        with utils.atomic_path(training.run_dir / eval_fns.BASELINE_FILE) as part:
+            save_file(weights, part)
+        guesses = [
+            eval_fns.baseline_logits(weights, val.centres(rows)).argmax(1)
+            for rows in np.array_split(np.arange(len(val)), max(1, len(val) // BASELINE_SPECTRA))
+        ]
+        scores["val_spectrum_accuracy"] = float((truth == np.concatenate(guesses)).mean())
+    return scores
+
+
+def describe_data(training: Training) -> None:
+    """Log what was found: samples of each part and class."""
+    names = training.config.spec.class_names
+    for part, loader in training.loaders.items():
+        samples = _dataset(loader).samples
+        counts = data_fns.class_counts(samples, len(names))
+        log.info(
+            "%s: %d galaxies, %d spaxels (%s)",
+            part,
+            len(samples.plateifus),
+            len(samples),
+            ", ".join(f"{name}: {count}" for name, count in zip(names, counts, strict=True)),
+        )
+
+
+def describe_model(config: TrainConfig, loader: DataLoader, model: SSFTT) -> dict[str, Any]:
+    """Content of model.json: all that using the model needs to know."""
+    dataset = _dataset(loader)
+    samples, names = dataset.samples, config.spec.class_names
+    return {
+        "schema": eval_fns.MODEL_SCHEMA,
+        "schema_version": eval_fns.MODEL_VERSION,
+        "model": model.arguments,
+        "parameters": count_parameters(model),
+        "patch": asdict(config.spec),
+        "class_names": names,
+        "wave_aa": dataset.grid,
+        "split_dir": config.split_dir,
+        "training_labels": {
+            "class_counts": data_fns.class_counts(samples, len(names)).tolist(),
+            "median": float(np.median(samples.values)),
+        },
+        "code_version": utils.VERSION,
+    }
+
+
+def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """Learning rate at a step, as a share of the peak."""
+    total = max(1, config.epochs * steps_per_epoch)
+
+    def share(step: int) -> float:
+        if config.schedule == "constant":
+            return 1.0
+        phase = math.pi * min(step, total) / total
+        return FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(phase)) / 2
+
+    return share
+
+
+def set_up(config: TrainConfig, run_dir: Path) -> Training:
+    """Make loaders, model and optimiser from the config and its seed."""
+    device = eval_fns.pick_device(config.device)
+    root = utils.data_dir(config.data_dir)
+    sampler_seed, weight_seed = (
+        int(s.generate_state(1)[0]) for s in np.random.SeedSequence(config.seed).spawn(2)
+    )
+    loaders = data_fns.get_dataloaders(
+        root,
+        config.split_dir,
+        config.spec,
+        config.source,
+        ("train", "val"),
+        batch_size=config.batch_size,
+        seed=sampler_seed,
+        balance=config.balance,
+        augment=config.augment,
+        num_samples=config.samples_per_epoch,
+        workers=config.workers,
+        cache_gb=config.cache_gb,
+        pin_memory=device.type == "cuda",
+    )
+    torch.manual_seed(weight_seed)
+    model = get_SSFTT_model(
+        n_classes=len(config.spec.class_names),
+        patch_size=config.patch_size,
+        bands=_dataset(loaders["train"]).n_bands,
+        n_tokens=config.n_tokens,
+        dropout=config.dropout,
+        spectral_kernel=config.spectral_kernel,
+        spectral_stride=config.spectral_stride,
+    ).to(device)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+    )
+    steps = len(loaders["train"].batch_sampler)  # type: ignore[arg-type]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, learning_rate(config, steps))
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    about = describe_model(config, loaders["train"], model)
+    return Training(config, run_dir, device, loaders, model, optimiser, scheduler, scaler, about)
+
+
+def train(training: Training, stopper: Stopper) -> int:
+    """Train until done or told to stop; return the exit code."""
+    progress = training.progress
+    while not progress.finished:
+        whole = train_epoch(training, stopper)
+        if whole:
+            finish_epoch(training, validate(training))
+        save_checkpoint(training)
+        if stopper.asked and not progress.finished:
+            log.info(
+                "stopped in epoch %d after step %d; go on with --resume auto --run-dir %s",
+                progress.epoch + 1,
+                progress.step,
+                training.run_dir,
+            )
+            return utils.EXIT_AGAIN
+    return utils.EXIT_DONE
+
+
+def main(config: TrainConfig) -> int:
+    """Train as the config says; return the exit code."""
+    run_dir, resuming = choose_run_dir(config)
+    if not resuming:
+        start_run_dir(config, run_dir)
+    utils.setup_logging(run_dir / LOG_FILE)
+    stopper = Stopper()
+    with stopper.listening():
+        training = set_up(config, run_dir)
+        log.info("SSFTT training %s, torch %s", utils.VERSION, torch.__version__)
+        log.info("device %s, %d CPUs, run folder %s", training.device, utils.cpu_count(), run_dir)
+        describe_data(training)
+        log.info(
+            "model: %d parameters, patches of %d bands x %d x %d spaxels",
+            count_parameters(training.model),
+            training.model.arguments["bands"],
+            config.patch_size,
+            config.patch_size,
+        )
+        if resuming:
+            restore(training)
+            if training.progress.finished:
+                log.info("%s: the run is finished; nothing to do", run_dir)
+                return utils.EXIT_DONE
+            log.info("going on in epoch %d", training.progress.epoch + 1)
+        else:
+            utils.write_json(run_dir / ENVIRONMENT_FILE, utils.environment())
+            training.about["baselines"] = score_baselines(training)
+            log.info("without a network: %s", _in_words(training.about["baselines"]))
+            utils.write_json(run_dir / eval_fns.MODEL_FILE, training.about)
+        code = train(training, stopper)
+    if code == utils.EXIT_DONE:
+        report(training)
+    return code
+
+
+def _in_words(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
+
+
+def report(training: Training) -> None:
+    """Log the best epoch beside the baselines, and where everything lies."""
+    best, baselines = training.about.get("best") or {}, training.about.get("baselines") or {}
+    log.info(
+        "best epoch %d: validation accuracy %.3f, macro F1 %.3f; %s",
+        best.get("epoch", 0),
+        best.get("val_accuracy", math.nan),
+        best.get("val_macro_f1", math.nan),
+        _in_words(baselines),
+    )
+    log.info(
+        "results in %s; next: python eval_fns.py --run-dir %s", training.run_dir, training.run_dir
+    )
+
+
+if __name__ == "__main__":
+    utils.run_command(main, TrainConfig, __doc__)

@@ -1,0 +1,147 @@
+"""Small processed data folders for the tests of the model side, written in milliseconds.
+
+Spectra are a smooth continuum with lines whose heights follow a class pattern, so that a network
+can learn the labels. Nothing here claims to be a galaxy: mock_manga.py makes those.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import data_io
+import utils
+
+N_BAND = 40
+PLATEIFUS = tuple(f"8000-{i}" for i in range(101, 109))
+
+
+def wave_grid(n_band: int = N_BAND) -> np.ndarray:
+    edges = np.geomspace(5000, 8000, n_band + 1)
+    return np.sqrt(edges[:-1] * edges[1:])
+
+
+def label_values(task: str, ny: int, nx: int, rng: np.random.Generator) -> np.ndarray:
+    """Smooth label map with holes."""
+    y, x = np.indices((ny, nx))
+    radius = np.hypot(y - ny / 2, x - nx / 2) / ny
+    if task == "BPT":
+        labels = np.digitize(radius + rng.normal(0, 0.03), [0.2, 0.4]).astype(np.int16)
+        labels[rng.random((ny, nx)) < 0.1] = utils.LABEL_NONE
+        return labels
+    labels = (8.62 - 0.4 * radius + rng.normal(0, 0.03)).astype(np.float32)
+    labels[rng.random((ny, nx)) < 0.1] = np.nan
+    return labels
+
+
+def make_cube(
+    oxygen: np.ndarray, bpt: np.ndarray, rng: np.random.Generator, n_band: int = N_BAND
+) -> np.ndarray:
+    """Flux (y, x, band) with one line for each label, noise, a masked block and a gap."""
+    ny, nx = bpt.shape
+    wave = wave_grid(n_band)
+    flux = np.ones((ny, nx, n_band)) * rng.uniform(0.5, 2, (ny, nx, 1)) * (wave / 6500) ** -0.5
+    strength = np.nan_to_num(oxygen, nan=8.4) - 8.2
+    flux[..., n_band // 3] *= 1 + 8 * strength
+    flux[..., 2 * n_band // 3] *= 1 + np.clip(bpt, 0, None)
+    flux += rng.normal(0, 0.02, flux.shape)
+    flux[:2, :3] = np.nan  # outside the field
+    flux[3, 4, 5:8] = np.nan  # a gap that is bridged
+    flux[4, 4, : n_band // 2] = np.nan  # too little measured: unusable, though labelled
+    return flux.astype(np.float32)
+
+
+def make_data_dir(
+    root: Path,
+    plateifus: tuple[str, ...] = PLATEIFUS,
+    shape: tuple[int, int] = (11, 12),
+    seed: int = 0,
+    n_band: int = N_BAND,
+    n_components: int = 6,
+) -> Path:
+    """Write cubes, labels of both tasks, a hard and an easy split with statistics."""
+    rng = np.random.default_rng(seed)
+    spectra = []
+    for i, plateifu in enumerate(plateifus):
+        labels = {t: label_values(t, *shape, rng) for t in utils.LABEL_TASKS}
+        labels["logOH"][4, 4], labels["BPT"][4, 4] = 8.5, 1
+        flux = make_cube(labels["logOH"], labels["BPT"], rng, n_band)
+        attrs = {"plateifu": plateifu, "mangaid": f"1-{i}", "redshift": 0.03}
+        cube = data_io.Cube(flux, wave_grid(n_band), attrs=attrs)
+        data_io.write_cube(utils.cube_path(root, plateifu), cube)
+        for task, values in labels.items():
+            error = np.where(np.isfinite(values), 0.03, np.nan)
+            data_io.write_labels(utils.label_path(root, task, plateifu), values, error, {})
+        spectra.append(flux[np.isfinite(flux).all(axis=2)])
+    table = pd.DataFrame(
+        {"plateifu": plateifus, "mangaid": [f"1-{i}" for i in range(len(plateifus))]}
+    )
+    n = len(plateifus)
+    hard = {
+        "train": table[: n // 2],
+        "val": table[n // 2 : 3 * n // 4],
+        "test": table[3 * n // 4 :],
+    }
+    data_io.write_split(utils.split_path(root, "hard"), hard, {"kind": "hard", "seed": seed})
+    y, x = np.indices(shape).reshape(2, -1)
+    spaxels = table.merge(pd.DataFrame({"y": y, "x": x}), how="cross").sample(
+        frac=1, random_state=seed
+    )
+    m = len(spaxels)
+    easy = {
+        "train": spaxels[: m // 2],
+        "val": spaxels[m // 2 : 3 * m // 4],
+        "test": spaxels[3 * m // 4 :],
+    }
+    data_io.write_split(utils.split_path(root, "easy"), easy, {"kind": "easy", "seed": seed})
+    whole = np.concatenate(spectra).astype(float)
+    whole /= np.abs(whole).mean(axis=1, keepdims=True)
+    mean = whole.mean(axis=0)
+    _, s, components = np.linalg.svd(whole - mean, full_matrices=False)
+    variance = s**2 / len(whole)
+    stats = data_io.Stats(
+        wave_grid(n_band),
+        mean,
+        whole.std(axis=0),
+        components[:n_components],
+        variance[:n_components],
+        variance[:n_components] / variance.sum(),
+    )
+    for split in ("hard", "easy"):
+        data_io.write_stats(utils.stats_path(root, split), stats)
+    return root
+
+
+def write_patch_files(root: Path, task: str, norm: str, size: int, split: str = "hard") -> None:
+    """Write patch files of all galaxies, each patch cut by hand: an oracle, not a tool."""
+    import hsi_proc_fns
+
+    stats = data_io.read_stats(utils.stats_path(root, split))
+    for path in sorted((root / "processed" / "cubes").glob("*/*.h5")):
+        cube = data_io.read_cube(path, with_errors=False)
+        labels = data_io.read_labels(utils.label_path(root, task, path.stem))
+        usable = hsi_proc_fns.usable_spaxels(cube.flux)
+        normed = hsi_proc_fns.normalise(cube.flux, norm, stats, usable)
+        has_label = utils.label_classes(labels, task) != utils.LABEL_NONE
+        patches, rows = [], []
+        for y, x in np.argwhere(usable & has_label):
+            patch = np.zeros((size, size, normed.shape[2]), np.float32)
+            for i in range(size):
+                for j in range(size):
+                    at = y + i - size // 2, x + j - size // 2
+                    if 0 <= at[0] < normed.shape[0] and 0 <= at[1] < normed.shape[1]:
+                        patch[i, j] = normed[at]
+            rows.append((len(patches), y, x, labels[y, x]))
+            patches.append(patch)
+        meta = {
+            "patch_norm": norm,
+            "patch_size": size,
+            "wave_min": float(cube.wave[0]),
+            "wave_max": float(cube.wave[-1]),
+            "n_band": cube.wave.size,
+        }
+        index = pd.DataFrame(rows, columns=["row", "y", "x", "label"])
+        out = utils.patch_path(root, task, norm, path.stem)
+        data_io.write_patches(out, np.stack(patches), index, meta)
