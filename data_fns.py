@@ -500,14 +500,19 @@ def _labelled_spaxels(root: Path, spec: PatchSpec, plateifu: str, store: CubeSto
     path = utils.label_path(root, spec.label_task, plateifu)
     labels = data_io.read_labels(path)
     usable = store.usable(plateifu)
-    if labels.shape != usable.shape:
-        raise DataError(
-            f"{path}: map of {labels.shape}, cube of {usable.shape}. Re-run "
-            "process_single_cube.py --overwrite."
-        )
+    check_label_shape(labels, usable, path)
     classes = utils.label_classes(labels, spec.label_task, spec.n_classes)
     y, x = np.nonzero((classes != LABEL_NONE) & usable)
     return pd.DataFrame({"row": -1, "y": y, "x": x, "label": labels[y, x]})
+
+
+def check_label_shape(labels: np.ndarray, usable: np.ndarray, path: Path) -> None:
+    """Raise a DataError unless a label map and its cube have the same spaxels."""
+    if labels.shape != usable.shape:
+        raise DataError(
+            f"{path}: label map of {labels.shape}, cube of {usable.shape} spaxels. Re-run "
+            "process_single_cube.py --overwrite."
+        )
 
 
 def _patch_file(root: Path, spec: PatchSpec, plateifu: str) -> Path:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import data_fns
 import data_io
+import hsi_proc_fns
 import utils
 from data_fns import PatchSpec
 from HSI_SSFTT import SSFTT, get_SSFTT_model
@@ -194,7 +195,8 @@ def load_model(run_dir: Path, device: str = "auto") -> TrainedModel:
     network.load_state_dict(load_file(run_dir / WEIGHTS_FILE))
     patch = about["patch"]
     spec = PatchSpec(**{**patch, "bands": patch["bands"] and tuple(patch["bands"])})
-    stats = data_io.read_stats(run_dir / STATS_FILE) if spec.patch_norm == "PCA" else None
+    has_stats = (run_dir / STATS_FILE).is_file()  # not if trained on patch files alone
+    stats = data_io.read_stats(run_dir / STATS_FILE) if has_stats else None
     return TrainedModel(network.to(chosen).eval(), spec, stats, about, chosen)
 
 
@@ -241,3 +243,448 @@ def predict(trained: TrainedModel, patches: np.ndarray | torch.Tensor) -> np.nda
 def baseline_logits(weights: dict[str, torch.Tensor], spectra: np.ndarray) -> np.ndarray:
     """Apply the linear spectrum-only baseline that training fitted; (n, band) -> (n, classes)."""
     return spectra @ weights["weight"].numpy().T + weights["bias"].numpy()
+
+
+# Maps
+
+
+@dataclass
+class MapPrediction:
+    """What a model says about every spaxel of a cube.
+
+    Attributes
+    ----------
+    plateifu : str
+    classes : (y, x) int16
+        LABEL_NONE where the spaxel is not usable.
+    probabilities : (y, x, class) float32
+        NaN where the spaxel is not usable.
+    attrs : dict
+        Of the cube: redshift, wcs_header, ...
+    """
+
+    plateifu: str
+    classes: np.ndarray
+    probabilities: np.ndarray
+    attrs: dict[str, Any]
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Spaxels with a prediction, (y, x) bool."""
+        return self.classes != LABEL_NONE
+
+
+def predict_map(trained: TrainedModel, values: np.ndarray, patch_wise: bool = False) -> np.ndarray:
+    """Class probabilities of every spaxel of a normalised cube.
+
+    Parameters
+    ----------
+    trained : TrainedModel
+    values : (y, x, band) float32
+    patch_wise : bool
+        Run the network on every spaxel's patch instead of once over the map. Same numbers.
+
+    Returns
+    -------
+    (y, x, class) float32
+    """
+    ny, nx = values.shape[:2]
+    with torch.inference_mode():
+        if not patch_wise:
+            cutout = torch.from_numpy(values).permute(2, 0, 1)[None, None].to(trained.device)
+            logits = trained.network.forward_dense(cutout)[0].permute(1, 2, 0)
+            return logits.float().softmax(2).cpu().numpy()
+    size = trained.spec.patch_size
+    out = np.empty((ny, nx, len(trained.about["class_names"])), np.float32)
+    columns = np.arange(nx)
+    padded = hsi_proc_fns.pad_for_patches(values, size)
+    for y in range(ny):
+        strip = padded[y : y + size]  # the rows that this row's patches cover
+        windows = np.lib.stride_tricks.sliding_window_view(strip, size, axis=1)
+        patches = windows[:, columns].transpose(1, 2, 0, 3)[:, None]  # (x, 1, band, P, P)
+        out[y] = predict(trained, np.ascontiguousarray(patches))
+    return out
+
+
+def evaluate_cube(
+    model: TrainedModel | Path, path: Path, patch_wise: bool = False
+) -> MapPrediction:
+    """Run a trained model on a whole cube; no label is needed.
+
+    Parameters
+    ----------
+    model : TrainedModel or Path
+        A model, or the folder of its run.
+    path : Path
+        H5 cube.
+    patch_wise : bool
+        Patch by patch instead of the whole map at once. Same numbers.
+
+    Raises
+    ------
+    DataError
+        If the cube is unreadable or on another wavelength grid than the training's.
+    """
+    trained = model if isinstance(model, TrainedModel) else load_model(model)
+    return _map_cube(trained, load_for(trained, path), path, patch_wise)
+
+
+def load_for(trained: TrainedModel, path: Path) -> data_fns.NormedCube:
+    """Read and normalise a cube as a model's training cubes were.
+
+    Raises
+    ------
+    DataError
+        If the cube is unreadable or on another wavelength grid than the training's.
+    """
+    cube = data_fns.load_normed(path, trained.spec, trained.stats)
+    want, found = trained.about["wave_aa"], data_fns.Grid.of(cube.wave)
+    if want and not np.allclose(list(want.values()), found, rtol=1e-6):
+        raise DataError(
+            f"{path}: {found.n_bands} bands from {found.first:.2f} to {found.last:.2f} Angstrom, "
+            f"the model was trained on {want['n_bands']} from {want['first']:.2f} to "
+            f"{want['last']:.2f}. Re-run process_single_cube.py --overwrite on that grid."
+        )
+    return cube
+
+
+def _map_cube(
+    trained: TrainedModel, cube: data_fns.NormedCube, path: Path, patch_wise: bool
+) -> MapPrediction:
+    probabilities = predict_map(trained, cube.values, patch_wise)
+    classes = probabilities.argmax(2).astype(np.int16)
+    classes[~cube.usable] = LABEL_NONE
+    probabilities[~cube.usable] = np.nan
+    return MapPrediction(utils.plateifu_of(path), classes, probabilities, cube.attrs)
+
+
+# Splits
+
+
+def predict_split(
+    trained: TrainedModel,
+    run_dir: Path,
+    root: Path,
+    table: pd.DataFrame,
+    patch_wise: bool = False,
+) -> pd.DataFrame:
+    """Predict the labelled spaxels of one part of a split.
+
+    Parameters
+    ----------
+    trained : TrainedModel
+    run_dir : Path
+        Folder of its run; its spectrum-only baseline is applied beside it if there is one.
+    root : Path
+        Data folder.
+    table : DataFrame
+        The part: plateifu, mangaid, and y and x where the split is by spaxel.
+    patch_wise : bool
+        As in `evaluate_cube`.
+
+    Returns
+    -------
+    DataFrame, one row a spaxel
+        plateifu, mangaid, y, x, value (label: dex or class), true, predicted, probability (of the
+        predicted class) and, with a baseline, spectrum_only (its class).
+    """
+    baseline = None
+    if (run_dir / BASELINE_FILE).is_file():
+        baseline = load_file(run_dir / BASELINE_FILE)
+    spec, frames = trained.spec, []
+    groups = table.groupby("plateifu", sort=False)
+    for plateifu, rows in tqdm(groups, desc="galaxies", unit="galaxy", disable=None):
+        path = utils.cube_path(root, plateifu)
+        labels = data_io.read_labels(utils.label_path(root, spec.label_task, plateifu))
+        cube = load_for(trained, path)
+        data_fns.check_label_shape(labels, cube.usable, path)
+        result = _map_cube(trained, cube, path, patch_wise)
+        classes = utils.label_classes(labels, spec.label_task, spec.n_classes)
+        wanted = (classes != LABEL_NONE) & cube.usable
+        if {"y", "x"} <= set(rows.columns):
+            chosen = np.zeros_like(wanted)
+            chosen[rows["y"], rows["x"]] = True
+            wanted &= chosen
+        y, x = np.nonzero(wanted)
+        frame = pd.DataFrame(
+            {
+                "plateifu": plateifu,
+                "mangaid": rows["mangaid"].iloc[0],
+                "y": y,
+                "x": x,
+                "value": labels[y, x],
+                "true": classes[y, x],
+                "predicted": result.classes[y, x],
+                "probability": result.probabilities[y, x].max(1),
+            }
+        )
+        if baseline is not None:
+            frame["spectrum_only"] = baseline_logits(baseline, cube.values[y, x]).argmax(1)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def predict_patch_files(
+    trained: TrainedModel, run_dir: Path, root: Path, table: pd.DataFrame
+) -> pd.DataFrame:
+    """Do as `predict_split`, from patch files where there are no cubes."""
+    dataset = data_fns.get_dataset(root, table, trained.spec, "patches", trained.stats)
+    samples = dataset.samples
+    batches = data_fns.Batches(samples.classes, 256, shuffle=False)
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=data_fns.collate)
+    logits, rows = predict_logits(trained.network, loader, trained.device)
+    plateifus = np.array(samples.plateifus)[samples.galaxy[rows]]
+    mangaids = table.drop_duplicates("plateifu").set_index("plateifu")["mangaid"]
+    frame = pd.DataFrame(
+        {
+            "plateifu": plateifus,
+            "mangaid": mangaids.loc[plateifus].to_numpy(),
+            "y": samples.y[rows],
+            "x": samples.x[rows],
+            "value": samples.values[rows],
+            "true": samples.classes[rows],
+            "predicted": logits.argmax(1),
+            "probability": torch.from_numpy(logits).softmax(1).numpy().max(1),
+        }
+    )
+    if (run_dir / BASELINE_FILE).is_file():
+        baseline = load_file(run_dir / BASELINE_FILE)
+        frame["spectrum_only"] = baseline_logits(baseline, dataset.centres(rows)).argmax(1)
+    return frame
+
+
+def score_predictions(
+    frame: pd.DataFrame, trained: TrainedModel, seed: int = 0
+) -> tuple[dict[str, Any], np.ndarray, pd.DataFrame, pd.DataFrame]:
+    """Score predictions: all spaxels together, each class, each galaxy.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        From `predict_split`.
+    trained : TrainedModel
+    seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    overall : dict
+        accuracy, macro_f1, kappa; majority_accuracy (of the training's majority class) and
+        spectrum_accuracy; for metallicities mae_dex and rmse_dex of the predicted class's value
+        against the label, and constant_mae_dex and constant_rmse_dex of the training median;
+        `intervals`: 95 % of the bootstrap over galaxies, since the spaxels of one galaxy are not
+        independent (a galaxy is a mangaid).
+    confusion : (true class, predicted class) int
+    per_class, per_galaxy : DataFrame
+    """
+    names = trained.about["class_names"]
+    n, labels = len(names), trained.about["training_labels"]
+    majority = int(np.argmax(labels["class_counts"]))
+    frame = frame.assign(majority=frame["true"] == majority)
+    is_dex = trained.spec.label_task == "logOH"
+    if is_dex:
+        values = utils.class_values(n)
+        frame["error"] = values[frame["predicted"]] - frame["value"]
+        frame["constant_error"] = labels["median"] - frame["value"]
+
+    galaxies = {k: g for k, g in frame.groupby("plateifu", sort=False)}
+    rows = []
+    for plateifu, g in galaxies.items():
+        confusion = confusion_matrix(g["true"], g["predicted"], n)
+        row = {"plateifu": plateifu, "mangaid": g["mangaid"].iloc[0], "spaxels": len(g)}
+        row |= {k: float(v) for k, v in overall_metrics(confusion).items()}
+        row["majority_accuracy"] = g["majority"].mean()
+        if is_dex:
+            row |= _dex_errors(g)
+        rows.append(row)
+
+    confusion = confusion_matrix(frame["true"], frame["predicted"], n)
+    overall: dict[str, Any] = {
+        "galaxies": frame["mangaid"].nunique(),
+        "spaxels": len(frame),
+        **{k: float(v) for k, v in overall_metrics(confusion).items()},
+        "majority_accuracy": float(frame["majority"].mean()),
+    }
+    if "spectrum_only" in frame:
+        overall["spectrum_accuracy"] = float((frame["true"] == frame["spectrum_only"]).mean())
+    if is_dex:
+        overall |= _dex_errors(frame)
+    overall["intervals"] = bootstrap_intervals(frame, n, seed)
+    per_class = pd.DataFrame(class_metrics(confusion)).astype({"support": int})
+    per_class.insert(0, "class", names)
+    return overall, confusion, per_class, pd.DataFrame(rows)
+
+
+def _dex_errors(frame: pd.DataFrame) -> dict[str, float]:
+    """Mean absolute and root mean square error of the model and of the constant, dex."""
+    out = {}
+    for prefix, name in (("", "error"), ("constant_", "constant_error")):
+        error = frame[name].to_numpy(float)
+        out[f"{prefix}mae_dex"] = float(np.abs(error).mean())
+        out[f"{prefix}rmse_dex"] = float(np.sqrt((error**2).mean()))
+    return out
+
+
+def bootstrap_intervals(
+    frame: pd.DataFrame, n_classes: int, seed: int = 0, n_draws: int = N_BOOTSTRAP
+) -> dict[str, list[float]]:
+    """Draw galaxies with replacement and see how far the scores move.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        mangaid, true, predicted and, for metallicities, error in dex; one row a spaxel.
+    n_classes, seed, n_draws : int
+
+    Returns
+    -------
+    dict of score -> [low, high]
+        95 % percentile intervals (Efron 1979); empty for a single galaxy, which cannot tell.
+    """
+    groups = [g for _, g in frame.groupby("mangaid", sort=True)]
+    if len(groups) < 2:
+        return {}
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=n_draws)
+    each = np.stack([confusion_matrix(g["true"], g["predicted"], n_classes) for g in groups])
+    scores = overall_metrics(np.tensordot(draws, each, axes=1))
+    if "error" in frame:
+        sums = np.array([[len(g), g["error"].abs().sum(), (g["error"] ** 2).sum()] for g in groups])
+        count, absolute, square = (draws @ sums).T
+        scores |= {"mae_dex": absolute / count, "rmse_dex": np.sqrt(square / count)}
+    return {k: np.quantile(v, INTERVAL).tolist() for k, v in scores.items()}
+
+
+def evaluate_split(
+    run_dir: Path,
+    part: str = "test",
+    data_dir: Path | None = None,
+    patch_wise: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluate a run on a part of its own split and write the results to <run_dir>/<part>/.
+
+    The split is the copy in the run folder: remaking the data folder's splits afterwards cannot
+    move training galaxies into the test.
+
+    Parameters
+    ----------
+    run_dir : Path
+    part : {"train", "val", "test"}
+    data_dir : Path, optional
+        Default: the run's, else as everywhere.
+    patch_wise : bool
+        As in `evaluate_cube`.
+    device : {"auto", "cpu", "cuda"}
+    seed : int
+        Of the bootstrap over galaxies.
+
+    Returns
+    -------
+    dict
+        Content of metrics.json: see `score_predictions`.
+    """
+    run_dir = Path(run_dir)
+    trained = load_model(run_dir, device)
+    config = json.loads((run_dir / CONFIG_FILE).read_text())
+    root = run_data_dir(run_dir, data_dir)
+    parts, meta = data_io.read_split(run_dir / SPLIT_FOLDER)
+    if config["source"] == "patches":
+        frame = predict_patch_files(trained, run_dir, root, parts[part])
+    else:
+        frame = predict_split(trained, run_dir, root, parts[part], patch_wise)
+    if frame.empty:
+        raise DataError(f"{run_dir}: no labelled spaxel in the {part} part of the split.")
+    overall, confusion, per_class, per_galaxy = score_predictions(frame, trained, seed)
+    result = {
+        "part": part,
+        "split": config["split_dir"],
+        "split_kind": meta.get("kind"),
+        "label_task": trained.spec.label_task,
+        "best_epoch": trained.about["best"]["epoch"],
+        **overall,
+        "created_utc": utils.utc_now(),
+    }
+    out = run_dir / part
+    names = trained.about["class_names"]
+    table = pd.DataFrame(confusion, index=pd.Index(names, name="true"), columns=names)
+    for content, name in (
+        (table.reset_index(), CONFUSION_FILE),
+        (per_class, PER_CLASS_FILE),
+        (per_galaxy, PER_GALAXY_FILE),
+        (frame, PREDICTIONS_FILE),
+    ):
+        with utils.atomic_path(out / name) as temporary:
+            content.to_csv(temporary, index=False)
+    utils.write_json(out / RESULT_FILE, result)
+    return result
+
+
+def run_data_dir(run_dir: Path, flag: Path | None = None) -> Path:
+    """Find a run's data folder: the flag, else the run's own if it exists, else the default."""
+    saved = json.loads((Path(run_dir) / CONFIG_FILE).read_text()).get("data_dir")
+    if flag is None and saved and Path(saved).is_dir():
+        return Path(saved)
+    return utils.data_dir(flag)
+
+
+def describe_result(result: dict[str, Any]) -> str:
+    """Put the scores of `evaluate_split` into a few lines."""
+    intervals = result["intervals"]
+    lines = [
+        f"{result['label_task']}, {result['part']} part of the split {result['split']} "
+        f"({result['split_kind']}): {result['galaxies']} galaxies, {result['spaxels']} spaxels"
+    ]
+    if result["split_kind"] == "easy":
+        lines.append("  an easy split: neighbours of the test spaxels were trained on")
+    labels = {
+        "accuracy": "accuracy",
+        "majority_accuracy": "  majority class",
+        "spectrum_accuracy": "  spectrum only",
+        "macro_f1": "macro F1",
+        "kappa": "kappa",
+        "mae_dex": "MAE (dex)",
+        "constant_mae_dex": "  constant",
+        "rmse_dex": "RMSE (dex)",
+        "constant_rmse_dex": "  constant",
+    }
+    for key, label in labels.items():
+        if key in result:
+            low_high = intervals.get(key)
+            spread = f"  [{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else ""
+            lines.append(f"  {label:<18}{result[key]:.3f}{spread}")
+    if intervals:
+        lines.append("  [95 % intervals from a bootstrap over galaxies]")
+    return "\n".join(lines)
+
+
+def main(config: EvalConfig) -> int:
+    """Evaluate a part of a split, or map one galaxy."""
+    if config.plateifu is None:
+        result = evaluate_split(
+            config.run_dir,
+            config.part,
+            config.data_dir,
+            config.patch_wise,
+            config.device,
+            config.seed,
+        )
+        print(describe_result(result))
+        log.info("results in %s", config.run_dir / config.part)
+        return utils.EXIT_DONE
+    trained = load_model(config.run_dir, config.device)
+    root = run_data_dir(config.run_dir, config.data_dir)
+    cube = utils.cube_path(root, config.plateifu)
+    result_map = evaluate_cube(trained, cube, config.patch_wise)
+    out = config.run_dir / MAPS_FOLDER / f"{config.plateifu}.npy"
+    probability_file = out.with_name(f"{config.plateifu}_prob.npy")
+    for array, path in ((result_map.probabilities, probability_file), (result_map.classes, out)):
+        with utils.atomic_path(path) as part:
+            np.save(part, array)
+    log.info("%d spaxels predicted: %s", result_map.usable.sum(), out)
+    return utils.EXIT_DONE
+
+
+if __name__ == "__main__":
+    utils.run_command(main, EvalConfig, __doc__)

@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data_fns
+import data_io
 import eval_fns
 import utils
 from data_fns import Batches, PatchDataset, PatchSpec
@@ -480,13 +481,14 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
 
 def start_run_dir(config: TrainConfig, run_dir: Path) -> None:
     """Make the folder and write all that is known before the first step."""
+    root = utils.data_dir(config.data_dir)
+    data_io.read_split(utils.split_path(root, config.split_dir))  # first: no folder without a split
     for name in (eval_fns.WEIGHTS_FILE, eval_fns.MODEL_FILE, eval_fns.BASELINE_FILE, NAN_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for name in (CHECKPOINT_FILE, eval_fns.METRICS_FILE, eval_fns.STATS_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for part in utils.SPLIT_PARTS:
         shutil.rmtree(run_dir / part, ignore_errors=True)
-    root = utils.data_dir(config.data_dir)
     for part in utils.SPLIT_PARTS:
         copy_file(
             utils.split_path(root, config.split_dir, part),
@@ -595,7 +597,7 @@ def describe_model(config: TrainConfig, loader: DataLoader, model: SSFTT) -> dic
         "parameters": count_parameters(model),
         "patch": asdict(config.spec),
         "class_names": names,
-        "wave_aa": dataset.grid,
+        "wave_aa": dataset.grid and dataset.grid._asdict(),
         "split_dir": config.split_dir,
         "training_labels": {
             "class_counts": data_fns.class_counts(samples, len(names)).tolist(),
