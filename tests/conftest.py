@@ -1,0 +1,96 @@
+"""Shared fixtures: small FITS files with planted truth, and the folder of real files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.io import fits
+
+N_WAVE = 4563
+LINES = ("OII-3727", "OII-3729", "Hb-4862", "OIII-5008", "Ha-6564", "NII-6585")
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_manga() -> Path:
+    """Folder of real MaNGA files; skips where it is absent."""
+    folder = SHARED / "manga"
+    if not folder.is_dir():
+        pytest.skip(f"real MaNGA files: no {folder}")
+    return folder
+
+
+def write_logcube(path: Path, flux, ivar, mask, drop=(), redcorr=None, wave=None, **cards) -> Path:
+    """Write a DAP-like LOGCUBE from (band, y, x) arrays; a card of None is left out."""
+    primary = fits.PrimaryHDU()
+    defaults = {
+        "PLATEIFU": "8485-1901",
+        "MANGAID": "1-209232",
+        "SCINPVEL": 0.03 * 299792.458,
+        "EBVGAL": 0.05,
+        "DRP3QUAL": 0,
+        "DAPQUAL": 0,
+        "MASKNAME": "MANGA_DAPSPECMASK",
+        "DAPTYPE": "SPX-MILESHC-MASTARSSP",
+    }
+    for key, value in {**defaults, **cards}.items():
+        if value is not None:
+            primary.header[key] = value
+    grid = 10 ** (3.5589 + 1e-4 * np.arange(N_WAVE)) if wave is None else wave
+    arrays = {
+        "FLUX": flux.astype(">f4"),
+        "IVAR": ivar.astype(">f4"),
+        "MASK": mask.astype(">i2"),
+        "LSF": np.ones_like(flux, ">f4"),
+        "WAVE": grid.astype(">f4"),
+        "REDCORR": np.ones(N_WAVE, ">f4") if redcorr is None else redcorr.astype(">f4"),
+        "MODEL": np.zeros_like(flux, ">f4"),
+    }
+    hdus = [fits.ImageHDU(a, name=n) for n, a in arrays.items() if n not in drop]
+    for hdu in hdus:
+        if hdu.name == "MASK":
+            hdu.header["MASKNAME"] = "MANGA_DAPSPECMASK"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fits.HDUList([primary, *hdus]).writeto(path, overwrite=True)
+    return path
+
+
+def write_maps(path: Path, flux, ivar, mask, lines=LINES, **cards) -> Path:
+    """Write a DAP-like MAPS with the HDUs that labels need, from dicts of (y, x) maps."""
+    primary = fits.PrimaryHDU()
+    defaults = {"PLATEIFU": "8485-1901", "MANGAID": "1-209232", "DRP3QUAL": 0, "DAPQUAL": 0}
+    for key, value in {**defaults, **cards}.items():
+        primary.header[key] = value
+    hdus = [primary]
+    kinds = (("EMLINE_GFLUX", flux), ("EMLINE_GFLUX_IVAR", ivar), ("EMLINE_GFLUX_MASK", mask))
+    for name, maps in kinds:
+        dtype = ">i4" if name.endswith("MASK") else ">f4"
+        hdu = fits.ImageHDU(np.stack([maps[k] for k in lines]).astype(dtype), name=name)
+        for i, line in enumerate(lines, 1):
+            hdu.header[f"C{i:02d}"] = line
+        hdus.append(hdu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fits.HDUList(hdus).writeto(path, overwrite=True)
+    return path
+
+
+@pytest.fixture
+def plain_arrays():
+    """FLUX, IVAR, MASK of a 4 x 5 cube: positive spectra, all good."""
+    rng = np.random.default_rng(0)
+    flux = 1 + 0.3 * rng.random((N_WAVE, 4, 5))
+    ivar = 50 + 50 * rng.random((N_WAVE, 4, 5))
+    return flux.astype("f4"), ivar.astype("f4"), np.zeros((N_WAVE, 4, 5), "i2")
+
+
+@pytest.fixture
+def line_maps():
+    """Fluxes, ivars and masks of bright H II spaxels in 4 x 5 maps."""
+    rng = np.random.default_rng(1)
+    typical = dict(zip(LINES, (60, 80, 35, 30, 100, 30), strict=True))
+    flux = {k: v * (1 + 0.1 * rng.random((4, 5))) for k, v in typical.items()}
+    ivar = {k: np.full((4, 5), 4.0) for k in LINES}
+    mask = {k: np.zeros((4, 5), int) for k in LINES}
+    return flux, ivar, mask

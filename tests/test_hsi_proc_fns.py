@@ -1,0 +1,139 @@
+"""Normalisation and patches: where the label sits, and what masked spaxels may not do."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA
+
+import hsi_proc_fns as hsi
+from data_io import Stats
+from utils import DataError
+
+
+@pytest.fixture
+def flux():
+    """(6, 7, 50) positive cube whose first row is outside the field."""
+    cube = np.random.default_rng(0).uniform(1, 5, (6, 7, 50)).astype("f4")
+    cube[0] = np.nan
+    return cube
+
+
+@given(
+    ny=st.integers(1, 9),
+    nx=st.integers(1, 9),
+    patch_size=st.integers(1, 11),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_one_bright_spaxel_is_at_the_centre_of_its_patch(ny, nx, patch_size, seed):
+    rng = np.random.default_rng(seed)
+    y, x = rng.integers(ny), rng.integers(nx)
+    cube = np.zeros((ny, nx, 3), "f4")
+    cube[y, x] = 1, 2, 3
+    patch = hsi.extract_patches(cube, np.array([y]), np.array([x]), patch_size)[0]
+    assert patch.shape == (patch_size, patch_size, 3)
+    centre = patch_size // 2
+    np.testing.assert_array_equal(patch[centre, centre], [1, 2, 3])
+    assert patch.sum() == 6
+
+
+def test_patches_hold_the_neighbourhood_and_zeros_beyond():
+    cube = np.arange(20, dtype="f4").reshape(4, 5, 1) + 1
+    patches = hsi.extract_patches(cube, np.array([0, 2]), np.array([0, 3]), 3)
+    np.testing.assert_array_equal(patches[0, :, :, 0], [[0, 0, 0], [0, 1, 2], [0, 6, 7]])
+    np.testing.assert_array_equal(patches[1, :, :, 0], cube[1:4, 2:5, 0])
+
+
+@pytest.mark.parametrize("norm", ["global", "spatial", "spectral"])
+def test_masked_spaxels_set_no_minimum_and_no_maximum(flux, norm):
+    poisoned = flux.copy()
+    poisoned[0, :, :30] = 1e9  # 60 % measured: below MIN_MEASURED, so unusable
+    np.testing.assert_array_equal(hsi.normalise(poisoned, norm), hsi.normalise(flux, norm))
+
+
+@pytest.mark.parametrize(("norm", "axes"), [("global", None), ("spatial", 0), ("spectral", 1)])
+def test_range_is_zero_to_one_along_the_norms_axis(flux, norm, axes):
+    values = hsi.normalise(flux, norm)[1:].reshape(-1, 50)
+    np.testing.assert_allclose(values.min(axis=axes), 0, atol=1e-6)
+    np.testing.assert_allclose(values.max(axis=axes), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["global", "spatial", "spectral"])
+def test_constant_cube_gives_zeros_not_nan(norm):
+    np.testing.assert_array_equal(hsi.normalise(np.full((3, 3, 8), 2.0, "f4"), norm), 0)
+
+
+@pytest.mark.parametrize("norm", ["global", "spatial", "spectral"])
+def test_all_masked_cube_gives_zeros(norm):
+    out = hsi.normalise(np.full((3, 4, 8), np.nan, "f4"), norm)
+    assert out.shape == (3, 4, 8)
+    np.testing.assert_array_equal(out, 0)
+
+
+def stats_of(spectra, k):
+    pca = PCA(k, svd_solver="full").fit(spectra)
+    return Stats(
+        np.arange(spectra.shape[1], dtype=float),
+        pca.mean_,
+        spectra.std(0),
+        pca.components_,
+        pca.explained_variance_,
+        pca.explained_variance_ratio_,
+    )
+
+
+def test_pca_norm_equals_sklearns_whitened_transform(flux):
+    spectra = hsi.unit_mean(flux[1:].reshape(-1, 50)).astype(float)
+    got = hsi.normalise(flux, "PCA", stats_of(spectra, 5))
+    expected = PCA(5, whiten=True, svd_solver="full").fit(spectra).transform(spectra)
+    np.testing.assert_allclose(got[1:].reshape(-1, 5), expected, atol=2e-4)
+    np.testing.assert_array_equal(got[0], 0)
+
+
+def test_pca_without_or_with_foreign_statistics_is_refused(flux):
+    with pytest.raises(DataError, match="calc_data_stats"):
+        hsi.normalise(flux, "PCA")
+    with pytest.raises(DataError, match="20 bands, cube of 50"):
+        hsi.normalise(flux, "PCA", stats_of(np.random.default_rng(0).random((30, 20)), 3))
+
+
+def test_unknown_norm_is_named(flux):
+    with pytest.raises(DataError, match=r"'minmax'.*global"):
+        hsi.normalise(flux, "minmax")
+
+
+def test_brightness_drops_out_of_spectral_norm(flux):
+    np.testing.assert_allclose(
+        hsi.normalise(flux, "spectral"), hsi.normalise(40 * flux, "spectral"), atol=1e-5
+    )
+
+
+def test_gaps_are_bridged_linearly_and_ends_held():
+    spectrum = np.array([[np.nan, 1, np.nan, np.nan, 4, np.nan]], "f4")
+    np.testing.assert_allclose(hsi.fill_gaps(spectrum), [[1, 1, 2, 3, 4, 4]])
+    hopeless = np.full((1, 4), np.nan, "f4")
+    assert np.isnan(hsi.fill_gaps(hopeless)).all()
+
+
+def test_a_gap_does_not_spread(flux):
+    gap = flux.copy()
+    gap[3, 3, 20:25] = np.nan
+    out = hsi.normalise(gap, "spectral")
+    assert np.isfinite(out).all()
+    others = np.ones((6, 7), bool)
+    others[3, 3] = False
+    np.testing.assert_array_equal(out[others], hsi.normalise(flux, "spectral")[others])
+
+
+def test_usable_needs_enough_bins_and_light(flux):
+    flux[2, 2, :11] = np.nan  # 78 % measured
+    flux[3, 3, :9] = np.nan  # 82 %
+    flux[4, 4] = 0
+    usable = hsi.usable_spaxels(flux)
+    assert (usable[2, 2], usable[3, 3], usable[4, 4], usable[0].any()) == (
+        False,
+        True,
+        False,
+        False,
+    )
