@@ -134,6 +134,8 @@ class NormedCube(NamedTuple):
     """(y, x, C) float32, zeros at unusable spaxels."""
     usable: np.ndarray
     """(y, x) bool."""
+    inside: np.ndarray
+    """(y, x) bool: anything at all was measured; the field of view."""
     wave: np.ndarray
     """(band,) Angstrom, of all bands."""
     attrs: dict[str, Any]
@@ -151,7 +153,9 @@ def load_normed(path: Path, spec: PatchSpec, stats: data_io.Stats | None) -> Nor
     usable = hsi_proc_fns.usable_spaxels(cube.flux)
     values = hsi_proc_fns.normalise(cube.flux, spec.patch_norm, stats, usable)
     bands = spec.slice_bands(values.shape[2], path)
-    return NormedCube(np.ascontiguousarray(values[..., bands]), usable, cube.wave, cube.attrs)
+    inside = np.isfinite(cube.flux).any(axis=2)
+    cut = np.ascontiguousarray(values[..., bands])
+    return NormedCube(cut, usable, inside, cube.wave, cube.attrs)
 
 
 class CubeStore:

@@ -259,6 +259,8 @@ class MapPrediction:
         LABEL_NONE where the spaxel is not usable.
     probabilities : (y, x, class) float32
         NaN where the spaxel is not usable.
+    inside : (y, x) bool
+        The field of view.
     attrs : dict
         Of the cube: redshift, wcs_header, ...
     """
@@ -266,6 +268,7 @@ class MapPrediction:
     plateifu: str
     classes: np.ndarray
     probabilities: np.ndarray
+    inside: np.ndarray
     attrs: dict[str, Any]
 
     @property
@@ -355,7 +358,7 @@ def _map_cube(
     classes = probabilities.argmax(2).astype(np.int16)
     classes[~cube.usable] = LABEL_NONE
     probabilities[~cube.usable] = np.nan
-    return MapPrediction(utils.plateifu_of(path), classes, probabilities, cube.attrs)
+    return MapPrediction(utils.plateifu_of(path), classes, probabilities, cube.inside, cube.attrs)
 
 
 # Splits
