@@ -21,7 +21,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
+from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
@@ -257,6 +257,7 @@ def _class_legend(ax: Axes, label_task: str, n_classes: int) -> None:
 def plot_value_map(
     ax: Axes,
     values: np.ndarray,
+    usable: np.ndarray,
     inside: np.ndarray,
     label: str,
     title: str = "",
@@ -269,8 +270,9 @@ def plot_value_map(
     ----------
     ax : Axes
     values : (y, x) float
-        NaN is left white.
-    inside : (y, x) bool
+        NaN is hatched where the spaxel is usable.
+    usable, inside : (y, x) bool
+        As in `plot_class_map`.
     label : str
         Of the colour bar, with unit.
     title, wcs_header
@@ -278,11 +280,10 @@ def plot_value_map(
     limit : float, optional
         Diverging colours from -limit to limit; default sequential ones over the data's range.
     """
-    east, north = sky_edges(values.shape, wcs_header)
     colours: dict[str, Any] = {"cmap": "cividis"}
     if limit is not None:
         colours = {"cmap": "PuOr", "vmin": -limit, "vmax": limit}
-    drawn = ax.pcolormesh(east, north, np.ma.masked_invalid(values), **colours)
+    drawn = _draw_map(ax, np.ma.masked_invalid(values), usable, inside, wcs_header, **colours)
     bar = ax.figure.colorbar(drawn, cax=ax.inset_axes((1.04, 0.0, 0.05, 1.0)))
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -326,35 +327,30 @@ def plot_comparison(
         limit = max(0.02, float(np.nanquantile(np.abs(difference), 0.98)) if both.any() else 0.1)
         title = f"difference: MAE {mae:.3f} dex, {agree:.0%} right"
         plot_value_map(
-            axes[2], difference, inside, "predicted - label (dex)", title, wcs, limit=limit
+            axes[2], difference, usable, inside, "predicted - label (dex)", title, wcs, limit
         )
     else:
-        plot_agreement_map(axes[2], prediction.classes == true, both, inside, agree, wcs)
+        agrees = np.ma.masked_where(~both, prediction.classes == true)
+        plot_agreement_map(axes[2], agrees, usable, inside, f"difference: {agree:.0%} right", wcs)
     return axes
 
 
 def plot_agreement_map(
     ax: Axes,
-    agrees: np.ndarray,
-    where: np.ndarray,
+    agrees: np.ma.MaskedArray,
+    usable: np.ndarray,
     inside: np.ndarray,
-    share: float,
+    title: str = "",
     wcs_header: str | None = None,
 ) -> Axes:
-    """Draw where prediction and label agree, among the spaxels that have both."""
-    east, north = sky_edges(agrees.shape, wcs_header)
-    shown = np.ma.masked_where(~where, agrees.astype(float))
+    """Draw where prediction and label agree, (y, x) bool, masked where one is missing."""
     colours = ListedColormap([WRONG_COLOUR, RIGHT_COLOUR])
-    ax.pcolormesh(east, north, shown, cmap=colours, vmin=0, vmax=1)
+    _draw_map(ax, agrees.astype(float), usable, inside, wcs_header, cmap=colours, vmin=0, vmax=1)
     handles = [Patch(color=RIGHT_COLOUR, label="same"), Patch(color=WRONG_COLOUR, label="other")]
     ax.legend(
-        handles=handles,
-        fontsize=8,
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),
-        frameon=False,
+        handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False
     )
-    return finish_sky_axes(ax, inside, wcs_header, f"difference: {share:.0%} right")
+    return finish_sky_axes(ax, inside, wcs_header, title)
 
 
 # Curves, matrices, spectra, splits
@@ -374,7 +370,7 @@ def plot_training_curves(axes: Sequence[Axes], metrics: pd.DataFrame) -> Sequenc
         ax.plot(metrics["epoch"], metrics[f"val_{name}"], color=MODEL_COLOUR, label="validation")
         ax.set(xlabel="epoch", ylabel=name if name == "accuracy" else "cross entropy (nat)")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="upper right" if name == "loss" else "lower right")
     axes[1].set_ylim(0, 1)
     return axes
 
@@ -551,12 +547,13 @@ def galaxy_figure(
         task,
         n_classes,
         prediction.usable,
-        inside,
+        prediction.inside,
         f"{plateifu}: prediction",
         wcs,
     )
     surest = prediction.probabilities.max(axis=2)
-    plot_value_map(right, surest, inside, "probability", "probability of the class", wcs)
+    usable = prediction.usable
+    plot_value_map(right, surest, usable, inside, "probability", "probability of the class", wcs)
     return figure, prediction
 
 
