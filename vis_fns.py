@@ -219,16 +219,28 @@ def plot_class_map(
     legend : bool
         Classes beside the map.
     """
-    colours = CLASS_COLOURS[label_task, n_classes]
-    east, north = sky_edges(classes.shape, wcs_header)
-    masked = np.ma.masked_where(~(inside & ~usable), np.zeros(classes.shape))
-    ax.pcolormesh(east, north, masked, cmap=ListedColormap([MASKED_COLOUR]), vmin=0, vmax=1)
-    _hatch(ax, usable & (classes == LABEL_NONE), east, north)
+    colours = ListedColormap(CLASS_COLOURS[label_task, n_classes])
     shown = np.ma.masked_where(~usable | (classes == LABEL_NONE), classes)
-    ax.pcolormesh(east, north, shown, cmap=ListedColormap(colours), vmin=-0.5, vmax=n_classes - 0.5)
+    _draw_map(ax, shown, usable, inside, wcs_header, cmap=colours, vmin=-0.5, vmax=n_classes - 0.5)
     if legend:
         _class_legend(ax, label_task, n_classes)
     return finish_sky_axes(ax, inside, wcs_header, title)
+
+
+def _draw_map(
+    ax: Axes,
+    values: np.ma.MaskedArray,
+    usable: np.ndarray,
+    inside: np.ndarray,
+    wcs_header: str | None,
+    **colours: Any,
+) -> QuadMesh:
+    """Draw values; grey where the spectrum is not usable, hatched where it has no value."""
+    east, north = sky_edges((inside.shape[0], inside.shape[1]), wcs_header)
+    masked = np.ma.masked_where(~(inside & ~usable), np.zeros(inside.shape))
+    ax.pcolormesh(east, north, masked, cmap=ListedColormap([MASKED_COLOUR]), vmin=0, vmax=1)
+    _hatch(ax, usable & np.ma.getmaskarray(values), east, north)
+    return ax.pcolormesh(east, north, values, **colours)
 
 
 def _class_legend(ax: Axes, label_task: str, n_classes: int) -> None:
