@@ -475,7 +475,7 @@ def draw_params(seed: int, index: int, bundles: Sequence[int] = ()) -> GalaxyPar
         # a disc of finite thickness, 0.2 (Holmberg 1958)
         "axis_ratio": float(np.sqrt((1 - 0.2**2) * cos_i**2 + 0.2**2)),
         "pa": rng.uniform(0, 360),
-        "flux_re": 0.16 * 10 ** (0.13 * rng.standard_normal()),
+        "flux_re": 0.13 * 10 ** (0.13 * rng.standard_normal()),
         "bulge_fraction": rng.uniform(0.0, 0.35),
         "v_max": rng.uniform(110, 260) * sin_i,
         "r_turn": rng.uniform(0.2, 0.5) * r_eff,
@@ -483,14 +483,14 @@ def draw_params(seed: int, index: int, bundles: Sequence[int] = ()) -> GalaxyPar
         "sigma_bulge": rng.uniform(90, 180),
         "sigma_gas": rng.uniform(18, 30),
         "log_age_re": rng.uniform(9.7, 9.9) if quiet else rng.uniform(8.9, 9.6),
-        "ew_ha": 10 ** (rng.uniform(0.7, 0.95) if quiet else rng.uniform(1.25, 1.7)),
+        "ew_ha": 10 ** (rng.uniform(0.75, 0.95) if quiet else rng.uniform(1.1, 1.55)),
         "ebv_re": rng.uniform(0.05, 0.35),
-        "logoh_re": 8.32 + 0.29 * even[0],
-        "logoh_slope": -0.08 + 0.05 * rng.standard_normal(),
+        "logoh_re": 8.38 + 0.27 * even[0],
+        "logoh_slope": -0.10 + 0.06 * rng.standard_normal(),
         "ionisation": 0.06 * rng.standard_normal(),
         "nitrogen": 0.03 * rng.standard_normal(),
         "agn_fraction": _agn_fraction(kind, rng),
-        "agn_radius": r_eff * rng.uniform(0.45, 0.8),
+        "agn_radius": r_eff * rng.uniform(0.25, 0.5),
     }
     # stars follow the gas loosely (solar 8.69, Asplund et al. 2009)
     params["metal_re"] = params["logoh_re"] - 8.69 + 0.1 * rng.standard_normal()
@@ -524,8 +524,8 @@ def _agn_fraction(kind: Kind, rng: np.random.Generator) -> float:
     """Halpha of the active nucleus over that of the H II regions, in the centre."""
     low, high = {
         "star-forming": (0.0, 0.0),
-        "composite": (0.5, 0.9),
-        "Seyfert": (4.0, 8.0),
+        "composite": (0.5, 1.0),
+        "Seyfert": (2.5, 6.0),
         "LINER": (3.0, 5.0),
     }[kind]
     return float(rng.uniform(low, high))
@@ -821,7 +821,7 @@ def build_scene(p: GalaxyParams) -> Scene:
     cont_ha = np.tensordot(_at_shift(disc_templates, 0)[..., near_ha], weights, 2) * disc * red_ha
     log_ew = np.log10(p.ew_ha) + 0.12 * (re - 1).clip(-1, 1) + 0.18 * fields["clump"]
     ha = 10 ** np.clip(log_ew, 0, 2.2) * (1 + p.z) * cont_ha
-    logoh = p.logoh_re + p.logoh_slope * (np.minimum(re, 2) - 1) + 0.025 * fields["logoh"]
+    logoh = p.logoh_re + p.logoh_slope * (np.minimum(re, 2) - 1) + 0.035 * fields["logoh"]
     logoh = np.clip(logoh, 8.1, 8.75)
     lines = hii_ratios(
         logoh,
@@ -834,6 +834,8 @@ def build_scene(p: GalaxyParams) -> Scene:
         nuclear = "Seyfert" if p.kind == "Seyfert" else "LINER"
         gas = nuclear_ratios(nuclear, 0.08 * fields["agn"])
         if p.kind == "LINER":  # old stars ionise the whole disc (Belfiore et al. 2016)
+            ha = ha / (1 + p.agn_fraction)
+            lines = {name: f / (1 + p.agn_fraction) for name, f in lines.items()}
             agn = p.agn_fraction * ha
         else:
             agn = p.agn_fraction * ha[r < p.r_eff / 3].mean() * np.exp(-r / p.agn_radius)
