@@ -5,6 +5,7 @@ north up and east left, in arcseconds from the field's centre.
 
 Reads   a run folder (run_SSFTT_training.py, eval_fns.py), cubes and labels of the data folder.
 Writes  <run_dir>/figures/*.png.
+Only what runs a model imports torch, and only then.
 
     python vis_fns.py --run-dir runs/demo --plateifu 8485-1901
 """
@@ -15,7 +16,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -29,9 +30,11 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
 
 import data_io
-import eval_fns
 import utils
 from utils import LABEL_NONE, DataError
+
+if TYPE_CHECKING:
+    import eval_fns
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +232,7 @@ def plot_class_map(
 
 def _draw_map(
     ax: Axes,
-    values: np.ma.MaskedArray,
+    values: np.ndarray,
     usable: np.ndarray,
     inside: np.ndarray,
     wcs_header: str | None,
@@ -349,7 +352,7 @@ def plot_comparison(
 
 def plot_agreement_map(
     ax: Axes,
-    agrees: np.ma.MaskedArray,
+    agrees: np.ndarray,
     usable: np.ndarray,
     inside: np.ndarray,
     title: str = "",
@@ -476,6 +479,19 @@ def plot_explained_variance(ax: Axes, stats: data_io.Stats) -> Axes:
     return ax
 
 
+def plot_components(axes: Sequence[Axes], stats: data_io.Stats) -> Sequence[Axes]:
+    """Draw the mean spectrum and the first components, one in each of the axes."""
+    curves = [("mean", stats.mean)]
+    curves += [(f"component {k + 1}", c) for k, c in enumerate(stats.components)]
+    for ax, (name, curve) in zip(axes, curves, strict=False):
+        ax.plot(stats.wave, curve, color=MODEL_COLOUR, lw=0.8)
+        ax.axhline(0, color="#9A9A9A", lw=0.5, zorder=0)
+        ax.set(ylabel=name, xlim=(stats.wave[0], stats.wave[-1]))
+    mark_lines(axes[0], stats.wave[0], stats.wave[-1])
+    axes[-1].set_xlabel("rest wavelength, vacuum (Angstrom)")
+    return axes
+
+
 def plot_class_shares(
     ax: Axes, counts: Mapping[str, np.ndarray], label_task: str, n_classes: int
 ) -> Axes:
@@ -541,6 +557,8 @@ def galaxy_figure(
     DataError
         If the galaxy has no cube.
     """
+    import eval_fns
+
     prediction = eval_fns.evaluate_cube(trained, utils.cube_path(root, plateifu))
     task, n_classes = trained.spec.label_task, len(trained.about["class_names"])
     label_file = utils.label_path(root, task, plateifu)
@@ -581,8 +599,25 @@ def spectrum_figure(root: Path, plateifu: str) -> Figure:
     return figure
 
 
+def components_figure(stats: data_io.Stats, n: int = 5) -> Figure:
+    """Make the figure of the mean spectrum and the first n components."""
+    rows = min(n, len(stats.components)) + 1
+    figure = Figure(figsize=(9, 1.5 * rows), layout="constrained")
+    plot_components(figure.subplots(rows, 1, sharex=True), stats)
+    return figure
+
+
+def variance_figure(stats: data_io.Stats) -> Figure:
+    """Make the figure of the variance that the components explain."""
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    plot_explained_variance(figure.subplots(), stats)
+    return figure
+
+
 def run_figures(run_dir: Path, part: str = "test") -> dict[str, Figure]:
     """Make the figures of a run: curves, confusion (if evaluated), explained variance (if PCA)."""
+    import eval_fns
+
     figures = {}
     metrics = run_dir / eval_fns.METRICS_FILE
     if metrics.is_file():
@@ -597,12 +632,11 @@ def run_figures(run_dir: Path, part: str = "test") -> dict[str, Figure]:
         plot_confusion(ax, table.to_numpy(), list(table.columns))
     stats = run_dir / eval_fns.STATS_FILE
     if stats.is_file():
-        figures["explained_variance"] = Figure(figsize=(5.5, 3.6), layout="constrained")
-        plot_explained_variance(figures["explained_variance"].subplots(), data_io.read_stats(stats))
+        figures["explained_variance"] = variance_figure(data_io.read_stats(stats))
     return figures
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Save a figure, whole or not at all."""
     with utils.atomic_path(path) as part, mpl.rc_context({"hatch.linewidth": 0.5}):
         figure.savefig(part, dpi=DPI)
@@ -611,16 +645,18 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def main(config: VisConfig) -> int:
     """Draw a run's figures and those of the galaxies asked for."""
+    import eval_fns
+
     trained = eval_fns.load_model(config.run_dir, config.device)
     root = eval_fns.run_data_dir(config.run_dir, config.data_dir)
     out = config.run_dir / FIGURES_FOLDER
     for name, figure in run_figures(config.run_dir, config.part).items():
-        save_figure(figure, out / f"{name}.png")
+        save(figure, out / f"{name}.png")
     failed = 0
     for plateifu in config.plateifu:
         try:
-            save_figure(galaxy_figure(trained, root, plateifu)[0], out / f"{plateifu}_maps.png")
-            save_figure(spectrum_figure(root, plateifu), out / f"{plateifu}_spectrum.png")
+            save(galaxy_figure(trained, root, plateifu)[0], out / f"{plateifu}_maps.png")
+            save(spectrum_figure(root, plateifu), out / f"{plateifu}_spectrum.png")
         except DataError as error:
             log.error("%s", error)
             failed += 1
