@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 RELEASE, DRP_VERSION, DAP_VERSION = "DR17", "v3_1_1", "3.1.0"
 DEFAULT_DAPTYPE = "SPX-MILESHC-MASTARSSP"
 ARCHIVE = "https://data.sdss.org/sas/"
-BLOCK = 1 << 20
+BLOCK = 1 << 16
+"""Bytes at a time; a broken connection loses at most one block."""
 TIMEOUT_S = 60
 
 FileKind = Literal["LOGCUBE", "MAPS", "DRPCUBE"]

@@ -1,0 +1,196 @@
+"""Cost of FITS -> H5 for one large galaxy, against its decompression alone and a plain script.
+
+Simulates a 74 x 74 spaxel DR17-format galaxy (or takes --fits), then measures side by side,
+in turn, in one run:
+  command      process_single_cube.py as a whole process: start, cube, both label maps
+  cube         process_cube inside a running Python
+  igzip        isal's igzip decompressing the file up to the end of WAVE, one thread, nothing kept
+               (the LSF array lies before WAVE, so its bytes have to pass)
+  plain        astropy.io.fits and one numpy resampling a spaxel, for the cube alone
+Prints a table of ratios and peak memory; writes results/bench/bench_process.json.
+
+    python benchmarks/bench_process.py
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import fits_utils  # noqa: E402
+import utils  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    """Cost of FITS -> H5 for one large galaxy."""
+
+    fits: Path | None = None
+    """LOGCUBE to use, with its MAPS beside it; default a simulated one."""
+    bundle: int = 127
+    """Fibres of the simulated galaxy's bundle (127 gives 74 x 74 spaxels)."""
+    runs: int = 5
+    """Counted runs of each, after one that is not."""
+    results: Path = ROOT / "results" / "bench"
+    """Folder of the JSON."""
+
+
+def decompress_up_to_wave(path: Path) -> None:
+    """Baseline: igzip up to the end of the WAVE array."""
+    from isal import igzip
+
+    n_bytes = bytes_up_to_wave(path)
+    buffer = memoryview(bytearray(1 << 20))
+    with igzip.open(path) as f:
+        while n_bytes > 0:
+            n_bytes -= f.readinto(buffer[: min(len(buffer), n_bytes)])
+
+
+def bytes_up_to_wave(path: Path) -> int:
+    """Uncompressed bytes from the file's start to the end of WAVE."""
+    from astropy.io import fits
+
+    with fits.open(path) as hdus:
+        where = hdus["WAVE"].fileinfo()
+        return where["datLoc"] + where["datSpan"]
+
+
+def plain_process(path: Path, target: Path) -> None:
+    """Baseline: astropy.io.fits, and np.interp on running integrals, spaxel by spaxel."""
+    import h5py
+    from astropy.io import fits
+
+    with fits.open(path) as hdus:
+        z = hdus[0].header["SCINPVEL"] / fits_utils.C_KMS
+        flux, ivar, mask = (hdus[n].data for n in ("FLUX", "IVAR", "MASK"))
+        redcorr = hdus["REDCORR"].data.astype(float)
+    n, ny, nx = flux.shape
+    edges = 10 ** (3.5589 + 1e-4 * (np.arange(n + 1) - 0.5)) / (1 + z)
+    bins = np.geomspace(5000, 8000, 2041)
+    widths = np.diff(edges)
+    cube = np.full((ny, nx, 2040), np.nan, "f4")
+    weight = np.zeros((ny, nx, 2040), "f4")
+
+    def per_bin(steps: np.ndarray) -> np.ndarray:
+        return np.diff(np.interp(bins, edges, np.concatenate([[0], np.cumsum(steps)])))
+
+    for y in range(ny):
+        for x in range(nx):
+            f, v = flux[:, y, x].astype(float), ivar[:, y, x].astype(float)
+            good = ((mask[:, y, x] & fits_utils.DAP_BAD) == 0) & (v > 0)
+            if not good.any():
+                continue
+            f = np.where(good, f * redcorr * (1 + z), 0)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                variance = np.where(good, (redcorr * (1 + z)) ** 2 / v, 0)
+                covered = per_bin(good * widths)
+                cube[y, x] = per_bin(f * widths) / covered
+                weight[y, x] = covered**2 / per_bin(variance * widths**2)
+    with h5py.File(target, "w") as out:
+        out["cube"], out["ivar"] = cube, weight
+
+
+def run_command(words: list[str]) -> tuple[float, float]:
+    """Wall seconds and peak memory (GB) of a child process."""
+    start = time.perf_counter()
+    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{' '.join(words)} failed with status {status}")
+    return seconds, usage.ru_maxrss / 1e6
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Wall seconds of a call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def simulate(folder: Path, bundle: int) -> Path:
+    """Simulate one galaxy; return its LOGCUBE."""
+    words = ["mock_manga.py", "--data-dir", str(folder), "--n-galaxies", "1"]
+    words += ["--bundles", str(bundle)]
+    subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], check=True)
+    return next((folder / "raw").glob("*/*/*LOGCUBE*.fits.gz"))
+
+
+def measure(logcube: Path, folder: Path, runs: int) -> dict[str, list[float]]:
+    """Seconds of each, in turn, and the command's peak memory."""
+    maps = utils.sibling(logcube, "maps")
+    plateifu = utils.plateifu_of(logcube)
+    words = [sys.executable, str(ROOT / "process_single_cube.py"), "--fits", str(logcube)]
+    words += ["--maps", str(maps), "--data-dir", str(folder / "out"), "--overwrite"]
+    cube = folder / f"{plateifu}.h5"
+    found: dict[str, list[float]] = {k: [] for k in ("command", "GB", "cube", "igzip", "plain")}
+    options = fits_utils.CubeOptions()
+    for run in range(runs + 1):
+        seconds, peak = run_command(words)
+        row = {
+            "command": seconds,
+            "GB": peak,
+            "cube": timed(lambda: fits_utils.process_cube(logcube, cube, options, overwrite=True)),
+            "igzip": timed(lambda: decompress_up_to_wave(logcube)),
+        }
+        if run == 0:
+            row["plain"] = timed(lambda: plain_process(logcube, folder / "plain.h5"))
+            found["plain"].append(row["plain"])
+            continue
+        for key, value in row.items():
+            found[key].append(value)
+    return found
+
+
+def main(config: Config) -> int:
+    """Measure, print, write."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        logcube = config.fits or simulate(folder / "data", config.bundle)
+        decompress_up_to_wave(logcube)  # and so the file is in the page cache for all
+        found = measure(logcube, folder, config.runs)
+        size = logcube.stat().st_size / 1e6
+        h5 = (folder / f"{utils.plateifu_of(logcube)}.h5").stat().st_size / 1e6
+    middle = {k: statistics.median(v) for k, v in found.items()}
+    rows = [
+        ("fits_to_h5_vs_igzip", "command", "igzip"),
+        ("cube_only_vs_igzip", "cube", "igzip"),
+        ("plain_script_vs_igzip", "plain", "igzip"),
+        ("cube_only_vs_plain_script", "cube", "plain"),
+    ]
+    table = [
+        {
+            "name": name,
+            "ours": middle[ours],
+            "baseline": middle[baseline],
+            "ratio": middle[ours] / middle[baseline],
+            "unit": "s",
+        }
+        for name, ours, baseline in rows
+    ]
+    print(f"{logcube.name}: {size:.0f} MB gz -> {h5:.0f} MB h5; median of {config.runs} runs")
+    print(f"{'':28}{'ours s':>9}{'base s':>9}{'ratio':>8}")
+    for row in table:
+        print(f"{row['name']:28}{row['ours']:9.2f}{row['baseline']:9.2f}{row['ratio']:8.2f}")
+    print(f"peak memory of process_single_cube.py: {middle['GB']:.2f} GB")
+    memory = {"name": "fits_to_h5_peak_memory", "ours": middle["GB"], "unit": "GB"}
+    out = config.results / "bench_process.json"
+    utils.write_json(out, {"rows": [*table, memory], "environment": utils.environment()})
+    print(f"written: {out}")
+    return utils.EXIT_DONE
+
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, __doc__)

@@ -1,0 +1,173 @@
+"""Downloads from a local server: resumed, size-checked, whole or absent."""
+
+import gzip
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+import download_utils as du
+import utils
+from utils import DataError
+
+CONTENT = gzip.compress(np.random.default_rng(0).bytes(1_000_000))
+
+
+class Archive(BaseHTTPRequestHandler):
+    """Serves `files`; can cut answers short, ignore ranges, or lie about sizes."""
+
+    files: dict[str, bytes] = {}  # noqa: RUF012
+    cuts: list[int] = []  # noqa: RUF012
+    ranges = True
+    log: list[tuple[str, str | None]] = []  # noqa: RUF012
+
+    def do_GET(self):
+        self.log.append((self.path, self.headers.get("Range")))
+        content = self.files.get(self.path)
+        if content is None:
+            self.send_error(404)
+            return
+        asked, start = self.headers.get("Range"), 0
+        if asked and self.ranges:
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+            if start >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+        rest = content[start:]
+        self.send_response(206 if asked and self.ranges else 200)
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        self.wfile.write(rest[: self.cuts.pop()] if self.cuts else rest)
+        self.close_connection = True
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def archive():
+    Archive.files, Archive.cuts, Archive.ranges, Archive.log = {}, [], True, []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Archive)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    Archive.base = f"http://127.0.0.1:{server.server_port}/sas"
+    yield Archive
+    server.shutdown()
+    server.server_close()
+
+
+def url_of(archive, path="a.fits.gz"):
+    archive.files[f"/sas/{path}"] = CONTENT
+    return f"{archive.base}/{path}"
+
+
+def test_urls_are_the_archives():
+    base = "https://data.sdss.org/sas/dr17/manga/spectro"
+    daptype = du.DEFAULT_DAPTYPE
+    assert du.archive_url("LOGCUBE", "8485-1901", daptype) == (
+        f"{base}/analysis/v3_1_1/3.1.0/{daptype}/8485/1901/"
+        f"manga-8485-1901-LOGCUBE-{daptype}.fits.gz"
+    )
+    assert du.archive_url("DRPCUBE", "8485-1901", daptype) == (
+        f"{base}/redux/v3_1_1/8485/stack/manga-8485-1901-LOGCUBE.fits.gz"
+    )
+    assert du.archive_url("dapall", None, daptype) == (
+        f"{base}/analysis/v3_1_1/3.1.0/dapall-v3_1_1-3.1.0.fits"
+    )
+
+
+def test_whole_file_arrives(archive, tmp_path):
+    path = tmp_path / "deep" / "a.fits.gz"
+    assert du.fetch(url_of(archive), path) == len(CONTENT)
+    assert path.read_bytes() == CONTENT
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_broken_connection_goes_on_where_it_stopped(archive, tmp_path):
+    archive.cuts = [300_000, 400_000]  # the last first
+    path = tmp_path / "a.fits.gz"
+    du.fetch(url_of(archive), path, pause_s=0)
+    assert path.read_bytes() == CONTENT
+    starts = [int(r.removeprefix("bytes=")[:-1]) for _, r in archive.log[1:]]
+    assert archive.log[0][1] is None
+    assert 400_000 - du.BLOCK <= starts[0] <= 400_000
+    assert 700_000 - 2 * du.BLOCK <= starts[1] <= 700_000
+
+
+def test_stopped_download_is_resumed_by_the_next_command(archive, tmp_path):
+    archive.cuts = [70_000]
+    path = tmp_path / "a.fits.gz"
+    with pytest.raises(DataError, match="Run the same command again"):
+        du.fetch(url_of(archive), path, retries=0)
+    assert not path.exists()
+    du.fetch(url_of(archive), path, retries=0)
+    assert path.read_bytes() == CONTENT
+    assert archive.log[-1][1] == "bytes=65536-"
+
+
+def test_server_without_ranges_starts_over(archive, tmp_path):
+    archive.cuts, archive.ranges = [70_000], False
+    path = tmp_path / "a.fits.gz"
+    du.fetch(url_of(archive), path, pause_s=0)
+    assert path.read_bytes() == CONTENT
+
+
+def test_complete_part_needs_no_bytes(archive, tmp_path):
+    path = tmp_path / "a.fits.gz"
+    (tmp_path / ".a.fits.gz.part").write_bytes(CONTENT)
+    du.fetch(url_of(archive), path)
+    assert path.read_bytes() == CONTENT
+
+
+def test_part_longer_than_the_file_is_thrown_away(archive, tmp_path):
+    path = tmp_path / "a.fits.gz"
+    (tmp_path / ".a.fits.gz.part").write_bytes(CONTENT + b"more")
+    du.fetch(url_of(archive), path, pause_s=0)
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"", "empty file"), (CONTENT[:-9], "damaged"), (b"<html>", "damaged")],
+)
+def test_empty_or_damaged_content_never_gets_the_name(archive, tmp_path, content, expected):
+    url = url_of(archive)
+    archive.files["/sas/a.fits.gz"] = content
+    with pytest.raises(DataError, match=expected):
+        du.fetch(url, tmp_path / "a.fits.gz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_absent_file_is_not_tried_again(archive, tmp_path):
+    with pytest.raises(DataError, match="not in the archive"):
+        du.fetch(f"{archive.base}/b.fits.gz", tmp_path / "b.fits.gz")
+    assert len(archive.log) == 1
+
+
+def test_command_fetches_what_is_missing_and_goes_on_past_failures(archive, tmp_path):
+    config = du.Config(
+        plateifu=("8485-1901", "7443-12703"), data_dir=tmp_path, base_url=archive.base, jobs=1
+    )
+    for kind in ("MAPS", "LOGCUBE"):
+        url = du.archive_url(kind, "8485-1901", config.daptype, archive.base)
+        archive.files["/sas" + url.removeprefix(archive.base)] = CONTENT
+    empty = utils.raw_dir(tmp_path, "8485-1901") / f"manga-8485-1901-MAPS-{config.daptype}.fits.gz"
+    empty.parent.mkdir(parents=True)
+    empty.touch()  # zero bytes count as missing
+    assert du.main(config) == 1
+    assert empty.read_bytes() == CONTENT
+    assert utils.find_raw(tmp_path, "8485-1901", "LOGCUBE").read_bytes() == CONTENT
+    assert "7443-12703" in (tmp_path / "raw" / "failed.csv").read_text()
+    archive.log.clear()
+    assert du.main(replace(config, plateifu=("8485-1901",))) == 0
+    assert archive.log == []
+
+
+def test_nothing_asked_is_one_clear_line(tmp_path):
+    with pytest.raises(DataError, match="nothing to fetch"):
+        du.main(du.Config(data_dir=tmp_path))
