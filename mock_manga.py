@@ -29,23 +29,57 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 import utils
+from mock_physics import (
+    C_KMS,
+    DEADFIBER,
+    DONOTUSE,
+    EMLINES,
+    FIBRE_PITCH_ARCSEC,
+    FORESTAR,
+    LOWCOV,
+    NOCOV,
+    R_V,
+    SPAXEL_ARCSEC,
+    STELLAR_TO_GAS_EBV,
+    Galaxy,
+    Scene,
+    at_shift,
+    blur,
+    blur_matrix,
+    bpt_class,
+    draw_lines,
+    elliptical_coordinates,
+    extinction_curve,
+    fit_lines,
+    g_response,
+    galactic_coordinates,
+    hexagon_distance,
+    hii_ratios,
+    logoh_n2,
+    logoh_o3n2,
+    mix_templates,
+    nuclear_ratios,
+    observe,
+    population_weights,
+    sky_offsets,
+    smooth_field,
+    stellar_templates,
+    to_image,
+    wave_grid,
+)
 from utils import DataError
 
-if TYPE_CHECKING:
-    from astropy.io import fits
-
 log = logging.getLogger(__name__)
-
-C_KMS = 299792.458
 DAPTYPE = "SPX-MILESHC-MASTARSSP"
 DAPTYPES = (
     "HYB10-MILESHC-MASTARHC2",
@@ -55,12 +89,6 @@ DAPTYPES = (
 )
 DAPALL = "dapall-v3_1_1-3.1.0.fits"
 TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 1
-
-N_BANDS, LOG_WAVE0, LOG_STEP = 4563, 3.5589, 1e-4
-SPAXEL_ARCSEC = 0.5
-FIBRE_PITCH_ARCSEC = 2.5
-"""Distance of neighbouring fibres; their core is 2.0 arcsec wide (Drory et al. 2015)."""
-
 BUNDLES: dict[int, tuple[int, int, float]] = {
     19: (2, 34, 0.117),
     37: (3, 44, 0.235),
@@ -79,134 +107,7 @@ Z_OF_BUNDLE: dict[int, tuple[float, ...]] = {
     127: (0.0050, 0.0138, 0.0173, 0.0202, 0.0253, 0.0378, 0.0548, 0.0851, 0.1115, 0.1402, 0.1497),
 }
 """Redshift quantiles by bundle, from DR17's drpall (the few nearer than 0.005 are left out)."""
-
-# Mask bits (sdssMaskbits.par: MANGA_DAPPIXMASK of maps, MANGA_DAPSPECMASK of cubes)
-NOCOV, LOWCOV, DEADFIBER, FORESTAR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-NOVALUE, MATHERROR, FITFAILED, NEARBOUND = 1 << 4, 1 << 6, 1 << 7, 1 << 8
-DONOTUSE = 1 << 30
-SPEC_IGNORED, SPEC_FORESTAR, SPEC_FLUXINVALID, SPEC_IVARINVALID = 1, 2, 4, 8
-SPEC_ARTIFACT, SPEC_FITIGNORED, SPEC_NOMODEL = 16, 32, 512
-
-LSF_NODES = (
-    (3600, 4000, 4500, 5000, 5500, 6000, 6500, 7000, 8000, 9000, 10000, 10400),
-    (1390, 1613, 1763, 1815, 1863, 1884, 1926, 2042, 2027, 2480, 2191, 2100),
-)
-"""Resolving power lambda/FWHM against wavelength, read off the real spectra that the DAP ships as
-its test data (DRP v2_4_3); cf. Law et al. 2016, figure 18."""
-
-SKY_NODES = (
-    (3600, 3750, 3850, 4000, 4300, 4650, 5100, 5650, 6250, 7000, 8100, 8850, 9500, 9900, 10150,
-     10400),
-    (0.055, 0.030, 0.0235, 0.0165, 0.0130, 0.0112, 0.0100, 0.0096, 0.0085, 0.0064, 0.0066, 0.0070,
-     0.0095, 0.0120, 0.0250, 0.0450),
-)  # fmt: skip
-"""1-sigma noise of a spaxel without light between the sky lines, 1e-17 erg/s/cm2/Angstrom, and
-(PHOTON_NODES) the variance that each unit of flux density adds; both fitted to the inverse
-variances of the DAP's real test spectra at flux densities of 0.02 to 5."""
-PHOTON_NODES = (
-    (3600, 3850, 4650, 5650, 7000, 8850, 9600, 10150, 10400),
-    (2.0e-3, 8e-4, 2.3e-4, 1.8e-4, 1.05e-4, 1.0e-4, 2.0e-4, 5e-4, 8e-4),
-)
-
-SKY_LINES = (
-    (5578.3, 3.8), (5891.1, 2.0), (6302.3, 1.4), (6365.5, 1.2), (6865.0, 1.2), (7242.7, 1.4),
-    (7279.5, 1.4), (7319.8, 1.35), (7343.4, 1.45), (7606.8, 1.9), (7631.3, 1.5), (7719.7, 1.35),
-    (7753.5, 1.4), (7796.5, 1.3), (7825.3, 1.45), (7856.0, 1.45), (7915.9, 1.65), (7967.1, 1.4),
-    (7996.5, 1.55), (8029.7, 1.4), (8290.9, 1.5), (8348.3, 2.05), (8402.3, 1.9), (8433.3, 2.1),
-    (8468.4, 1.7), (8507.5, 1.4), (8633.8, 1.4), (8667.6, 1.4), (8770.0, 1.8), (8794.3, 1.35),
-    (8830.8, 2.6), (8871.6, 1.4), (8890.0, 2.15), (8922.8, 2.5), (8961.9, 2.1), (9005.3, 1.9),
-    (9053.2, 1.4), (9317.5, 2.85), (9341.1, 1.7), (9379.9, 4.3), (9423.2, 1.75), (9442.8, 4.3),
-    (9479.8, 2.75), (9506.0, 2.25), (9525.8, 1.3), (9569.7, 2.3), (9625.0, 1.45), (9702.9, 1.5),
-    (9723.0, 1.6), (9794.9, 2.4), (9851.4, 1.3), (9876.4, 2.1), (9917.4, 2.0), (9949.5, 2.3),
-    (10016.1, 2.7), (10085.6, 1.9), (10127.4, 2.05), (10176.5, 2.0), (10214.1, 2.05),
-    (10289.6, 3.7), (10349.0, 3.0),
-)  # fmt: skip
-"""Telluric emission lines: vacuum wavelength and by how much they raise the noise, measured on the
-same real spectra as the ratio of the noise to its running median."""
-
-NOISE_KERNEL_SPAXELS = 1.358
-"""Width of the Gaussian that correlates the noise of neighbours: white noise so filtered has a
-correlation of exp(-(d/1.92)**2/2) at d spaxels, as the cubes have (Westfall et al. 2019, eq. 6)."""
-
-R_V = 3.1
-STELLAR_TO_GAS_EBV = 0.44
-"""Colour excess of the stars over that of the gas (Calzetti et al. 2000, eq. 3)."""
-
-CASE_B = {
-    "Ha-6564": 2.86, "Hb-4862": 1.0, "Hgam-4341": 0.468, "Hdel-4102": 0.259, "Heps-3971": 0.159,
-    "Hzet-3890": 0.105, "Heta-3836": 0.0731, "Hthe-3798": 0.0530, "H11-3771": 0.0397,
-    "H12-3751": 0.0305, "Peps-9548": 0.0366, "Pzet-9231": 0.0254, "Peta-9017": 0.0184,
-}  # fmt: skip
-"""Hydrogen lines over Hbeta: case B, 1e4 K, 100 cm-3 (Osterbrock & Ferland 2006, table 4.4)."""
-
-TIED: dict[str, tuple[str, float]] = {
-    "OIII-4960": ("OIII-5008", 0.340),
-    "NII-6549": ("NII-6585", 0.327),
-    "OI-6365": ("OI-6302", 0.328),
-    "SIII-9071": ("SIII-9533", 0.405),
-}
-"""Weak line of a doublet from one upper level -> strong line and flux ratio: the ratios that the
-DAP fixes (read off a real MAPS file for O and N; S: Osterbrock & Ferland 2006)."""
-
-FIT_GROUPS: tuple[tuple[str, ...], ...] = (
-    ("OII-3727", "OII-3729"), ("H12-3751", "H11-3771"), ("Hthe-3798",), ("Heta-3836",),
-    ("NeIII-3869", "HeI-3889", "Hzet-3890"), ("NeIII-3968", "Heps-3971"), ("Hdel-4102",),
-    ("Hgam-4341",), ("HeII-4687",), ("Hb-4862",), ("OIII-4960", "OIII-5008"),
-    ("NI-5199", "NI-5201"), ("HeI-5877",), ("OI-6302", "OI-6365"),
-    ("NII-6549", "Ha-6564", "NII-6585"), ("SII-6718", "SII-6732"), ("HeI-7067",), ("ArIII-7137",),
-    ("ArIII-7753",), ("Peta-9017",), ("Pzet-9231",), ("SIII-9071", "SIII-9533", "Peps-9548"),
-)  # fmt: skip
-"""Lines that are fitted together, because they overlap or because their ratio is fixed."""
-
 Kind = Literal["star-forming", "composite", "Seyfert", "LINER"]
-NUCLEI: dict[str, dict[str, float]] = {
-    "Seyfert": {"o3": 0.90, "n2": 0.02, "s2": -0.25, "o1": -0.85, "o2": 0.45, "he2": 0.20},
-    "LINER": {"o3": 0.42, "n2": 0.12, "s2": 0.05, "o1": -0.65, "o2": 0.75, "he2": 0.05},
-}
-"""Line ratios of gas ionised by an active nucleus or by hot old stars, all as log10: [OIII]/Hb,
-[NII]/Ha, [SII]/Ha, [OI]/Ha, [OII]/Hb, then HeII/Hb as it is. Seyferts and LINERs at the middle of
-their sequences in Kewley et al. 2006, figures 1 and 4."""
-
-# Stellar population nodes and absorption features
-POP_LOG_AGE = (8.0, 8.7, 9.2, 9.6, 10.0)
-POP_METAL = (-0.6, -0.2, 0.2)
-POP_TEMPERATURE_K = (13500.0, 9500.0, 7200.0, 5900.0, 5100.0)
-"""Temperature of the black body under each age: about that of the stars that dominate V."""
-POP_BREAK_4000 = (0.06, 0.12, 0.22, 0.33, 0.42)
-"""Depth of the 4000 Angstrom break by age (Dn4000 1.1 to 1.8; Kauffmann et al. 2003b, fig. 2)."""
-POP_BALMER_JUMP = (0.20, 0.30, 0.18, 0.05, 0.0)
-POP_BALMER_EW = (3.5, 8.5, 6.5, 3.0, 1.6)
-"""Equivalent width of Hbeta absorption by age, Angstrom; strongest at a few 100 Myr (Gonzalez
-Delgado et al. 1999, figure 4)."""
-POP_METAL_EW = (0.06, 0.18, 0.42, 0.75, 1.0)
-"""Strength of metal lines by age over that at 10 Gyr."""
-
-BALMER_FEATURES = (
-    (6564.6, 0.75), (4862.7, 1.0), (4341.7, 1.05), (4102.9, 1.1), (3971.2, 1.0), (3890.2, 0.9),
-    (3836.5, 0.8), (3799.0, 0.65), (3771.7, 0.5), (3751.2, 0.4),
-)  # fmt: skip
-METAL_FEATURES = (
-    # name, vacuum wavelength, own width (sigma) in Angstrom, EW in Angstrom at 10 Gyr and solar,
-    # d log EW / d[Z/H]
-    ("CaK", 3934.8, 6.0, 8.0, 0.15), ("CaH", 3969.6, 6.0, 6.0, 0.15),
-    ("CN", 4170.0, 18.0, 3.0, 0.7),
-    ("Ca4227", 4227.9, 3.5, 1.3, 0.5), ("Gband", 4304.5, 10.0, 5.5, 0.25),
-    ("Fe4383", 4384.8, 7.0, 4.5, 0.5), ("Fe4531", 4532.5, 9.0, 3.0, 0.35),
-    ("C4668", 4669.0, 14.0, 4.5, 0.8), ("Fe5015", 5016.5, 12.0, 4.5, 0.35),
-    ("Mg1", 5102.0, 24.0, 3.0, 0.6), ("Mgb1", 5168.8, 3.5, 1.2, 0.5),
-    ("Mgb2", 5174.1, 3.5, 1.6, 0.5), ("Mgb3", 5185.0, 3.5, 1.5, 0.5),
-    ("Fe5270", 5271.0, 7.0, 2.7, 0.45), ("Fe5335", 5336.5, 7.0, 2.5, 0.5),
-    ("Fe5406", 5407.5, 5.5, 1.5, 0.5), ("Fe5709", 5710.5, 5.0, 0.8, 0.4),
-    ("Fe5782", 5783.5, 5.0, 0.7, 0.5), ("NaD1", 5891.6, 2.5, 1.7, 0.5),
-    ("NaD2", 5897.6, 2.5, 1.4, 0.5), ("TiO1", 5965.0, 18.0, 2.2, 0.5),
-    ("TiO2", 6230.0, 28.0, 4.5, 0.5), ("Fe6497", 6498.0, 5.0, 0.8, 0.3),
-    ("CaH", 6830.0, 22.0, 1.6, 0.4), ("TiO7100", 7110.0, 32.0, 4.5, 0.5),
-    ("TiO7670", 7690.0, 35.0, 4.0, 0.5), ("NaI8190", 8190.0, 5.0, 0.7, 0.6),
-    ("CaT1", 8500.4, 3.5, 1.5, 0.2), ("CaT2", 8544.4, 4.5, 3.6, 0.2),
-    ("CaT3", 8664.5, 4.0, 3.0, 0.2), ("TiO8860", 8870.0, 30.0, 3.0, 0.5),
-)  # fmt: skip
-"""Absorption features of the stars; strengths of the order of the Lick indices of old solar
-populations (Worthey et al. 1994; Thomas et al. 2011), calcium triplet after Cenarro et al. 2001."""
 
 
 @dataclass(frozen=True)
@@ -276,145 +177,6 @@ class GalaxyParams:
     noise_scale: float
     foreground_star: bool
     dead_fibre: bool
-
-
-@dataclass
-class Scene:
-    """A galaxy as the spectrograph would see it without noise.
-
-    Spectra are (band, spaxel), maps of spaxels (spaxel,) in the order of `ys`, `xs`; fluxes are
-    free of Galactic reddening.
-
-    Attributes
-    ----------
-    size : int
-        Spaxels on a side.
-    ys, xs : (spaxel,) int
-        Spaxels with any coverage.
-    coverage : (spaxel,) float
-        Weight of the fibres there over that in the middle, 0 to 1.
-    bits : (y, x) int32
-        MANGA_DAPPIXMASK of the spaxels before any fit.
-    stellar : (band, spaxel) float32
-    line_flux : dict of line name -> (spaxel,)
-        1e-17 erg/s/cm2/spaxel.
-    gas_v, gas_sigma, star_v, star_sigma : (spaxel,) km/s
-        Velocities relative to `z`; widths without the instrument.
-    cards : dict
-        Primary header cards.
-    truth : dict of name -> (spaxel,)
-        Further maps for the truth file.
-    """
-
-    plateifu: str
-    z: float
-    ebv_gal: float
-    size: int
-    ys: np.ndarray
-    xs: np.ndarray
-    coverage: np.ndarray
-    bits: np.ndarray
-    stellar: np.ndarray
-    line_flux: dict[str, np.ndarray]
-    gas_v: np.ndarray
-    gas_sigma: np.ndarray
-    star_v: np.ndarray
-    star_sigma: np.ndarray
-    noise_scale: float
-    cards: dict[str, Any]
-    truth: dict[str, np.ndarray] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Galaxy:
-    """A scene, observed: noise, masks and what a fit measures on them.
-
-    Attributes
-    ----------
-    emline : (band, spaxel) float32
-        Noiseless emission lines, not reddened by the Galaxy.
-    flux, ivar : (band, spaxel) float32
-        As in the LOGCUBE: reddened; 0 where `bad`.
-    bad : (band, spaxel) bool
-        Pixels lost to cosmic rays and the like.
-    binned : (spaxel,) bool
-        Spaxels that the DAP would fit.
-    fit : dict of name -> (line, spaxel) or (spaxel,)
-        See `fit_lines`.
-    """
-
-    scene: Scene
-    redcorr: np.ndarray
-    emline: np.ndarray
-    flux: np.ndarray
-    ivar: np.ndarray
-    bad: np.ndarray
-    binned: np.ndarray
-    mflux: np.ndarray
-    mflux_ivar: np.ndarray
-    snr: np.ndarray
-    fit: dict[str, np.ndarray]
-
-
-# Grids, instrument, curves
-
-
-def wave_grid() -> np.ndarray:
-    """Vacuum wavelengths of the cubes, (4563,) Angstrom: 10**(3.5589 + 1e-4 i)."""
-    return 10 ** (LOG_WAVE0 + LOG_STEP * np.arange(N_BANDS))
-
-
-def wave_edges() -> np.ndarray:
-    """Edges of the pixels, (4564,) Angstrom."""
-    return 10 ** (LOG_WAVE0 + LOG_STEP * (np.arange(N_BANDS + 1) - 0.5))
-
-
-def instrument_sigma_kms(wave_aa: np.ndarray | float) -> np.ndarray:
-    """Gaussian width of the line spread at observed wavelengths, km/s (LSF_NODES)."""
-    power = np.interp(wave_aa, *LSF_NODES)
-    return C_KMS / (power * 2 * np.sqrt(2 * np.log(2)))
-
-
-def extinction_curve(wave_aa: np.ndarray) -> np.ndarray:
-    """A_lambda / E(B-V) for R_V = 3.1 after O'Donnell (1994), CCM89 outside of the optical."""
-    return R_V * _curve(tuple(np.atleast_1d(wave_aa).tolist()))
-
-
-@lru_cache(maxsize=8)
-def _curve(wave_aa: tuple[float, ...]) -> np.ndarray:
-    """A_lambda / A_V of O'Donnell (1994)."""
-    from astropy import units
-    from dust_extinction.parameter_averages import O94
-
-    return np.asarray(O94(Rv=R_V)(np.array(wave_aa) * units.AA), dtype=float)
-
-
-def hexagon_distance(x_arcsec: np.ndarray, y_arcsec: np.ndarray, radius: float) -> np.ndarray:
-    """Distance inwards from the edge of a hexagon with two corners on the x axis, arcsec."""
-    half = np.sqrt(3) / 2
-    x, y = np.abs(x_arcsec), np.abs(y_arcsec)
-    return half * radius - np.maximum(y, half * x + y / 2)
-
-
-def sky_offsets(size: int, pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets from the bundle's centre, east and north in arcsec, both (y, x).
-
-    Columns count against right ascension; the centre is pixel size/2 counted from 0.
-    """
-    steps = (np.arange(-pad, size + pad) - size // 2) * SPAXEL_ARCSEC
-    north, east = np.meshgrid(steps, -steps, indexing="ij")
-    return east, north
-
-
-def elliptical_coordinates(
-    east: np.ndarray, north: np.ndarray, pa_deg: float, axis_ratio: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Radius along the major axis (arcsec) and azimuth (degrees) in an inclined disc's plane."""
-    pa = np.deg2rad(pa_deg)
-    major = east * np.sin(pa) + north * np.cos(pa)
-    minor = (-east * np.cos(pa) + north * np.sin(pa)) / axis_ratio
-    return np.hypot(major, minor), np.rad2deg(np.arctan2(minor, major)) % 360
 
 
 # Drawing galaxies
@@ -531,224 +293,6 @@ def _agn_fraction(kind: Kind, rng: np.random.Generator) -> float:
     return float(rng.uniform(low, high))
 
 
-# Stars
-
-
-def stellar_templates(z: float, sigma_kms: float, over: int = 2, pad: int = 60) -> np.ndarray:
-    """Spectra of simple populations at a redshift, blurred by stars' motion and the instrument.
-
-    A black body under absorption features whose strengths follow age and metallicity; features
-    are Gaussian in the exponent, so that the width of all three blurs adds in quadrature.
-
-    Parameters
-    ----------
-    z : float
-    sigma_kms : float
-        Velocity dispersion.
-    over, pad : int
-        Samples per pixel of the cube's grid, and samples added on both sides, for shifting.
-
-    Returns
-    -------
-    (age, metallicity, sample) float32
-        Flux density, 1 at 5500 Angstrom rest. Sample `pad + over*i` is pixel i.
-    """
-    samples = np.arange(-pad, over * N_BANDS + pad)
-    wave = 10 ** (LOG_WAVE0 + LOG_STEP / over * samples) / (1 + z)
-    blur_kms = np.hypot(instrument_sigma_kms(wave * (1 + z)), sigma_kms)
-    out = np.empty((len(POP_LOG_AGE), len(POP_METAL), wave.size), np.float32)
-    for i in range(len(POP_LOG_AGE)):
-        for j, metal in enumerate(POP_METAL):
-            out[i, j] = _population(wave, blur_kms, i, metal)
-    return out
-
-
-def _population(wave: np.ndarray, blur_kms: np.ndarray, i: int, metal: float) -> np.ndarray:
-    """One population's spectrum at rest wavelengths."""
-    temperature = POP_TEMPERATURE_K[i] * 10 ** (-0.04 * metal)
-
-    def planck(w: np.ndarray | float) -> np.ndarray:
-        return w**-5.0 / np.expm1(1.43878e8 / (w * temperature))
-
-    depth = POP_BREAK_4000[i] * 10 ** (0.25 * metal)
-    blueward = 1 / (1 + np.exp((wave - 3985) / 22))
-    jump = POP_BALMER_JUMP[i] / (1 + np.exp((wave - 3700) / 12))
-    tau = np.zeros_like(wave)
-    features = [(w, 7.0, POP_BALMER_EW[i] * s) for w, s in BALMER_FEATURES]
-    features += [
-        (w, s, ew * POP_METAL_EW[i] * 10 ** (g * metal)) for _, w, s, ew, g in METAL_FEATURES
-    ]
-    for centre, sigma, ew in features:
-        total = np.hypot(sigma, np.interp(centre, wave, blur_kms) / C_KMS * centre)
-        lo, hi = np.searchsorted(wave, (centre - 5 * total, centre + 5 * total))
-        near = wave[lo:hi]
-        tau[lo:hi] += (
-            ew / (total * np.sqrt(2 * np.pi)) * np.exp(-0.5 * ((near - centre) / total) ** 2)
-        )
-    return planck(wave) / planck(5500.0) * (1 - depth * blueward) * (1 - jump) * np.exp(-tau)
-
-
-def population_weights(log_age: np.ndarray, metal: np.ndarray) -> np.ndarray:
-    """Share of each population node, bilinear; (age, metallicity, ...) that sums to 1."""
-
-    def linear(value: np.ndarray, nodes: Sequence[float]) -> np.ndarray:
-        eye = np.eye(len(nodes))
-        return np.stack([np.interp(value, nodes, row) for row in eye])
-
-    return linear(log_age, POP_LOG_AGE)[:, None] * linear(metal, POP_METAL)[None]
-
-
-# Gas
-
-
-def hii_ratios(
-    logoh: np.ndarray, ionisation: np.ndarray, nitrogen: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Line fluxes of H II regions over Hbeta, free of dust.
-
-    [NII]/Ha and [OIII]/Hb are such that the N2 and O3N2 calibrations of Marino et al. (2013, eqs.
-    2 and 4) both return `logoh` where the two offsets vanish; ionisation raises [OIII], lowers
-    [NII] by a third of that (Kewley & Dopita 2002, figs. 3 and 7) and the low-ionisation lines.
-    [OII] follows the Te-based N2O2 calibration of Bresolin (2007, eq. 3) taken linearly about its
-    middle; [SII], [OI], He, Ne, Ar and S lie in the middle of the H II regions of CALIFA.
-
-    Parameters
-    ----------
-    logoh : array
-        12+log(O/H).
-    ionisation, nitrogen : arrays
-        Offsets in dex from the mean relation: of [OIII]/Hb, of N/O.
-    """
-    n2 = (logoh - 8.743) / 0.462
-    o3 = (8.533 - logoh) / 0.214 + n2 + ionisation
-    n2 = n2 - 0.3 * ionisation + nitrogen
-    s2 = -0.48 + 0.25 * (n2 + 0.5) - 0.4 * ionisation - 0.2 * nitrogen
-    o1 = s2 - 1.1
-    o2 = n2 - nitrogen + np.log10(2.86) - (logoh - 8.66) / 0.50 - 0.30
-    return _assemble(o3, n2, s2, o1, o2, 0.003, helium=0.12)
-
-
-def nuclear_ratios(name: str, scatter: np.ndarray) -> dict[str, np.ndarray]:
-    """Line fluxes over Hbeta of gas that is not ionised by young stars (NUCLEI)."""
-    r = NUCLEI[name]
-    return _assemble(
-        r["o3"] + scatter, r["n2"] - 0.3 * scatter, r["s2"] - 0.3 * scatter,
-        r["o1"] - 0.3 * scatter, r["o2"] - 0.2 * scatter, r["he2"], helium=0.13,
-    )  # fmt: skip
-
-
-def _assemble(
-    o3: np.ndarray,
-    n2: np.ndarray,
-    s2: np.ndarray,
-    o1: np.ndarray,
-    o2: np.ndarray,
-    he2: float,
-    helium: float,
-) -> dict[str, np.ndarray]:
-    """All 35 lines over Hbeta from the logarithms of the strong ratios."""
-    one = np.ones_like(o3)
-    ha = CASE_B["Ha-6564"]
-    oiii, oii = 10**o3, 10**o2
-    sii, nii, oi = ha * 10**s2, ha * 10**n2, ha * 10**o1
-    lines = {name: ratio * one for name, ratio in CASE_B.items()}
-    # doublet ratios at 100 cm-3, He and Ne: Osterbrock & Ferland 2006, tables 4.6, 5.8 and 3.12
-    lines |= {
-        "OII-3727": oii / 2.35, "OII-3729": oii * 1.35 / 2.35, "NeIII-3869": 0.085 * oiii,
-        "NeIII-3968": 0.301 * 0.085 * oiii, "HeI-3889": 0.80 * helium * one,
-        "HeI-5877": helium * one, "HeI-7067": 0.22 * helium * one, "HeII-4687": he2 * one,
-        "OIII-5008": oiii, "NI-5199": 0.04 * oi, "NI-5201": 0.05 * oi, "OI-6302": oi,
-        "NII-6585": nii, "SII-6718": sii * 1.35 / 2.35, "SII-6732": sii / 2.35,
-        "ArIII-7137": 0.07 * one, "ArIII-7753": 0.24 * 0.07 * one, "SIII-9533": 0.45 * one,
-    }  # fmt: skip
-    for weak, (strong, ratio) in TIED.items():
-        lines[weak] = ratio * lines[strong]
-    return lines
-
-
-def logoh_o3n2(flux: Mapping[str, np.ndarray]) -> np.ndarray:
-    """12+log(O/H) by O3N2, Marino et al. (2013), eq. 2: 8.533 - 0.214 O3N2; NaN without flux."""
-    o3 = _log_ratio(flux["OIII-5008"], flux["Hb-4862"])
-    return 8.533 - 0.214 * (o3 - _log_ratio(flux["NII-6585"], flux["Ha-6564"]))
-
-
-def logoh_n2(flux: Mapping[str, np.ndarray]) -> np.ndarray:
-    """12+log(O/H) by N2, Marino et al. (2013), eq. 4: 8.743 + 0.462 N2; NaN without flux."""
-    return 8.743 + 0.462 * _log_ratio(flux["NII-6585"], flux["Ha-6564"])
-
-
-def bpt_class(flux: Mapping[str, np.ndarray]) -> np.ndarray:
-    """0 star-forming, 1 composite, 2 AGN, -1 without flux; int16.
-
-    Below Kauffmann et al. (2003, eq. 1), between, above Kewley et al. (2001, eq. 5).
-    """
-    x = _log_ratio(flux["NII-6585"], flux["Ha-6564"])
-    y = _log_ratio(flux["OIII-5008"], flux["Hb-4862"])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        pure = (x < 0.05) & (y < 0.61 / (x - 0.05) + 1.3)
-        maximal = (x < 0.47) & (y < 0.61 / (x - 0.47) + 1.19)
-    out = np.where(pure, 0, np.where(maximal, 1, 2)).astype(np.int16)
-    out[~np.isfinite(x) | ~np.isfinite(y)] = -1
-    return out
-
-
-def _log_ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """log10(a/b), NaN where either is not positive."""
-    good = (a > 0) & (b > 0)
-    return np.log10(np.where(good, a, np.nan) / np.where(good, b, 1))
-
-
-# Seeing and noise kernels
-
-
-def blur_matrix(size: int, pad: int, sigma_spaxels: float) -> np.ndarray:
-    """Matrix (size, size + 2 pad) that blurs one axis by a Gaussian and crops the padding."""
-    out = np.arange(size)[:, None] + pad - np.arange(size + 2 * pad)[None]
-    kernel = np.exp(-0.5 * (out / sigma_spaxels) ** 2)
-    return kernel / kernel[size // 2].sum()
-
-
-def blur(maps: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Blur and crop maps (..., y, x) with `blur_matrix` along both axes."""
-    return matrix @ maps @ matrix.T
-
-
-def smooth_field(rng: np.random.Generator, size: int, scale_spaxels: float) -> np.ndarray:
-    """Gaussian random field (y, x) of unit variance, correlated over a scale."""
-    pad = int(4 * scale_spaxels) + 1
-    matrix = blur_matrix(size, pad, scale_spaxels)
-    matrix /= np.sqrt((matrix**2).sum(axis=1, keepdims=True))
-    return blur(rng.standard_normal((size + 2 * pad, size + 2 * pad)), matrix)
-
-
-def correlated_noise(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Noise (band, y, x) of unit variance, correlated between neighbouring spaxels.
-
-    See NOISE_KERNEL_SPAXELS. Wavelengths are independent, as nearly so in the real cubes.
-    """
-    matrix = blur_matrix(size, 0, NOISE_KERNEL_SPAXELS).astype(np.float32)
-    matrix /= np.sqrt((matrix**2).sum(axis=1, keepdims=True))
-    white = rng.standard_normal((N_BANDS, size, size), dtype=np.float32)
-    return matrix @ (white.reshape(-1, size) @ matrix.T).reshape(white.shape)
-
-
-@lru_cache(maxsize=1)
-def sky_sigma() -> np.ndarray:
-    """Noise of a spaxel without light, (4563,) 1e-17 erg/s/cm2/Angstrom."""
-    wave = wave_grid()
-    raised = np.ones(N_BANDS)
-    for centre, factor in SKY_LINES:
-        width = centre * instrument_sigma_kms(centre) / C_KMS * 1.2
-        raised += (factor - 1) * np.exp(-0.5 * ((wave - centre) / width) ** 2)
-    return 10 ** np.interp(wave, SKY_NODES[0], np.log10(SKY_NODES[1])) * raised
-
-
-@lru_cache(maxsize=1)
-def photon_variance() -> np.ndarray:
-    """Variance per unit of flux density, (4563,)."""
-    return 10 ** np.interp(wave_grid(), PHOTON_NODES[0], np.log10(PHOTON_NODES[1]))
-
-
 # A galaxy without noise
 
 
@@ -790,7 +334,7 @@ def build_scene(p: GalaxyParams) -> Scene:
     cover, bits, inside = _field_of_view(size, radius)
     star_yx = _foreground_star(p, here, radius)
     dead_yx = _dead_fibre(p, here, rings)
-    _flag_disc(bits, size, star_yx, 1.3 * p.seeing_arcsec, FORESTAR)
+    _flag_disc(bits, size, star_yx, p.seeing_arcsec, FORESTAR)
     _flag_disc(bits, size, dead_yx, 1.2, DEADFIBER)
     if dead_yx:
         cover[(bits & DEADFIBER) > 0] *= 0.3
@@ -800,11 +344,11 @@ def build_scene(p: GalaxyParams) -> Scene:
     weights = population_weights(log_age, metal)  # (age, metallicity, y, x)
     stars_v = 0.85 * v_field  # asymmetric drift
     disc_templates = stellar_templates(p.z, p.sigma_disc)
-    stellar = _mix_templates(disc_templates, weights * disc, stars_v, matrix, ys, xs)
+    stellar = mix_templates(disc_templates, weights * disc, stars_v, matrix, ys, xs)
     old = population_weights(np.array(9.95), np.array(np.clip(p.metal_re + 0.15, -0.6, 0.2)))
     bulge_template = stellar_templates(p.z, p.sigma_bulge)
     stellar += np.outer(
-        np.tensordot(old, _at_shift(bulge_template, 0), 2), bulge_light[ys, xs]
+        np.tensordot(old, at_shift(bulge_template, 0), 2), bulge_light[ys, xs]
     ).astype(np.float32)
     light = disc_light + bulge_light
     stars_ebv = STELLAR_TO_GAS_EBV * blur(ebv * (disc + bulge), matrix) / light
@@ -818,7 +362,7 @@ def build_scene(p: GalaxyParams) -> Scene:
     ha_wave = np.array([6564.632])
     red_ha = 10 ** (-0.4 * STELLAR_TO_GAS_EBV * ebv * (extinction_curve(ha_wave)[0] - R_V))
     near_ha = int(np.argmin(np.abs(wave - 6530 * (1 + p.z))))
-    cont_ha = np.tensordot(_at_shift(disc_templates, 0)[..., near_ha], weights, 2) * disc * red_ha
+    cont_ha = np.tensordot(at_shift(disc_templates, 0)[..., near_ha], weights, 2) * disc * red_ha
     log_ew = np.log10(p.ew_ha) + 0.12 * (re - 1).clip(-1, 1) + 0.18 * fields["clump"]
     ha = 10 ** np.clip(log_ew, 0, 2.2) * (1 + p.z) * cont_ha
     logoh = p.logoh_re + p.logoh_slope * (np.minimum(re, 2) - 1) + 0.035 * fields["logoh"]
@@ -842,7 +386,7 @@ def build_scene(p: GalaxyParams) -> Scene:
         for name in lines:
             lines[name] = lines[name] + agn * gas[name] / gas["Ha-6564"]
         sigma2 += agn / (ha + agn) * 90.0**2
-    line_wave = _line_waves()
+    line_wave = EMLINES
     curve = extinction_curve(np.array(list(line_wave.values())))
     dust = dict(zip(line_wave, curve - curve[list(line_wave).index("Ha-6564")], strict=True))
     lines = {k: f * 10 ** (-0.4 * ebv * dust[k]) for k, f in lines.items()}
@@ -949,54 +493,9 @@ def _star_light(
     xs: np.ndarray,
 ) -> np.ndarray:
     """Spectrum of a foreground star at rest (an old, metal-poor one) in each spaxel."""
-    spectrum = _at_shift(stellar_templates(0.0, 10.0), 0)[3, 0]
+    spectrum = at_shift(stellar_templates(0.0, 10.0), 0)[3, 0]
     profile = np.exp(-0.5 * ((ys - yx[0]) ** 2 + (xs - yx[1]) ** 2) / psf**2)
-    return np.outer(spectrum, rng.uniform(1, 6) * profile).astype(np.float32)
-
-
-def _at_shift(templates: np.ndarray, half_pixels: int, pad: int = 60) -> np.ndarray:
-    """Templates redshifted by a number of half pixels, on the cube's grid."""
-    start = pad - half_pixels
-    return templates[..., start : start + 2 * N_BANDS : 2]
-
-
-def _mix_templates(
-    templates: np.ndarray,
-    weights: np.ndarray,
-    v_kms: np.ndarray,
-    matrix: np.ndarray,
-    ys: np.ndarray,
-    xs: np.ndarray,
-) -> np.ndarray:
-    """Sum of shifted templates through the seeing, (band, spaxel) float32.
-
-    Velocities are split linearly between neighbouring half pixels (34.5 km/s), which broadens by
-    17 km/s at most.
-    """
-    shift = np.log1p(v_kms / C_KMS) / (np.log(10) * LOG_STEP / 2)  # half pixels
-    low = int(np.floor(shift.min()))
-    steps = range(low, int(np.ceil(shift.max())) + 1)
-    out = np.zeros((N_BANDS, ys.size), np.float32)
-    basis, maps = [], []
-    for k in steps:
-        share = np.clip(1 - np.abs(shift - k), 0, None)
-        if not share.any():
-            continue
-        maps.append(blur(weights * share, matrix)[..., ys, xs].reshape(-1, ys.size))
-        basis.append(_at_shift(templates, k).reshape(-1, N_BANDS))
-    used = np.concatenate(maps)
-    keep = used.any(axis=1)
-    np.matmul(
-        np.concatenate(basis)[keep].T.astype(np.float32), used[keep].astype(np.float32), out=out
-    )
-    return out
-
-
-def _line_waves() -> dict[str, float]:
-    """Line names of DR17 and their vacuum wavelengths."""
-    from mock_fits_headers import EMLINES
-
-    return EMLINES
+    return np.outer(spectrum, rng.uniform(0.5, 4) * profile).astype(np.float32)
 
 
 def _cards_of(p: GalaxyParams) -> dict[str, Any]:
@@ -1017,515 +516,187 @@ def _cards_of(p: GalaxyParams) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def galactic_coordinates(ra_deg: float, dec_deg: float) -> tuple[float, float]:
-    """Galactic longitude and latitude in degrees from J2000 ones (ESA 1997, vol. 1, sect. 1.5.3)."""
-    pole_ra, pole_dec, node = np.deg2rad([192.85948, 27.12825, 32.93192])
-    ra, dec = np.deg2rad(ra_deg) - pole_ra, np.deg2rad(dec_deg)
-    sin_b = np.sin(dec) * np.sin(pole_dec) + np.cos(dec) * np.cos(pole_dec) * np.cos(ra)
-    y = np.sin(dec) * np.cos(pole_dec) - np.cos(dec) * np.sin(pole_dec) * np.cos(ra)
-    longitude = np.arctan2(y, np.cos(dec) * np.sin(ra)) + node
-    return float(np.rad2deg(longitude) % 360), float(np.rad2deg(np.arcsin(sin_b)))
+# A real galaxy from its MAPS
 
 
-# Observing
+def read_maps_scene(path: Path) -> Scene:
+    """Make a noiseless scene of a real galaxy from its DAP MAPS file.
 
+    Taken over: field of view and mask bits, bins, line fluxes (unmasked; lines that the file does
+    not have stay away), velocity and width of Halpha, stellar velocity, the broad-band map and its
+    S/N. Invented: the stellar spectrum, whose age follows the equivalent width of Halpha, with one
+    metallicity and one dispersion for the galaxy. The maps have the seeing already, so nothing is
+    blurred again.
 
-def observe(scene: Scene, rng: np.random.Generator) -> Galaxy:
-    """Add noise and masks to a scene, and measure it.
+    Parameters
+    ----------
+    path : Path
+        MAPS of DR15 to DR17, any DAPTYPE; channels are found by name.
 
-    Variance: that of the sky, raised where fewer fibres cover a spaxel, plus that of the light
-    itself. The cube's IVAR is its exact inverse.
+    Raises
+    ------
+    DataError
+        If the file is missing, damaged, or no MAPS of a galaxy with a redshift.
     """
-    wave = wave_grid()
-    redcorr = 10 ** (0.4 * scene.ebv_gal * extinction_curve(wave))
-    emline = draw_lines(scene)
-    model = (scene.stellar + emline) / redcorr[:, None].astype(np.float32)
-    var = np.outer((scene.noise_scale * sky_sigma()) ** 2, 1 / scene.coverage).astype(np.float32)
-    var += photon_variance()[:, None].astype(np.float32) * np.maximum(model, 0)
-    noise = correlated_noise(rng, scene.size).reshape(N_BANDS, -1)
-    noise = noise[:, scene.ys * scene.size + scene.xs]
-    noise *= np.sqrt(var)
-    bad = _cosmic_rays(rng, noise.shape)
-    ivar = np.where(bad, 0, 1 / var).astype(np.float32)
-    flux = np.where(bad, 0, model + noise).astype(np.float32)
+    import mock_fits as head
 
-    g_band = np.exp(-(((wave - 4700) / 650) ** 4))  # about SDSS g
-    weight = g_band[:, None].astype(np.float32) * ~bad
-    norm = np.maximum(weight.sum(axis=0), 1e-9)
-    mflux = (weight * flux).sum(axis=0) / norm
-    mflux_ivar = norm**2 / np.maximum((weight**2 * np.where(bad, 0, var)).sum(axis=0), 1e-30)
-    snr = (weight * flux * np.sqrt(ivar)).sum(axis=0) / norm
-    good_share = 1 - bad.mean(axis=0)
-    usable = (scene.bits[scene.ys, scene.xs] & DONOTUSE) == 0
-    binned = usable & (snr > 1) & (good_share >= 0.8)
-    fit = fit_lines(scene, noise, ivar, redcorr, rng)
-    return Galaxy(
-        scene, redcorr, emline, flux, ivar, bad, binned, mflux, mflux_ivar, snr, fit
-    )  # fmt: skip
+    path = Path(path)
+    primary, hdus = _read_maps(path)
+    size = hdus["SPX_MFLUX"].shape[0]
+    z = float(primary["SCINPVEL"]) / C_KMS
+    row = {name: i for i, name in enumerate(hdus["channels"])}
+    if "Ha-6564" not in row:
+        raise DataError(f"{path}: no channel Ha-6564 in EMLINE_GFLUX; is this a DAP MAPS file?")
+    line_bad = (hdus["EMLINE_GFLUX_MASK"] & DONOTUSE) != 0
+    field_bits = np.bitwise_and.reduce(hdus["EMLINE_GFLUX_MASK"], axis=0)
+    bits = (field_bits & (NOCOV | LOWCOV | DEADFIBER | FORESTAR)).astype(np.int32)
+    bits[bits > 0] |= DONOTUSE
+    bin_ids = hdus["BINID"]
+    if bin_ids.ndim == 2:  # before DR15
+        bin_ids = np.repeat(bin_ids[None], 5, axis=0)
+    ys, xs = np.nonzero((hdus["SPX_MFLUX"] > 0) | (bin_ids[0] >= 0))
+    if not ys.size:
+        raise DataError(f"{path}: SPX_MFLUX is zero everywhere; there is no light to simulate.")
+    ha = row["Ha-6564"]
+    ok = ~line_bad[ha] & (hdus["EMLINE_GFLUX"][ha] > 0)
+    star_ok = (hdus["STELLAR_VEL_MASK"] & DONOTUSE) == 0
+    star_v = np.where(star_ok, hdus["STELLAR_VEL"], 0)
+    gas_v = np.where(ok, hdus["EMLINE_GVEL"][ha], star_v)
+    width2 = hdus["EMLINE_GSIGMA"][ha] ** 2 - hdus["EMLINE_INSTSIGMA"][ha] ** 2
+    gas_sigma = np.sqrt(np.where(ok, np.clip(width2, 10.0**2, 500.0**2), 20.0**2))
+    sigma = hdus["STELLAR_SIGMA"][star_ok]
+    star_sigma = float(np.clip(np.median(sigma) if sigma.size else 60, 30, 250))
+    ew = np.where(ok, hdus["EMLINE_GEW"][ha], 1.0)
+    log_age = np.interp(
+        np.log10(np.clip(ew, 1, 100)), (0, 0.5, 1, 1.5, 2), (10, 9.8, 9.5, 9.1, 8.6)
+    )
+    weights = population_weights(log_age, np.full_like(log_age, -0.1))
+    templates = stellar_templates(z, star_sigma)
+    shape = mix_templates(templates, weights, star_v, np.eye(size), ys, xs)
+    known = EMLINES
+    lines = {
+        name: np.where(line_bad[i], 0, hdus["EMLINE_GFLUX"][i])[ys, xs].astype(float)
+        for name, i in row.items()
+        if name in known
+    }
+    cards = {key: primary[key] for key, _, _ in head.PRIMARY if key in primary}
+    for key in ("CHECKSUM", "DATASUM", "DAPFRMT", "MASKNAME"):
+        cards.pop(key, None)
+    cards.setdefault("IFURA", cards["OBJRA"])
+    cards.setdefault("IFUDEC", cards["OBJDEC"])
+    snr = hdus["SPX_SNR"][ys, xs].astype(float)
+    scene = Scene(
+        plateifu=str(primary["PLATEIFU"]).strip(),
+        z=z,
+        ebv_gal=float(primary["EBVGAL"]),
+        size=size,
+        ys=ys,
+        xs=xs,
+        coverage=np.ones(ys.size),
+        bits=bits,
+        stellar=shape,
+        line_flux=lines,
+        gas_v=gas_v[ys, xs].astype(float),
+        gas_sigma=gas_sigma[ys, xs].astype(float),
+        star_v=star_v[ys, xs].astype(float),
+        star_sigma=np.full(ys.size, star_sigma),
+        noise_scale=1.0,
+        cards=cards,
+        meta={"from_maps": path.name, "sha256": utils.sha256_of(path)},
+        snr=np.maximum(snr, 0.1),
+        bin_ids=bin_ids.astype(np.int32),
+    )
+    # scale the stars so that stars and lines, reddened, have the mean flux of the map
+    redden = g_response() / 10 ** (0.4 * scene.ebv_gal * extinction_curve(wave_grid()))
+    wanted = hdus["SPX_MFLUX"][ys, xs] - redden @ draw_lines(scene)
+    scale = np.maximum(wanted, 1e-4) / (redden @ shape)
+    scene.stellar = (shape * scale).astype(np.float32)
+    return scene
 
 
-def _cosmic_rays(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Lost pixels (band, spaxel): 0.1 % in runs of three, as in real spectra."""
-    bad = np.zeros(shape, bool)
-    hits = rng.integers(0, (shape[0] - 2, shape[1]), size=(int(3.5e-4 * shape[0] * shape[1]), 2))
-    for k in range(3):
-        bad[hits[:, 0] + k, hits[:, 1]] = True
-    return bad
+MAPS_NEEDED = (
+    "SPX_MFLUX", "SPX_SNR", "BINID", "STELLAR_VEL", "STELLAR_VEL_MASK", "STELLAR_SIGMA",
+    "EMLINE_GFLUX", "EMLINE_GFLUX_MASK", "EMLINE_GEW", "EMLINE_GVEL", "EMLINE_GSIGMA",
+    "EMLINE_INSTSIGMA",
+)  # fmt: skip
 
 
-def line_profiles(
-    names: Sequence[str], scene: Scene, margin_aa: float = 32.0
-) -> tuple[slice, np.ndarray] | None:
-    """Pixels around some lines and the lines' profiles there.
+CARDS_NEEDED = "PLATEIFU SCINPVEL EBVGAL OBJRA OBJDEC DAPTYPE REFF ECOOPA ECOOELL".split()
 
-    A Gaussian of the gas' width and the instrument's, integrated over each pixel.
 
-    Returns
-    -------
-    slice of bands, (line, band, spaxel) float32 of 1/Angstrom; None if a line is off the grid.
+def _read_maps(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Primary header, and the arrays that a scene needs, of a MAPS file; channel names beside."""
+    import zlib
+
+    from astropy.io import fits
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. --from-maps needs a DAP MAPS file.")
+    try:
+        with fits.open(path, memmap=False) as f:
+            primary = dict(f[0].header)
+            absent = [name for name in MAPS_NEEDED if name not in f]
+            absent += [card for card in CARDS_NEEDED if card not in primary]
+            if absent:
+                raise DataError(
+                    f"{path}: no {', '.join(absent)}; expected a DAP MAPS file of DR15 to DR17."
+                )
+            hdus: dict[str, Any] = {name: np.asarray(f[name].data) for name in MAPS_NEEDED}
+            header = f["EMLINE_GFLUX"].header
+            n = len(hdus["EMLINE_GFLUX"])
+            keys = [f"C{i:0{len(str(n))}d}" for i in range(1, n + 1)]
+            hdus["channels"] = [str(header.get(k, header.get(f"C{i}", ""))).strip()
+                                for i, k in enumerate(keys, 1)]  # fmt: skip
+    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not a readable FITS file ({error}). Fetch it again.") from None
+    return primary, hdus
+
+
+def resynthesise(data_dir: Path, maps: Path, seed: int, overwrite: bool = False) -> list[Path]:
+    """Write the LOGCUBE that a real MAPS file could have come from, and a copy of the MAPS.
+
+    The files keep the galaxy's own plateifu and DAPTYPE. The cube's noise has the S/N of the maps,
+    but is not the noise that the real line fluxes were measured on; those fluxes are the truth.
+
+    Raises
+    ------
+    DataError
+        If the MAPS file cannot be used, or another LOGCUBE lies there already.
     """
-    from scipy.special import ndtr
+    from mock_fits import logcube_hdus, write_gzipped_fits
 
-    waves = np.array([_line_waves()[n] for n in names]) * (1 + scene.z)
-    edges = wave_edges()
-    lo, hi = waves.min() - margin_aa, waves.max() + margin_aa
-    if lo < edges[0] or hi > edges[-1]:
-        return None
-    i0, i1 = np.searchsorted(edges, (lo, hi))
-    centre = waves[:, None] * (1 + scene.gas_v / C_KMS)  # (line, spaxel)
-    sigma = centre * np.hypot(scene.gas_sigma, instrument_sigma_kms(centre)) / C_KMS
-    z = (edges[None, i0 : i1 + 1, None] - centre[:, None]) / sigma[:, None]
-    cdf = ndtr(z.astype(np.float32))
-    width = np.diff(edges[i0 : i1 + 1])[None, :, None]
-    return slice(int(i0), int(i1)), (np.diff(cdf, axis=1) / width).astype(np.float32)
-
-
-def draw_lines(scene: Scene) -> np.ndarray:
-    """Emission-line spectra, (band, spaxel) float32, without noise and Galactic reddening."""
-    out = np.zeros((N_BANDS, scene.ys.size), np.float32)
-    for name, flux in scene.line_flux.items():
-        drawn = line_profiles([name], scene)
-        if drawn is not None:
-            out[drawn[0]] += drawn[1][0] * flux.astype(np.float32)
-    return out
-
-
-def fit_lines(
-    scene: Scene,
-    noise: np.ndarray,
-    ivar: np.ndarray,
-    redcorr: np.ndarray,
-    rng: np.random.Generator,
-) -> dict[str, np.ndarray]:
-    """Measure the lines on the noise that the cube has.
-
-    A least-squares fit of Gaussians of known place and width, after the continuum: the flux of
-    line l is its truth plus (P^T W P)^-1 P^T W n, with profiles P, weights W (the inverse
-    variance) and the very noise n of the cube; its variance is the diagonal of (P^T W P)^-1.
-    Overlapping lines are fitted together, doublets of fixed ratio as one. Place and width are
-    known because the DAP ties them over all lines (Belfiore et al. 2019, section 2.3); with a free
-    width the flux errors would be 1.22 times larger. Fluxes may come out negative; the DAP's are
-    cut at 0.
-
-    Returns
-    -------
-    dict of (line, spaxel) float64 in the order of DR17's channels
-        gflux, gflux_var (inf where there is no pixel to fit), sflux, sflux_var, cont; and
-        (spaxel,) v_var, s_var: variance of velocity and width from all lines together.
-    """
-    names = list(_line_waves())
-    row = {n: i for i, n in enumerate(names)}
-    shape = (len(names), scene.ys.size)
-    gflux, sflux, cont = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-    gvar, svar = np.full(shape, np.inf), np.full(shape, np.inf)
-    wave, step = wave_grid(), np.diff(wave_edges())
-    v_info = np.zeros(scene.ys.size)
-    for group in FIT_GROUPS:
-        drawn = line_profiles(group, scene)
-        if drawn is None:
-            continue
-        band, profile = drawn
-        free = [n for n in group if n not in TIED]
-        columns = np.stack([profile[group.index(n)] for n in free])
-        for weak, (strong, ratio) in TIED.items():
-            if weak in group:
-                columns[free.index(strong)] += np.float32(ratio) * profile[group.index(weak)]
-        red = redcorr[band, None].astype(np.float32)
-        weight = ivar[band] / red**2
-        clean = noise[band] * red
-        normal = np.einsum("lps,ps,mps->slm", columns, weight, columns, optimize=True)
-        right = np.einsum("lps,ps,ps->sl", columns, weight, clean, optimize=True)
-        normal = normal.astype(float)
-        measured = normal.diagonal(axis1=1, axis2=2) > 0  # (spaxel, line)
-        normal[:, range(len(free)), range(len(free))] += ~measured  # keeps the matrix regular
-        inverse = np.linalg.inv(normal)
-        error = np.einsum("slm,sm->ls", inverse, right.astype(float))
-        variance = inverse.diagonal(axis1=1, axis2=2).T
-        for k, name in enumerate(free):
-            i = row[name]
-            gflux[i] = scene.line_flux[name] + np.where(measured[:, k], error[k], 0)
-            gvar[i] = np.where(measured[:, k], variance[k], np.inf)
-        for weak, (strong, ratio) in TIED.items():
-            if weak in group:
-                gflux[row[weak]] = ratio * gflux[row[strong]]
-                gvar[row[weak]] = ratio**2 * gvar[row[strong]]
-        _sum_flux(scene, group, row, band, clean, weight, wave, step, sflux, svar, cont)
-    for name, i in row.items():
-        centre = _line_waves()[name] * (1 + scene.z)
-        total = np.hypot(scene.gas_sigma, instrument_sigma_kms(centre))
-        if name not in TIED:
-            # two more parameters of a Gaussian beside its flux: Lenz & Ayres 1992, eq. 1
-            v_info += np.where(scene.line_flux[name] > 0, scene.line_flux[name], 0) ** 2 / (
-                2 * gvar[i] * total**2
+    scene = read_maps_scene(maps)
+    folder = utils.raw_dir(data_dir, scene.plateifu)
+    stem, daptype = f"manga-{scene.plateifu}", str(scene.cards["DAPTYPE"]).strip()
+    cube, copy = (folder / f"{stem}-{kind}-{daptype}.fits.gz" for kind in ("LOGCUBE", "MAPS"))
+    truth = truth_path(data_dir, scene.plateifu)
+    scene.meta["seed"] = seed
+    if cube.is_file() and not overwrite:
+        there = json.loads(read_truth(truth)[1]["meta_json"]) if truth.is_file() else None
+        if there != scene.meta:
+            raise DataError(
+                f"{cube}: exists, and was not made from this MAPS file and seed. "
+                "Use --overwrite, or another --data-dir."
             )
-    v_var = 1 / np.maximum(v_info, 1e-12)
-    return {
-        "gflux": gflux, "gflux_var": gvar, "sflux": sflux, "sflux_var": svar, "cont": cont,
-        "v_var": v_var, "v_error": rng.standard_normal(shape[1]) * np.sqrt(v_var),
-        "s_error": rng.standard_normal(shape[1]) * np.sqrt(v_var),
-    }  # fmt: skip
-
-
-def _sum_flux(
-    scene: Scene,
-    group: Sequence[str],
-    row: Mapping[str, int],
-    band: slice,
-    noise: np.ndarray,
-    weight: np.ndarray,
-    wave: np.ndarray,
-    step: np.ndarray,
-    sflux: np.ndarray,
-    svar: np.ndarray,
-    cont: np.ndarray,
-) -> None:
-    """Flux summed over +-10 Angstrom (rest) about each line of a group, in place.
-
-    Neighbouring lines of the group that reach into the passband are counted, as in the DAP.
-    """
-    drawn = line_profiles(group, scene)
-    assert drawn is not None
-    profile = drawn[1]
-    signal = sum(profile[k] * scene.line_flux[n] for k, n in enumerate(group))
-    dl = step[band, None]
-    for name in group:
-        centre = _line_waves()[name] * (1 + scene.z) * (1 + scene.gas_v / C_KMS)
-        inside = np.abs(wave[band, None] - centre) < 10 * (1 + scene.z)
-        good = inside & (weight > 0)
-        i = row[name]
-        sflux[i] = ((signal + noise) * dl * good).sum(axis=0)
-        variance = np.divide(dl**2, weight, out=np.zeros_like(noise, dtype=float), where=good)
-        whole = good.sum(axis=0) == inside.sum(axis=0)
-        svar[i] = np.where(whole, variance.sum(axis=0), np.inf)
-        at = np.searchsorted(wave, centre)
-        cont[i] = scene.stellar[np.clip(at, 0, N_BANDS - 1), np.arange(centre.size)]
+        log.info("%s: there already", cube)
+        return [cube, copy, truth]
+    galaxy = observe(scene, np.random.default_rng([seed, 5]))
+    if not copy.is_file() or utils.sha256_of(copy) != scene.meta["sha256"]:
+        with utils.atomic_path(copy) as part:
+            shutil.copyfile(maps, part)
+    write_gzipped_fits(cube, logcube_hdus(galaxy))
+    write_truth(truth, galaxy)
+    return [cube, copy, truth]
 
 
 def simulate_galaxy(params: GalaxyParams) -> Galaxy:
     """Simulate one galaxy: scene, then observation; nothing but `params` decides the outcome."""
-    return observe(build_scene(params), np.random.default_rng([params.seed, 5, params.index]))
-
-
-# Files
-
-
-def _to_image(scene: Scene, values: np.ndarray, fill: float = 0, dtype: str = "f4") -> np.ndarray:
-    """Lay (..., spaxel) values onto (..., y, x); `fill` outside of the field."""
-    out = np.full((*values.shape[:-1], scene.size * scene.size), fill, dtype)
-    out[..., scene.ys * scene.size + scene.xs] = values
-    return out.reshape(*values.shape[:-1], scene.size, scene.size)
-
-
-def _bin_ids(galaxy: Galaxy) -> np.ndarray:
-    """Bin numbers (5, y, x) int32: one spaxel each, -1 where there is none."""
-    ids = np.where(galaxy.binned, np.cumsum(galaxy.binned) - 1, -1)
-    return np.repeat(_to_image(galaxy.scene, ids, -1, "i4")[None], 5, axis=0)
-
-
-def logcube_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
-    """Yield the 13 HDUs of a DAP LOGCUBE, one after the other.
-
-    Outside of the field and in spaxels that were not binned FLUX, IVAR and the models are 0 and
-    flagged; models are reddened by the Galaxy like FLUX. STELLAR ends with its templates at 7409
-    Angstrom (rest).
-    """
-    import mock_fits_headers as head
-
-    scene = galaxy.scene
-    n_bins = int(galaxy.binned.sum())
-    cards = scene.cards | {"NBINS": n_bins, "NSCMOD": n_bins, "NELMOD": n_bins}
-    ra, dec = cards["IFURA"], cards["IFUDEC"]
-    wcs = head.wcs_cards(ra, dec, scene.size, "spectral")
-    bits = scene.bits[scene.ys, scene.xs]
-    shown = galaxy.binned | ((bits & FORESTAR) > 0)
-    outside = SPEC_IGNORED | SPEC_FLUXINVALID | SPEC_IVARINVALID
-    red = (1 / galaxy.redcorr[:, None]).astype(np.float32)
-    wave = wave_grid()
-
-    def cube(name: str, data: np.ndarray, fill: float = 0, **more: Any) -> fits.ImageHDU:
-        values = np.where(shown if data.dtype == np.float32 else True, data, data.dtype.type(0))
-        image = _to_image(scene, values, fill, data.dtype.str)
-        return head.image_hdu(name, image, wcs, mask_set="MANGA_DAPSPECMASK", **more)
-
-    def mask(name: str, values: np.ndarray, partners: dict[str, str]) -> fits.ImageHDU:
-        image = _to_image(scene, values, fill_bits[name], "i2")
-        return head.image_hdu(
-            name, image, wcs, mask_set="MANGA_DAPSPECMASK", role="QUALITY", partners=partners
-        )
-
-    fill_bits = {"MASK": outside, "MODEL_MASK": SPEC_NOMODEL | SPEC_FITIGNORED}
-    fill_bits["STELLAR_MASK"] = fill_bits["MODEL_MASK"]
-    unit = {"unit": head.FLUX_UNIT}
-    yield head.primary_hdu("LOGCUBE", cards)
-    yield cube(
-        "FLUX", galaxy.flux, **unit, partners={"ERRDATA": "FLUX_IVAR", "QUALDATA": "FLUX_MASK"}
-    )
-    yield cube(
-        "IVAR", galaxy.ivar, **unit, role="ERROR", partners={"SCIDATA": "FLUX", "QUALDATA": "MASK"}
-    )
-    flag = np.where(galaxy.bad, outside, 0).astype(np.int16)
-    flag |= np.where(
-        galaxy.binned, 0, np.where(shown, SPEC_FORESTAR | SPEC_IGNORED, outside)
-    ).astype(np.int16)
-    yield mask("MASK", flag, {"SCIDATA": "FLUX", "ERRDATA": "IVAR"})
-    lsf = (wave * instrument_sigma_kms(wave) / C_KMS).astype(np.float32)
-    lsf_cube = np.broadcast_to(lsf[:, None], galaxy.flux.shape)
-    yield cube(
-        "LSF", lsf_cube, unit="angstrom", extra=[("DRPEXT", "LSFPRE", "Source ext from DRP file")]
-    )
-    yield head.image_hdu("WAVE", wave.astype(np.float32))
-    yield head.image_hdu("REDCORR", galaxy.redcorr.astype(np.float32))
-    model = (scene.stellar + galaxy.emline) * red * galaxy.binned
-    yield cube("MODEL", model, **unit, partners={"QUALDATA": "MODEL_MASK"})
-    unfit = np.int16(SPEC_NOMODEL | SPEC_FITIGNORED)
-    flag = np.where(galaxy.bad, SPEC_FITIGNORED, 0).astype(np.int16)
-    flag |= np.where(galaxy.binned, np.int16(0), unfit)
-    flag[(wave > 5570) & (wave < 5586)] |= SPEC_ARTIFACT  # the brightest sky line
-    yield mask("MODEL_MASK", flag, {"SCIDATA": "MODEL"})
-    yield cube("EMLINE", galaxy.emline * red * galaxy.binned, **unit)
-    beyond = wave > 7409 * (1 + scene.z)
-    stellar = scene.stellar * red * galaxy.binned
-    stellar[beyond] = 0
-    yield cube("STELLAR", stellar, **unit, partners={"QUALDATA": "STELLAR_MASK"})
-    flag[beyond] |= unfit
-    yield mask("STELLAR_MASK", flag, {"SCIDATA": "STELLAR"})
-    yield head.image_hdu(
-        "BINID", _bin_ids(galaxy), head.wcs_cards(ra, dec, scene.size, "channel"),
-        channels=head.channel_cards(head.BIN_CHANNELS), data_class="CUBE",
-    )  # fmt: skip
-
-
-def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
-    """Yield the 64 HDUs of a DAP MAPS file.
-
-    Masked values are 0 with zero inverse variance. Simulated: coordinates, mean flux and S/N, bin
-    numbers, stellar and gas kinematics, summed and Gaussian line fluxes and equivalent widths with
-    their continua, instrumental widths, amplitudes, figures of merit. Spectral indices are all
-    masked; template widths are those of MILES.
-    """
-    import mock_fits_headers as head
-
-    scene, fit = galaxy.scene, galaxy.fit
-    names = list(_line_waves())
-    rest = np.array(list(_line_waves().values()))
-    n_bins = int(galaxy.binned.sum())
-    cards = scene.cards | {"NBINS": n_bins, "NSCMOD": n_bins, "NELMOD": n_bins} | _ring_snr(galaxy)
-    ra, dec = cards["IFURA"], cards["IFUDEC"]
-    flat = head.wcs_cards(ra, dec, scene.size, "image")
-    deep = head.wcs_cards(ra, dec, scene.size, "channel")
-    east, north = sky_offsets(scene.size)
-    r, azimuth = elliptical_coordinates(east, north, cards["ECOOPA"], 1 - cards["ECOOELL"])
-    r_kpc = np.deg2rad(r / 3600) * angular_distance_mpc_h(scene.z) * 1e3
-    ell = np.stack([r, r / cards["REFF"], r_kpc, azimuth]).astype("f4")
-    sky = np.stack([east, north]).astype("f4")
-    binned = _to_image(scene, galaxy.binned, 0, "bool")
-
-    def image(values: np.ndarray, used: np.ndarray | None = None) -> np.ndarray:
-        keep = galaxy.binned if used is None else used
-        return _to_image(scene, np.where(keep, values, 0))
-
-    base = scene.bits.copy()
-    base[(base == 0) & ~binned] |= NOVALUE | DONOTUSE
-    sky_ch = head.channel_cards(["On-sky X", "On-sky Y"])
-    ell_ch = head.channel_cards(*zip(*head.ELL_CHANNELS, strict=True))
-    line_ch = head.channel_cards(names)
-    cube = {"data_class": "CUBE"}
-    unit = {"unit": head.FLUX_UNIT}
-
-    yield head.primary_hdu("MAPS", cards)
-    yield head.image_hdu("SPX_SKYCOO", sky, deep, channels=sky_ch, unit="arcsec", **cube)
-    yield head.image_hdu("SPX_ELLCOO", ell, deep, channels=ell_ch, **cube)
-    every = np.ones(scene.ys.size, bool)
-    mflux = image(galaxy.mflux, every), image(galaxy.mflux_ivar, every)
-    yield from head.quantity_hdus("SPX_MFLUX", *mflux, None, flat, **unit)
-    yield head.image_hdu("SPX_SNR", image(galaxy.snr, every), flat)
-    yield head.image_hdu(
-        "BINID", _bin_ids(galaxy), deep, channels=head.channel_cards(head.BIN_CHANNELS), **cube
-    )
-    sky_ch = head.channel_cards(["Lum. weighted on-sky X", "Lum. weighted on-sky Y"])
-    yield head.image_hdu("BIN_LWSKYCOO", sky * binned, deep, channels=sky_ch, unit="arcsec", **cube)
-    ell_ch = head.channel_cards(*zip(*head.LW_ELL_CHANNELS, strict=True))
-    yield head.image_hdu("BIN_LWELLCOO", ell * binned, deep, channels=ell_ch, **cube)
-    area = (SPAXEL_ARCSEC**2 * binned).astype("f4")
-    yield head.image_hdu("BIN_AREA", area, flat, unit="arcsec^2")
-    yield head.image_hdu("BIN_FAREA", binned.astype("f4"), flat)
-    mflux = image(galaxy.mflux), image(galaxy.mflux_ivar)
-    yield from head.quantity_hdus("BIN_MFLUX", *mflux, base, flat, **unit)
-    yield head.image_hdu("BIN_SNR", image(galaxy.snr), flat)
-
-    # stellar kinematics: error of the order of 1/(S/N) of the resolved width
-    rng = np.random.default_rng(n_bins)
-    snr = np.maximum(galaxy.snr, 0.5)
-    width = np.hypot(scene.star_sigma, 70.0)
-    v_err = 1.3 * width / snr
-    s_err = v_err * width / np.maximum(scene.star_sigma, 20)
-    star_v = scene.star_v + v_err * rng.standard_normal(snr.size)
-    star_s = scene.star_sigma + s_err * rng.standard_normal(snr.size)
-    for name, value, err in (("VEL", star_v, v_err), ("SIGMA", np.abs(star_s), s_err)):
-        mask = base | (
-            _to_image(scene, galaxy.binned & (value < 0), 0, "bool") & (name == "SIGMA")
-        ) * (NEARBOUND | DONOTUSE)
-        yield from head.quantity_hdus(
-            f"STELLAR_{name}", image(value), image(1 / err**2), mask.astype("i4"), flat, unit="km/s"
-        )
-    corr = np.full((2, scene.ys.size), 33.0)
-    yield head.image_hdu(
-        "STELLAR_SIGMACORR", image(corr), deep, unit="km/s", **cube,
-        channels=head.channel_cards(["resolution difference", "fit"]),
-    )  # fmt: skip
-    fom_ch = head.channel_cards(*zip(*head.FOM_CHANNELS, strict=True))
-    fom = figures_of_merit(galaxy)
-    yield head.image_hdu("STELLAR_FOM", image(fom), deep, channels=fom_ch, **cube)
-
-    # emission lines
-    line_bits = np.repeat(base[scene.ys, scene.xs][None], len(names), axis=0)
-    moment_bits = line_bits.copy()
-    off = np.all(~np.isfinite(fit["gflux_var"]), axis=1)[:, None] & galaxy.binned
-    lost = ~np.isfinite(fit["gflux_var"]) & ~off & galaxy.binned
-    line_bits[off] |= NOVALUE | DONOTUSE
-    line_bits[lost] |= FITFAILED | DONOTUSE
-    moment_bits[~np.isfinite(fit["sflux_var"]) & galaxy.binned] |= NOVALUE | DONOTUSE
-    good, moment_good = line_bits == 0, moment_bits == 0
-    g_ivar = np.where(good, 1 / fit["gflux_var"], 0)
-    s_ivar = np.where(moment_good, 1 / fit["sflux_var"], 0)
-    # a width cannot be measured on a line that came out without flux
-    flat_line = good & (fit["gflux"] <= 0)
-    width_bits = line_bits | flat_line * (MATHERROR | DONOTUSE)
-    observed = rest[:, None] * (1 + scene.z)
-    inst = instrument_sigma_kms(observed) * np.ones_like(scene.gas_v)
-    gas_v = scene.gas_v + fit["v_error"]
-    total = np.hypot(inst, scene.gas_sigma) + fit["s_error"]
-    outside = {"base": np.repeat(base[None], len(names), axis=0)}
-    v_ivar = np.where(good, 1 / fit["v_var"], 0)
-    cont = np.where(fit["cont"] > 0, fit["cont"], np.inf) * (1 + scene.z)
-    channels = (line_ch, line_ch, line_ch)
-
-    def lay_bits(values: np.ndarray) -> np.ndarray:
-        out = outside["base"].copy()
-        out[:, scene.ys, scene.xs] = values
-        return out.astype("i4")
-
-    def line_maps(
-        name: str, value: np.ndarray, ivar: np.ndarray, flags: np.ndarray, **more: Any
-    ) -> list[fits.ImageHDU]:
-        ok = (flags & (NOCOV | LOWCOV | NOVALUE | FORESTAR | DEADFIBER | FITFAILED)) == 0
-        return head.quantity_hdus(
-            name, image(value, ok), image(ivar, ok), lay_bits(flags), deep, channels, **more, **cube
-        )
-
-    def plain(name: str, value: np.ndarray, flags: np.ndarray, **more: Any) -> fits.ImageHDU:
-        return head.image_hdu(
-            name, image(value, flags == 0), deep, channels=line_ch, **more, **cube
-        )
-
-    line_unit = {"unit": head.LINE_UNIT}
-    yield from line_maps("EMLINE_SFLUX", fit["sflux"], s_ivar, moment_bits, **line_unit)
-    sew = line_maps(
-        "EMLINE_SEW",
-        fit["sflux"] / cont,
-        s_ivar * np.where(np.isfinite(cont), cont, 0) ** 2,
-        moment_bits,
-        unit="ang",
-    )
-    yield sew[0]
-    yield plain("EMLINE_SEW_CNT", fit["cont"], moment_bits, **unit)
-    yield from sew[1:]
-    yield from line_maps("EMLINE_GFLUX", fit["gflux"], g_ivar, line_bits, **line_unit)
-    gew = line_maps(
-        "EMLINE_GEW",
-        fit["gflux"] / cont,
-        g_ivar * np.where(np.isfinite(cont), cont, 0) ** 2,
-        line_bits,
-        unit="ang",
-    )
-    yield gew[0]
-    yield plain("EMLINE_GEW_CNT", fit["cont"], line_bits, **unit)
-    yield from gew[1:]
-    tied_v = np.broadcast_to(gas_v, inst.shape)
-    yield from line_maps("EMLINE_GVEL", tied_v, v_ivar, line_bits, unit="km/s")
-    yield from line_maps("EMLINE_GSIGMA", total, v_ivar, width_bits, unit="km/s")
-    yield plain("EMLINE_INSTSIGMA", inst, line_bits, unit="km/s")
-    tpl = 2.54 / 2.3548 / rest[:, None] * C_KMS * np.ones_like(scene.gas_v)  # MILES
-    yield plain("EMLINE_TPLSIGMA", tpl, line_bits, unit="km/s")
-    sigma_aa = observed * total / C_KMS
-    amplitude = fit["gflux"] / (sigma_aa * np.sqrt(2 * np.pi))
-    yield plain("EMLINE_GA", amplitude, line_bits, **unit)
-    at = np.clip(np.searchsorted(wave_grid(), observed[:, 0]), 0, N_BANDS - 1)
-    noise = galaxy.redcorr[at, None] / np.sqrt(np.maximum(galaxy.ivar[at], 1e-6))
-    yield plain("EMLINE_GANR", amplitude / noise, line_bits)
-    yield head.image_hdu("EMLINE_FOM", image(fom), deep, channels=fom_ch, **cube)
-    yield plain("EMLINE_LFOM", np.repeat(fom[2][None], len(names), axis=0), line_bits)
-
-    # spectral indices: not measured
-    index_names, index_units = zip(
-        *(s.split(":") for s in head.SPECTRAL_INDICES.split()), strict=True
-    )
-    none = np.zeros((len(index_names), scene.size, scene.size), "f4")
-    flags = np.repeat((base | NOVALUE | DONOTUSE)[None], len(index_names), axis=0).astype("i4")
-    units = head.channel_cards(index_names, index_units)
-    ivar_units = head.channel_cards(
-        index_names, [f"({u})^{{-2}}" if u else "" for u in index_units]
-    )
-    bare = head.channel_cards(index_names)
-    for name in ("SPECINDEX", "SPECINDEX_BF", "SPECINDEX_WGT"):
-        yield from head.quantity_hdus(
-            name, none, none, flags, deep, (units, ivar_units, bare), **cube
-        )
-        for part in ("CORR", "MODEL"):
-            yield head.image_hdu(f"{name}_{part}", none, deep, channels=bare, **cube)
-
-
-def figures_of_merit(galaxy: Galaxy) -> np.ndarray:
-    """Nine figures of merit of the fit per spaxel (9, spaxel), FOM_CHANNELS; every 8th pixel."""
-    model = ((galaxy.scene.stellar + galaxy.emline) / galaxy.redcorr[:, None])[::8]
-    ivar = galaxy.ivar[::8]
-    resid = np.where(ivar > 0, galaxy.flux[::8] - model, 0)
-    frac = np.abs(resid) / np.maximum(model, 1e-6)
-    chi = np.abs(resid) * np.sqrt(ivar)
-    out = [np.sqrt((resid**2).mean(0)), np.sqrt((frac**2).mean(0)), (chi**2).mean(0)]
-    for value in (frac, chi):
-        out += [*np.percentile(value, (68, 99), axis=0), value.max(axis=0)]
-    return np.array(out)
-
-
-def angular_distance_mpc_h(z: float) -> float:
-    """Angular-diameter distance in Mpc/h; flat, Omega_m = 0.3 (Hogg 1999, eqs. 14-18)."""
-    grid = np.linspace(0, z, 200)
-    return float(
-        C_KMS / 100 * np.trapezoid(1 / np.sqrt(0.3 * (1 + grid) ** 3 + 0.7), grid) / (1 + z)
-    )
-
-
-def _ring_snr(galaxy: Galaxy) -> dict[str, float]:
-    """Median and summed S/N at 1 to 1.5 effective radii; all four bands take that of g."""
-    scene = galaxy.scene
-    east, north = sky_offsets(scene.size)
-    r, _ = elliptical_coordinates(east, north, scene.cards["ECOOPA"], 1 - scene.cards["ECOOELL"])
-    re = r[scene.ys, scene.xs] / scene.cards["REFF"]
-    ring = galaxy.snr[galaxy.binned & (re > 1) & (re < 1.5)]
-    median = float(np.median(ring)) if ring.size else 0.0
-    total = float(np.sqrt((ring**2).sum()) / 1.9) if ring.size else 0.0  # covariance: about 1.9
-    return {f"SNR{b}MED": median for b in "GRIZ"} | {f"SNR{b}RING": total for b in "GRIZ"}
+    rng = np.random.default_rng([params.seed, 5, params.index])
+    galaxy = observe(build_scene(params), rng)
+    galaxy.fit = fit_lines(galaxy, rng)
+    return galaxy
 
 
 # Truth
@@ -1553,8 +724,8 @@ def truth_maps(galaxy: Galaxy) -> dict[str, np.ndarray]:
         "continuum_5500": scene.stellar[int(np.argmin(np.abs(wave_grid() - 5500 * (1 + scene.z))))],
         **scene.truth,
     }
-    out = {k: _to_image(scene, v, np.nan) for k, v in maps.items()}
-    out["bpt"] = _to_image(scene, bpt_class(scene.line_flux), utils.LABEL_NONE, "i2")
+    out = {k: to_image(scene, v, np.nan) for k, v in maps.items()}
+    out["bpt"] = to_image(scene, bpt_class(scene.line_flux), utils.LABEL_NONE, "i2")
     return out
 
 
@@ -1581,7 +752,7 @@ def write_truth(path: Path, galaxy: Galaxy) -> None:
             f[name] = values
             f[name].attrs["axes"] = "y,x"
         for name, values in scene.line_flux.items():
-            data = f.create_dataset(f"line_flux/{name}", data=_to_image(scene, values, np.nan))
+            data = f.create_dataset(f"line_flux/{name}", data=to_image(scene, values, np.nan))
             data.attrs.update(unit="1e-17 erg/s/cm2/spaxel", axes="y,x")
 
 
@@ -1617,7 +788,7 @@ def read_truth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def write_galaxy(data_dir: Path, galaxy: Galaxy) -> list[Path]:
     """Write LOGCUBE, MAPS and, last, the truth file of a galaxy; return their paths."""
-    from mock_fits_headers import write_gzipped_fits
+    from mock_fits import logcube_hdus, maps_hdus, write_gzipped_fits
 
     plateifu, daptype = galaxy.scene.plateifu, galaxy.scene.cards["DAPTYPE"]
     folder = utils.raw_dir(data_dir, plateifu)
@@ -1639,7 +810,7 @@ def write_catalogue(data_dir: Path, galaxies: Sequence[GalaxyParams]) -> Path:
     """
     from astropy.io import fits
 
-    import mock_fits_headers as head
+    import mock_fits as head
 
     rows = sorted(galaxies, key=lambda p: p.plateifu)
 
@@ -1733,6 +904,10 @@ def _simulate_one(
 def main(config: MockConfig) -> int:
     """Simulate a survey; the exit code tells whether any galaxy failed."""
     root = utils.data_dir(config.data_dir)
+    if config.from_maps is not None:
+        for path in resynthesise(root, config.from_maps, config.seed, config.overwrite):
+            log.info("%s", path)
+        return utils.EXIT_DONE
     outcome = simulate_survey(config)
     count = {word: list(outcome.values()).count(word) for word in ("written", "skipped", "failed")}
     log.info(

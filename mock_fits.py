@@ -1,4 +1,4 @@
-"""Header cards of the DAP's DR17 files, and a writer of gzipped FITS with real checksums.
+"""The file format of the mock galaxies: HDUs and cards of the DAP's DR17 files, checksums, gzip.
 
 What a LOGCUBE (13 HDUs) and a MAPS file (64 HDUs) hold beside their pixels: names, order and
 comments of the cards, channel names, units, partners (ERRDATA, QUALDATA, SCIDATA), after the data
@@ -11,7 +11,7 @@ caller; cards that a mock cannot fill (exposure, seeing, versions) carry typical
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,35 @@ import numpy as np
 from astropy.io import fits
 from isal import igzip
 
+from mock_physics import (
+    C_KMS,
+    DEADFIBER,
+    DONOTUSE,
+    EMLINES,
+    FITFAILED,
+    FORESTAR,
+    LOWCOV,
+    MATHERROR,
+    N_BANDS,
+    NEARBOUND,
+    NOCOV,
+    NOVALUE,
+    SPAXEL_ARCSEC,
+    SPEC_ARTIFACT,
+    SPEC_FITIGNORED,
+    SPEC_FLUXINVALID,
+    SPEC_FORESTAR,
+    SPEC_IGNORED,
+    SPEC_IVARINVALID,
+    SPEC_NOMODEL,
+    Galaxy,
+    angular_distance_mpc_h,
+    elliptical_coordinates,
+    instrument_sigma_kms,
+    sky_offsets,
+    to_image,
+    wave_grid,
+)
 from utils import atomic_path
 
 Card = tuple[str, Any, str]
@@ -30,46 +59,6 @@ STAMP = "2020-12-25T13:18:00"
 AUTHOR = "K Westfall <westfall@ucolick.org> & SDSS-IV Data Group"
 FLUX_UNIT = "1E-17 erg/s/cm^2/ang/spaxel"
 LINE_UNIT = "1E-17 erg/s/cm^2/spaxel"
-
-EMLINES: dict[str, float] = {
-    "OII-3727": 3727.092,
-    "OII-3729": 3729.875,
-    "H12-3751": 3751.219,
-    "H11-3771": 3771.704,
-    "Hthe-3798": 3798.983,
-    "Heta-3836": 3836.479,
-    "NeIII-3869": 3869.86,
-    "HeI-3889": 3889.749,
-    "Hzet-3890": 3890.158,
-    "NeIII-3968": 3968.59,
-    "Heps-3971": 3971.202,
-    "Hdel-4102": 4102.899,
-    "Hgam-4341": 4341.691,
-    "HeII-4687": 4687.015,
-    "Hb-4862": 4862.691,
-    "OIII-4960": 4960.295,
-    "OIII-5008": 5008.240,
-    "NI-5199": 5199.349,
-    "NI-5201": 5201.705,
-    "HeI-5877": 5877.243,
-    "OI-6302": 6302.046,
-    "OI-6365": 6365.535,
-    "NII-6549": 6549.86,
-    "Ha-6564": 6564.632,
-    "NII-6585": 6585.271,
-    "SII-6718": 6718.295,
-    "SII-6732": 6732.674,
-    "HeI-7067": 7067.144,
-    "ArIII-7137": 7137.76,
-    "ArIII-7753": 7753.24,
-    "Peta-9017": 9017.384,
-    "SIII-9071": 9071.1,
-    "Pzet-9231": 9231.546,
-    "SIII-9533": 9533.2,
-    "Peps-9548": 9548.588,
-}
-"""The 35 channels of DR17's EMLINE_* HDUs in order, with their vacuum wavelengths in Angstrom
-(NIST Atomic Spectra Database, the values of the DAP's line list ELPMPL11)."""
 
 MOMENT_CHANNELS = ("OIId-3728", *list(EMLINES)[1:])
 """Channels of EMLINE_SFLUX and EMLINE_SEW: the [OII] doublet is summed as one."""
@@ -500,5 +489,283 @@ def write_gzipped_fits(
             out.write(hdu.header.tostring().encode("ascii"))
             if hdu.data is not None:
                 data = np.ascontiguousarray(hdu.data, hdu.data.dtype.newbyteorder(">"))
-                out.write(memoryview(data).cast("B"))
+                out.write(data.reshape(-1).view(np.uint8).data)
                 out.write(bytes(-data.nbytes % FITS_BLOCK))
+
+
+# Files
+
+
+def _bin_ids(galaxy: Galaxy) -> np.ndarray:
+    """Bin numbers (5, y, x) int32: one spaxel each, -1 where there is none."""
+    if galaxy.scene.bin_ids is not None:
+        return galaxy.scene.bin_ids
+    ids = np.where(galaxy.binned, np.cumsum(galaxy.binned) - 1, -1)
+    return np.repeat(to_image(galaxy.scene, ids, -1, "i4")[None], 5, axis=0)
+
+
+def logcube_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
+    """Yield the 13 HDUs of a DAP LOGCUBE, one after the other.
+
+    Outside of the field and in spaxels that were not binned FLUX, IVAR and the models are 0 and
+    flagged; models are reddened by the Galaxy like FLUX. STELLAR ends with its templates at 7409
+    Angstrom (rest).
+    """
+    scene = galaxy.scene
+    n_bins = int(galaxy.binned.sum())
+    cards = {"NBINS": n_bins, "NSCMOD": n_bins, "NELMOD": n_bins} | scene.cards
+    ra, dec = cards["IFURA"], cards["IFUDEC"]
+    wcs = wcs_cards(ra, dec, scene.size, "spectral")
+    bits = scene.bits[scene.ys, scene.xs]
+    shown = galaxy.binned | ((bits & FORESTAR) > 0)
+    outside = SPEC_IGNORED | SPEC_FLUXINVALID | SPEC_IVARINVALID
+    red = (1 / galaxy.redcorr[:, None]).astype(np.float32)
+    wave = wave_grid()
+
+    def cube(name: str, data: np.ndarray, fill: float = 0, **more: Any) -> fits.ImageHDU:
+        values = np.where(shown if data.dtype == np.float32 else True, data, data.dtype.type(0))
+        image = to_image(scene, values, fill, data.dtype.str)
+        return image_hdu(name, image, wcs, mask_set="MANGA_DAPSPECMASK", **more)
+
+    def mask(name: str, values: np.ndarray, partners: dict[str, str]) -> fits.ImageHDU:
+        image = to_image(scene, values, fill_bits[name], "i2")
+        return image_hdu(
+            name, image, wcs, mask_set="MANGA_DAPSPECMASK", role="QUALITY", partners=partners
+        )
+
+    fill_bits = {"MASK": outside, "MODEL_MASK": SPEC_NOMODEL | SPEC_FITIGNORED}
+    fill_bits["STELLAR_MASK"] = fill_bits["MODEL_MASK"]
+    unit: dict[str, Any] = {"unit": FLUX_UNIT}
+    yield primary_hdu("LOGCUBE", cards)
+    yield cube(
+        "FLUX", galaxy.flux, **unit, partners={"ERRDATA": "FLUX_IVAR", "QUALDATA": "FLUX_MASK"}
+    )
+    yield cube(
+        "IVAR", galaxy.ivar, **unit, role="ERROR", partners={"SCIDATA": "FLUX", "QUALDATA": "MASK"}
+    )
+    flag = np.where(galaxy.bad, outside, 0).astype(np.int16)
+    flag |= np.where(
+        galaxy.binned, 0, np.where(shown, SPEC_FORESTAR | SPEC_IGNORED, outside)
+    ).astype(np.int16)
+    yield mask("MASK", flag, {"SCIDATA": "FLUX", "ERRDATA": "IVAR"})
+    lsf = (wave * instrument_sigma_kms(wave) / C_KMS).astype(np.float32)
+    lsf_cube = np.broadcast_to(lsf[:, None], galaxy.flux.shape)
+    yield cube(
+        "LSF", lsf_cube, unit="angstrom", extra=[("DRPEXT", "LSFPRE", "Source ext from DRP file")]
+    )
+    yield image_hdu("WAVE", wave.astype(np.float32))
+    yield image_hdu("REDCORR", galaxy.redcorr.astype(np.float32))
+    model = (scene.stellar + galaxy.emline) * red * galaxy.binned
+    yield cube("MODEL", model, **unit, partners={"QUALDATA": "MODEL_MASK"})
+    unfit = np.int16(SPEC_NOMODEL | SPEC_FITIGNORED)
+    flag = np.where(galaxy.bad, SPEC_FITIGNORED, 0).astype(np.int16)
+    flag |= np.where(galaxy.binned, np.int16(0), unfit)
+    flag[(wave > 5570) & (wave < 5586)] |= SPEC_ARTIFACT  # the brightest sky line
+    yield mask("MODEL_MASK", flag, {"SCIDATA": "MODEL"})
+    yield cube("EMLINE", galaxy.emline * red * galaxy.binned, **unit)
+    beyond = wave > 7409 * (1 + scene.z)
+    stellar = scene.stellar * red * galaxy.binned
+    stellar[beyond] = 0
+    yield cube("STELLAR", stellar, **unit, partners={"QUALDATA": "STELLAR_MASK"})
+    flag[beyond] |= unfit
+    yield mask("STELLAR_MASK", flag, {"SCIDATA": "STELLAR"})
+    yield image_hdu(
+        "BINID", _bin_ids(galaxy), wcs_cards(ra, dec, scene.size, "channel"),
+        channels=channel_cards(BIN_CHANNELS), data_class="CUBE",
+    )  # fmt: skip
+
+
+def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
+    """Yield the 64 HDUs of a DAP MAPS file.
+
+    Masked values are 0 with zero inverse variance. Simulated: coordinates, mean flux and S/N, bin
+    numbers, stellar and gas kinematics, summed and Gaussian line fluxes and equivalent widths with
+    their continua, instrumental widths, amplitudes, figures of merit. Spectral indices are all
+    masked; template widths are those of MILES.
+    """
+    scene, fit = galaxy.scene, galaxy.fit
+    names = list(EMLINES)
+    rest = np.array(list(EMLINES.values()))
+    n_bins = int(galaxy.binned.sum())
+    cards = scene.cards | {"NBINS": n_bins, "NSCMOD": n_bins, "NELMOD": n_bins} | _ring_snr(galaxy)
+    ra, dec = cards["IFURA"], cards["IFUDEC"]
+    flat = wcs_cards(ra, dec, scene.size, "image")
+    deep = wcs_cards(ra, dec, scene.size, "channel")
+    east, north = sky_offsets(scene.size)
+    r, azimuth = elliptical_coordinates(east, north, cards["ECOOPA"], 1 - cards["ECOOELL"])
+    r_kpc = np.deg2rad(r / 3600) * angular_distance_mpc_h(scene.z) * 1e3
+    ell = np.stack([r, r / cards["REFF"], r_kpc, azimuth]).astype("f4")
+    sky = np.stack([east, north]).astype("f4")
+    binned = to_image(scene, galaxy.binned, 0, "bool")
+
+    def image(values: np.ndarray, used: np.ndarray | None = None) -> np.ndarray:
+        keep = galaxy.binned if used is None else used
+        return to_image(scene, np.where(keep, values, 0))
+
+    base = scene.bits.copy()
+    base[(base == 0) & ~binned] |= NOVALUE | DONOTUSE
+    sky_ch = channel_cards(["On-sky X", "On-sky Y"])
+    ell_ch = channel_cards(*zip(*ELL_CHANNELS, strict=True))
+    line_ch = channel_cards(names)
+    cube: dict[str, Any] = {"data_class": "CUBE"}
+    unit: dict[str, Any] = {"unit": FLUX_UNIT}
+
+    yield primary_hdu("MAPS", cards)
+    yield image_hdu("SPX_SKYCOO", sky, deep, channels=sky_ch, unit="arcsec", **cube)
+    yield image_hdu("SPX_ELLCOO", ell, deep, channels=ell_ch, **cube)
+    every = np.ones(scene.ys.size, bool)
+    mflux = image(galaxy.mflux, every), image(galaxy.mflux_ivar, every)
+    yield from quantity_hdus("SPX_MFLUX", *mflux, None, flat, **unit)
+    yield image_hdu("SPX_SNR", image(galaxy.snr, every), flat)
+    yield image_hdu("BINID", _bin_ids(galaxy), deep, channels=channel_cards(BIN_CHANNELS), **cube)
+    sky_ch = channel_cards(["Lum. weighted on-sky X", "Lum. weighted on-sky Y"])
+    yield image_hdu("BIN_LWSKYCOO", sky * binned, deep, channels=sky_ch, unit="arcsec", **cube)
+    ell_ch = channel_cards(*zip(*LW_ELL_CHANNELS, strict=True))
+    yield image_hdu("BIN_LWELLCOO", ell * binned, deep, channels=ell_ch, **cube)
+    area = (SPAXEL_ARCSEC**2 * binned).astype("f4")
+    yield image_hdu("BIN_AREA", area, flat, unit="arcsec^2")
+    yield image_hdu("BIN_FAREA", binned.astype("f4"), flat)
+    mflux = image(galaxy.mflux), image(galaxy.mflux_ivar)
+    yield from quantity_hdus("BIN_MFLUX", *mflux, base, flat, **unit)
+    yield image_hdu("BIN_SNR", image(galaxy.snr), flat)
+
+    # stellar kinematics: error of the order of 1/(S/N) of the resolved width
+    rng = np.random.default_rng(n_bins)
+    snr = np.maximum(galaxy.snr, 0.5)
+    width = np.hypot(scene.star_sigma, 70.0)
+    v_err = 1.3 * width / snr
+    s_err = v_err * width / np.maximum(scene.star_sigma, 20)
+    star_v = scene.star_v + v_err * rng.standard_normal(snr.size)
+    star_s = scene.star_sigma + s_err * rng.standard_normal(snr.size)
+    for name, value, err in (("VEL", star_v, v_err), ("SIGMA", np.abs(star_s), s_err)):
+        mask = base | (
+            to_image(scene, galaxy.binned & (value < 0), 0, "bool") & (name == "SIGMA")
+        ) * (NEARBOUND | DONOTUSE)
+        yield from quantity_hdus(
+            f"STELLAR_{name}", image(value), image(1 / err**2), mask.astype("i4"), flat, unit="km/s"
+        )
+    corr = np.full((2, scene.ys.size), 33.0)
+    yield image_hdu(
+        "STELLAR_SIGMACORR", image(corr), deep, unit="km/s", **cube,
+        channels=channel_cards(["resolution difference", "fit"]),
+    )  # fmt: skip
+    fom_ch = channel_cards(*zip(*FOM_CHANNELS, strict=True))
+    fom = figures_of_merit(galaxy)
+    yield image_hdu("STELLAR_FOM", image(fom), deep, channels=fom_ch, **cube)
+
+    # emission lines
+    line_bits = np.repeat(base[scene.ys, scene.xs][None], len(names), axis=0)
+    moment_bits = line_bits.copy()
+    off = np.all(~np.isfinite(fit["gflux_var"]), axis=1)[:, None] & galaxy.binned
+    lost = ~np.isfinite(fit["gflux_var"]) & ~off & galaxy.binned
+    line_bits[off] |= NOVALUE | DONOTUSE
+    line_bits[lost] |= FITFAILED | DONOTUSE
+    moment_bits[~np.isfinite(fit["sflux_var"]) & galaxy.binned] |= NOVALUE | DONOTUSE
+    moment_bits[names.index("OII-3729")] |= NOVALUE | DONOTUSE  # summed in the doublet's channel
+    good, moment_good = line_bits == 0, moment_bits == 0
+    g_ivar = np.where(good, 1 / fit["gflux_var"], 0)
+    s_ivar = np.where(moment_good, 1 / fit["sflux_var"], 0)
+    # a width cannot be measured on a line that came out without flux
+    flat_line = good & (fit["gflux"] <= 0)
+    width_bits = line_bits | flat_line * (MATHERROR | DONOTUSE)
+    observed = rest[:, None] * (1 + scene.z)
+    inst = instrument_sigma_kms(observed) * np.ones_like(scene.gas_v)
+    gas_v = scene.gas_v + fit["v_error"]
+    total = np.hypot(inst, scene.gas_sigma) + fit["s_error"]
+    outside = {"base": np.repeat(base[None], len(names), axis=0)}
+    v_ivar = np.where(good, 1 / fit["v_var"], 0)
+    cont = np.where(fit["cont"] > 0, fit["cont"], np.inf) * (1 + scene.z)
+    channels = {False: line_ch, True: channel_cards(MOMENT_CHANNELS)}
+
+    def lay_bits(values: np.ndarray) -> np.ndarray:
+        out = outside["base"].copy()
+        out[:, scene.ys, scene.xs] = values
+        return out.astype("i4")
+
+    def line_maps(
+        name: str, value: np.ndarray, ivar: np.ndarray, flags: np.ndarray, **more: Any
+    ) -> list[fits.ImageHDU]:
+        ok = (flags & (NOCOV | LOWCOV | NOVALUE | FORESTAR | DEADFIBER | FITFAILED)) == 0
+        named = [channels[name in ("EMLINE_SFLUX", "EMLINE_SEW")]] * 3
+        return quantity_hdus(
+            name, image(value, ok), image(ivar, ok), lay_bits(flags), deep, named, **more, **cube
+        )
+
+    def plain(name: str, value: np.ndarray, flags: np.ndarray, **more: Any) -> fits.ImageHDU:
+        named = channels[name == "EMLINE_SEW_CNT"]
+        return image_hdu(name, image(value, flags == 0), deep, channels=named, **more, **cube)
+
+    line_unit: dict[str, Any] = {"unit": LINE_UNIT}
+    yield from line_maps("EMLINE_SFLUX", fit["sflux"], s_ivar, moment_bits, **line_unit)
+    sew = line_maps(
+        "EMLINE_SEW",
+        fit["sflux"] / cont,
+        s_ivar * np.where(np.isfinite(cont), cont, 0) ** 2,
+        moment_bits,
+        unit="ang",
+    )
+    yield sew[0]
+    yield plain("EMLINE_SEW_CNT", fit["cont"], moment_bits, **unit)
+    yield from sew[1:]
+    yield from line_maps("EMLINE_GFLUX", fit["gflux"], g_ivar, line_bits, **line_unit)
+    gew = line_maps(
+        "EMLINE_GEW",
+        fit["gflux"] / cont,
+        g_ivar * np.where(np.isfinite(cont), cont, 0) ** 2,
+        line_bits,
+        unit="ang",
+    )
+    yield gew[0]
+    yield plain("EMLINE_GEW_CNT", fit["cont"], line_bits, **unit)
+    yield from gew[1:]
+    tied_v = np.broadcast_to(gas_v, inst.shape)
+    yield from line_maps("EMLINE_GVEL", tied_v, v_ivar, line_bits, unit="km/s")
+    yield from line_maps("EMLINE_GSIGMA", total, v_ivar, width_bits, unit="km/s")
+    yield plain("EMLINE_INSTSIGMA", inst, line_bits, unit="km/s")
+    tpl = 2.54 / 2.3548 / rest[:, None] * C_KMS * np.ones_like(scene.gas_v)  # MILES
+    yield plain("EMLINE_TPLSIGMA", tpl, line_bits, unit="km/s")
+    sigma_aa = observed * total / C_KMS
+    amplitude = fit["gflux"] / (sigma_aa * np.sqrt(2 * np.pi))
+    yield plain("EMLINE_GA", amplitude, line_bits, **unit)
+    at = np.clip(np.searchsorted(wave_grid(), observed[:, 0]), 0, N_BANDS - 1)
+    noise = galaxy.redcorr[at, None] / np.sqrt(np.maximum(galaxy.ivar[at], 1e-6))
+    yield plain("EMLINE_GANR", amplitude / noise, line_bits)
+    yield image_hdu("EMLINE_FOM", image(fom), deep, channels=fom_ch, **cube)
+    yield plain("EMLINE_LFOM", np.repeat(fom[2][None], len(names), axis=0), line_bits)
+
+    # spectral indices: not measured
+    index_names, index_units = zip(*(s.split(":") for s in SPECTRAL_INDICES.split()), strict=True)
+    none = np.zeros((len(index_names), scene.size, scene.size), "f4")
+    flags = np.repeat((base | NOVALUE | DONOTUSE)[None], len(index_names), axis=0).astype("i4")
+    units = channel_cards(index_names, index_units)
+    ivar_units = channel_cards(index_names, [f"({u})^{{-2}}" if u else "" for u in index_units])
+    bare = channel_cards(index_names)
+    for name in ("SPECINDEX", "SPECINDEX_BF", "SPECINDEX_WGT"):
+        yield from quantity_hdus(name, none, none, flags, deep, (units, ivar_units, bare), **cube)
+        for part in ("CORR", "MODEL"):
+            yield image_hdu(f"{name}_{part}", none, deep, channels=bare, **cube)
+
+
+def figures_of_merit(galaxy: Galaxy) -> np.ndarray:
+    """Nine figures of merit of the fit per spaxel (9, spaxel), FOM_CHANNELS; every 8th pixel."""
+    model = ((galaxy.scene.stellar + galaxy.emline) / galaxy.redcorr[:, None])[::8]
+    ivar = galaxy.ivar[::8]
+    resid = np.where(ivar > 0, galaxy.flux[::8] - model, 0)
+    frac = np.abs(resid) / np.maximum(model, 1e-6)
+    chi = np.abs(resid) * np.sqrt(ivar)
+    out = [np.sqrt((resid**2).mean(0)), np.sqrt((frac**2).mean(0)), (chi**2).mean(0)]
+    for value in (frac, chi):
+        out += [*np.percentile(value, (68, 99), axis=0), value.max(axis=0)]
+    return np.array(out)
+
+
+def _ring_snr(galaxy: Galaxy) -> dict[str, float]:
+    """Median and summed S/N at 1 to 1.5 effective radii; all four bands take that of g."""
+    scene = galaxy.scene
+    east, north = sky_offsets(scene.size)
+    r, _ = elliptical_coordinates(east, north, scene.cards["ECOOPA"], 1 - scene.cards["ECOOELL"])
+    re = r[scene.ys, scene.xs] / scene.cards["REFF"]
+    ring = galaxy.snr[galaxy.binned & (re > 1) & (re < 1.5)]
+    median = float(np.median(ring)) if ring.size else 0.0
+    total = float(np.sqrt((ring**2).sum()) / 1.9) if ring.size else 0.0  # covariance: about 1.9
+    return {f"SNR{b}MED": median for b in "GRIZ"} | {f"SNR{b}RING": total for b in "GRIZ"}
