@@ -7,7 +7,7 @@ whatever the number of galaxies, and the result is the exact PCA of all spectra.
 Reads   splits/<split_dir>/train.csv and processed/cubes/<plate>/<plateifu>.h5 of its galaxies.
 Writes  splits/<split_dir>/stats.h5, stats_components.png, stats_variance.png.
 
-    python calc_data_stats.py --split-dir hard --n-components 30
+    python calc_data_stats.py --split-dir hard_logOH --n-components 30
 """
 
 from __future__ import annotations

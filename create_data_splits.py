@@ -7,7 +7,7 @@ Reads   processed/labels/<label_task>/*.npy (and the .json beside each).
 Writes  splits/<split_dir>/{train,val,test}.csv: plateifu, mangaid, n_labelled, mean_label, one
         count a class; seed and options in the header.
 
-    python create_data_splits.py --label-task logOH --split-dir hard --seed 0
+    python create_data_splits.py --label-task logOH --fractions 0.7 0.15 0.15 --seed 0
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Config:
     label_task: utils.LabelTask = "logOH"
     """Labels to stratify by."""
     split_dir: str | None = None
-    """Name of the split; default the label task."""
+    """Name of the split; default hard_<label_task>."""
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     fractions: tuple[float, float, float] = DEFAULT_FRACTIONS
@@ -50,6 +50,11 @@ class Config:
     """Replace an existing split that differs."""
     debug: bool = False
     """Show tracebacks."""
+
+
+def default_name(label_task: str) -> str:
+    """Name a task's split by whole galaxies."""
+    return f"hard_{label_task}"
 
 
 def labelled_galaxies(root: Path, label_task: str, min_labelled: int) -> pd.DataFrame:
@@ -197,7 +202,7 @@ def main(config: Config) -> int:
     write_hard_split(
         utils.data_dir(config.data_dir),
         config.label_task,
-        config.split_dir or config.label_task,
+        config.split_dir or default_name(config.label_task),
         **{k: options[k] for k in ("fractions", "min_labelled", "seed", "overwrite")},
     )
     return utils.EXIT_DONE

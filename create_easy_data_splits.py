@@ -7,7 +7,7 @@ does on new ones. Use create_data_splits.py for anything you report.
 Reads   processed/labels/<label_task>/*.npy.
 Writes  splits/<split_dir>/{train,val,test}.csv: plateifu, mangaid, y, x, one row a labelled spaxel.
 
-    python create_easy_data_splits.py --label-task logOH --split-dir easy
+    python create_easy_data_splits.py --label-task logOH
 """
 
 from __future__ import annotations

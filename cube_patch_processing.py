@@ -10,7 +10,7 @@ Training does not need these files (it cuts patches from the cubes); a patch fil
 spaxel up to P*P times. No astronomy package is needed.
 
     python cube_patch_processing.py --plateifu 8485-1901 --patch-size 9 --patch-norms global
-    python cube_patch_processing.py --label-tasks logOH --patch-norms PCA --split-dir hard --jobs 8
+    python cube_patch_processing.py --label-tasks logOH --patch-norms PCA --split-dir hard_logOH
 """
 
 from __future__ import annotations

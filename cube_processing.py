@@ -5,7 +5,7 @@ in processed/failed.csv and the loop goes on. Running it again does only what is
 
 Reads   raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz
 Writes  processed/cubes, processed/labels, processed/patches (see process_single_cube.py),
-        splits/<split_dir>/{train,val,test}.csv unless --no-splits or --shard is given.
+        splits/hard_<label_task>/{train,val,test}.csv unless --no-splits or --shard is given.
 
     python cube_processing.py --data-dir data/manga --jobs 8
     python cube_processing.py --galaxy-list galaxies.txt --shard 3/100      # one of a job array
@@ -30,7 +30,7 @@ class Config(single.GalaxyOptions, patches.GalaxyChoice):
     """Process a whole set of galaxies."""
 
     splits: bool = True
-    """Write a split by whole galaxies into splits/<label_task> for each label task at the end."""
+    """At the end write a split by whole galaxies, splits/hard_<label_task>, for each label task."""
     seed: int = 0
     """Seed of that split."""
 
@@ -62,7 +62,11 @@ def main(config: Config) -> int:
     for task in config.label_tasks:
         try:
             create_data_splits.write_hard_split(
-                root, task, task, seed=config.seed, overwrite=config.overwrite
+                root,
+                task,
+                create_data_splits.default_name(task),
+                seed=config.seed,
+                overwrite=config.overwrite,
             )
         except utils.DataError as error:  # a model may already be trained on the old split
             log.warning("split %s not written: %s", task, error)
