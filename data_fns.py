@@ -135,7 +135,7 @@ class NormedCube(NamedTuple):
     usable: np.ndarray
     """(y, x) bool."""
     inside: np.ndarray
-    """(y, x) bool: anything at all was measured; the field of view."""
+    """(y, x) bool: anything at all was measured."""
     wave: np.ndarray
     """(band,) Angstrom, of all bands."""
     attrs: dict[str, Any]

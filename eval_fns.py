@@ -260,7 +260,7 @@ class MapPrediction:
     probabilities : (y, x, class) float32
         NaN where the spaxel is not usable.
     inside : (y, x) bool
-        The field of view.
+        Spaxels with anything measured.
     attrs : dict
         Of the cube: redshift, wcs_header, ...
     """

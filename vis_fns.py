@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
+from scipy.spatial import Delaunay
 
 import data_io
 import utils
@@ -134,12 +135,13 @@ def finish_sky_axes(
     ax: Axes, inside: np.ndarray, wcs_header: str | None, title: str, decorate: bool = True
 ) -> Axes:
     """Outline the field, set limits and labels; with `decorate` a scale bar and a compass."""
-    east, north = sky_edges(inside.shape, wcs_header)
-    ax.add_collection(
-        LineCollection(list(outline_segments(inside, east, north)), colors="k", lw=0.8)
-    )
-    reach = 1.25 * max(np.abs(east).max(), np.abs(north).max())
+    east, north = sky_edges((inside.shape[0], inside.shape[1]), wcs_header)
+    sides = outline_segments(field_of_view(inside), east, north)
+    ax.add_collection(LineCollection(list(sides), colors="k", lw=0.8))
+    reach = 1.25 * max(np.abs(sides).max(), 1.0) if sides.size else np.abs(east).max()
     ax.set(xlim=(reach, -reach), ylim=(-reach, reach), aspect="equal", title=title)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(5, symmetric=True, steps=[1, 2, 5, 10]))
     ax.set_xlabel("east offset (arcsec)")
     ax.set_ylabel("north offset (arcsec)")
     if decorate:
@@ -157,6 +159,19 @@ def finish_sky_axes(
             side = "center" if name == "N" else "right"
             ax.annotate(name, end, va=along, ha=side, fontsize=8)
     return ax
+
+
+def field_of_view(inside: np.ndarray) -> np.ndarray:
+    """Fill the field: the convex hull of the measured spaxels, (y, x) bool.
+
+    A bundle sees a hexagon (Drory et al. 2015, AJ 149, 77); stars and dead fibres masked out of
+    it leave holes and dents in what was measured.
+    """
+    points = np.argwhere(inside)
+    if min(np.ptp(points, axis=0), default=0) == 0:
+        return inside
+    everywhere = np.argwhere(np.ones_like(inside))
+    return (Delaunay(points).find_simplex(everywhere) >= 0).reshape(inside.shape)
 
 
 def outline_segments(inside: np.ndarray, east: np.ndarray, north: np.ndarray) -> np.ndarray:
@@ -213,9 +228,9 @@ def plot_class_map(
     label_task, n_classes
         Choose names and colours.
     usable : (y, x) bool
-        The others inside the field are grey.
+        The others in the field of view are grey.
     inside : (y, x) bool
-        The field of view; outside nothing is drawn.
+        Spaxels with anything measured; the field of view is what they span.
     title : str
     wcs_header : str, optional
         As in `sky_edges`.
@@ -240,7 +255,7 @@ def _draw_map(
 ) -> QuadMesh:
     """Draw values; grey where the spectrum is not usable, hatched where it has no value."""
     east, north = sky_edges((inside.shape[0], inside.shape[1]), wcs_header)
-    masked = np.ma.masked_where(~(inside & ~usable), np.zeros(inside.shape))
+    masked = np.ma.masked_where(usable | ~field_of_view(inside), np.zeros(inside.shape))
     ax.pcolormesh(east, north, masked, cmap=ListedColormap([MASKED_COLOUR]), vmin=0, vmax=1)
     _hatch(ax, usable & np.ma.getmaskarray(values), east, north)
     return ax.pcolormesh(east, north, values, **colours)
@@ -425,8 +440,10 @@ def mark_lines(ax: Axes, wave_min: float, wave_max: float) -> Axes:
         ax.axvline(wave, color="#9A9A9A", lw=0.6, ls=":", zorder=0)
         ax.annotate(
             name.strip(),
-            (wave, 1.01 + 0.055 * level),
+            (wave, 1),
             xycoords=("data", "axes fraction"),
+            xytext=(0, 2 + 9 * level),
+            textcoords="offset points",
             ha="center",
             va="bottom",
             fontsize=7,
