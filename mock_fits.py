@@ -493,7 +493,11 @@ def write_gzipped_fits(
                 out.write(bytes(-data.nbytes % FITS_BLOCK))
 
 
-# Files
+# HDUs of the two files
+
+
+MAX_V_ERROR_KMS = 30.0
+"""Where the lines are too weak to place better than this, the fit ends at its bounds."""
 
 
 def _bin_ids(galaxy: Galaxy) -> np.ndarray:
@@ -629,20 +633,14 @@ def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
     yield from quantity_hdus("BIN_MFLUX", *mflux, base, flat, **unit)
     yield image_hdu("BIN_SNR", image(galaxy.snr), flat)
 
-    # stellar kinematics: error of the order of 1/(S/N) of the resolved width
-    rng = np.random.default_rng(n_bins)
-    snr = np.maximum(galaxy.snr, 0.5)
-    width = np.hypot(scene.star_sigma, 70.0)
-    v_err = 1.3 * width / snr
-    s_err = v_err * width / np.maximum(scene.star_sigma, 20)
-    star_v = scene.star_v + v_err * rng.standard_normal(snr.size)
-    star_s = scene.star_sigma + s_err * rng.standard_normal(snr.size)
-    for name, value, err in (("VEL", star_v, v_err), ("SIGMA", np.abs(star_s), s_err)):
-        mask = base | (
-            to_image(scene, galaxy.binned & (value < 0), 0, "bool") & (name == "SIGMA")
-        ) * (NEARBOUND | DONOTUSE)
+    for name, key in (("VEL", "star_v"), ("SIGMA", "star_sigma")):
+        value, ivar = fit[key], 1 / fit[f"{key}_sd"] ** 2
+        at_bound = galaxy.binned & (value <= 0) & (name == "SIGMA")
+        mask = base | to_image(scene, at_bound * (NEARBOUND | DONOTUSE), 0, "i4")
+        if name == "SIGMA":
+            value = np.maximum(value, 0)
         yield from quantity_hdus(
-            f"STELLAR_{name}", image(value), image(1 / err**2), mask.astype("i4"), flat, unit="km/s"
+            f"STELLAR_{name}", image(value), image(ivar), mask, flat, unit="km/s"
         )
     corr = np.full((2, scene.ys.size), 33.0)
     yield image_hdu(
@@ -660,9 +658,11 @@ def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
     lost = ~np.isfinite(fit["gflux_var"]) & ~off & galaxy.binned
     line_bits[off] |= NOVALUE | DONOTUSE
     line_bits[lost] |= FITFAILED | DONOTUSE
+    unsteady = (fit["v_var"] > MAX_V_ERROR_KMS**2) & galaxy.binned
     moment_bits[~np.isfinite(fit["sflux_var"]) & galaxy.binned] |= NOVALUE | DONOTUSE
     moment_bits[names.index("OII-3729")] |= NOVALUE | DONOTUSE  # summed in the doublet's channel
     good, moment_good = line_bits == 0, moment_bits == 0
+    line_bits[:, unsteady] |= NEARBOUND | DONOTUSE  # values are kept, as the DAP does
     g_ivar = np.where(good, 1 / fit["gflux_var"], 0)
     s_ivar = np.where(moment_good, 1 / fit["sflux_var"], 0)
     # a width cannot be measured on a line that came out without flux
@@ -672,13 +672,12 @@ def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
     inst = instrument_sigma_kms(observed) * np.ones_like(scene.gas_v)
     gas_v = scene.gas_v + fit["v_error"]
     total = np.hypot(inst, scene.gas_sigma) + fit["s_error"]
-    outside = {"base": np.repeat(base[None], len(names), axis=0)}
     v_ivar = np.where(good, 1 / fit["v_var"], 0)
     cont = np.where(fit["cont"] > 0, fit["cont"], np.inf) * (1 + scene.z)
     channels = {False: line_ch, True: channel_cards(MOMENT_CHANNELS)}
 
     def lay_bits(values: np.ndarray) -> np.ndarray:
-        out = outside["base"].copy()
+        out = np.repeat(base[None], len(names), axis=0)
         out[:, scene.ys, scene.xs] = values
         return out.astype("i4")
 

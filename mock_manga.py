@@ -51,6 +51,7 @@ from mock_physics import (
     R_V,
     SPAXEL_ARCSEC,
     STELLAR_TO_GAS_EBV,
+    TIED,
     Galaxy,
     Scene,
     at_shift,
@@ -61,6 +62,7 @@ from mock_physics import (
     elliptical_coordinates,
     extinction_curve,
     fit_lines,
+    fit_stars,
     g_response,
     galactic_coordinates,
     hexagon_distance,
@@ -386,9 +388,9 @@ def build_scene(p: GalaxyParams) -> Scene:
         for name in lines:
             lines[name] = lines[name] + agn * gas[name] / gas["Ha-6564"]
         sigma2 += agn / (ha + agn) * 90.0**2
-    line_wave = EMLINES
-    curve = extinction_curve(np.array(list(line_wave.values())))
-    dust = dict(zip(line_wave, curve - curve[list(line_wave).index("Ha-6564")], strict=True))
+    curve = dict(zip(EMLINES, extinction_curve(np.array(list(EMLINES.values()))), strict=True))
+    # lines of a doublet are dimmed alike, so that their ratio is the one that the fit assumes
+    dust = {k: curve[TIED[k][0] if k in TIED else k] - curve["Ha-6564"] for k in EMLINES}
     lines = {k: f * 10 ** (-0.4 * ebv * dust[k]) for k, f in lines.items()}
 
     # seeing
@@ -695,7 +697,7 @@ def simulate_galaxy(params: GalaxyParams) -> Galaxy:
     """Simulate one galaxy: scene, then observation; nothing but `params` decides the outcome."""
     rng = np.random.default_rng([params.seed, 5, params.index])
     galaxy = observe(build_scene(params), rng)
-    galaxy.fit = fit_lines(galaxy, rng)
+    galaxy.fit = fit_lines(galaxy, rng) | fit_stars(galaxy, rng)
     return galaxy
 
 

@@ -102,6 +102,9 @@ FIT_GROUPS: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 """Lines that are fitted together, because they overlap or because their ratio is fixed."""
 
+MIN_PROFILE = 0.5
+"""Share of a line's profile on good pixels that its fit needs."""
+
 EMLINES: dict[str, float] = {
     "OII-3727": 3727.092,
     "OII-3729": 3729.875,
@@ -649,7 +652,7 @@ def photon_variance() -> np.ndarray:
 
 
 def observe(scene: Scene, rng: np.random.Generator) -> Galaxy:
-    """Add noise and masks to a scene, and measure it.
+    """Add noise and masks to a scene.
 
     Variance: that of the sky, raised where fewer fibres cover a spaxel, plus that of the light
     itself. The cube's IVAR is its exact inverse.
@@ -744,8 +747,10 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
     Returns
     -------
     dict of (line, spaxel) float64 in the order of DR17's channels
-        gflux, gflux_var (inf where there is no pixel to fit), sflux, sflux_var, cont; and
-        (spaxel,) v_var, s_var: variance of velocity and width from all lines together.
+        gflux, gflux_var (inf where too little of the line is left to fit), sflux, sflux_var
+        (inf where any pixel of the passband is lost), cont (the continuum at the line); and
+        (spaxel,) v_var: variance of velocity, and of width, from all lines together, km/s squared;
+        v_error, s_error: what they are off by.
     """
     scene, ivar, redcorr = galaxy.scene, galaxy.ivar, galaxy.redcorr
     names = list(EMLINES)
@@ -768,18 +773,19 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
         red = redcorr[band, None].astype(np.float32)
         weight = ivar[band] / red**2
         clean = galaxy.flux[band] * red - scene.stellar[band] - galaxy.emline[band]
+        seen = (columns * (weight > 0)).sum(axis=1) / columns.sum(axis=1)
         normal = np.einsum("lps,ps,mps->slm", columns, weight, columns, optimize=True)
         right = np.einsum("lps,ps,ps->sl", columns, weight, clean, optimize=True)
         normal = normal.astype(float)
-        measured = normal.diagonal(axis1=1, axis2=2) > 0  # (spaxel, line)
-        normal[:, range(len(free)), range(len(free))] += ~measured  # keeps the matrix regular
+        measured = (seen > MIN_PROFILE) & (normal.diagonal(axis1=1, axis2=2) > 0).T
+        normal[:, range(len(free)), range(len(free))] += ~measured.T  # keeps the matrix regular
         inverse = np.linalg.inv(normal)
         error = np.einsum("slm,sm->ls", inverse, right.astype(float))
         variance = inverse.diagonal(axis1=1, axis2=2).T
         for k, name in enumerate(free):
             i = row[name]
-            gflux[i] = scene.line_flux[name] + np.where(measured[:, k], error[k], 0)
-            gvar[i] = np.where(measured[:, k], variance[k], np.inf)
+            gflux[i] = scene.line_flux[name] + np.where(measured[k], error[k], 0)
+            gvar[i] = np.where(measured[k], variance[k], np.inf)
         for weak, (strong, ratio) in TIED.items():
             if weak in group:
                 gflux[row[weak]] = ratio * gflux[row[strong]]
@@ -799,6 +805,25 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
         "v_var": v_var, "v_error": rng.standard_normal(shape[1]) * np.sqrt(v_var),
         "s_error": rng.standard_normal(shape[1]) * np.sqrt(v_var),
     }  # fmt: skip
+
+
+def fit_stars(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Stellar velocity and dispersion with errors, each (spaxel,) km/s.
+
+    The error of the velocity is 1.3 times the observed width (stars and templates) over the S/N,
+    about what the DAP states; that of the dispersion grows as it falls below the instrument's
+    (Westfall et al. 2019, section 7). A dispersion may come out negative: it is at its bound.
+    """
+    scene = galaxy.scene
+    width = np.hypot(scene.star_sigma, 70.0)
+    v_error = 1.3 * width / np.maximum(galaxy.snr, 0.5)
+    s_error = v_error * width / np.maximum(scene.star_sigma, 20)
+    return {
+        "star_v": scene.star_v + v_error * rng.standard_normal(width.size),
+        "star_v_sd": v_error,
+        "star_sigma": scene.star_sigma + s_error * rng.standard_normal(width.size),
+        "star_sigma_sd": s_error,
+    }
 
 
 def _sum_flux(
