@@ -18,7 +18,7 @@ each is computed once instead of once a patch. Beyond a cutout's edge lie zeros,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -207,37 +207,53 @@ def window_tokens(logits: Tensor, values: Tensor, window: int) -> Tensor:
     Notes
     -----
     The softmax over a window is a ratio of two box sums, sum(exp(a) v) / sum(exp(a)), and box
-    sums are built from sums over smaller boxes. Here each box carries its weighted mean and the
-    log of its summed weights instead of the two sums: joining two boxes is a weighted mean of
-    their means, with weights in [0, 1]. So no exponential ever over- or underflows, however far
-    the logits of a map lie apart, in any precision. A window of w takes about 2 log2(w) joins.
+    sums are built from sums over smaller boxes. Here each box carries the maximum m of its
+    logits, the sum s of exp(a - m), and its weighted mean of v. Two boxes join by rescaling both
+    sums to the larger maximum, and their means mix in the ratio of the sums. So no exponential
+    over- or underflows in any window, however far the logits of a map lie apart, and the means
+    stay within the values, in any precision. A window of w takes about 4 log2(w) joins.
     """
-    level = logits.float()[:, :, None]  # (B, T, 1, Y, X)
-    mean = values[:, None]  # (B, 1, dim, Y, X), the same for every token until the first join
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))[:, :, None]
+    top = exact.detach()  # the result does not depend on it, so gradients need not pass it
+    boxes = Boxes(top, (exact - top).exp(), values[:, None])  # one mean for all tokens until joined
     for axis in (3, 4):
-        level, mean = _grow(level, mean, window, axis)
-    return mean.expand(-1, logits.shape[1], -1, -1, -1)
+        boxes = _grow(boxes, window, axis)
+    return boxes.mean.expand(-1, logits.shape[1], -1, -1, -1)
 
 
-def _grow(level: Tensor, mean: Tensor, size: int, axis: int) -> tuple[Tensor, Tensor]:
-    """Level and mean of all runs of `size` boxes along an axis."""
+class Boxes(NamedTuple):
+    """Running softmax over boxes of positions; a box's first position indexes it."""
+
+    top: Tensor
+    """(B, T, 1, Y, X) largest logit."""
+    total: Tensor
+    """(B, T, 1, Y, X) sum of exp(logit - top), between 1 and the number of positions."""
+    mean: Tensor
+    """(B, T, dim, Y, X) weighted mean of the values."""
+
+    def from_to(self, axis: int, first: int, count: int) -> Boxes:
+        """Take `count` boxes along an axis."""
+        return Boxes(*(part.narrow(axis, first, count) for part in self))
+
+
+def _grow(boxes: Boxes, size: int, axis: int) -> Boxes:
+    """Join each run of `size` boxes along an axis."""
     if size == 1:
-        return level, mean
-    half, half_mean = _grow(level, mean, size // 2, axis)
-    joined = _join(half, half_mean, half, half_mean, size // 2, axis)
-    return _join(*joined, level, mean, size - 1, axis) if size % 2 else joined
+        return boxes
+    half = _grow(boxes, size // 2, axis)
+    whole = _join(half, half, size // 2, axis)
+    return _join(whole, boxes, size - 1, axis) if size % 2 else whole
 
 
-def _join(
-    level: Tensor, mean: Tensor, level_next: Tensor, mean_next: Tensor, shift: int, axis: int
-) -> tuple[Tensor, Tensor]:
-    """Join the boxes at i with the ones at i + shift."""
-    count = level_next.shape[axis] - shift
-    level, mean = level.narrow(axis, 0, count), mean.narrow(axis, 0, count)
-    level_next = level_next.narrow(axis, shift, count)
-    mean_next = mean_next.narrow(axis, shift, count)
-    share = torch.sigmoid(level - level_next).to(mean.dtype)
-    return torch.logaddexp(level, level_next), torch.lerp(mean_next, mean, share)
+def _join(first: Boxes, second: Boxes, shift: int, axis: int) -> Boxes:
+    """Join the boxes at i with the second kind at i + shift."""
+    count = second.top.shape[axis] - shift
+    first, second = first.from_to(axis, 0, count), second.from_to(axis, shift, count)
+    top = torch.maximum(first.top, second.top)
+    one = first.total * (first.top - top).exp()
+    total = one + second.total * (second.top - top).exp()
+    share = (one / total).to(first.mean.dtype)
+    return Boxes(top, total, torch.lerp(second.mean, first.mean, share))
 
 
 def get_SSFTT_model(

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hsi_proc_fns
+from HSI_SSFTT import SSFTT, count_parameters, get_SSFTT_model, window_tokens
+from utils import DataError
+
+
+def like_trained(model: SSFTT, seed: int = 0) -> SSFTT:
+    """Batch norms as training leaves them, and logits that are not all alike."""
+    g = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            for tensor in (module.running_mean, module.weight.data, module.bias.data):
+                tensor.copy_(torch.randn(tensor.shape, generator=g))
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=g) + 0.3)
+    model.class_token.data.copy_(torch.randn(model.class_token.shape, generator=g))
+    model.head.weight.data.mul_(5)
+    return model.eval()
+
+
+def both_faces(model: SSFTT, cube: np.ndarray, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (y, x, classes) patch by patch, and densely."""
+    ny, nx, _ = cube.shape
+    ys, xs = np.indices((ny, nx)).reshape(2, -1)
+    patches = hsi_proc_fns.extract_patches(cube, ys, xs, model.patch_size)
+    with torch.inference_mode():
+        one = model(torch.from_numpy(patches).permute(0, 3, 1, 2)[:, None])
+        cutout = torch.from_numpy(cube).permute(2, 0, 1)[None, None]
+        dense = model.forward_dense(cutout, **options)[0].permute(1, 2, 0)
+    return one.view(ny, nx, -1), dense
+
+
+def full_reference(model: SSFTT, patch: np.ndarray) -> np.ndarray:
+    """The network written out in numpy, every token through the whole block, in float64."""
+    w = {k: v.double().numpy() for k, v in model.state_dict().items()}
+
+    def windows(a, shape):
+        axes = tuple(range(a.ndim - len(shape), a.ndim))
+        return np.lib.stride_tricks.sliding_window_view(a, shape, axis=axes)
+
+    def batch_norm(a, name):
+        shape = (-1,) + (1,) * (a.ndim - 1)
+        mean, var = w[f"{name}.running_mean"], w[f"{name}.running_var"]
+        scale = w[f"{name}.weight"] / np.sqrt(var + 1e-5)
+        return np.maximum(
+            (a - mean.reshape(shape)) * scale.reshape(shape) + w[f"{name}.bias"].reshape(shape), 0
+        )
+
+    def linear(a, name):
+        return a @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def layer_norm(a, name):
+        centred = a - a.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
+        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def softmax(a, axis):
+        e = np.exp(a - a.max(axis, keepdims=True))
+        return e / e.sum(axis, keepdims=True)
+
+    k3, k2 = w["spectral.0.weight"][:, 0], w["spatial.0.weight"]
+    x = np.einsum("bijklm,cklm->cbij", windows(patch, k3.shape[1:]), k3)
+    x = batch_norm(x + w["spectral.0.bias"][:, None, None, None], "spectral.1")
+    x = x.reshape(-1, *x.shape[2:])  # channel slow, band fast
+    x = np.einsum("cijkl,dckl->dij", windows(x, k2.shape[2:]), k2)
+    x = batch_norm(x + w["spatial.0.bias"][:, None, None], "spatial.1")
+    x = x.reshape(x.shape[0], -1).T  # (positions, dim)
+    attention = softmax(x @ w["token_logits"].T, 0)
+    tokens = attention.T @ (x @ w["token_values"])
+    tokens = np.concatenate([w["class_token"][0], tokens]) + w["positions"][0]
+
+    normed, dim, heads = layer_norm(tokens, "block.norm_attention"), tokens.shape[1], 8
+    q = linear(normed, "block.to_q").reshape(-1, heads, dim // heads)
+    k, v = np.split(linear(normed, "block.to_kv"), 2, axis=1)
+    k, v = (a.reshape(-1, heads, dim // heads) for a in (k, v))
+    scores = softmax(np.einsum("ihd,jhd->hij", q, k) / math.sqrt(dim), -1)
+    seen = np.einsum("hij,jhd->ihd", scores, v).reshape(-1, dim)
+    tokens = tokens + linear(seen, "block.project")
+    hidden = linear(layer_norm(tokens, "block.norm_mlp"), "block.mlp.0")
+    hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+    tokens = tokens + linear(hidden, "block.mlp.3")
+    return linear(tokens[0], "head")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        ({}, 9_414_654),
+        ({"n_classes": 8}, 9_414_784),
+        ({"n_classes": 16, "patch_size": 13, "bands": 30}, 153_224),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(arguments, count):
+    assert count_parameters(get_SSFTT_model(**arguments)) == count
+
+
+@pytest.mark.parametrize("patch_size", [3, 5, 7])
+def test_network_equals_its_equations_written_out(patch_size):
+    torch.manual_seed(1)
+    model = like_trained(get_SSFTT_model(4, patch_size, 9))
+    patch = np.random.default_rng(0).normal(size=(9, patch_size, patch_size))
+    with torch.inference_mode():
+        logits = model.double()(torch.from_numpy(patch)[None, None])[0].numpy()
+    np.testing.assert_allclose(logits, full_reference(model, patch), rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    patch_size=st.integers(1, 14),
+    ny=st.integers(1, 12),
+    nx=st.integers(1, 12),
+    bands=st.integers(3, 12),
+    n_classes=st.integers(2, 8),
+    n_tokens=st.integers(1, 5),
+    seed=st.integers(0, 99),
+    block_bytes=st.sampled_from([1, 20_000, 1 << 27]),
+)
+def test_dense_face_equals_patch_face(
+    patch_size, ny, nx, bands, n_classes, n_tokens, seed, block_bytes
+):
+    torch.manual_seed(seed)
+    model = like_trained(get_SSFTT_model(n_classes, patch_size, bands, n_tokens), seed)
+    cube = np.random.default_rng(seed).normal(size=(ny, nx, bands)).astype(np.float32)
+    one, dense = both_faces(model, cube, block_bytes=block_bytes)
+    scale = one.abs().max()
+    assert (one - dense).abs().max() <= 1e-4 * scale
+    margin = one.topk(2, dim=-1).values.diff(dim=-1).abs().squeeze(-1)
+    clear = margin > 1e-4 * scale  # a tie within rounding may fall either way
+    assert torch.equal(one.argmax(-1)[clear], dense.argmax(-1)[clear])
+
+
+def test_faces_agree_for_a_trained_network():
+    """Trained until the loss is small: large weights, moved batch norms."""
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    model = get_SSFTT_model(3, 7, 12, dropout=0.0)
+    cube = rng.normal(size=(12, 13, 12)).astype(np.float32)
+    target = torch.from_numpy(np.digitize(cube[..., 3] + cube[..., 5], [-0.7, 0.7]))
+    cutout = torch.from_numpy(cube).permute(2, 0, 1)[None, None]
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        loss = F.cross_entropy(model.forward_dense(cutout)[0].flatten(1).T, target.flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss < 0.2
+    one, dense = both_faces(model.eval(), cube)
+    assert (one - dense).abs().max() <= 1e-4 * one.abs().max()
+    assert torch.equal(one.argmax(-1), dense.argmax(-1))
+    assert (dense.argmax(-1) == target).float().mean() > 0.6  # running statistics lag, but serve
+
+
+def test_cutouts_of_a_batch_do_not_mix():
+    model = like_trained(get_SSFTT_model(3, 5, 8))
+    cutouts = torch.randn(3, 1, 8, 6, 7)
+    with torch.inference_mode():
+        together = model.forward_dense(cutouts)
+        alone = torch.cat([model.forward_dense(c[None]) for c in cutouts])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_both_faces_agree():
+    torch.manual_seed(0)
+    model = like_trained(get_SSFTT_model(3, 7, 8, dropout=0.0)).double()
+    cube = np.random.default_rng(0).normal(size=(6, 5, 8))
+    ys, xs = np.indices((6, 5)).reshape(2, -1)
+    patches = torch.from_numpy(hsi_proc_fns.extract_patches(cube, ys, xs, 7))
+    weights = torch.randn(30, 3, dtype=torch.double)
+    (model(patches.permute(0, 3, 1, 2)[:, None]) * weights).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    dense = model.forward_dense(torch.from_numpy(cube).permute(2, 0, 1)[None, None])
+    (dense[0].flatten(1).T * weights).sum().backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-9)
+
+
+def direct_windows(logits: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+    """Softmax over each window, one at a time, in float64."""
+    b, t, ny, nx = logits.shape
+    out = np.empty((b, t, values.shape[1], ny - size + 1, nx - size + 1))
+    for y, x in np.ndindex(out.shape[-2:]):
+        a = logits[..., y : y + size, x : x + size].reshape(b, t, -1).astype(float)
+        v = values[..., y : y + size, x : x + size].reshape(b, values.shape[1], -1).astype(float)
+        e = np.exp(a - a.max(-1, keepdims=True))
+        out[..., y, x] = (e / e.sum(-1, keepdims=True)) @ v.transpose(0, 2, 1)
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    size=st.integers(1, 9),
+    extra=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    spread=st.sampled_from([0.0, 1.0, 30.0, 1000.0]),
+    seed=st.integers(0, 99),
+)
+def test_window_tokens_equal_a_softmax_over_each_window(size, extra, spread, seed):
+    rng = np.random.default_rng(seed)
+    ny, nx = size + extra[0], size + extra[1]
+    logits = spread * rng.normal(size=(2, 3, ny, nx))
+    values = rng.normal(size=(2, 4, ny, nx))
+    found = window_tokens(torch.from_numpy(logits).float(), torch.from_numpy(values).float(), size)
+    logits32 = torch.from_numpy(logits).float().numpy()
+    expected = direct_windows(logits32, values, size)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.03), (torch.float16, 4e-3)]
+)
+def test_tokens_are_right_where_a_map_wide_maximum_underflows(dtype, tolerance):
+    """Left half at 100, right half at 0: exp(-100) is 0 in half and single precision."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(1, 2, 12, 24))
+    logits[..., :12] += 100
+    values = rng.normal(size=(1, 3, 12, 24))
+    a, v = torch.from_numpy(logits).to(dtype), torch.from_numpy(values).to(dtype)
+    found = window_tokens(a, v, 5)
+    expected = direct_windows(a.double().numpy(), v.double().numpy(), 5)
+    assert found.isfinite().all()
+    np.testing.assert_allclose(found.double().numpy(), expected, atol=tolerance)
+
+
+def test_dense_map_is_right_where_logits_differ_by_hundreds():
+    torch.manual_seed(0)
+    model = like_trained(get_SSFTT_model(3, 7, 8))
+    model.token_logits.data.mul_(200)
+    cube = np.random.default_rng(0).normal(size=(14, 15, 8)).astype(np.float32)
+    cutout = F.pad(torch.from_numpy(cube).permute(2, 0, 1)[None, None], (3, 3, 3, 3))
+    with torch.inference_mode():
+        logits = torch.einsum("bdyx,td->btyx", model.features(cutout), model.token_logits)
+        assert (logits.amax((2, 3)) - logits.amin((2, 3))).min() > 100
+    one, dense = both_faces(model, cube)
+    assert (one - dense).abs().max() <= 1e-4 * one.abs().max()
+
+
+def test_half_precision_keeps_most_decisions():
+    model = like_trained(get_SSFTT_model(4, 7, 16))
+    cube = np.random.default_rng(0).normal(size=(12, 12, 16)).astype(np.float32)
+    one, _ = both_faces(model, cube)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        dense = model.forward_dense(torch.from_numpy(cube).permute(2, 0, 1)[None, None])
+    dense = dense[0].permute(1, 2, 0).float()
+    assert (dense - one).abs().max() < 0.1 * one.abs().max()
+    assert (dense.argmax(-1) == one.argmax(-1)).float().mean() > 0.9
+
+
+def test_training_mode_sees_the_whole_cutout_at_once():
+    """Batch statistics over blocks of rows would differ from those of the cutout."""
+    model = get_SSFTT_model(3, 5, 8, dropout=0.0).train()
+    cutout = torch.randn(1, 1, 8, 9, 9)
+    whole = model.forward_dense(cutout)
+    torch.testing.assert_close(whole, model.forward_dense(cutout, block_bytes=1))
+    assert model.spatial[1].num_batches_tracked == 2
+
+
+def test_arguments_make_the_same_network_again():
+    model = get_SSFTT_model(3, 5, 20, n_tokens=2, spectral_kernel=9, spectral_stride=4)
+    again = get_SSFTT_model(**model.arguments)
+    again.load_state_dict(model.state_dict())
+    assert again.spectral[0].weight.shape == (8, 1, 9, 3, 3)
+    assert again.widest == 8 * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [({"bands": 2}, "bands"), ({"heads": 7}, "heads"), ({"patch_size": 0}, "patch size")],
+)
+def test_impossible_networks_are_refused_in_one_line(arguments, word):
+    with pytest.raises(DataError, match=word):
+        get_SSFTT_model(**arguments)
