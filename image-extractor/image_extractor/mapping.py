@@ -52,17 +52,20 @@ class Mapping:
     time: csr_matrix
     cells: np.ndarray | None  # cell of each pixel, where every pixel has one cell of its own
 
-    def image(self, values: np.ndarray, kind: str = "charge") -> np.ndarray:
-        """Map pixel values (n_pixels,) to an image of `shape`; empty cells are 0.
+    def flat(self, values: np.ndarray, kind: str = "charge") -> np.ndarray:
+        """Map pixel values (n_pixels,) to cells (n_cells,); empty cells are 0.
 
         `kind` chooses the weights: "charge" or "time".
         """
-        if self.cells is not None:
-            flat = np.zeros(self.charge.shape[0], values.dtype)
-            flat[self.cells] = values
-        else:
-            flat = (self.charge if kind == "charge" else self.time) @ values
-        return flat.reshape(self.shape)
+        if self.cells is None:
+            return (self.charge if kind == "charge" else self.time) @ values
+        flat = np.zeros(self.charge.shape[0], values.dtype)
+        flat[self.cells] = values
+        return flat
+
+    def image(self, values: np.ndarray, kind: str = "charge") -> np.ndarray:
+        """Map pixel values (n_pixels,) to an image of `shape`."""
+        return self.flat(values, kind).reshape(self.shape)
 
 
 def camera_mapping(pixel_x: np.ndarray, pixel_y: np.ndarray, method: str = "auto") -> Mapping:

@@ -60,8 +60,8 @@ WANTED = {
 }  # fmt: skip
 EVENT_TYPES = {MC_SHOWER, MC_EVENT, ARRAY_EVENT, CALIBRATION_EVENT}
 
-RAW_BLOCK = 256 * 1024  # compressed bytes a read
-BLOCK = 4 * 1024 * 1024  # decompressed bytes handed over at a time
+RAW_BLOCK = 1024 * 1024  # compressed bytes a read
+BLOCK = 8 * 1024 * 1024  # decompressed bytes handed over at a time, at most
 QUEUE_BLOCKS = 4
 MAX_OBJECT = 512 * 1024 * 1024  # a longer object is a corrupt length field, not data
 MAX_PENDING = 8  # unparsed monitoring objects kept for a telescope
@@ -165,19 +165,12 @@ class ByteStream:
 
     def _run(self, blocks: Iterator[bytes]) -> None:
         try:
-            parts, size = [], 0
+            last: Exception | None = None
             try:
-                for piece in blocks:
-                    parts.append(piece)
-                    size += len(piece)
-                    if size >= BLOCK:
-                        self._put(b"".join(parts))
-                        parts, size = [], 0
-                last: Exception | None = None
+                for block in blocks:
+                    self._put(block)
             except (Corrupt, OSError) as error:
                 last = error
-            if parts:
-                self._put(b"".join(parts))
             self._put(last)
         except _Stop:
             pass
@@ -269,10 +262,8 @@ def top_level_objects(stream: ByteStream, wanted: Container[int]) -> Iterator[Ra
     view = memoryview(buffer)
 
     def fill(need: int) -> bool:
-        """Make buffer[pos : pos + need] available."""
+        """Make buffer[pos : pos + need] available, which it is not yet."""
         nonlocal buffer, pos, offset, view
-        if len(buffer) - pos >= need:
-            return True
         parts, have = [buffer[pos:]], len(buffer) - pos
         offset += pos
         pos = 0
@@ -290,7 +281,7 @@ def top_level_objects(stream: ByteStream, wanted: Container[int]) -> Iterator[Ra
         return have >= need
 
     while True:
-        if not fill(16):
+        if len(buffer) - pos < 16 and not fill(16):
             if len(buffer) == pos:
                 return
             raise Corrupt(f"the file is cut off after {offset + len(buffer)} bytes")
@@ -301,13 +292,13 @@ def top_level_objects(stream: ByteStream, wanted: Container[int]) -> Iterator[Ra
             raise Corrupt(f"no object begins at byte {offset + pos}")
         size, head = length & 0x3FFFFFFF, 16
         if word >> 17 & 1:
-            if not fill(20):
+            if len(buffer) - pos < 20 and not fill(20):
                 raise Corrupt(f"the file is cut off after {offset + len(buffer)} bytes")
             head = 20
             size += (struct.unpack_from("<I", buffer, pos + 16)[0] & 0xFFF) << 30
         if size > MAX_OBJECT:
             raise Corrupt(f"an object of {size} bytes at byte {offset + pos}: not a real length")
-        if not fill(head + size):
+        if len(buffer) - pos < head + size and not fill(head + size):
             raise Corrupt(f"the file is cut off after {offset + len(buffer)} bytes")
         kind = word & 0xFFFF
         if kind in wanted:

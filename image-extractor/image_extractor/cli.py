@@ -1,0 +1,273 @@
+"""Command line: extract (the historic form), and the commands around it.
+
+    image_extractor.py "/data/*.simtel.gz" out.h5 settings.config bins.pkl --shuffle --split
+    image-extractor inspect out.h5
+    image-extractor plot out.h5 --event 3 --output event.png
+    image-extractor validate out.h5
+    image-extractor config settings.config --mode config
+
+Exit codes: 0 done; 1 a data problem (what could be written has been written); 2 wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+COMMANDS = ("inspect", "plot", "validate", "config", "extract")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv and argv[0] in COMMANDS else "extract"
+    rest = argv[1:] if argv and argv[0] in COMMANDS else argv
+    if command == "config":
+        from . import config
+
+        return config.main(rest)
+    run = {"extract": _extract, "inspect": _inspect, "plot": _plot, "validate": _validate}[command]
+    parser = {"extract": _extract_parser, "inspect": _inspect_parser,
+              "plot": _plot_parser, "validate": _validate_parser}[command]()  # fmt: skip
+    args = parser.parse_args(rest)
+    logging.basicConfig(
+        level=logging.DEBUG if args.debug else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
+    )
+    for noisy in ("matplotlib", "numba", "numexpr", "PIL", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    previous = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return run(args)
+    except (KeyboardInterrupt, _Terminated):
+        print("Stopped; the output is as it was before.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ValueError as error:  # DataError, UsageError, ConfigError
+        from .config import ConfigError
+        from .errors import DataError, UsageError
+
+        if args.debug or not isinstance(error, DataError | ConfigError):
+            raise
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, UsageError | ConfigError) else 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class _Terminated(Exception):
+    """SIGTERM arrived."""
+
+
+def _terminated(*_: Any) -> None:
+    raise _Terminated
+
+
+def _extract_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="image_extractor.py",
+        description="Extract images from simtel files into an HDF5 data set. "
+        f"Other commands: image-extractor {{{','.join(c for c in COMMANDS if c != 'extract')}}} --help",
+    )
+    add = parser.add_argument
+    add("path_to_simtel_files", help='a simtel file, or a quoted pattern: "/data/*.simtel.gz"')
+    add("output_file", type=Path, help="HDF5 file, created or appended to")
+    add("config_file", type=Path, help="configuration (write one with: image-extractor config FILE --mode config)")
+    add("bins_cuts_dict", nargs="?", type=Path, help="dictionary of bins and cuts: .pkl, .json or .h5")
+    add("--bins_cuts_dict", "--bins_cuts_dict_file", "--bins-cuts-dict", dest="bins_cuts_dict_option",
+        metavar="BINS_CUTS_DICT", type=Path, help="the same, as an option")
+    add("--max_events", "--max-events", type=_count, help="events to write from each file, at most")
+    add("--shuffle", action="store_true", help="put the events in random order")
+    add("--split", action="store_true", help="split Events into Events_Training, Events_Validation, Events_Test")
+    add("--split-fractions", "--split_fractions", type=_fractions, metavar="NAME=FRACTION,...",
+        help="parts of --split (default: Training=0.9,Validation=0.1,Test=0)")
+    add("--stratify", action="store_true", help="give each part of --split its share of every particle class")
+    add("--seed", type=int, default=0, help="of shuffle and split (default: 0)")
+    add("--jobs", type=_count, default=1, help="processes, each working on whole files (default: 1)")
+    add("--overwrite", action="store_true", help="replace the output instead of appending to it")
+    add("--compression", choices=("gzip", "none", "blosc-lz4", "blosc-zstd"), default="gzip",
+        help="default: gzip, which every HDF5 reader opens")
+    add("--summary", type=Path, help="also write the closing summary to this JSON file")
+    add("--debug", action="store_true", help="more messages, and tracebacks")  # fmt: skip
+    return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
+    return number
+
+
+def _fractions(text: str) -> dict[str, float]:
+    parts: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        try:
+            fraction = float(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{item!r}: write NAME=FRACTION") from None
+        if not name.isidentifier() or name in parts or not 0 <= fraction <= 1:
+            raise argparse.ArgumentTypeError(f"{item!r}: write NAME=FRACTION, each name once, 0 to 1")
+        parts[name] = fraction
+    if not math.isclose(sum(parts.values()), 1.0, abs_tol=1e-6):
+        raise argparse.ArgumentTypeError(f"the fractions add up to {sum(parts.values()):g}, not to 1")
+    return parts
+
+
+def _extract(args: argparse.Namespace) -> int:
+    from .config import load_config
+    from .errors import UsageError
+
+    log = logging.getLogger(__name__)
+    started = time.perf_counter()
+    settings = load_config(args.config_file)
+    if args.split_fractions and not args.split:
+        raise UsageError("--split-fractions needs --split.")
+    if args.stratify and not args.split:
+        raise UsageError("--stratify needs --split.")
+    given = [p for p in (args.bins_cuts_dict, args.bins_cuts_dict_option) if p is not None]
+    if len(set(given)) > 1:
+        raise UsageError(f"two dictionaries: {given[0]} and {given[1]}. Give one.")
+    pattern = os.path.expanduser(args.path_to_simtel_files)
+    files = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if not Path(p).is_dir()]
+    if not files and Path(pattern).is_file():  # a name with brackets in it
+        files = [Path(pattern)]
+    if not files:
+        raise UsageError(f"{args.path_to_simtel_files}: no such file. Quote patterns: \"/data/*.simtel.gz\".")
+    if any(p.resolve() == args.output_file.resolve() for p in files):
+        raise UsageError(f"{args.output_file}: is also an input file.")
+
+    from tqdm import tqdm
+
+    from . import __version__, image_extractor, layout
+    from .cuts import load_cuts
+
+    cuts = load_cuts(given[0]) if given and settings.use_pkl_dict else None
+    log.info("image_extractor %s: %d file(s) to %s", __version__, len(files), args.output_file)
+    if cuts is not None:
+        log.info("%s: %d events passed its cuts", given[0], len(cuts))
+    elif given:
+        log.info("%s: not used, the configuration says use_pkl_dict = False", given[0])
+    elif settings.mode == "gh_class":
+        log.info("no dictionary of bins and cuts: every event is kept, energy bins are those of the true energy")
+    fractions = (args.split_fractions or image_extractor.DEFAULT_FRACTIONS) if args.split else None
+    extractor = image_extractor.ImageExtractor(
+        args.output_file,
+        cuts,
+        settings=settings,
+        overwrite=args.overwrite,
+        compression=args.compression,
+        shuffle=args.shuffle,
+        split=fractions,
+        stratify=args.stratify,
+        seed=args.seed,
+        command=" ".join(sys.argv),
+    )
+    failed = []
+
+    def file_done(report: image_extractor.FileReport) -> None:
+        bar.set_postfix_str(f"file {bar.files + 1}/{len(files)}")
+        bar.files += 1
+        if report.failed:
+            failed.append(report)
+            log.warning("%s: left out: %s", report.file, report.problem)
+
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    with tqdm(unit=" events", disable=None, mininterval=0.5) as bar, logging_redirect_tqdm():
+        bar.files = 0
+        reports = extractor.process_files(files, args.max_events, args.jobs, bar.update, file_done)
+    summary = image_extractor.summary(reports, args.output_file, time.perf_counter() - started)
+    print(summary_text(summary, layout.CHARGE_UNIT_PE, settings.dtype))
+    if args.summary:
+        args.summary.write_text(json.dumps(summary, indent=1) + "\n")
+    return 1 if summary["files_failed"] or summary["files_incomplete"] else 0
+
+
+def summary_text(summary: dict[str, Any], unit: float, dtype: str) -> str:
+    """The closing summary, for people."""
+    lines = [
+        ("files", f"{summary['files']} ({summary['files_incomplete']} incomplete, {summary['files_failed']} left out)"),
+        ("events read", summary["events_read"]),
+        ("not in the dictionary", summary["not_in_dictionary"]),
+        ("no selected telescope", summary["no_selected_telescope"]),
+        ("not gammas", summary["other_primary"]),
+        ("outside the energy bins", summary["outside_bins"]),
+        ("failed image cuts", summary["failed_image_cuts"]),
+        ("events passed", summary["events_passed"]),
+        ("already in the output", summary["duplicates"]),
+        ("events written", summary["events_written"]),
+        ("images", f"{summary['images']} ({', '.join(f'{n} {t}' for t, n in summary['images_by_type'].items())})"),
+        ("saturated pixels", f"{summary['saturated_pixels']} (charge too large for {dtype} at {unit} p.e.)"),
+        ("calibration events skipped", summary["calibration_events"]),
+        ("seconds", f"{summary['seconds']:.1f}"),
+        ("size", f"{summary['bytes'] / 1e6:.1f} MB"),
+        ("output", summary["output"]),
+    ]
+    optional = {"not in the dictionary", "no selected telescope", "not gammas", "outside the energy bins",
+                "failed image cuts", "already in the output", "calibration events skipped"}  # fmt: skip
+    return "\n".join(f"{name:>28}  {value}" for name, value in lines if value or name not in optional)
+
+
+def _look_parser(name: str, what: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"image-extractor {name}", description=what)
+    parser.add_argument("file", type=Path, help="HDF5 file written by image_extractor.py")
+    parser.add_argument("--debug", action="store_true", help="tracebacks")
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    return _look_parser("inspect", "Say what is in a data set: tree, counts, parameters.")
+
+
+def _validate_parser() -> argparse.ArgumentParser:
+    return _look_parser("validate", "Check a data set: indices, counts, ranges. Exit code 1 if anything is wrong.")
+
+
+def _plot_parser() -> argparse.ArgumentParser:
+    parser = _look_parser("plot", "Draw the camera images of an event: true geometry, stored picture, peak times.")
+    parser.add_argument("--event", type=int, default=None, help="event_number (default: the brightest)")
+    parser.add_argument("--run", type=int, default=None, help="run_number, if several runs have that event")
+    parser.add_argument("--max-images", type=_count, default=4, help="brightest images to draw (default: 4)")
+    parser.add_argument("--output", type=Path, default=Path("event.png"), help="PNG file (default: event.png)")
+    return parser
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from . import look
+
+    print(look.inspect(args.file))
+    return 0
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from . import look
+
+    problems = look.validate(args.file)
+    for problem in problems:
+        print(f"{args.file}: {problem}")
+    if not problems:
+        print(f"{args.file}: valid")
+    return 1 if problems else 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from . import look
+
+    print(look.plot(args.file, args.output, args.event, args.run, args.max_images))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

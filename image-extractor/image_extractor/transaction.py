@@ -1,0 +1,112 @@
+"""An output file that appears whole or not at all, with one writer at a time.
+
+The writer works on a hidden neighbour, `.NAME.partial`; `commit` flushes it to the disk and renames it over
+NAME. Appending works on a copy, so that whatever happens, the old file stays readable until the new one is
+whole. A killed run leaves the hidden neighbours behind; the next run of the same output removes them.
+
+The writer holds an flock on `.NAME.lock`, which the system drops with the process, however it ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from .errors import DataError
+
+
+class OutputTransaction:
+    """Lock an output and give a temporary path to write to.
+
+    Parameters
+    ----------
+    output : Path
+        The file to be.
+    append : bool
+        Begin with a copy of `output`, if it exists.
+
+    Attributes
+    ----------
+    path : Path
+        What to write to until `commit`.
+
+    Raises
+    ------
+    DataError
+        If another process is writing `output`, or the folder or the copy fails.
+    """
+
+    def __init__(self, output: Path, append: bool) -> None:
+        self.output = output
+        self.path = output.with_name(f".{output.name}.partial")
+        self._lock_path = output.with_name(f".{output.name}.lock")
+        if not output.parent.is_dir():
+            raise DataError(f"{output}: its folder does not exist. Create {output.parent} first.")
+        if output.is_dir():
+            raise DataError(f"{output}: is a folder; give a file name.")
+        self._lock = self._acquire()
+        try:
+            for leftover in output.parent.glob(f".{_glob_safe(output.name)}.partial*"):
+                leftover.unlink()
+            if append and output.exists():
+                shutil.copyfile(output, self.path)
+        except OSError as error:
+            self._release()
+            raise DataError(f"{output}: cannot be prepared ({error.strerror}).") from error
+
+    def _acquire(self) -> int:
+        while True:
+            try:
+                handle = os.open(self._lock_path, os.O_CREAT | os.O_RDWR, 0o666)
+            except OSError as error:
+                raise DataError(f"{self.output}: cannot be written ({error.strerror}).") from error
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(handle)
+                raise DataError(
+                    f"{self.output}: another process is writing it. Wait for it, or choose another output."
+                ) from None
+            # The holder removes the file when done: a lock on a removed file locks nothing.
+            try:
+                if os.stat(self._lock_path).st_ino == os.fstat(handle).st_ino:
+                    return handle
+            except FileNotFoundError:
+                pass
+            os.close(handle)
+
+    def _release(self) -> None:
+        if self._lock >= 0:
+            self._lock_path.unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = -1
+
+    def part(self, name: str) -> Path:
+        """Path of a further temporary file, which ends with the transaction."""
+        return self.path.with_name(f"{self.path.name}-{name}")
+
+    def commit(self) -> None:
+        """Make the temporary file the output."""
+        with self.path.open("rb") as f:
+            os.fsync(f.fileno())
+        self.path.replace(self.output)
+        folder = os.open(self.output.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self.close()
+
+    def close(self) -> None:
+        """Remove temporary files and the lock; without `commit` before, nothing has happened."""
+        if self._lock < 0:
+            return
+        for leftover in self.path.parent.glob(f"{_glob_safe(self.path.name)}*"):
+            leftover.unlink(missing_ok=True)
+        self._release()
+
+
+def _glob_safe(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,0 +1,9 @@
+#!/usr/bin/env python
+"""The command `prepare_cuts_dict.py`: make a dictionary of bins and cuts from EventDisplay's MSCW files."""
+
+import sys
+
+from image_extractor.prepare_cuts_dict import main
+
+if __name__ == "__main__":
+    sys.exit(main())
