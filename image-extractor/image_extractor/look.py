@@ -1,0 +1,340 @@
+"""Look at a data set: what is in it, whether it is sound, and pictures of an event.
+
+Reads   a file of layout.py.
+Writes  a PNG (plot).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tables
+
+from . import layout
+from .errors import DataError
+
+
+def inspect(path: str | Path) -> str:
+    """Describe a data set in text: parameters, runs, telescopes, tree."""
+    with layout.open_layout(path) as h5:
+        attrs = layout.check_schema(h5)
+        runs, telescopes = layout.runs_table(h5), layout.tel_table(h5)
+        lines = [f"{path}: {attrs['schema']} {attrs['schema_version']}, {Path(path).stat().st_size / 1e6:.1f} MB"]
+        shown = ("mode", "storage_mode", "channels", "dim_order", "scale_factor", "charge_unit_pe", "compression",
+                 "energy_bin_source", "cuts_source", "split", "shuffle_seed", "created_utc", "modified_utc",
+                 "code_version", "ctapipe_version", "eventio_version")  # fmt: skip
+        lines += ["", "Parameters"]
+        lines += [f"  {name:18} {attrs[name]}" for name in shown if str(attrs.get(name, ""))]
+        lines += ["", f"Runs ({len(runs)} files)"]
+        for run in runs:
+            note = "" if run["complete"] else f"  INCOMPLETE: {run['problem'].decode('utf-8', 'replace')}"
+            lines.append(
+                f"  run {run['run_number']:<8} {run['file'].decode('utf-8', 'replace')}: "
+                f"{run['events_written']} of {run['events_read']} events{note}"
+            )
+        lines += ["", f"Telescopes ({len(telescopes)})"]
+        for kind in dict.fromkeys(zip(telescopes["tel_type"], telescopes["camera"], strict=True)):
+            chosen = telescopes[(telescopes["tel_type"] == kind[0]) & (telescopes["camera"] == kind[1])]
+            _, _, camera = layout.camera_pixels(h5, kind[1].decode())
+            lines.append(
+                f"  {len(chosen):3} {kind[0].decode()} {camera['name']}: {camera['n_pixels']} pixels, mapped by "
+                f"{camera['mapping']} to {' x '.join(map(str, json.loads(camera['image_shape'])))}; ids {_ids(chosen['tel_id'])}"
+            )
+        lines += ["", "Events"]
+        for table in layout.event_tables(h5):
+            lines.append(f"  {table._v_pathname}: {table.nrows} events{_energy_range(table)}{_labels(table)}")
+            lines += _image_counts(table, telescopes)
+        lines += ["", "Configuration", *(f"  {line}" for line in str(attrs["config"]).splitlines())]
+    return "\n".join(lines)
+
+
+def _ids(values: np.ndarray) -> str:
+    """Join ids, runs of them as a-b."""
+    parts: list[list[int]] = []
+    for value in values.tolist():
+        if parts and value == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], value]
+        else:
+            parts.append([value, value])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _energy_range(table: tables.Table) -> str:
+    group = table._v_parent._v_attrs
+    if "min_energy" not in group:
+        return ""
+    return f", 10^{group.min_energy:g} to 10^{group.max_energy:g} {group.units}"
+
+
+def _labels(table: tables.Table) -> str:
+    if not table.nrows or table.chunkshape[0] == 1:
+        return ""
+    labels, counts = np.unique(table.col("gamma_hadron_label"), return_counts=True)
+    return ", label " + ", ".join(f"{k}: {n}" for k, n in zip(labels, counts, strict=True))
+
+
+def _image_counts(table: tables.Table, telescopes: np.ndarray) -> list[str]:
+    if "tel_map" not in table.colnames:
+        tel_ids = telescopes["tel_id"].tolist()
+        return [f"    columns T{tel_ids[0]} .. T{tel_ids[-1]}: {table.coldtypes[f'T{tel_ids[0]}'].base}"] if tel_ids else []
+    counts: dict[bytes, int] = {}
+    dtype = shape = None
+    for row in telescopes:
+        node = getattr(table._v_parent, f"T{row['tel_id']}")
+        counts[row["tel_type"]] = counts.get(row["tel_type"], 0) + int(node.nrows)
+        dtype, shape = node.dtype, node.shape[1:]
+    listed = ", ".join(f"{n} {k.decode()}" for k, n in counts.items() if n)
+    return [f"    images: {listed or 'none'} ({dtype}, e.g. {' x '.join(map(str, shape or ()))})"]
+
+
+def validate(path: str | Path) -> list[str]:
+    """Check a data set; return what is wrong with it, a line each.
+
+    Every image of a telescope array must belong to exactly one event, every event number must be unique and in
+    the index, bins and labels in range, energies finite and in their bin, runs and counts consistent.
+    """
+    problems: list[str] = []
+    with layout.open_layout(path) as h5:
+        attrs = layout.check_schema(h5)
+        is_mapped = attrs["storage_mode"] == "mapped"
+        telescopes, runs, index = layout.tel_table(h5), layout.runs_table(h5), layout.index_table(h5)
+        edges = json.loads(str(attrs["energy_bin_edges_tev"]))
+        keys: list[np.ndarray] = []
+        used: dict[str, dict[int, list[np.ndarray]]] = {}
+        for table in layout.event_tables(h5):
+            where = table._v_pathname
+            group = used.setdefault(table._v_parent._v_pathname, {})
+            for start in range(0, int(table.nrows), _batch(table)):
+                rows = table.read(start, start + _batch(table))
+                keys.append(rows["run_number"].astype(np.uint64) << np.uint64(32) | rows["event_number"])
+                problems += _check_rows(where, rows, table, attrs, edges)
+                if is_mapped:
+                    for slot, tel_id in enumerate(telescopes["tel_id"].tolist()):
+                        indices = rows["tel_map"][:, slot]
+                        group.setdefault(tel_id, []).append(indices[indices >= 0])
+                else:
+                    problems += _check_blank(where, rows, telescopes)
+        if is_mapped:
+            problems += _check_indices(h5, used)
+        problems += _check_keys(keys, index, runs)
+    return list(dict.fromkeys(problems))
+
+
+def _batch(table: tables.Table) -> int:
+    return max(1, layout.BATCH_BYTES // 4 // table.rowsize)
+
+
+def _check_rows(where: str, rows: np.ndarray, table: tables.Table, attrs: dict[str, Any], edges: list[float]) -> list[str]:
+    found = []
+    energy = rows["mc_energy"]
+    if not (np.isfinite(energy) & (energy > 0)).all():
+        found.append(f"{where}: a true energy is not a positive number")
+    if not (np.abs(rows["alt"]) <= np.pi / 2 + 1e-6).all():
+        found.append(f"{where}: an altitude is beyond 90 degrees")
+    for name in ("core_x", "core_y", "az"):
+        if not np.isfinite(rows[name]).all():
+            found.append(f"{where}: {name} is not finite")
+    if "energy_reconstruction_bin_label" in table.colnames:
+        label = rows["energy_reconstruction_bin_label"]
+        expected = np.searchsorted(edges, energy, side="right") - 1
+        if not (label == expected).all():
+            found.append(f"{where}: an energy bin label does not hold the true energy")
+    else:
+        number = int(table._v_parent._v_name[1:])
+        low, high = edges[number : number + 2]
+        value = energy if attrs["energy_bin_source"] == "mc_energy" else rows["reconstructed_energy"]
+        if not ((value >= low * (1 - 1e-9)) & (value < high * (1 + 1e-9))).all():
+            found.append(f"{where}: an event's energy is outside the bin, {low:g} to {high:g} TeV")
+    return found
+
+
+def _check_blank(where: str, rows: np.ndarray, telescopes: np.ndarray) -> list[str]:
+    found = []
+    for slot, tel_id in enumerate(telescopes["tel_id"].tolist()):
+        blank = rows["trig_list"][:, slot] == 0
+        if rows[f"T{tel_id}"][blank].any():
+            found.append(f"{where}: T{tel_id} is not blank in an event without it")
+    if not (rows["trig_list"] <= 1).all() or not rows["trig_list"].any(axis=1).all():
+        found.append(f"{where}: an event has no image, or trig_list is not 0 and 1")
+    return found
+
+
+def _check_indices(h5: tables.File, used: dict[str, dict[int, list[np.ndarray]]]) -> list[str]:
+    found = []
+    for group, by_telescope in used.items():
+        for tel_id, pieces in by_telescope.items():
+            node = h5.get_node(f"{group.rstrip('/')}/T{tel_id}")
+            indices = np.concatenate(pieces)
+            if indices.size != node.nrows or not (np.sort(indices) == np.arange(node.nrows)).all():
+                found.append(
+                    f"{node._v_pathname}: has {node.nrows} images, tel_map names {indices.size}; not one to one"
+                )
+    return found
+
+
+def _check_keys(keys: list[np.ndarray], index: np.ndarray, runs: np.ndarray) -> list[str]:
+    found = []
+    events = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))
+    listed = np.sort(index["run_number"].astype(np.uint64) << np.uint64(32) | index["event_number"])
+    if np.unique(events).size != events.size:
+        found.append("an event is there twice")
+    if events.size != listed.size or not (events == listed).all():
+        found.append(f"{layout.METADATA}/{layout.INDEX} lists {listed.size} events, the tables hold {events.size}, not the same")
+    if int(runs["events_written"].sum()) != events.size:
+        found.append(f"{layout.METADATA}/{layout.RUNS} counts {runs['events_written'].sum()} events, the tables hold {events.size}")
+    return found
+
+
+def plot(
+    path: str | Path, output: str | Path, event: int | None = None, run: int | None = None, max_images: int = 4
+) -> str:
+    """Draw an event: for each of its brightest images the camera, the stored picture, the peak times.
+
+    Parameters
+    ----------
+    event, run : int, optional
+        Numbers of the event; the event with the largest summed charge among the first 200 by default.
+
+    Returns
+    -------
+    str
+        What was drawn.
+
+    Raises
+    ------
+    DataError
+        If the event is not in the file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with layout.open_layout(path) as h5:
+        attrs = layout.check_schema(h5)
+        table, row = _find(h5, path, event, run)
+        values = table.read(row, row + 1)[[n for n in table.colnames if n[:1] != "T"]][0]
+        images = layout.event_images(h5, table, row)
+        images = {t: _channels_first(i, attrs) for t, i in images.items()}
+        chosen = sorted(images, key=lambda t: -float(images[t][0].sum()))[:max_images]
+        has_time = "time" in json.loads(str(attrs["channels"]))
+        n_columns = 3 if has_time else 2
+        figure = Figure(figsize=(4.6 * n_columns, 4.0 * len(chosen) + 0.7), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(chosen), n_columns, squeeze=False)
+        telescopes = layout.tel_table(h5)
+        for line, tel_id in zip(axes, chosen, strict=True):
+            info = telescopes[telescopes["tel_id"] == tel_id][0]
+            pixels, matrix, camera = layout.camera_pixels(h5, info["camera"].decode())
+            picture = _unscaled(images[tel_id], camera, attrs)
+            charge = picture[0] * float(attrs["charge_unit_pe"])
+            name = f"T{tel_id} {info['tel_type'].decode()} {camera['name']}"
+            in_pixels = _per_pixel(charge, matrix, len(pixels), bool(camera["conserves_charge"]))
+            limits = (0.0, max(float(np.percentile(in_pixels, 99.9)), 1.0))
+            _camera_axes(figure, line[0], pixels, in_pixels, camera, f"{name}: camera", "charge (p.e.)", limits)
+            _picture_axes(figure, line[1], charge, f"stored picture ({camera['mapping']})", "charge (p.e.)", limits)
+            if has_time:
+                bright = charge > max(2.0, 0.15 * float(charge.max()))
+                time = np.where(bright, picture[1].astype(float), np.nan)
+                _picture_axes(figure, line[2], time, "peak time of bright pixels", "time (samples)", (None, None))
+        particle = {0: "gamma", 101: "proton"}.get(int(values["primary_id"]), f"particle {values['primary_id']}")
+        title = (
+            f"run {values['run_number']} event {values['event_number']}: {particle}, "
+            f"{values['mc_energy']:.3g} TeV, {len(images)} images"
+        )
+        figure.suptitle(title)
+        figure.savefig(output, dpi=90)
+    return f"{title}: {len(chosen)} drawn to {output}"
+
+
+def _channels_first(image: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:
+    return image if attrs["dim_order"] == "channels_first" else np.moveaxis(image, -1, 0)
+
+
+def _unscaled(image: np.ndarray, camera: dict[str, Any], attrs: dict[str, Any]) -> np.ndarray:
+    """Undo scale_factor: (channel, x, y) or (channel, pixel) cells."""
+    scale = int(attrs["scale_factor"]) if image.ndim == 3 else 1
+    return image[:, ::scale, ::scale] if image.ndim == 3 else image
+
+
+def _find(h5: tables.File, path: str | Path, event: int | None, run: int | None) -> tuple[tables.Table, int]:
+    best: tuple[float, tables.Table, int] | None = None
+    looked = 0
+    for table in layout.event_tables(h5):
+        for row in range(int(table.nrows)):
+            if event is not None or run is not None:
+                values = table.read(row, row + 1)
+                if event in (None, int(values["event_number"][0])) and run in (None, int(values["run_number"][0])):
+                    return table, row
+                continue
+            if looked >= 200:
+                break
+            looked += 1
+            images = layout.event_images(h5, table, row)
+            attrs = layout.check_schema(h5)
+            total = sum(float(_channels_first(i, attrs)[0].sum()) for i in images.values())
+            if best is None or total > best[0]:
+                best = (total, table, row)
+    if best is None:
+        wanted = f"event {event}" if event is not None else "event"
+        raise DataError(f"{path}: no {wanted}{f' of run {run}' if run is not None else ''} in it.")
+    return best[1], best[2]
+
+
+def _per_pixel(charge: np.ndarray, matrix: np.ndarray, n_pixels: int, conserves: bool) -> np.ndarray:
+    """Charge of each pixel, read back from the cells it went to.
+
+    One cell a pixel: exact. Several cells: their sum for conserving methods with equal parts, else the
+    weighted mean of the cells, which is what the picture shows at that pixel.
+    """
+    flat = charge.reshape(-1)
+    total = np.bincount(matrix["pixel"], matrix["weight"] * flat[matrix["cell"]], n_pixels)
+    norm = np.bincount(matrix["pixel"], matrix["weight"].astype(float) ** 2 if conserves else matrix["weight"], n_pixels)
+    return np.divide(total, norm, out=np.zeros(n_pixels), where=norm > 0)
+
+
+def _camera_axes(figure: Any, ax: Any, pixels: np.ndarray, values: np.ndarray, camera: dict[str, Any],
+                 title: str, label: str, limits: tuple[float, float]) -> None:  # fmt: skip
+    from matplotlib.collections import PolyCollection
+
+    from .mapping import lattice_neighbors
+
+    x, y = pixels["x"], pixels["y"]
+    spacing, turn = _lattice(x, y)
+    if lattice_neighbors(x, y) == 6:
+        # The corners of a hexagon lie between the directions of its neighbours.
+        angles, radius = turn + np.radians(30 + 60 * np.arange(6)), spacing / np.sqrt(3)
+    else:
+        angles, radius = np.radians(45 + 90 * np.arange(4)), spacing / np.sqrt(2)
+    corners = np.stack(
+        [x[:, None] + radius * np.cos(angles), y[:, None] + radius * np.sin(angles)], -1
+    )
+    patches = PolyCollection(list(corners), array=values, cmap="viridis", edgecolors="face", linewidths=0.1)
+    patches.set_clim(*limits)
+    ax.add_collection(patches)
+    ax.set_aspect("equal")
+    ax.autoscale_view()
+    ax.set(title=title, xlabel="x (m)", ylabel="y (m)")
+    figure.colorbar(patches, ax=ax, label=label)
+
+
+def _lattice(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Pixel spacing and, of a hexagonal lattice, the direction of a neighbour (rad)."""
+    few = slice(0, 300)
+    dx, dy = x[:, None] - x[None, few], y[:, None] - y[None, few]
+    distance = np.hypot(dx, dy)
+    spacing = float(np.median(np.where(distance > 0, distance, np.inf).min(axis=0)))
+    near = (distance > 0) & (distance < 1.25 * spacing)
+    return spacing, float(np.angle(np.mean(np.exp(6j * np.arctan2(dy[near], dx[near]))))) / 6
+
+
+def _picture_axes(figure: Any, ax: Any, values: np.ndarray, title: str, label: str, limits: tuple[Any, Any]) -> None:
+    if values.ndim == 1:
+        ax.plot(values, lw=0.5)
+        ax.set(title=title, xlabel="pixel", ylabel=label)
+        return
+    # The first axis is x: transposed and with the origin below, the picture stands as the camera does.
+    shown = ax.imshow(values.T, origin="lower", cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    ax.set(title=title, xlabel="first axis (cells)", ylabel="second axis (cells)")
+    figure.colorbar(shown, ax=ax, label=label)
