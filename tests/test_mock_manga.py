@@ -1,0 +1,674 @@
+"""Mock galaxies against the archive's structure, closed forms, other libraries and real files."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from astropy.wcs import WCS
+from scipy import optimize, stats
+
+import mock_fits
+import mock_manga as mock
+import mock_physics as physics
+import utils
+from utils import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_MAPS = "manga-7815-3702-MAPS-HYB10-GAU-MILESHC.fits.gz"
+BPT = ("Hb-4862", "OIII-5008", "Ha-6564", "NII-6585")
+DONOTUSE = 1 << 30
+
+
+def run(folder: Path, **settings) -> dict[str, str]:
+    return mock.simulate_survey(
+        mock.MockConfig(data_dir=folder, **({"n_galaxies": 3, "bundles": (19,)} | settings))
+    )
+
+
+@pytest.fixture(scope="module")
+def survey(tmp_path_factory) -> Path:
+    """Three small galaxies on disk."""
+    folder = tmp_path_factory.mktemp("mock")
+    assert set(run(folder).values()) == {"written"}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def galaxies(survey, tmp_path_factory) -> list[dict]:
+    """Their files, opened: LOGCUBE, MAPS, truth maps, parameters."""
+    out, plain = [], tmp_path_factory.mktemp("plain")
+
+    def unpacked(plateifu: str, kind: str) -> fits.HDUList:
+        path = plain / f"{plateifu}-{kind}.fits"  # memory-mapped: seeking in a gzip file is slow
+        path.write_bytes(gzip.decompress(utils.find_raw(survey, plateifu, kind).read_bytes()))
+        return fits.open(path)
+
+    for path in sorted((survey / "truth").glob("*.h5")):
+        truth, attrs = mock.read_truth(path)
+        plateifu = attrs["plateifu"]
+        out.append(
+            {
+                "cube": unpacked(plateifu, "LOGCUBE"),
+                "maps": unpacked(plateifu, "MAPS"),
+                "truth": truth,
+                "params": json.loads(attrs["meta_json"])["params"],
+            }
+        )
+    return out
+
+
+@pytest.fixture(scope="module")
+def real_maps(shared_manga) -> Path:
+    return shared_manga / REAL_MAPS
+
+
+@pytest.fixture(scope="module")
+def resynthesised(real_maps, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("real")
+    mock.resynthesise(folder, real_maps, seed=1)
+    return folder
+
+
+def channels(maps) -> dict[str, int]:
+    """Line name -> channel, from the header cards."""
+    header = maps["EMLINE_GFLUX"].header
+    names = [header[f"C{i:02d}"] for i in range(1, header["NAXIS3"] + 1)]
+    return {name: i for i, name in enumerate(names)}
+
+
+def box_flux(cube, wave_rest: float, half_aa: float) -> tuple[np.ndarray, np.ndarray]:
+    """Flux of a line summed over a box in a LOGCUBE, free of reddening and continuum; its sigma."""
+    z = cube[0].header["SCINPVEL"] / 299792.458
+    edges = 10 ** (3.5589 + 1e-4 * (np.arange(4564) - 0.5))
+    centre = np.sqrt(edges[1:] * edges[:-1]) / (1 + z)
+    box = np.abs(centre - wave_rest) < half_aa
+    red = cube["REDCORR"].data[box, None, None].astype(float)
+    step = np.diff(edges)[box, None, None]
+    excess = (cube["FLUX"].data[box] - cube["STELLAR"].data[box]) * red * step
+    ivar = cube["IVAR"].data[box]
+    whole = (ivar > 0).all(axis=0)
+    sigma = np.sqrt((np.where(ivar > 0, (red * step) ** 2 / np.where(ivar > 0, ivar, 1), 0)).sum(0))
+    return np.where(whole, excess.sum(axis=0), np.nan), sigma
+
+
+# Structure
+
+
+@pytest.mark.parametrize(
+    ("kind", "page", "count"),
+    [("LOGCUBE", "mangaModelCube_DR17.json", 13), ("MAPS", "mangaMaps_DR17.json", 64)],
+)
+def test_every_hdu_has_the_cards_of_the_archives_files(galaxies, shared_manga, kind, page, count):
+    want = json.loads((shared_manga / page).read_text())["releases"]["DR17"]["hdus"].values()
+    files = galaxies[0]["cube" if kind == "LOGCUBE" else "maps"]
+    assert len(files) == count == len(want)
+    free = {"CHECKSUM", "DATASUM", "CRVAL1", "CRVAL2", "LATPOLE"}
+    for page_hdu, hdu in zip(want, files, strict=True):
+        cards = page_hdu["header"]
+        assert hdu.name == page_hdu["name"]
+        assert [c["key"] for c in cards] == [c.keyword for c in hdu.header.cards], hdu.name
+        for card in cards:
+            key, value = card["key"], hdu.header[card["key"]]
+            if key not in free | {"SIMPLE", "BITPIX", "NAXIS", "EXTEND"}:
+                assert hdu.header.comments[key] == card["comment"], (hdu.name, key)
+            if hdu.name != "PRIMARY" and key not in free:
+                same = str(value) == card["value"]
+                assert same or float(card["value"]) == value, (hdu.name, key, value)
+
+
+def test_primary_headers_type_each_card_as_a_real_file(galaxies, real_maps):
+    real, ours = fits.getheader(real_maps), galaxies[0]["maps"][0].header
+    for key in set(real) & set(ours) - {"BINSNR", "STCKCRPR"}:
+        assert type(real[key]) is type(ours[key]), key
+
+
+@pytest.mark.parametrize("kind", ["cube", "maps"])
+def test_checksums_are_right(galaxies, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fits.open(galaxies[0][kind].filename(), checksum=True) as f:
+            f.verify("exception")
+            assert all("DATASUM" in hdu.header for hdu in f)
+
+
+def test_types_are_the_archives(galaxies):
+    cube, maps = galaxies[0]["cube"], galaxies[0]["maps"]
+    assert cube["FLUX"].data.dtype == ">f4"
+    assert cube["MASK"].data.dtype == ">i2"
+    assert cube["BINID"].data.dtype == ">i4"
+    assert maps["EMLINE_GFLUX_MASK"].data.dtype == ">i4"
+    assert cube["FLUX"].shape == (4563, 34, 34)
+    assert cube["WAVE"].data == pytest.approx(10 ** (3.5589 + 1e-4 * np.arange(4563)), abs=6e-4)
+
+
+def test_nothing_is_infinite_or_nan(galaxies):
+    for g in galaxies:
+        for hdu in (*g["cube"][1:], *g["maps"][1:]):
+            assert np.isfinite(hdu.data).all(), hdu.name
+
+
+def test_sky_coordinates_agree_with_the_wcs(galaxies):
+    maps = galaxies[0]["maps"]
+    header = maps["SPX_MFLUX"].header
+    y, x = np.mgrid[:34, :34]
+    ra, dec = WCS(header).all_pix2world(x, y, 0)
+    ra0, dec0 = header["CRVAL1"], header["CRVAL2"]
+    east = (ra - ra0) * np.cos(np.deg2rad(dec0)) * 3600
+    assert maps["SPX_SKYCOO"].data[0] == pytest.approx(east, abs=0.01)
+    assert maps["SPX_SKYCOO"].data[1] == pytest.approx((dec - dec0) * 3600, abs=0.01)
+
+
+def test_catalogue_has_one_table_an_analysis_and_every_galaxy(survey, galaxies):
+    with fits.open(survey / "raw" / "dapall-v3_1_1-3.1.0.fits") as f:
+        assert [hdu.name for hdu in f[1:]] == list(mock.DAPTYPES)
+        table = f[mock.DAPTYPE].data
+        assert [s.strip() for s in table["PLATEIFU"]] == [g["params"]["plateifu"] for g in galaxies]
+        assert table["DAPDONE"].all()
+        assert table["NSA_Z"] == pytest.approx([g["params"]["z"] for g in galaxies])
+        assert not f[mock.DAPTYPES[0]].data["DAPDONE"].any()
+
+
+# Masks
+
+
+def test_masked_spaxels_are_zero_and_unmasked_ones_measured(galaxies):
+    for g in galaxies:
+        maps = g["maps"]
+        mask = maps["EMLINE_GFLUX_MASK"].data
+        flux, ivar = maps["EMLINE_GFLUX"].data, maps["EMLINE_GFLUX_IVAR"].data
+        assert (ivar[mask == 0] > 0).all()
+        never = (mask & (1 | 2 | 16)) > 0  # NOCOV, LOWCOV, NOVALUE
+        assert (flux[never] == 0).all()
+        assert (ivar[never] == 0).all()
+        assert ((mask[never] & DONOTUSE) > 0).all()
+        assert ((mask > 0) == ((mask & DONOTUSE) > 0)).all()
+        assert (mask[:, 0, 0] & 1).all()  # the corner is outside of the hexagon
+
+
+def test_cube_and_maps_agree_on_what_was_observed(galaxies):
+    for g in galaxies:
+        cube, binned = g["cube"], g["maps"]["BINID"].data[0] >= 0
+        star = (g["maps"]["EMLINE_GFLUX_MASK"].data[0] & 8) > 0
+        bad = (cube["MASK"].data & 0b11111) > 0
+        assert ((cube["IVAR"].data == 0) | ~bad | star).all()
+        assert (cube["FLUX"].data[:, ~binned & ~star] == 0).all()
+        assert bad[:, binned].mean() == pytest.approx(1.05e-3, rel=0.3)
+        assert (cube["BINID"].data == g["maps"]["BINID"].data).all()
+
+
+def test_stars_and_dead_fibres_are_flagged():
+    params = mock.draw_params(1, 0, (19,))
+    from dataclasses import replace
+
+    scene = mock.build_scene(replace(params, foreground_star=True, dead_fibre=True))
+    plain = mock.build_scene(replace(params, foreground_star=False, dead_fibre=False))
+    star, dead = (scene.bits & 8) > 0, (scene.bits & 4) > 0
+    assert star.sum() > 20
+    assert 10 < dead.sum() < 40
+    assert ((scene.bits[star | dead] & DONOTUSE) > 0).all()
+    light = (scene.stellar - plain.stellar).sum(axis=0)
+    assert star[scene.ys[light.argmax()], scene.xs[light.argmax()]]
+    assert (scene.coverage[dead[scene.ys, scene.xs]] <= 0.3).all()
+
+
+# Physics
+
+
+def test_reddening_follows_odonnell():
+    x = np.array([1.2, 1.5, 1.82, 2.1, 2.4, 2.7])  # 1/micron
+    y = x - 1.82
+    a = np.polyval([-0.505, 1.647, -0.827, -1.718, 1.137, 0.701, -0.609, 0.104, 1.0], y)
+    b = np.polyval([3.347, -10.805, 5.491, 11.102, -7.985, -3.989, 2.908, 1.952, 0.0], y)
+    assert physics.extinction_curve(1e4 / x) == pytest.approx(3.1 * (a + b / 3.1), rel=1e-6)
+
+
+def test_redcorr_is_the_reddening_of_the_header(galaxies):
+    g = galaxies[0]
+    curve = physics.extinction_curve(physics.wave_grid())
+    want = 10 ** (0.4 * g["cube"][0].header["EBVGAL"] * curve)
+    assert g["cube"]["REDCORR"].data == pytest.approx(want, rel=1e-6)
+
+
+def test_hii_regions_lie_on_the_calibrations():
+    logoh = np.linspace(8.2, 8.7, 6)
+    zero = np.zeros(6)
+    r = physics.hii_ratios(logoh, zero, zero)
+    n2 = np.log10(r["NII-6585"] / r["Ha-6564"])
+    o3n2 = np.log10(r["OIII-5008"] / r["Hb-4862"]) - n2
+    assert 8.533 - 0.214 * o3n2 == pytest.approx(logoh)
+    assert 8.743 + 0.462 * n2 == pytest.approx(logoh)
+    assert r["Ha-6564"] / r["Hb-4862"] == pytest.approx(2.86)
+    assert physics.logoh_o3n2(r) == pytest.approx(logoh)
+    assert physics.logoh_n2(r) == pytest.approx(logoh)
+    assert set(r) == set(physics.EMLINES)
+    assert all((v > 0).all() for v in r.values())
+
+
+def test_bpt_curves_and_their_poles():
+    points = {(-0.7, -0.5): 0, (-0.2, 0.0): 1, (0.2, 0.9): 2, (0.3, -3.0): 1, (0.6, -9.0): 2}
+    for (x, y), want in points.items():
+        flux = {"NII-6585": 10**x, "Ha-6564": 1.0, "OIII-5008": 10**y, "Hb-4862": 1.0}
+        got = physics.bpt_class({k: np.array([v]) for k, v in flux.items()})
+        assert got[0] == want, (x, y)
+    assert physics.bpt_class({k: np.array([-1.0]) for k in BPT})[0] == -1
+
+
+def test_balmer_decrement_returns_the_dust(galaxies):
+    k = physics.extinction_curve(np.array([4862.69, 6564.63]))
+    for g in galaxies:
+        t = g["truth"]
+        ratio = t["line_flux/Ha-6564"] / t["line_flux/Hb-4862"]
+        ebv = 2.5 / (k[0] - k[1]) * np.log10(ratio / 2.86)
+        seen = np.isfinite(ebv)
+        assert ebv[seen] == pytest.approx(t["gas_ebv"][seen], abs=0.03)
+
+
+def test_stars_strengthen_with_age_and_metallicity():
+    wave = physics.wave_grid()
+    spectra = physics.at_shift(physics.stellar_templates(0.0, 50.0), 0)  # (age, metal, band)
+
+    def width(spectrum: np.ndarray, centre: float, half: float = 12) -> float:
+        side = (np.abs(wave - centre) > half) & (np.abs(wave - centre) < 2 * half)
+        box = np.abs(wave - centre) < half
+        level = np.polyval(np.polyfit(wave[side], spectrum[side], 1), wave[box])
+        return float(np.sum((1 - spectrum[box] / level) * np.gradient(wave[box])))
+
+    for centre in (5176.0, 5270.0, 5894.0, 8544.0):  # Mgb, Fe, NaD, CaT
+        by_age = [width(s, centre) for s in spectra[:, 1]]
+        assert np.all(np.diff(by_age) > 0), centre
+        assert width(spectra[4, 2], centre) > width(spectra[4, 0], centre)
+    balmer = [width(s, 4102.9, 25) for s in spectra[:, 1]]
+    assert np.argmax(balmer) == 1
+    d4000 = [s[(wave > 4000) & (wave < 4100)].mean() / s[(wave > 3850) & (wave < 3950)].mean()
+             for s in spectra[:, 1]]  # fmt: skip
+    assert np.all(np.diff(d4000[1:]) > 0)
+    assert 1.5 < d4000[4] < 2.2
+
+
+def test_seeing_mixes_spectra_as_a_sum_over_neighbours():
+    rng = np.random.default_rng(1)
+    size, pad, psf = 7, 5, 1.6
+    n = size + 2 * pad
+    v = rng.uniform(-200, 200, (n, n))
+    light = rng.random((n, n))
+    templates = physics.stellar_templates(0.02, 60.0)
+    weights = np.zeros((*templates.shape[:2], n, n))
+    weights[2, 1] = light
+    matrix = physics.blur_matrix(size, pad, psf)
+    ys, xs = np.array([3]), np.array([2])
+    got = physics.mix_templates(templates, weights, v, matrix, ys, xs)[:, 0]
+
+    y, x = np.mgrid[:n, :n]
+    psf_map = np.exp(-0.5 * ((y - 3 - pad) ** 2 + (x - 2 - pad) ** 2) / psf**2)
+    far = np.exp(-0.5 * (np.arange(-30, 31) / psf) ** 2).sum() ** 2
+    half = np.arange(-60, 2 * 4563 + 60) / 2  # in pixels
+    want = np.zeros(4563)
+    for share, v_kms in zip((psf_map * light / far).ravel(), v.ravel(), strict=True):
+        shift = np.log10(1 + v_kms / 299792.458) / 1e-4
+        want += share * np.interp(np.arange(4563) - shift, half, templates[2, 1])
+    assert got == pytest.approx(want, rel=3e-3)
+    # and the bright line of sight alone is something else
+    alone = np.interp(np.arange(4563), half, templates[2, 1]) * got.mean() / templates[2, 1].mean()
+    assert np.abs(got / alone - 1).max() > 0.02
+
+
+def test_a_point_is_spread_to_the_seeing():
+    image = np.zeros((49, 49))
+    image[24, 24] = 1
+    sigma = 2.5 / 0.5 / 2.3548
+    out = physics.blur(image, physics.blur_matrix(33, 8, sigma))
+    assert out.sum() == pytest.approx(1, abs=1e-6)
+    width = np.sqrt((out.sum(0) * (np.arange(33) - 16) ** 2).sum())
+    assert width == pytest.approx(sigma, rel=1e-3)
+
+
+def test_noise_is_correlated_as_westfall_et_al_found():
+    noise = physics.correlated_noise(np.random.default_rng(3), 34)
+    assert noise.std() == pytest.approx(1, abs=0.01)
+    for d in (1, 2, 3):
+        got = np.mean(noise[:, 5:-5, 5 : -5 - d] * noise[:, 5:-5, 5 + d : -5])
+        assert got == pytest.approx(np.exp(-((d / 1.92) ** 2) / 2), abs=0.02)
+    assert np.mean(noise[1:] * noise[:-1]) == pytest.approx(0, abs=0.01)
+
+
+def test_noise_is_as_large_as_in_real_spectra(shared_manga):
+    with fits.open(shared_manga / "mangadap_MaNGA_test_spectra.fits.gz") as f:
+        wave, flux, ivar = (f[k].data.astype(float) for k in ("WAVE", "FLUX", "IVAR"))
+    for i in (0, 1, 2, 3, 4, 6, 7):
+        var = physics.sky_sigma() ** 2 + physics.photon_variance() * np.maximum(flux[i], 0)
+        ratio = np.sqrt(var * ivar[i])
+        for lo in range(3700, 10000, 700):
+            here = (wave > lo) & (wave < lo + 700) & (ivar[i] > 0)
+            assert 0.6 < np.median(ratio[here]) < 1.7, (i, lo)
+
+
+def test_a_line_holds_its_flux_whatever_its_place_and_width():
+    params = mock.draw_params(2, 3, (19,))
+    scene = mock.build_scene(params)
+    scene.line_flux = {"Ha-6564": np.linspace(1, 5, scene.ys.size)}
+    total = (physics.draw_lines(scene) * np.diff(physics.wave_edges())[:, None]).sum(axis=0)
+    assert total == pytest.approx(scene.line_flux["Ha-6564"], rel=1e-4)
+
+
+# Measurements
+
+
+def test_planted_flux_is_in_the_cube(galaxies):
+    pulls = []
+    for g in galaxies:
+        flux, sigma = box_flux(g["cube"], 4862.691, 16)
+        used = np.isfinite(flux) & (sigma > 0)
+        pulls.append((flux - g["truth"]["line_flux/Hb-4862"])[used] / sigma[used])
+    pulls = np.concatenate(pulls)
+    assert pulls.size > 900
+    assert np.std(pulls) == pytest.approx(1, abs=0.12)
+    assert np.mean(pulls) == pytest.approx(0, abs=0.15)
+
+
+@pytest.mark.parametrize("line", [*BPT, "OII-3729", "SII-6718"])
+def test_map_fluxes_are_off_by_their_stated_error(galaxies, line):
+    pulls = []
+    for g in galaxies:
+        i, maps = channels(g["maps"])[line], g["maps"]
+        good = maps["EMLINE_GFLUX_MASK"].data[i] == 0
+        off = maps["EMLINE_GFLUX"].data[i] - g["truth"][f"line_flux/{line}"]
+        pulls.append((off * np.sqrt(maps["EMLINE_GFLUX_IVAR"].data[i]))[good])
+    pulls = np.concatenate(pulls)
+    assert np.std(pulls) == pytest.approx(1, abs=0.15)  # neighbours are correlated
+    assert np.mean(pulls) == pytest.approx(0, abs=0.25)
+
+
+def test_map_fluxes_are_what_a_fit_to_the_cube_finds(galaxies):
+    g = galaxies[1]
+    cube, maps, truth = g["cube"], g["maps"], g["truth"]
+    z = cube[0].header["SCINPVEL"] / 299792.458
+    edges = 10 ** (3.5589 + 1e-4 * (np.arange(4564) - 0.5))
+    i = channels(maps)["Hb-4862"]
+    good = (maps["EMLINE_GFLUX_MASK"].data[i] == 0) & (maps["SPX_SNR"].data > 3)
+    ys, xs = np.nonzero(good)
+    pick = np.linspace(0, ys.size - 1, 40).astype(int)
+    band = slice(*np.searchsorted(edges, np.array([4835, 4890]) * (1 + z)))
+    lo, hi, red = edges[:-1][band], edges[1:][band], cube["REDCORR"].data[band].astype(float)
+    ours, theirs, errors, v_off = [], [], [], []
+    for y, x in zip(ys[pick], xs[pick], strict=True):
+        v, s = truth["gas_velocity"][y, x], truth["gas_sigma"][y, x]
+        centre = 4862.691 * (1 + z) * (1 + v / 299792.458)
+        sigma = centre * np.hypot(s, maps["EMLINE_INSTSIGMA"].data[i, y, x]) / 299792.458
+
+        def model(_, flux, shift, centre=centre, sigma=sigma):
+            cdf = stats.norm(centre * (1 + shift / 299792.458), sigma).cdf
+            return flux * (cdf(hi) - cdf(lo)) / (hi - lo)
+
+        data = (cube["FLUX"].data - cube["STELLAR"].data)[band, y, x] * red
+        ivar = cube["IVAR"].data[band, y, x] / red**2
+        err = np.where(ivar > 0, 1 / np.sqrt(np.where(ivar > 0, ivar, 1)), 1e9)
+        best, cov = optimize.curve_fit(
+            model, lo, data, (truth["line_flux/Hb-4862"][y, x], 0), err, absolute_sigma=True
+        )
+        ours.append(maps["EMLINE_GFLUX"].data[i, y, x])
+        theirs.append(best[0])
+        errors.append((maps["EMLINE_GFLUX_IVAR"].data[i, y, x] ** -0.5, np.sqrt(cov[0, 0])))
+        v_off.append(best[1] / np.sqrt(cov[1, 1]))
+    errors = np.array(errors)
+    assert errors[:, 0] == pytest.approx(errors[:, 1], rel=0.05)
+    assert np.std((np.array(ours) - theirs) / errors[:, 0]) < 0.15  # one and the same noise
+    assert np.std(v_off) < 1.6
+
+
+def test_labels_from_the_maps_have_the_truths_metallicity(galaxies):
+    pulls = []
+    for g in galaxies:
+        maps, row = g["maps"], channels(g["maps"])
+        flux, ivar, mask = (
+            maps[f"EMLINE_GFLUX{s}"].data.astype(float) for s in ("", "_IVAR", "_MASK")
+        )
+        good = np.all(
+            [(mask[row[k]] == 0) & (flux[row[k]] ** 2 * ivar[row[k]] > 64) for k in BPT], 0
+        )
+        got = physics.logoh_o3n2({k: flux[row[k]] for k in BPT})
+        rel = sum(1 / (flux[row[k]] ** 2 * ivar[row[k]]).clip(1e-9) for k in BPT)
+        error = 0.214 / np.log(10) * np.sqrt(rel)
+        pulls.append(((got - g["truth"]["logoh_o3n2"]) / error)[good])
+    assert np.std(np.concatenate(pulls)) == pytest.approx(1, abs=0.15)
+
+
+# The survey as a whole
+
+
+def test_catalogue_cues_carry_no_metallicity():
+    drawn = [mock.draw_params(5, i) for i in range(720)]
+    drawn = [p for p in drawn if p.index == p.twin_of]
+    logoh = [p.logoh_re for p in drawn]
+    for cue in ("z", "bundle", "r_eff", "flux_re", "ebv_gal", "axis_ratio", "v_max", "ew_ha", "ra"):
+        r, _ = stats.spearmanr(logoh, [getattr(p, cue) for p in drawn])
+        assert abs(r) < 3.3 / np.sqrt(len(drawn)), cue
+
+
+def test_bundles_and_redshifts_are_distributed_as_in_dr17(shared_manga):
+    import pandas as pd
+
+    table = pd.read_csv(shared_manga / "capivara_manga_drpall_v3_1_1_redshifts.csv.gz")
+    table = table[table.redshift > 0.005]
+    drawn = [mock.draw_params(7, i) for i in range(1000)]
+    for bundle in mock.BUNDLES:
+        real = table.redshift[table.ifudsgn // 100 == bundle]
+        ours = [p.z for p in drawn if p.bundle == bundle]
+        assert len(ours) / 1000 == pytest.approx(len(real) / len(table), abs=0.05)
+        assert stats.ks_2samp(real, ours).statistic < 0.15, bundle
+
+
+@pytest.mark.slow
+def test_labels_spread_over_all_classes():
+    row = {name: i for i, name in enumerate(physics.EMLINES)}
+    metals, bpt, share = [], [], []
+    for k in range(24):
+        galaxy = mock.simulate_galaxy(mock.draw_params(1, k, (19,)))
+        flux = {n: galaxy.fit["gflux"][row[n]] for n in BPT}
+        snr = [flux[n] / np.sqrt(galaxy.fit["gflux_var"][row[n]]) for n in BPT]
+        good = galaxy.binned & (np.min(snr, axis=0) > 3)
+        classes = physics.bpt_class(flux)
+        metals.append(physics.logoh_o3n2(flux)[good & (classes == 0)])
+        bpt.append(classes[good])
+        share.append(good.mean())
+    metals, bpt = np.concatenate(metals), np.concatenate(bpt)
+    by_class = np.bincount(utils.label_classes(metals, "logOH"), minlength=6) / metals.size
+    assert by_class.max() < 0.35
+    assert by_class.min() > 0.04
+    assert 0.06 < metals.std() < 0.11
+    by_bpt = np.bincount(bpt, minlength=3) / bpt.size
+    assert by_bpt.max() < 0.8
+    assert by_bpt.min() > 0.05
+    assert 0.4 < np.mean(share) < 0.7
+
+
+def test_the_twelfth_galaxy_is_seen_a_second_time():
+    once, again = mock.draw_params(1, 4, (19,)), mock.draw_params(1, 11, (19,))
+    assert once.mangaid == again.mangaid
+    assert once.plateifu != again.plateifu
+    assert (once.logoh_re, once.z, once.kind) == (again.logoh_re, again.z, again.kind)
+    others = {mock.draw_params(1, i, (19,)).mangaid for i in range(11)}
+    assert len(others) == 11
+    a, b = mock.build_scene(once), mock.build_scene(again)
+    assert a.truth["logoh_physical"] == pytest.approx(b.truth["logoh_physical"])
+
+
+# Running it
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Hash of every file below a folder."""
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_same_seed_same_bytes_in_any_number_of_processes(survey, tmp_path):
+    run(tmp_path, jobs=2)
+    assert digests(tmp_path) == digests(survey)
+
+
+def test_another_seed_is_another_survey_and_more_galaxies_change_none(survey, tmp_path):
+    run(tmp_path / "other", n_galaxies=1, seed=2)
+    run(tmp_path / "few", n_galaxies=1)
+    name = "raw/13001/1901/manga-13001-1901-MAPS-SPX-MILESHC-MASTARSSP.fits.gz"
+    assert digests(tmp_path / "other")[name] != digests(survey)[name]
+    assert digests(tmp_path / "few")[name] == digests(survey)[name]
+
+
+def test_a_second_run_makes_only_what_is_missing(tmp_path):
+    run(tmp_path, n_galaxies=2)
+    lost = utils.find_raw(tmp_path, "13001-1902", "MAPS")
+    before = digests(tmp_path)
+    lost.unlink()
+    assert run(tmp_path, n_galaxies=2) == {"13001-1901": "skipped", "13001-1902": "written"}
+    assert digests(tmp_path) == before
+    assert run(tmp_path, n_galaxies=1, overwrite=True) == {"13001-1901": "written"}
+
+
+def test_files_of_another_seed_are_not_taken_for_these(tmp_path, caplog):
+    run(tmp_path, n_galaxies=1)
+    assert run(tmp_path, n_galaxies=1, seed=2) == {"13001-1901": "failed"}
+    assert "made with other settings" in caplog.text
+
+
+def test_wrong_settings_are_told_in_one_line(tmp_path):
+    with pytest.raises(DataError, match="bundles of 19, 37, 61, 91, 127"):
+        run(tmp_path, bundles=(20,))
+    with pytest.raises(DataError, match="n-galaxies 0"):
+        run(tmp_path, n_galaxies=0)
+    assert not list(tmp_path.rglob("*.gz"))
+
+
+def test_the_command_runs_and_refuses(tmp_path):
+    def command(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, ROOT / "mock_manga.py", "--data-dir", tmp_path, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+
+    done = command("--n-galaxies", "1", "--bundles", "19")
+    assert done.returncode == 0, done.stderr
+    assert utils.find_raw(tmp_path, "13001-1901", "LOGCUBE").is_file()
+    assert command("--n-galaxy", "1").returncode == 2
+    missing = command("--from-maps", "none.fits.gz")
+    assert missing.returncode == 1
+    assert missing.stderr.count("\n") == 1
+    assert "no such file" in missing.stderr
+
+
+def test_help_needs_neither_torch_nor_astropy():
+    code = (
+        "import sys, mock_manga; "
+        "assert not {'torch', 'astropy', 'h5py', 'tyro'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# From a real MAPS file
+
+
+def test_real_maps_give_a_cube_of_the_same_structure(resynthesised, real_maps, shared_manga):
+    page = json.loads((shared_manga / "mangaModelCube_DR17.json").read_text())
+    with fits.open(utils.find_raw(resynthesised, "7815-3702", "LOGCUBE")) as cube:
+        want = page["releases"]["DR17"]["hdus"].values()
+        assert [hdu.name for hdu in cube] == [hdu["name"] for hdu in want]
+        assert cube["FLUX"].shape == (4563, 42, 42)
+        assert cube[0].header["SCINPVEL"] == fits.getheader(real_maps)["SCINPVEL"]
+        assert (cube["BINID"].data == fits.getdata(real_maps, "BINID")).all()
+    copy = utils.find_raw(resynthesised, "7815-3702", "MAPS")
+    assert copy.read_bytes() == real_maps.read_bytes()
+
+
+def test_cube_of_real_maps_holds_their_lines_light_and_noise(resynthesised, real_maps):
+    with (
+        fits.open(utils.find_raw(resynthesised, "7815-3702", "LOGCUBE")) as cube,
+        fits.open(real_maps) as maps,
+    ):
+        binned = maps["BINID"].data[0] >= 0
+        good = binned & ((maps["EMLINE_GFLUX_MASK"].data[channels(maps)["Hb-4862"]]) == 0)
+        flux, sigma = box_flux(cube, 4862.691, 16)
+        wanted = maps["EMLINE_GFLUX"].data[channels(maps)["Hb-4862"]]
+        used = good & np.isfinite(flux)
+        assert np.std(((flux - wanted) / sigma)[used]) == pytest.approx(1, abs=0.15)
+        wave = 10 ** (3.5589 + 1e-4 * np.arange(4563))
+        g_band = (wave > 4200) & (wave < 5200)
+        mean = cube["FLUX"].data[g_band].mean(axis=0)
+        assert mean[binned] / maps["SPX_MFLUX"].data[binned] == pytest.approx(1, abs=0.35)
+        snr = np.median(cube["FLUX"].data[g_band] * np.sqrt(cube["IVAR"].data[g_band]), axis=0)
+        ratio = snr[binned] / maps["SPX_SNR"].data[binned]
+        assert np.median(ratio) == pytest.approx(1, abs=0.1)
+
+
+def test_real_maps_keep_their_classes_in_the_truth(resynthesised, real_maps):
+    truth, _ = mock.read_truth(mock.truth_path(resynthesised, "7815-3702"))
+    with fits.open(real_maps) as maps:
+        row = channels(maps)
+        flux, ivar = maps["EMLINE_GFLUX"].data, maps["EMLINE_GFLUX_IVAR"].data
+        bad = (maps["EMLINE_GFLUX_MASK"].data & DONOTUSE) > 0
+    good = np.all([~bad[row[k]] & (flux[row[k]] * np.sqrt(ivar[row[k]]) > 3) for k in BPT], axis=0)
+    assert good.sum() == 671
+    assert (truth["bpt"][good] == 0).sum() == 575
+    assert (truth["bpt"][good] == 1).sum() == 96
+
+
+def test_maps_of_35_channels_give_their_cube_again(survey, galaxies, tmp_path):
+    maps = utils.find_raw(survey, "13001-1902", "MAPS")
+    mock.resynthesise(tmp_path, maps, seed=3)
+    with fits.open(utils.find_raw(tmp_path, "13001-1902", "LOGCUBE")) as cube:
+        flux, sigma = box_flux(cube, 4862.691, 16)
+    given = galaxies[1]["maps"]
+    i = channels(given)["Hb-4862"]
+    used = (given["EMLINE_GFLUX_MASK"].data[i] == 0) & np.isfinite(flux)
+    off = (flux - given["EMLINE_GFLUX"].data[i])[used] / sigma[used]
+    assert np.std(off) == pytest.approx(1, abs=0.2)
+
+
+def test_a_cube_made_from_other_maps_is_not_overwritten(resynthesised, real_maps):
+    before = digests(resynthesised)
+    mock.resynthesise(resynthesised, real_maps, seed=1)
+    with pytest.raises(DataError, match="not made from this MAPS file and seed"):
+        mock.resynthesise(resynthesised, real_maps, seed=2)
+    assert digests(resynthesised) == before
+
+
+def test_damaged_maps_are_refused_and_leave_nothing(survey, tmp_path):
+    good = utils.find_raw(survey, "13001-1901", "MAPS").read_bytes()
+    out = tmp_path / "out"
+    cases = {
+        "zero.fits.gz": (b"", "not a readable FITS file"),
+        "cut.fits.gz": (good[: len(good) // 3], "not a readable FITS file"),
+        "text.fits": (b"hello", "not a readable FITS file"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            mock.resynthesise(out, tmp_path / name, seed=1)
+    with pytest.raises(DataError, match="no SPX_MFLUX"):
+        mock.resynthesise(out, utils.find_raw(survey, "13001-1901", "LOGCUBE"), seed=1)
+    assert not out.exists()
+
+
+def test_a_broken_off_file_is_not_left_behind(tmp_path):
+    def hdus():
+        yield mock_fits.primary_hdu("MAPS", {})
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mock_fits.write_gzipped_fits(tmp_path / "a.fits.gz", hdus())
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_cards_are_refused():
+    with pytest.raises(KeyError, match="PLATEIFOO"):
+        mock_fits.primary_hdu("MAPS", {"PLATEIFOO": "1-1"})
