@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from scipy.linalg import eigh
 
 import data_io
 import hsi_proc_fns
@@ -92,12 +93,14 @@ def principal_components(moments: Moments, k: int) -> tuple[np.ndarray, np.ndarr
     variance, ratio : (k,)
         Sample variance along each (divisor n - 1), and its share of the total.
     """
-    values, vectors = np.linalg.eigh(moments.scatter / (moments.n - 1))
-    components = vectors[:, ::-1][:, :k].T
+    covariance = moments.scatter / (moments.n - 1)
+    leading = (moments.n_band - k, moments.n_band - 1)
+    values, vectors = eigh(covariance, subset_by_index=leading)  # ascending
+    components = vectors[:, ::-1].T
     largest = np.abs(components).argmax(axis=1)
     components = components * np.sign(components[np.arange(k), largest])[:, None]
     variance = np.maximum(values[::-1], 0)
-    return components, variance[:k], variance[:k] / variance.sum()
+    return components, variance, variance / np.trace(covariance)
 
 
 def usable_spectra(cube: data_io.Cube, min_snr: float) -> np.ndarray:
