@@ -1,0 +1,355 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import mock_cubes
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data_fns
+import eval_fns
+import run_SSFTT_training as training
+import utils
+from run_SSFTT_training import TrainConfig
+from utils import DataError
+
+REPO = Path(training.__file__).parent
+SCRIPT = REPO / "run_SSFTT_training.py"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return mock_cubes.make_data_dir(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def config(root, tmp_path):
+    return TrainConfig(
+        data_dir=root,
+        run_dir=tmp_path / "run",
+        patch_norm="PCA",
+        patch_size=5,
+        epochs=4,
+        batch_size=64,
+        augment=True,
+        baselines=False,
+        device="cpu",
+    )
+
+
+def weights_of(run_dir):
+    return training.read_checkpoint(run_dir)["model"]
+
+
+def numbers_of(run_dir):
+    """Rows of metrics.csv without the clock's columns."""
+    table = pd.read_csv(run_dir / "metrics.csv")
+    return table.drop(columns=["seconds", "patches_per_s"])
+
+
+def assert_same_run(one, other):
+    for name, tensor in weights_of(one).items():
+        assert torch.equal(tensor, weights_of(other)[name]), name
+    pd.testing.assert_frame_equal(numbers_of(one), numbers_of(other), check_exact=True)
+    best = [load_file(d / "best.safetensors") for d in (one, other)]
+    assert all(torch.equal(best[0][k], best[1][k]) for k in best[0])
+    about = [json.loads((d / "model.json").read_text()) for d in (one, other)]
+    assert about[0]["best"]["epoch"] == about[1]["best"]["epoch"]
+
+
+def test_four_epochs_equal_two_and_two(config, tmp_path):
+    config = replace(config, schedule="constant")
+    assert training.main(config) == 0
+    parted = replace(config, run_dir=tmp_path / "parted", resume="auto")
+    assert training.main(replace(parted, epochs=2)) == 0
+    assert training.main(parted) == 0
+    assert_same_run(config.run_dir, parted.run_dir)
+
+
+def stop_after(monkeypatch, n_steps, number=signal.SIGUSR1):
+    """Send ourselves a signal during the n-th training step."""
+    real, seen = training.F.cross_entropy, []
+
+    def cross_entropy(*args, **options):
+        if args[0].requires_grad:
+            seen.append(1)
+            if len(seen) == n_steps:
+                os.kill(os.getpid(), number)
+        return real(*args, **options)
+
+    monkeypatch.setattr(training.F, "cross_entropy", cross_entropy)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_run_stopped_by_a_signal_resumes_bit_for_bit(config, tmp_path, monkeypatch, number):
+    assert training.main(config) == 0
+    stopped = replace(config, run_dir=tmp_path / "stopped", resume="auto")
+    steps = training.read_checkpoint(config.run_dir)["scheduler"]["last_epoch"] // 4
+    assert steps > 3
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps + 2, number)  # the second step of the second epoch
+        assert training.main(stopped) == utils.EXIT_AGAIN
+    saved = training.read_checkpoint(stopped.run_dir)
+    assert (saved["progress"]["epoch"], saved["progress"]["step"]) == (1, 2)
+    assert saved["sampler"] == {"epoch": 1, "skip": 2}
+    assert training.main(stopped) == 0
+    assert_same_run(config.run_dir, stopped.run_dir)
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_signal_in_the_last_epochs_last_step_counts_as_finished(config, monkeypatch):
+    config = replace(config, epochs=1, samples_per_epoch=64 * 3)
+    stop_after(monkeypatch, 3)
+    assert training.main(config) == utils.EXIT_AGAIN  # its validation is still to be done
+    assert training.main(replace(config, resume="auto")) == 0
+    assert len(numbers_of(config.run_dir)) == 1
+
+
+def test_finished_run_is_left_alone(config):
+    config = replace(config, epochs=1)
+    training.main(config)
+    before = {p.name: p.stat().st_mtime_ns for p in config.run_dir.iterdir() if p.name != "log.txt"}
+    assert training.main(replace(config, resume="auto")) == 0
+    after = {p.name: p.stat().st_mtime_ns for p in config.run_dir.iterdir() if p.name != "log.txt"}
+    assert before == after
+
+
+def test_process_stops_on_a_signal_and_goes_on(root, tmp_path):
+    words = [
+        sys.executable, str(SCRIPT), "--data-dir", str(root), "--run-dir", str(tmp_path / "run"),
+        "--patch-norm", "PCA", "--epochs", "400", "--samples-per-epoch", "64", "--resume", "auto",
+        "--no-baselines", "--batch-size", "32",
+    ]  # fmt: skip
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.csv"
+    deadline = time.monotonic() + 60
+    while not metrics.is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == utils.EXIT_AGAIN, log
+    done = len(numbers_of(tmp_path / "run"))
+    assert done < 400
+    again = subprocess.run(
+        [*words, "--epochs", str(done + 1)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert len(numbers_of(tmp_path / "run")) == done + 1
+
+
+def test_resuming_with_other_options_is_refused(config):
+    training.main(replace(config, epochs=1))
+    with pytest.raises(DataError, match="another dropout, lr"):
+        training.main(replace(config, resume="auto", lr=0.5, dropout=0.3))
+
+
+def test_run_folder_is_never_overwritten_silently(config):
+    config = replace(config, epochs=1)
+    training.main(config)
+    with pytest.raises(DataError, match="--overwrite"):
+        training.main(config)
+    (config.run_dir / "test").mkdir()
+    assert training.main(replace(config, overwrite=True)) == 0
+    assert not (config.run_dir / "test").exists()  # results of the model that is gone
+
+
+def test_resume_without_a_run_dir_finds_the_newest_run_of_the_same_options(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = replace(config, run_dir=None, epochs=1)
+    training.main(config)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.endswith("_logOH_PCA")
+    assert training.choose_run_dir(replace(config, resume="auto")) == (
+        Path("runs") / run.name,
+        True,
+    )
+    found, resuming = training.choose_run_dir(replace(config, resume="auto", seed=5))
+    assert not resuming
+    assert found.parent == Path("runs")
+
+
+def test_saved_config_repeats_the_run(config, tmp_path):
+    config = replace(config, epochs=1, bands=(0, 5), monitor="loss", weight_decay=0.01)
+    training.main(config)
+    words = ["--config", str(config.run_dir / "config.json"), "--run-dir", str(tmp_path / "again")]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    saved = [
+        json.loads((d / "config.json").read_text()) for d in (config.run_dir, tmp_path / "again")
+    ]
+    assert {k for k in saved[0] if saved[0][k] != saved[1][k]} == {"run_dir"}
+    assert_same_run(config.run_dir, tmp_path / "again")
+
+
+def test_patch_files_and_cubes_train_the_same_weights(config, root, tmp_path):
+    config = replace(config, epochs=2)
+    mock_cubes.write_patch_files(root, "logOH", "PCA", size=5)
+    training.main(config)
+    files = replace(config, source="patches", run_dir=tmp_path / "files")
+    training.main(files)
+    assert_same_run(config.run_dir, files.run_dir)
+
+
+@pytest.mark.parametrize("norm", utils.PATCH_NORMS)
+@pytest.mark.parametrize(("task", "n_classes"), [("BPT", 6), ("logOH", 6), ("logOH", 8)])
+def test_every_task_scale_and_norm_trains(config, task, n_classes, norm):
+    config = replace(
+        config, label_task=task, n_classes=n_classes, patch_norm=norm, epochs=1, balance=False
+    )
+    assert training.main(config) == 0
+    model = eval_fns.load_model(config.run_dir)
+    assert model.network.arguments["n_classes"] == (3 if task == "BPT" else n_classes)
+    assert np.isfinite(numbers_of(config.run_dir).to_numpy()).all()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_learns_and_resumes(config, amp):
+    config = replace(config, epochs=2, amp=amp, schedule="constant")
+    assert training.main(config) == 0
+    assert training.main(replace(config, resume="auto", epochs=3)) == 0
+    losses = numbers_of(config.run_dir)["train_loss"]
+    assert losses.is_monotonic_decreasing
+    assert next(iter(weights_of(config.run_dir).values())).dtype == torch.float32
+
+
+def test_network_learns_to_beat_the_majority_class(config):
+    config = replace(config, patch_norm="spectral", epochs=8, baselines=True)
+    training.main(config)
+    about = json.loads((config.run_dir / "model.json").read_text())
+    assert about["best"]["val_accuracy"] > about["baselines"]["val_majority_accuracy"] + 0.25
+    assert about["baselines"]["val_spectrum_accuracy"] > 0.5
+
+
+def test_loss_that_is_no_number_stops_the_run_and_names_the_files(config, root):
+    config = replace(config, lr=1e25, balance=False, augment=False)
+    with pytest.raises(DataError) as caught:
+        training.main(config)
+    saved = json.loads((config.run_dir / "nan_batch.json").read_text())
+    samples = data_fns.get_dataloaders(root, "hard", config.spec)["train"].dataset.samples
+    assert len(saved["rows"]) == 64
+    assert saved["spaxels"] == samples.describe(saved["rows"])
+    plateifus = {samples.plateifus[samples.galaxy[row]] for row in saved["rows"]}
+    for plateifu in plateifus:
+        assert str(utils.cube_path(root, plateifu)) in str(caught.value)
+    assert "--lr" in str(caught.value)
+    assert not (config.run_dir / "last.pt").exists()
+
+
+def test_training_stops_early_when_nothing_gets_better(config):
+    config = replace(config, epochs=30, lr=0.0, patience=2, dropout=0.0, monitor="loss")
+    assert training.main(config) == 0
+    rows = numbers_of(config.run_dir)  # batch norms settle for some epochs, weights never move
+    best = json.loads((config.run_dir / "model.json").read_text())["best"]["epoch"]
+    assert len(rows) == best + 2 < 30
+    assert rows["val_loss"].idxmin() == best - 1
+
+
+def test_cosine_falls_from_the_peak_and_constant_stays():
+    share = training.learning_rate(TrainConfig(epochs=10), 5)
+    assert share(0) == 1
+    assert share(25) == pytest.approx((1 + training.FINAL_LR) / 2)
+    assert share(50) == pytest.approx(training.FINAL_LR)
+    assert training.learning_rate(TrainConfig(schedule="constant"), 5)(40) == 1
+
+
+@pytest.mark.parametrize("n_classes", [1, 2, 3])
+def test_spectrum_baseline_is_sklearns_logistic_regression(n_classes):
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    spectra = rng.normal(size=(400, 12)).astype(np.float32) * np.arange(1, 13)
+    classes = np.digitize(spectra[:, 0] + spectra[:, 3] / 4, [-1, 0.5, 9][: n_classes - 1])
+
+    class Spectra:
+        spec = data_fns.PatchSpec("BPT")
+        samples = type("Samples", (), {"classes": classes})
+
+        def __len__(self):
+            return len(spectra)
+
+        def centres(self, rows):
+            return spectra[rows]
+
+    weights = training.fit_spectrum_baseline(Spectra(), seed=0)
+    ours = eval_fns.baseline_logits(weights, spectra).argmax(1)
+    if n_classes == 1:
+        assert (ours == 0).all()
+        return
+    pca = PCA(12, random_state=0, whiten=True).fit(spectra.astype(float))
+    regression = LogisticRegression(max_iter=300).fit(pca.transform(spectra), classes)
+    np.testing.assert_array_equal(ours, regression.predict(pca.transform(spectra)))
+
+
+def test_run_folder_says_where_it_came_from(config):
+    training.main(replace(config, epochs=1))
+    names = {p.name for p in config.run_dir.iterdir()}
+    assert names == {
+        "config.json", "environment.json", "split", "log.txt", "metrics.csv", "last.pt",
+        "model.json", "best.safetensors", "stats.h5",
+    }  # fmt: skip
+    environment = json.loads((config.run_dir / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    about = json.loads((config.run_dir / "model.json").read_text())
+    assert about["class_names"] == list(utils.class_names("logOH", 6))
+    assert about["wave_aa"]["n_bands"] == mock_cubes.N_BAND
+    log = (config.run_dir / "log.txt").read_text()
+    for words in ("torch", "device cpu", "train: 4 galaxies", "val: 2 galaxies", "parameters"):
+        assert words in log
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--lrr", "1"], 2, "--lrr"),
+        (["--patch-norm", "none"], 2, "patch-norm"),
+        (["--data-dir", "nowhere"], 1, "create_data_splits.py"),
+        (["--config", "nowhere.json"], 2, "nowhere.json"),
+        (["--device", "cuda"], 1, "finds no GPU"),
+    ],
+)
+def test_wrong_usage_ends_in_one_line_and_the_right_code(root, tmp_path, words, code, message):
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    if "--data-dir" not in words:
+        words = ["--data-dir", str(root), *words]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_damaged_checkpoint_is_told_and_can_be_replaced(config):
+    config = replace(config, epochs=1)
+    training.main(config)
+    (config.run_dir / "last.pt").write_bytes(b"half a file")
+    with pytest.raises(DataError, match=r"last\.pt: no readable checkpoint"):
+        training.main(replace(config, resume="auto"))
+    assert training.main(replace(config, overwrite=True)) == 0
+
+
+def test_split_of_the_run_outlives_the_data_folders(config, root, tmp_path):
+    """A split made anew must not turn training galaxies into test galaxies."""
+    data = shutil.copytree(root, tmp_path / "data")
+    config = replace(config, data_dir=data, epochs=1)
+    training.main(config)
+    for name in ("train", "val", "test"):
+        ours = config.run_dir / "split" / f"{name}.csv"
+        assert ours.read_bytes() == utils.split_path(root, "hard", name).read_bytes()
