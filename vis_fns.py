@@ -168,7 +168,7 @@ def field_of_view(inside: np.ndarray) -> np.ndarray:
     it leave holes and dents in what was measured.
     """
     points = np.argwhere(inside)
-    if min(np.ptp(points, axis=0), default=0) == 0:
+    if not points.size or np.ptp(points, axis=0).min() == 0:
         return inside
     everywhere = np.argwhere(np.ones_like(inside))
     return (Delaunay(points).find_simplex(everywhere) >= 0).reshape(inside.shape)
