@@ -5,8 +5,7 @@ comments of the cards, channel names, units, partners (ERRDATA, QUALDATA, SCIDAT
 model pages mangaModelCube and mangaMaps of SDSS DR17. The values of the physics come from the
 caller; cards that a mock cannot fill (exposure, seeing, versions) carry typical values.
 
-    >>> cards = primary_cards("MAPS", {"PLATEIFU": "13001-1901", "SCINPVEL": 9000.0})
-    >>> write_gzipped_fits(path, [primary_hdu(cards), image_hdu("SPX_SNR", snr, header)])
+    >>> write_gzipped_fits(path, maps_hdus(galaxy))
 """
 
 from __future__ import annotations
@@ -647,9 +646,9 @@ def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
         "STELLAR_SIGMACORR", image(corr), deep, unit="km/s", **cube,
         channels=channel_cards(["resolution difference", "fit"]),
     )  # fmt: skip
-    fom_ch = channel_cards(*zip(*FOM_CHANNELS, strict=True))
-    fom = figures_of_merit(galaxy)
-    yield image_hdu("STELLAR_FOM", image(fom), deep, channels=fom_ch, **cube)
+    merit_ch = channel_cards(*zip(*FOM_CHANNELS, strict=True))
+    merit = figures_of_merit(galaxy)
+    yield image_hdu("STELLAR_FOM", image(merit), deep, channels=merit_ch, **cube)
 
     # emission lines
     line_bits = np.repeat(base[scene.ys, scene.xs][None], len(names), axis=0)
@@ -729,8 +728,8 @@ def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
     at = np.clip(np.searchsorted(wave_grid(), observed[:, 0]), 0, N_BANDS - 1)
     noise = galaxy.redcorr[at, None] / np.sqrt(np.maximum(galaxy.ivar[at], 1e-6))
     yield plain("EMLINE_GANR", amplitude / noise, line_bits)
-    yield image_hdu("EMLINE_FOM", image(fom), deep, channels=fom_ch, **cube)
-    yield plain("EMLINE_LFOM", np.repeat(fom[2][None], len(names), axis=0), line_bits)
+    yield image_hdu("EMLINE_FOM", image(merit), deep, channels=merit_ch, **cube)
+    yield plain("EMLINE_LFOM", np.repeat(merit[2][None], len(names), axis=0), line_bits)
 
     # spectral indices: not measured
     index_names, index_units = zip(*(s.split(":") for s in SPECTRAL_INDICES.split()), strict=True)

@@ -18,8 +18,9 @@ coverage. Line fluxes in MAPS are measured on the noise that the cube has.
 What is not: the metallicity of the gas is drawn without regard to size, brightness, redshift or
 rotation (the real survey's mass-metallicity relation is left out on purpose: a network must read
 the spectrum). Stellar spectra are parametric, not a library. A line is one Gaussian, of the
-velocity and width that Halpha has after the seeing. The errors of the continuum fit are not
-simulated. Spectral indices are not measured: all their values are masked NOVALUE|DONOTUSE.
+velocity and width that Halpha has after the seeing. Noise is independent from pixel to pixel in
+wavelength and its stated variance exact. The continuum fit is taken to be perfect. Spectral
+indices are not measured: all their values are masked NOVALUE|DONOTUSE.
 
     python mock_manga.py --data-dir data/manga --n-galaxies 24 --seed 1 --bundles 19 --jobs 2
     python mock_manga.py --data-dir data/manga --from-maps manga-7815-3702-MAPS-HYB10.fits.gz
@@ -27,10 +28,12 @@ simulated. Spectral indices are not measured: all their values are masked NOVALU
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import logging
 import shutil
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -439,7 +442,7 @@ def build_scene(p: GalaxyParams) -> Scene:
 def _field_of_view(size: int, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Coverage 0..1, mask bits and footprint (y, x) of a dithered bundle of a given radius.
 
-    Dithering and the cube's kernel (Law et al. 2016, section 9.1) soften the edge by 1.5 arcsec.
+    Dithering and the cube's kernel (Law et al. 2016, section 9) soften the edge by 1.5 arcsec.
     LOWCOV marks less than 30 % of the full weight, as the DRP does.
     """
     east, north = sky_offsets(size)
@@ -630,14 +633,13 @@ CARDS_NEEDED = "PLATEIFU SCINPVEL EBVGAL OBJRA OBJDEC DAPTYPE REFF ECOOPA ECOOEL
 def _read_maps(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Primary header, and the arrays that a scene needs, of a MAPS file; channel names beside."""
     from astropy.io import fits
-    from isal import igzip, isal_zlib
 
     if not path.is_file():
         raise DataError(f"{path}: no such file. --from-maps needs a DAP MAPS file.")
     try:
         content = path.read_bytes()
         if path.suffix == ".gz":  # all of it: astropy takes a broken off file for a short one
-            content = igzip.decompress(content)
+            content = gzip.decompress(content)
         with fits.open(io.BytesIO(content), memmap=False) as f:
             primary = dict(f[0].header)
             absent = [name for name in MAPS_NEEDED if name not in f]
@@ -652,7 +654,7 @@ def _read_maps(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             keys = [f"C{i:0{len(str(n))}d}" for i in range(1, n + 1)]
             hdus["channels"] = [str(header.get(k, header.get(f"C{i}", ""))).strip()
                                 for i, k in enumerate(keys, 1)]  # fmt: skip
-    except (OSError, EOFError, isal_zlib.error, ValueError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: not a readable FITS file ({error}). Fetch it again.") from None

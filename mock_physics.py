@@ -5,8 +5,8 @@ Arrays in, arrays out; reads and writes nothing. Spectra are (band, spaxel) on t
 
     >>> templates = stellar_templates(z=0.03, sigma_kms=60)
     >>> ratios = hii_ratios(logoh, ionisation, nitrogen)
-    >>> galaxy = observe(scene, rng)                  # noise and masks
-    >>> galaxy.fit = fit_lines(galaxy, rng)           # what MAPS holds
+    >>> galaxy = observe(scene, rng)  # noise and masks
+    >>> galaxy.fit = fit_lines(galaxy, rng) | fit_stars(galaxy, rng)  # what MAPS holds
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LSF_NODES = (
     (1390, 1613, 1763, 1815, 1863, 1884, 1926, 2042, 2027, 2480, 2191, 2100),
 )
 """Resolving power lambda/FWHM against wavelength, read off the real spectra that the DAP ships as
-its test data (DRP v2_4_3); cf. Law et al. 2016, figure 18."""
+its test data (DRP v2_4_3)."""
 
 SKY_NODES = (
     (3600, 3750, 3850, 4000, 4300, 4650, 5100, 5650, 6250, 7000, 8100, 8850, 9500, 9900, 10150,
@@ -70,7 +70,8 @@ same real spectra as the ratio of the noise to its running median."""
 
 NOISE_KERNEL_SPAXELS = 1.358
 """Width of the Gaussian that correlates the noise of neighbours: white noise so filtered has a
-correlation of exp(-(d/1.92)**2/2) at d spaxels, as the cubes have (Westfall et al. 2019, eq. 6)."""
+correlation of exp(-(d/1.92)**2/2) at d spaxels, as the cubes have (Westfall et al. 2019, section
+6; Law et al. 2016, section 9.3)."""
 
 R_V = 3.1
 STELLAR_TO_GAS_EBV = 0.44
@@ -151,7 +152,7 @@ NUCLEI: dict[str, dict[str, float]] = {
 }
 """Line ratios of gas ionised by an active nucleus or by hot old stars, all as log10: [OIII]/Hb,
 [NII]/Ha, [SII]/Ha, [OI]/Ha, [OII]/Hb, then HeII/Hb as it is. Seyferts and LINERs at the middle of
-their sequences in Kewley et al. 2006, figures 1 and 4."""
+their sequences in Kewley et al. 2006, figure 1."""
 
 # Stellar population nodes and absorption features
 POP_LOG_AGE = (8.0, 8.7, 9.2, 9.6, 10.0)
@@ -159,11 +160,11 @@ POP_METAL = (-0.6, -0.2, 0.2)
 POP_TEMPERATURE_K = (13500.0, 9500.0, 7200.0, 5900.0, 5100.0)
 """Temperature of the black body under each age: about that of the stars that dominate V."""
 POP_BREAK_4000 = (0.06, 0.12, 0.22, 0.33, 0.42)
-"""Depth of the 4000 Angstrom break by age (Dn4000 1.1 to 1.8; Kauffmann et al. 2003b, fig. 2)."""
+"""Depth of the 4000 Angstrom break by age (Dn4000 1.1 to 1.8; cf. Kauffmann et al. 2003b)."""
 POP_BALMER_JUMP = (0.20, 0.30, 0.18, 0.05, 0.0)
 POP_BALMER_EW = (3.5, 8.5, 6.5, 3.0, 1.6)
-"""Equivalent width of Hbeta absorption by age, Angstrom; strongest at a few 100 Myr (Gonzalez
-Delgado et al. 1999, figure 4)."""
+"""Equivalent width of Hbeta absorption by age, Angstrom; strongest at a few 100 Myr (cf.
+Gonzalez Delgado et al. 1999)."""
 POP_METAL_EW = (0.06, 0.18, 0.42, 0.75, 1.0)
 """Strength of metal lines by age over that at 10 Gyr."""
 
@@ -500,9 +501,9 @@ def hii_ratios(
 
     [NII]/Ha and [OIII]/Hb are such that the N2 and O3N2 calibrations of Marino et al. (2013, eqs.
     2 and 4) both return `logoh` where the two offsets vanish; ionisation raises [OIII], lowers
-    [NII] by a third of that (Kewley & Dopita 2002, figs. 3 and 7) and the low-ionisation lines.
-    [OII] follows the Te-based N2O2 calibration of Bresolin (2007, eq. 3) taken linearly about its
-    middle; [SII], [OI], He, Ne, Ar and S lie in the middle of the H II regions of CALIFA.
+    [NII] by a third of that and [SII] by 0.4 (the sense of it as in Kewley & Dopita 2002).
+    log([NII]/[OII]) rises by 2 dex per dex of O/H through -0.48 at 8.45, close to the Te-based
+    relation of Bresolin (2007); [SII], [OI], He, Ne, Ar and S take typical H II region values.
 
     Parameters
     ----------
@@ -516,7 +517,8 @@ def hii_ratios(
     n2 = n2 - 0.3 * ionisation + nitrogen
     s2 = -0.48 + 0.25 * (n2 + 0.5) - 0.4 * ionisation - 0.2 * nitrogen
     o1 = s2 - 1.1
-    o2 = n2 - nitrogen + np.log10(2.86) - (logoh - 8.66) / 0.50 - 0.30
+    n2o2 = (logoh - 8.45) / 0.51 - 0.48
+    o2 = n2 - nitrogen + np.log10(CASE_B["Ha-6564"]) - n2o2
     return _assemble(o3, n2, s2, o1, o2, 0.003, helium=0.12)
 
 
@@ -544,7 +546,7 @@ def _assemble(
     oiii, oii = 10**o3, 10**o2
     sii, nii, oi = ha * 10**s2, ha * 10**n2, ha * 10**o1
     lines = {name: ratio * one for name, ratio in CASE_B.items()}
-    # doublet ratios at 100 cm-3, He and Ne: Osterbrock & Ferland 2006, tables 4.6, 5.8 and 3.12
+    # doublet ratios at 100 cm-3, He and Ne: Osterbrock & Ferland 2006, chapters 4 and 5
     lines |= {
         "OII-3727": oii / 2.35, "OII-3729": oii * 1.35 / 2.35, "NeIII-3869": 0.085 * oiii,
         "NeIII-3968": 0.301 * 0.085 * oiii, "HeI-3889": 0.80 * helium * one,
@@ -559,7 +561,10 @@ def _assemble(
 
 
 def logoh_o3n2(flux: Mapping[str, np.ndarray]) -> np.ndarray:
-    """12+log(O/H) by O3N2, Marino et al. (2013), eq. 2: 8.533 - 0.214 O3N2; NaN without flux."""
+    """12+log(O/H) by O3N2, Marino et al. (2013), eq. 2: 8.533 - 0.214 O3N2; NaN without flux.
+
+    Spelt anew here, and not taken from line_labels, because the truth is there to check it.
+    """
     o3 = _log_ratio(flux["OIII-5008"], flux["Hb-4862"])
     return 8.533 - 0.214 * (o3 - _log_ratio(flux["NII-6585"], flux["Ha-6564"]))
 
@@ -740,7 +745,7 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
     line l is its truth plus (P^T W P)^-1 P^T W n, with profiles P, weights W (the inverse
     variance) and the very noise n of the cube; its variance is the diagonal of (P^T W P)^-1.
     Overlapping lines are fitted together, doublets of fixed ratio as one. Place and width are
-    known because the DAP ties them over all lines (Belfiore et al. 2019, section 2.3); with a free
+    known because the DAP ties them over all lines (Belfiore et al. 2019); with a free
     width the flux errors would be 1.22 times larger. Fluxes may come out negative; the DAP's are
     cut at 0.
 
@@ -795,7 +800,8 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
         centre = EMLINES[name] * (1 + scene.z)
         total = np.hypot(scene.gas_sigma, instrument_sigma_kms(centre))
         if name not in TIED:
-            # two more parameters of a Gaussian beside its flux: Lenz & Ayres 1992, eq. 1
+            # var(place) = var(width) = 2 sigma**2 var(F) / F**2, the Fisher matrix of a Gaussian
+            # (cf. Lenz & Ayres 1992)
             v_info += np.where(scene.line_flux[name] > 0, scene.line_flux[name], 0) ** 2 / (
                 2 * gvar[i] * total**2
             )
@@ -812,7 +818,7 @@ def fit_stars(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
 
     The error of the velocity is 1.3 times the observed width (stars and templates) over the S/N,
     about what the DAP states; that of the dispersion grows as it falls below the instrument's
-    (Westfall et al. 2019, section 7). A dispersion may come out negative: it is at its bound.
+    (cf. Westfall et al. 2019). A dispersion may come out negative: it is at its bound.
     """
     scene = galaxy.scene
     width = np.hypot(scene.star_sigma, 70.0)
