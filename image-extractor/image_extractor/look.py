@@ -230,10 +230,11 @@ def plot(
             picture = _unscaled(images[tel_id], camera, attrs)
             charge = picture[0] * float(attrs["charge_unit_pe"])
             name = f"T{tel_id} {info['tel_type'].decode()} {camera['name']}"
-            in_pixels = _per_pixel(charge, matrix, len(pixels), bool(camera["conserves_charge"]))
+            in_pixels = _per_pixel(charge, matrix, len(pixels))
             limits = (0.0, max(float(np.percentile(in_pixels, 99.9)), 1.0))
+            in_cells = (0.0, max(float(np.percentile(charge[charge > 0], 99.9)), 1.0) if charge.any() else 1.0)
             _camera_axes(figure, line[0], pixels, in_pixels, camera, f"{name}: camera", "charge (p.e.)", limits)
-            _picture_axes(figure, line[1], charge, f"stored picture ({camera['mapping']})", "charge (p.e.)", limits)
+            _picture_axes(figure, line[1], charge, f"stored picture ({camera['mapping']})", "charge (p.e.)", in_cells)
             if has_time:
                 bright = charge > max(2.0, 0.15 * float(charge.max()))
                 time = np.where(bright, picture[1].astype(float), np.nan)
@@ -282,15 +283,16 @@ def _find(h5: tables.File, path: str | Path, event: int | None, run: int | None)
     return best[1], best[2]
 
 
-def _per_pixel(charge: np.ndarray, matrix: np.ndarray, n_pixels: int, conserves: bool) -> np.ndarray:
+def _per_pixel(charge: np.ndarray, matrix: np.ndarray, n_pixels: int) -> np.ndarray:
     """Charge of each pixel, read back from the cells it went to.
 
-    One cell a pixel: exact. Several cells: their sum for conserving methods with equal parts, else the
-    weighted mean of the cells, which is what the picture shows at that pixel.
+    Exact where a cell belongs to one pixel; where pixels share cells, smoothed, and right for an even field.
     """
     flat = charge.reshape(-1)
-    total = np.bincount(matrix["pixel"], matrix["weight"] * flat[matrix["cell"]], n_pixels)
-    norm = np.bincount(matrix["pixel"], matrix["weight"].astype(float) ** 2 if conserves else matrix["weight"], n_pixels)
+    cell, pixel, weight = matrix["cell"], matrix["pixel"], matrix["weight"].astype(float)
+    in_cell = np.bincount(cell, weight, flat.size)
+    total = np.bincount(pixel, weight * flat[cell], n_pixels)
+    norm = np.bincount(pixel, weight * in_cell[cell], n_pixels)
     return np.divide(total, norm, out=np.zeros(n_pixels), where=norm > 0)
 
 

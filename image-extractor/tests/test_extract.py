@@ -1,0 +1,477 @@
+"""Data sets against ctapipe's images, in every layout; appending, merging, shuffling, locking."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tables
+from conftest import PACKAGE, SHARED, all_images, extract, real_file, settings, stored
+
+from image_extractor import layout
+from image_extractor.config import EnergyBins
+from image_extractor.errors import DataError, UsageError
+from image_extractor.image_extractor import ImageExtractor
+from image_extractor.instrument import describe_array
+from image_extractor.look import validate
+from image_extractor.mapping import camera_mapping
+from image_extractor.simtel import SimtelFile
+
+
+def cells(key):
+    """Telescope id -> (cell of each pixel, picture shape), from the file's geometry."""
+    with SimtelFile(real_file(key)) as simtel:
+        found = {}
+        for tel_id, telescope in describe_array(simtel).items():
+            mapping = camera_mapping(telescope.camera.pixel_x, telescope.camera.pixel_y)
+            found[tel_id] = (mapping.cells, mapping.shape, telescope.camera.sampling_rate_ghz)
+    return found
+
+
+@pytest.mark.parametrize("key", ["gamma", "sst", "proton"])
+@pytest.mark.parametrize("storage", ["mapped", "all"])
+def test_every_stored_pixel_is_ctapipes(key, storage, dl1, tmp_path):
+    if storage == "all" and key == "gamma":
+        pytest.skip("126 telescopes in one table are covered with the SCTs alone, below")
+    reference, _ = dl1(key)
+    extract(key, tmp_path / "o.h5", storage_mode=storage, dtype="uint32")
+    found = all_images(tmp_path / "o.h5")
+    assert [k[1] for k in sorted(found)] == sorted(r[0] for r in reference)
+    where = cells(key)
+    for event_id, images, shower in reference:
+        row, pictures = next(v for k, v in found.items() if k[1] == event_id)
+        assert pictures.keys() == images.keys()
+        assert row["mc_energy"] == pytest.approx(shower.energy.to_value("TeV"), rel=1e-12)
+        assert (row["core_x"], row["core_y"]) == (shower.core_x.to_value("m"), shower.core_y.to_value("m"))
+        assert row["alt"] == pytest.approx(shower.alt.to_value("rad"), rel=1e-6)
+        assert row["az"] == pytest.approx(shower.az.to_value("rad"), rel=1e-6)
+        assert row["h_first_int"] == shower.h_first_int.to_value("m")
+        assert row["primary_id"] == shower.shower_primary_id
+        for tel_id, (charge, peak_time) in images.items():
+            index, shape, rate = where[tel_id]
+            expected = np.zeros(np.prod(shape))
+            expected[index] = stored(charge)
+            np.testing.assert_array_equal(pictures[tel_id][..., 0], expected.reshape(shape))
+            np.testing.assert_array_equal(
+                pictures[tel_id][..., 1].reshape(-1)[index], np.rint(np.clip(peak_time * np.float32(rate), 0, None))
+            )
+    assert validate(tmp_path / "o.h5") == []
+
+
+@pytest.mark.parametrize("order", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("mode", sorted(layout.CHANNELS))
+@pytest.mark.parametrize("storage", ["mapped", "all"])
+def test_image_modes_scales_and_orders(mode, order, storage, dl1, tmp_path):
+    extract("gamma", tmp_path / "o.h5", image_mode=mode, dim_order=order, storage_mode=storage, scale_factor=2, type_mode="SCT")
+    found = all_images(tmp_path / "o.h5")
+    names = layout.CHANNELS[mode]
+    index, shape, rate = cells("gamma")[101]
+    n = 0
+    for event_id, images, _ in dl1("gamma")[0]:
+        for tel_id in images.keys() & set(range(101, 127)):
+            image = found[31964, event_id][1][tel_id]
+            assert image.shape == ((240, 240, len(names)) if order == "channels_last" else (len(names), 240, 240))
+            image = image if order == "channels_first" else np.moveaxis(image, -1, 0)
+            for i in (0, 1):
+                for j in (0, 1):
+                    small = image[:, i::2, j::2]
+                    assert small.dtype == np.uint16
+                    for channel, name in zip(small, names, strict=True):
+                        expected = np.zeros(14400)
+                        if name == "charge":
+                            expected[index] = stored(images[tel_id][0])
+                        elif name == "time":
+                            expected[index] = np.rint(np.clip(images[tel_id][1] * np.float32(rate), 0, None))
+                        np.testing.assert_array_equal(channel, expected.reshape(shape))
+            n += 1
+    assert n == 8
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("uint16", 65535), ("int16", 32767), ("uint32", None), ("int32", None), ("float32", None)])
+def test_charges_never_wrap(dtype, largest, dl1, tmp_path):
+    report = extract("proton", tmp_path / "o.h5", dtype=dtype)
+    charges = np.concatenate([c for _, images, _ in dl1("proton")[0] for c, _ in images.values()])
+    assert charges.max() > 1810
+    found = np.concatenate([i[..., 0].ravel() for _, images in all_images(tmp_path / "o.h5").values() for i in images.values()])
+    if dtype == "float32":
+        expected = charges.astype(np.float64) * 100  # neither clipped nor rounded
+        np.testing.assert_allclose(np.sort(found[found != 0]), np.sort(expected[expected != 0]), rtol=1e-6)
+    else:
+        expected = stored(charges)
+        assert report.saturated_pixels == (0 if largest is None else (expected > largest).sum())
+        expected = np.clip(expected, 0, largest)
+        np.testing.assert_array_equal(np.sort(found[found > 0]), np.sort(expected[expected > 0]))
+    assert (report.saturated_pixels > 0) == (largest is not None)
+
+
+@pytest.mark.parametrize("method", ["none", "oversampling", "rebin", "nearest"])
+def test_other_mappings_are_stored_as_the_matrix_in_the_file_says(method, dl1, tmp_path):
+    extract("sst", tmp_path / "o.h5", mapping=method, dtype="uint32")
+    with layout.open_layout(tmp_path / "o.h5") as h5:
+        key = h5.root.Tel_Table[0]["camera"].decode()
+        _, matrix, camera = layout.camera_pixels(h5, key)
+    shape = json.loads(camera["image_shape"])
+    found = all_images(tmp_path / "o.h5")
+    for event_id, images, _ in dl1("sst")[0]:
+        for tel_id, (charge, _) in images.items():
+            expected = np.bincount(matrix["cell"], matrix["weight"] * charge[matrix["pixel"]].astype(float), np.prod(shape))
+            image = found[102, event_id][1][tel_id][..., 0]
+            assert image.shape == tuple(shape)
+            np.testing.assert_allclose(image.ravel(), np.clip(expected, 0, None) * 100, atol=0.51, rtol=1e-6)
+
+
+def test_energy_recon_labels_the_true_energy(tmp_path):
+    report = extract("sst", tmp_path / "o.h5", mode="energy_recon", storage_mode="mapped")
+    assert report.events_written == 31
+    with tables.open_file(str(tmp_path / "o.h5")) as h5:
+        rows = h5.root.Events.read()
+        assert rows["energy_reconstruction_bin_label"].dtype == np.uint8
+        expected = np.floor((np.log10(rows["mc_energy"]) + 2) / 0.05 + 1e-9).astype(int)
+        np.testing.assert_array_equal(rows["energy_reconstruction_bin_label"], expected)
+    assert validate(tmp_path / "o.h5") == []
+    with pytest.raises(AssertionError):  # protons are left out unless asked for
+        assert extract("proton", tmp_path / "p.h5", mode="energy_recon").events_written == 6
+    assert extract("proton", tmp_path / "q.h5", mode="energy_recon", gamma_only=False, storage_mode="all").events_written == 6
+    assert validate(tmp_path / "q.h5") == []
+
+
+def test_an_old_reader_opens_it(tmp_path):
+    """Plain PyTables code that knows only the historic layout."""
+    extract("gamma", tmp_path / "mapped.h5", image_mode="PIXELS_1C", type_mode="SCT", energy_bins=EnergyBins(min=-1, max=0.5))
+    n = 0
+    with tables.open_file(str(tmp_path / "mapped.h5"), mode="r") as f:
+        tel_ids = [int(t["tel_id"]) for t in f.root.Tel_Table.iterrows()]
+        assert set(f.root.Tel_Table.cols.tel_type[:]) == {b"SCT"}
+        assert f.root.Tel_Table.cols.run_array_direction[0].tolist() == pytest.approx([0, 1.2217305])
+        for i in range(3):
+            group = f.get_node(f"/E{i}")
+            assert (group._v_attrs.min_energy, group._v_attrs.max_energy) == (-1 + i / 2, -0.5 + i / 2)
+            assert group._v_attrs.units == "TeV"
+            for event in group.Events.iterrows():
+                assert event["gamma_hadron_label"] == 0
+                assert -1 + i / 2 <= np.log10(event["mc_energy"]) < -0.5 + i / 2
+                for slot, row in enumerate(event["tel_map"]):
+                    if row != -1:
+                        image = f.get_node(f"/E{i}/T{tel_ids[slot]}")[row]
+                        assert image.shape == (120, 120, 1)
+                        n += 1
+        names = f.root.E0.Events.colnames[:11]
+        assert names == ["event_number", "run_number", "gamma_hadron_label", "core_x", "core_y", "h_first_int",
+                         "mc_energy", "az", "alt", "reconstructed_energy", "tel_map"]  # fmt: skip
+        kinds = [f.root.E0.Events.coltypes[name] for name in names]
+        assert kinds == ["uint32", "uint32", "uint8", "float64", "float64", "float64", "float64", "float32",
+                         "float32", "float64", "int32"]  # fmt: skip
+    assert n == 8
+
+
+def test_h5py_level_readers_need_no_plugin(tmp_path):
+    extract("proton", tmp_path / "o.h5")
+    with tables.open_file(str(tmp_path / "o.h5")) as h5:
+        for node in h5.walk_nodes("/", "Leaf"):
+            assert node.filters.complib in ("zlib", None)
+
+
+def test_the_dictionary_chooses_events_bins_and_energies(tmp_path):
+    chosen = {(102, 301): (1, 0.7), (102, 303): (0, 0.2), (102, 999999): (2, 1.0), (5, 301): (0, 1.0)}
+    report = extract("sst", tmp_path / "o.h5", bins_cuts_dict=chosen, energy_bins=EnergyBins(min=-1, max=0.5))
+    assert (report.events_read, report.events_written, report.not_in_dictionary) == (31, 2, 29)
+    with tables.open_file(str(tmp_path / "o.h5")) as h5:
+        assert h5.root.E1.Events[0]["event_number"] == 301
+        assert h5.root.E1.Events[0]["reconstructed_energy"] == 0.7
+        assert h5.root.E0.Events[0]["event_number"] == 303
+    ignored = extract("sst", tmp_path / "p.h5", bins_cuts_dict=chosen, use_pkl_dict=False)
+    assert ignored.events_written == 31
+
+
+def test_image_cuts_are_ctapipes(tmp_path, dl1):
+    from ctapipe.image import leakage_parameters, tailcuts_clean
+
+    reference, subarray = dl1("sst")
+    expected = {}
+    for event_id, images, _ in reference:
+        for tel_id, (charge, _) in images.items():
+            geometry = subarray.tel[tel_id].camera.geometry
+            mask = tailcuts_clean(geometry, charge, picture_thresh=10, boundary_thresh=5)
+            if mask.any() and charge[mask].sum() >= 60:
+                if leakage_parameters(geometry, charge, mask).intensity_width_2 <= 0.2:
+                    expected.setdefault(event_id, set()).add(tel_id)
+    expected = {e: t for e, t in expected.items() if len(t) >= 2}
+    report = extract("sst", tmp_path / "o.h5", min_telescopes=2, min_intensity=60.0, max_leakage=0.2)
+    found = {k[1]: set(v[1]) for k, v in all_images(tmp_path / "o.h5").items()}
+    assert found == expected
+    assert 0 < len(found) < 31
+    assert report.failed_image_cuts == 31 - len(found)
+
+
+def test_appending_skips_what_is_there_and_says_so(tmp_path, caplog):
+    out = tmp_path / "o.h5"
+    first = extract("sst", out, max_events=10)
+    assert first.events_written == 10
+    again = extract("sst", out)
+    assert (again.duplicates, again.events_written) == (10, 21)
+    assert "10 events of run 102 are in the output already" in caplog.text
+    extract("sst", tmp_path / "whole.h5")
+    assert_same(all_images(out), all_images(tmp_path / "whole.h5"))
+    assert validate(out) == []
+    before = all_images(out)
+    extract("sst", out)
+    assert_same(all_images(out), before)
+
+
+def assert_same(a, b, rows=True):
+    assert a.keys() == b.keys()
+    for key in a:
+        if rows:
+            for name in ("mc_energy", "core_x", "alt", "gamma_hadron_label", "reconstructed_energy"):
+                np.testing.assert_array_equal(a[key][0][name], b[key][0][name])
+        assert a[key][1].keys() == b[key][1].keys()
+        for tel_id in a[key][1]:
+            np.testing.assert_array_equal(a[key][1][tel_id], b[key][1][tel_id])
+
+
+def test_other_arrays_and_configurations_are_refused_by_name(tmp_path):
+    out = tmp_path / "o.h5"
+    extract("sst", out)
+    before = out.read_bytes()
+    with pytest.raises(DataError, match="another array than the output's: telescope 1 is a LSTCam, not a DigiCam"):
+        extract("proton", out)
+    with pytest.raises(DataError, match="another configuration .*dtype = int32"):
+        extract("sst", out, dtype="int32")
+    assert out.read_bytes() == before
+    with ImageExtractor(tmp_path / "p.h5", settings=settings()) as extractor:
+        extractor.process_data(real_file("proton"))
+        with pytest.raises(DataError, match="Not mixed in"):
+            extractor.process_data(real_file("sst"))
+    assert len(all_images(tmp_path / "p.h5")) == 6
+
+
+def test_a_moved_telescope_is_another_array():
+    ours = [[1, "LST", "LSTCam", "f", 0.0, 0.0, 1.0], [2, "LST", "LSTCam", "f", 5.0, 0.0, 1.0]]
+    moved = [ours[0], [2, "LST", "LSTCam", "f", 5.5, 0.0, 1.0]]
+    assert layout.difference(ours, ours) == ""
+    assert "telescope 2 stands at" in layout.difference(moved, ours)
+    assert "no telescope 2" in layout.difference(ours[:1], ours)
+    assert "telescope 2 (LST LSTCam) too many" in layout.difference(ours, ours[:1])
+    assert "another camera geometry" in layout.difference([[1, "LST", "LSTCam", "g", 0.0, 0.0, 1.0]], ours[:1])
+
+
+@pytest.mark.parametrize("storage", ["mapped", "all"])
+@pytest.mark.parametrize("compression", ["gzip", "none", "blosc-lz4"])
+def test_shuffle_and_split_lose_no_row(storage, compression, tmp_path):
+    plain, out, again = tmp_path / "plain.h5", tmp_path / "o.h5", tmp_path / "again.h5"
+    options = dict(storage_mode=storage, compression=compression)
+    extract("sst", plain, **options)
+    split = {"Training": 0.7, "Validation": 0.2, "Test": 0.1}
+    extract("sst", out, shuffle=True, split=split, seed=5, **options)
+    extract("sst", again, shuffle=True, split=split, seed=5, **options)
+    assert_same(all_images(out), all_images(plain))
+    assert list(all_images(out)) == list(all_images(again))  # same seed, same order
+    assert list(all_images(out)) != list(all_images(plain))
+    assert validate(out) == []
+    with tables.open_file(str(out)) as h5:
+        names = {t.name for t in layout.event_tables(h5)}
+        assert names == {"Events_Training", "Events_Validation", "Events_Test"}
+        per_bin = {}
+        for table in layout.event_tables(h5):
+            per_bin.setdefault(table._v_parent._v_name, {})[table.name] = int(table.nrows)
+    for counts in per_bin.values():
+        n = sum(counts.values())
+        for name, fraction in split.items():
+            assert abs(counts[f"Events_{name}"] - fraction * n) < 1
+
+
+def test_mapped_images_are_not_copied_by_shuffling(tmp_path):
+    extract("sst", tmp_path / "a.h5")
+    extract("sst", tmp_path / "b.h5", shuffle=True, split={"A": 0.5, "B": 0.5})
+    sizes = [(tmp_path / n).stat().st_size for n in ("a.h5", "b.h5")]
+    assert sizes[1] < sizes[0] * 1.15
+
+
+def test_stratified_parts_have_their_share_of_every_class():
+    rng = np.random.default_rng(0)
+    labels = np.r_[np.zeros(905, int), np.full(95, 101)]
+    parts = layout.assign(labels, {"Training": 0.8, "Validation": 0.1, "Test": 0.1}, rng)
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(1000))
+    assert [int((labels[rows] == 101).sum()) for rows in parts.values()] == [76, 10, 9]
+    assert [rows.size for rows in parts.values()] == [800, 101, 99]
+
+
+def test_appending_to_a_split_file_is_refused(tmp_path):
+    extract("sst", tmp_path / "o.h5", split={"A": 0.5, "B": 0.5})
+    with pytest.raises(DataError, match="was split"):
+        extract("sst", tmp_path / "o.h5")
+
+
+def long_file(tmp_path, key="proton", times=10):
+    tool = SHARED / "tools" / "replicate_simtel.py"
+    if not tool.is_file():
+        pytest.skip("../shared/tools/replicate_simtel.py is absent")
+    path = tmp_path / f"long_{key}.simtel.gz"
+    if not path.exists():
+        subprocess.run([sys.executable, str(tool), str(real_file(key)), str(path), str(times)], check=True)
+    return path
+
+
+@pytest.mark.parametrize("storage", ["mapped", "all"])
+def test_two_jobs_write_what_one_writes(storage, tmp_path):
+    """Several files, one of them broken, one a duplicate of another."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    raw = real_file("sst").read_bytes()
+    (folder / "a.simtel.gz").write_bytes(raw[: len(raw) // 3])
+    (folder / "b.simtel.gz").write_bytes(b"nothing")
+    (folder / "c.simtel.gz").write_bytes(raw)
+    (folder / "d.simtel.zst").write_bytes(real_file("proton").read_bytes())
+    files = sorted(folder.iterdir())
+    results = {}
+    for jobs in (1, 2):
+        out = tmp_path / f"{jobs}.h5"
+        extractor = ImageExtractor(out, settings=settings(storage_mode=storage))
+        results[jobs] = [
+            (r.failed, r.events_read, r.events_passed, r.duplicates, r.events_written)
+            for r in extractor.process_files(files, jobs=jobs)
+        ]
+        assert validate(out) == []
+    assert results[1] == results[2]
+    assert [r[0] for r in results[1]] == [False, True, False, True]
+    assert results[1][2][3] == results[1][0][4] > 0
+    assert list(all_images(tmp_path / "1.h5")) == list(all_images(tmp_path / "2.h5"))
+    assert_same(all_images(tmp_path / "1.h5"), all_images(tmp_path / "2.h5"))
+    assert not list(tmp_path.glob(".*"))
+
+
+CONFIG = "storage_mode = mapped\n[image]\nscale_factor = 1\n[telescope]\ntype_mode = ALL\n[energy_bins]\nmin=-2\nmax=2\nbin_size=4\n"
+
+
+def command(source, out, config):
+    return [sys.executable, "-m", "image_extractor", str(source), str(out), str(config)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("existing", [False, True])
+def test_kill_9_at_any_moment_leaves_nothing_or_the_old_file(existing, tmp_path):
+    source = long_file(tmp_path, times=40)
+    config, out = tmp_path / "c.config", tmp_path / "out" / "o.h5"
+    out.parent.mkdir()
+    config.write_text(CONFIG)
+    before = None
+    if existing:
+        done = subprocess.run([*command(source, out, config), "--max_events", "50"], capture_output=True)
+        assert done.returncode == 0
+        before = out.read_bytes()
+    rng = np.random.default_rng(int(existing))
+    killed = 0
+    for _ in range(5):
+        process = subprocess.Popen(command(source, out, config), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=PACKAGE)
+        partial = out.parent / ".o.h5.partial"
+        while not partial.exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(float(rng.uniform(0, 0.6)))
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        assert (out.read_bytes() if existing else None) == before
+        assert existing or not out.exists()
+    assert killed >= 3
+    done = subprocess.run(command(source, out, config), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert validate(out) == []
+    assert len(all_images(out)) == 240
+    assert [p.name for p in out.parent.iterdir()] == ["o.h5"]  # what the killed runs left is gone
+
+
+def test_terminating_removes_what_was_begun(tmp_path):
+    source = long_file(tmp_path, times=40)
+    config, out = tmp_path / "c.config", tmp_path / "out" / "o.h5"
+    out.parent.mkdir()
+    config.write_text(CONFIG)
+    process = subprocess.Popen(command(source, out, config), stderr=subprocess.PIPE, text=True)
+    while not (out.parent / ".o.h5.partial").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Stopped" in errors
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    out = tmp_path / "o.h5"
+    with ImageExtractor(out, settings=settings()) as first:
+        with pytest.raises(DataError, match="another process is writing it"):
+            extract("sst", out)
+        first.process_data(real_file("sst"), 3)
+    assert len(all_images(out)) == 3
+    assert extract("sst", out).events_written == 28
+
+
+def test_a_failure_while_writing_leaves_no_file(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(layout.Writer, "add", full)
+    with pytest.raises(OSError, match="No space left"):
+        extract("sst", tmp_path / "o.h5")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_place_is_named(tmp_path):
+    with pytest.raises(DataError, match="its folder does not exist"):
+        extract("sst", tmp_path / "absent" / "o.h5")
+    with pytest.raises(DataError, match="is a folder"):
+        extract("sst", tmp_path)
+    (tmp_path / "text.h5").write_text("not HDF5")
+    with pytest.raises(DataError):
+        extract("sst", tmp_path / "text.h5")
+    assert (tmp_path / "text.h5").read_text() == "not HDF5"
+
+
+def test_header_only_file_gives_an_empty_valid_set(tmp_path):
+    report = extract("header", tmp_path / "o.h5")
+    assert (report.events_read, report.problem) == (0, "")
+    assert validate(tmp_path / "o.h5") == []
+
+
+def test_calibration_events_are_counted_not_written(tmp_path):
+    report = extract("calib", tmp_path / "o.h5")
+    assert (report.events_read, report.calibration_events, report.events_written) == (0, 1, 0)
+
+
+def test_the_seeds_example_in_python(tmp_path):
+    from image_extractor import image_extractor
+
+    output_path, bins_cuts_dict, mode = str(tmp_path / "dataset.h5"), {(102, 301): (0, 0.2)}, "gh_class"
+    extractor = image_extractor.ImageExtractor(output_path, bins_cuts_dict, mode, telescope_type="SST")
+    extractor.process_data(str(real_file("sst")), 50)
+    assert list(all_images(output_path)) == [(102, 301)]
+    with pytest.raises(UsageError, match="no option colour"):
+        image_extractor.ImageExtractor(output_path, None, mode, colour=1)
+    with pytest.raises(UsageError, match="mode = gamma"):
+        image_extractor.ImageExtractor(output_path, None, "gamma")
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """Peak memory of a run on 12 and on 120 copies of the same events."""
+    code = (
+        "import resource, sys; from image_extractor.cli import main; main(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    config = tmp_path / "c.config"
+    config.write_text(CONFIG)
+    peaks = []
+    for times in (12, 120):
+        path = long_file(tmp_path, "proton", times)
+        done = subprocess.run([sys.executable, "-c", code, str(path), str(tmp_path / "o.h5"), str(config), "--overwrite"],
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        peaks.append(int(done.stdout.splitlines()[-1]) / 1024)
+        path.unlink()
+    assert peaks[1] < peaks[0] * 1.2 + 30, peaks
+    assert peaks[1] < 800
+
+
+def test_an_output_keeps_its_mode_bits(tmp_path):
+    extract("header", tmp_path / "o.h5")
+    assert os.stat(tmp_path / "o.h5").st_mode & 0o600 == 0o600

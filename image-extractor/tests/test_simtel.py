@@ -1,0 +1,182 @@
+"""Reading: the same events as eventio's own reader; broken files keep their whole events."""
+
+import gzip
+
+import numpy as np
+import pytest
+import zstandard
+from conftest import extract, real_file
+
+from image_extractor.errors import DataError
+from image_extractor.instrument import describe_array, select_telescopes
+from image_extractor.simtel import SimtelFile
+
+EVENTS = {"gamma": 9, "sst": 31, "calib": 0, "proton": 6, "header": 0}
+
+
+def decompressed(path):
+    raw = path.read_bytes()
+    if path.suffix == ".zst":
+        return zstandard.ZstdDecompressor().stream_reader(raw).read()
+    return gzip.decompress(raw)
+
+
+@pytest.mark.parametrize("key", ["gamma", "sst", "proton"])
+def test_events_agree_with_eventio(key):
+    from eventio import SimTelFile
+
+    with SimtelFile(real_file(key)) as ours, SimTelFile(str(real_file(key)), skip_calibration=True) as theirs:
+        n = 0
+        for a, b in zip(ours.events(), theirs, strict=True):
+            n += 1
+            assert a.event_id == b["event_id"]
+            assert set(a.telescopes) == set(b["telescope_events"])
+            assert a.shower["energy"] == b["mc_shower"]["energy"]
+            assert a.mc["xcore"] == b["mc_event"]["xcore"]
+        assert n == ours.events_read == EVENTS[key]
+        assert ours.run_number == theirs.header["run"]
+        np.testing.assert_array_equal(ours.header["tel_pos"], theirs.header["tel_pos"])
+
+
+@pytest.mark.parametrize("key", ["gamma", "sst", "proton", "calib"])
+def test_the_array_is_ctapipes(key, dl1):
+    subarray = dl1(key, calibration=key == "calib")[1]
+    with SimtelFile(real_file(key)) as simtel:
+        telescopes = describe_array(simtel)
+    assert list(telescopes) == list(subarray.tel)
+    for tel_id, telescope in telescopes.items():
+        theirs, ours = subarray.tel[tel_id], telescope.camera
+        np.testing.assert_allclose(telescope.position, subarray.positions[tel_id].to_value("m"))
+        assert (ours.name, ours.optics) == (theirs.camera.name, theirs.optics.name)
+        assert ours.sampling_rate_ghz == theirs.camera.readout.sampling_rate.to_value("GHz")
+        assert ours.focal_length_m == theirs.optics.equivalent_focal_length.to_value("m")
+        np.testing.assert_array_equal(ours.geometry.pix_x, theirs.camera.geometry.pix_x)
+        assert (ours.geometry.neighbor_matrix_sparse != theirs.camera.geometry.neighbor_matrix_sparse).nnz == 0
+
+
+def test_selection_by_type_camera_and_id():
+    with SimtelFile(real_file("calib")) as simtel:
+        telescopes = describe_array(simtel)
+    assert [t.camera.telescope_type for t in telescopes.values()] == [
+        "LST", "MST", "MST", "SST", "SST", "SST", "SCT",
+    ]  # fmt: skip
+
+    def ids(mode):
+        return [t.tel_id for t in select_telescopes(telescopes, mode)]
+
+    assert ids("SST+SCT") == [4, 5, 6, 7]
+    assert ids("SCT+LST") == [7, 1]
+    assert ids("ALL") == [4, 5, 6, 7, 1, 2, 3]
+    assert ids("NectarCam+6") == [2, 6]
+    assert ids("flashcam") == [3]
+    assert ids("2-4+MST") == [2, 3, 4]
+    with pytest.raises(DataError, match=r"'VERITAS'.*1 LST LSTCam"):
+        ids("SST+VERITAS")
+
+
+def test_uncompressed_gzip_and_zstd_are_read_alike(tmp_path):
+    raw = decompressed(real_file("proton"))
+    (tmp_path / "a.simtel").write_bytes(raw)
+    (tmp_path / "b.simtel.gz").write_bytes(gzip.compress(raw[:3_000_000], 1) + gzip.compress(raw[3_000_000:], 1) + b"\0" * 512)
+    expected = None
+    for path in (real_file("proton"), tmp_path / "a.simtel", tmp_path / "b.simtel.gz"):
+        with SimtelFile(path) as simtel:
+            found = [(e.event_id, sorted(e.telescopes)) for e in simtel.events()]
+            assert not simtel.problem
+        expected = expected or found
+        assert found == expected
+    assert len(expected) == 6
+
+
+def test_a_file_that_ends_in_the_middle_of_an_event_is_incomplete():
+    with SimtelFile(real_file("gamma")) as simtel:
+        assert len(list(simtel.events())) == 9
+        assert "cut off" in simtel.problem
+
+
+def test_sha256_is_that_of_the_stored_file():
+    import hashlib
+
+    with SimtelFile(real_file("proton")) as simtel:
+        list(simtel.events())
+        assert simtel.sha256 == hashlib.sha256(real_file("proton").read_bytes()).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", sorted(EVENTS))
+def test_cut_at_twenty_random_places_whole_events_survive(key, tmp_path):
+    """Cut as stored and extracted to the end: a prefix of the events, with the same images."""
+    from conftest import all_images
+    from image_extractor.look import validate
+
+    whole = real_file(key).read_bytes()
+    extract(key, tmp_path / "whole.h5")
+    expected = all_images(tmp_path / "whole.h5")
+    order = []
+    with SimtelFile(real_file(key)) as simtel:
+        order = [(e.run_number, e.event_id) for e in simtel.events()]
+    rng = np.random.default_rng(7)
+    seen = set()
+    for cut in sorted(rng.integers(1, len(whole), 20).tolist()):
+        path = tmp_path / f"cut_{cut}{real_file(key).suffix}"
+        path.write_bytes(whole[:cut])
+        out = tmp_path / "cut.h5"
+        out.unlink(missing_ok=True)
+        try:
+            report = extract(path, out)
+        except DataError as error:
+            assert "not a whole simtel header" in str(error)
+            assert not out.exists()
+            seen.add("refused")
+            continue
+        assert report.problem, f"cut at {cut} of {len(whole)} went unnoticed"
+        found = all_images(out)
+        assert sorted(found) == sorted(order[: len(found)])
+        for event, (_, images) in found.items():
+            assert images.keys() == expected[event][1].keys()
+            for tel_id, image in images.items():
+                np.testing.assert_array_equal(image, expected[event][1][tel_id])
+        assert validate(out) == []
+        seen.add("kept")
+        path.unlink()
+    assert seen == ({"refused"} if key == "header" else {"kept", "refused"} & seen | {"kept"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["gamma", "proton"])
+def test_damaged_bytes_never_crash_and_are_noticed(key, tmp_path):
+    """Sixteen damaged bytes somewhere in the decompressed file, written without a checksum."""
+    raw = decompressed(real_file(key))[:20_000_000]
+    rng = np.random.default_rng(11)
+    for place in rng.integers(0, len(raw) - 16, 12).tolist():
+        damaged = bytearray(raw)
+        damaged[place : place + 16] = rng.bytes(16)
+        path = tmp_path / "damaged.simtel"
+        path.write_bytes(damaged)
+        try:
+            extract(path, tmp_path / "out.h5", overwrite=True)
+        except DataError as error:
+            assert str(path) in str(error)
+
+
+def test_a_damaged_gzip_stream_is_noticed(tmp_path):
+    raw = bytearray(real_file("sst").read_bytes())
+    raw[len(raw) // 2] ^= 0xFF
+    path = tmp_path / "damaged.simtel.gz"
+    path.write_bytes(raw)
+    report = extract(path, tmp_path / "out.h5")
+    assert report.problem
+    assert 0 < report.events_written <= 31
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"SIMPLE  =", b"\x89HDF\r\n\x1a\n", b"\0" * 4096, gzip.compress(b"text")]
+)
+def test_foreign_files_are_refused_in_one_line(content, tmp_path):
+    path = tmp_path / "foreign.simtel.gz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="not a whole simtel header") as error:
+        SimtelFile(path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="cannot be opened"):
+        SimtelFile(tmp_path / "absent.simtel.gz")
