@@ -602,7 +602,7 @@ def evaluate_split(
     overall, confusion, per_class, per_galaxy = score_predictions(frame, trained, seed)
     result = {
         "part": part,
-        "split": config["split_dir"],
+        "split": trained.about["split_dir"],
         "split_kind": meta.get("kind"),
         "label_task": trained.spec.label_task,
         "best_epoch": trained.about["best"]["epoch"],
@@ -626,7 +626,7 @@ def evaluate_split(
 
 def run_data_dir(run_dir: Path, flag: Path | None = None) -> Path:
     """Find a run's data folder: the flag, else the run's own if it exists, else the default."""
-    saved = json.loads((Path(run_dir) / CONFIG_FILE).read_text()).get("data_dir")
+    saved = json.loads((Path(run_dir) / MODEL_FILE).read_text()).get("data_dir")
     if flag is None and saved and Path(saved).is_dir():
         return Path(saved)
     return utils.data_dir(flag)

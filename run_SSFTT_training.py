@@ -10,7 +10,7 @@ SIGUSR1 and SIGTERM end the run after the step at hand: last.pt is saved, the ex
 the same command with --resume auto goes on as if nothing had happened.
 
     python run_SSFTT_training.py --label-task logOH --patch-norm PCA --epochs 20
-    python run_SSFTT_training.py --config configs/fiducial.json --resume auto
+    python run_SSFTT_training.py --config configs/train_fiducial.json --resume auto
     python run_SSFTT_training.py --config runs/20260101T120000_logOH_PCA/config.json --seed 1
 """
 
@@ -69,8 +69,8 @@ class TrainConfig:
 
     data_dir: Path | None = None
     """Data folder; default MANGA_DATA_DIR, else ./data/manga."""
-    split_dir: str = "hard"
-    """Split to learn from: a folder in <data_dir>/splits."""
+    split_dir: str | None = None
+    """Split to learn from, a folder in <data_dir>/splits; default hard_<label_task>."""
     run_dir: Path | None = None
     """Folder for everything the run writes; default ./runs/<time>_<task>_<norm>."""
     resume: Literal["no", "auto"] = "no"
@@ -133,6 +133,11 @@ class TrainConfig:
     """Of weights, order and dropout."""
     debug: bool = False
     """Show the traceback of an error."""
+
+    @property
+    def split(self) -> str:
+        """Name of the split."""
+        return self.split_dir or f"hard_{self.label_task}"
 
     @property
     def spec(self) -> PatchSpec:
@@ -482,7 +487,7 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
 def start_run_dir(config: TrainConfig, run_dir: Path) -> None:
     """Make the folder and write all that is known before the first step."""
     root = utils.data_dir(config.data_dir)
-    data_io.read_split(utils.split_path(root, config.split_dir))  # first: no folder without a split
+    data_io.read_split(utils.split_path(root, config.split))  # first: no folder without a split
     for name in (eval_fns.WEIGHTS_FILE, eval_fns.MODEL_FILE, eval_fns.BASELINE_FILE, NAN_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for name in (CHECKPOINT_FILE, eval_fns.METRICS_FILE, eval_fns.STATS_FILE):
@@ -491,10 +496,10 @@ def start_run_dir(config: TrainConfig, run_dir: Path) -> None:
         shutil.rmtree(run_dir / part, ignore_errors=True)
     for part in utils.SPLIT_PARTS:
         copy_file(
-            utils.split_path(root, config.split_dir, part),
+            utils.split_path(root, config.split, part),
             run_dir / eval_fns.SPLIT_FOLDER / f"{part}.csv",
         )
-    stats = utils.stats_path(root, config.split_dir)
+    stats = utils.stats_path(root, config.split)
     if config.patch_norm == "PCA" and stats.is_file():
         copy_file(stats, run_dir / eval_fns.STATS_FILE)
     utils.write_json(run_dir / eval_fns.CONFIG_FILE, utils.config_dict(config))
@@ -598,7 +603,8 @@ def describe_model(config: TrainConfig, loader: DataLoader, model: SSFTT) -> dic
         "patch": asdict(config.spec),
         "class_names": names,
         "wave_aa": dataset.grid and dataset.grid._asdict(),
-        "split_dir": config.split_dir,
+        "split_dir": config.split,
+        "data_dir": str(utils.data_dir(config.data_dir).resolve()),
         "training_labels": {
             "class_counts": data_fns.class_counts(samples, len(names)).tolist(),
             "median": float(np.median(samples.values)),
@@ -629,7 +635,7 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
     )
     loaders = data_fns.get_dataloaders(
         root,
-        config.split_dir,
+        config.split,
         config.spec,
         config.source,
         ("train", "val"),

@@ -36,7 +36,7 @@ def root(tmp_path_factory):
 def train(root, run_dir, **options):
     config = TrainConfig(
         data_dir=root, run_dir=run_dir, patch_size=5, epochs=3, batch_size=64, device="cpu",
-        **{"patch_norm": "PCA", **options},
+        **{"patch_norm": "PCA", "split_dir": "hard", **options},
     )  # fmt: skip
     assert training.main(config) == 0
     return run_dir

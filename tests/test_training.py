@@ -38,6 +38,7 @@ def config(root, tmp_path):
     return TrainConfig(
         data_dir=root,
         run_dir=tmp_path / "run",
+        split_dir="hard",
         patch_norm="PCA",
         patch_size=5,
         epochs=4,
@@ -128,8 +129,8 @@ def test_finished_run_is_left_alone(config):
 def test_process_stops_on_a_signal_and_goes_on(root, tmp_path):
     words = [
         sys.executable, str(SCRIPT), "--data-dir", str(root), "--run-dir", str(tmp_path / "run"),
-        "--patch-norm", "PCA", "--epochs", "400", "--samples-per-epoch", "64", "--resume", "auto",
-        "--no-baselines", "--batch-size", "32",
+        "--split-dir", "hard", "--patch-norm", "PCA", "--epochs", "400",
+        "--samples-per-epoch", "64", "--resume", "auto", "--no-baselines", "--batch-size", "32",
     ]  # fmt: skip
     process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.csv"
@@ -327,13 +328,25 @@ def test_wrong_usage_ends_in_one_line_and_the_right_code(root, tmp_path, words, 
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("a GPU is here")
     if "--data-dir" not in words:
-        words = ["--data-dir", str(root), *words]
+        words = ["--data-dir", str(root), "--split-dir", "hard", *words]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *words], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPO / "configs").glob("train_*.json")), ids=lambda p: p.stem
+)
+def test_named_configs_are_flags_of_the_script(path):
+    import tyro
+
+    config = tyro.cli(TrainConfig, args=utils.with_config_file(["--config", str(path)]))
+    saved = json.loads(path.read_text())
+    assert {k: utils.config_dict(config)[k] for k in saved} == saved
+    assert config.split == f"hard_{config.label_task}"
 
 
 def test_damaged_checkpoint_is_told_and_can_be_replaced(config):

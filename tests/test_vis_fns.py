@@ -34,8 +34,8 @@ def root(tmp_path_factory):
 def run_dir(root, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     config = TrainConfig(
-        data_dir=root, run_dir=run, patch_norm="PCA", patch_size=5, epochs=2, batch_size=64,
-        device="cpu",
+        data_dir=root, run_dir=run, split_dir="hard", patch_norm="PCA", patch_size=5, epochs=2,
+        batch_size=64, device="cpu",
     )  # fmt: skip
     assert training.main(config) == 0
     eval_fns.evaluate_split(run)
