@@ -61,6 +61,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(error, file=sys.stderr)
         return 2 if isinstance(error, UsageError | ConfigError) else 1
+    except RuntimeError as error:
+        if args.debug or type(error).__name__ != "HDF5ExtError":
+            raise
+        print(f"{args.file}: damaged, HDF5 cannot read it. Extract the data again.", file=sys.stderr)
+        return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
 

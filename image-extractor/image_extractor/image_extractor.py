@@ -14,6 +14,7 @@ call; inside one, all calls together are.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import logging
 import multiprocessing
 import time
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tables
 from numba import njit
 
 from . import layout
@@ -331,16 +333,8 @@ class ImageExtractor:
         DataError
             If nothing could be read from the file, or its array is not the output's. The output is as before.
         """
-        if self._in_block:
+        with contextlib.nullcontext() if self._in_block else self, self._naming_output():
             return self._process(Path(data_file), max_events, progress)
-        self._begin()
-        try:
-            report = self._process(Path(data_file), max_events, progress)
-        except BaseException:
-            self._end(commit=False)
-            raise
-        self._end(commit=True)
-        return report
 
     def process_files(
         self,
@@ -354,7 +348,7 @@ class ImageExtractor:
 
         With `jobs` above 1, that many processes each extract whole files; the result is the same.
         """
-        with self:
+        with self, self._naming_output():
             reports = []
             run = self._one_by_one if jobs <= 1 else self._in_parallel
             for report in run(data_files, max_events, jobs, progress):
@@ -364,6 +358,15 @@ class ImageExtractor:
             if self._writer is None:
                 raise DataError(f"{self.output_path}: not written, none of the {len(data_files)} files could be used.")
         return reports
+
+    @contextlib.contextmanager
+    def _naming_output(self) -> Iterator[None]:
+        """Turn errors of the system and of HDF5 into one line; those of input files never get here."""
+        try:
+            yield
+        except (OSError, tables.HDF5ExtError) as error:
+            reason = getattr(error, "strerror", None) or "HDF5 could not write: disk full, or quota reached?"
+            raise DataError(f"{self.output_path}: could not be written ({reason}).") from error
 
     def _one_by_one(
         self, files: list[Path], max_events: int | None, jobs: int, progress: Callable[[int], Any] | None
@@ -426,14 +429,22 @@ class ImageExtractor:
         assert transaction is not None
         try:
             if writer is not None and commit:
-                writer.close()
-                if self.shuffle or self.split:
-                    layout.rearrange(
-                        transaction.path, transaction.part("sorted"), self.seed, self.shuffle, self.split, self.stratify
-                    )
-                transaction.commit()
-        except OSError as error:
-            raise DataError(f"{self.output_path}: could not be written ({error.strerror or error}).") from error
+                with self._naming_output():
+                    writer.close()
+                    if self.shuffle or self.split:
+                        layout.rearrange(
+                            transaction.path,
+                            transaction.part("sorted"),
+                            self.seed,
+                            self.shuffle,
+                            self.split,
+                            self.stratify,
+                        )
+                    try:
+                        layout.verify(transaction.path, writer.written)
+                    except DataError as error:
+                        raise DataError(f"{self.output_path}: could not be written ({error})") from error
+                    transaction.commit()
         finally:
             if writer is not None:
                 writer.abandon()
@@ -461,7 +472,8 @@ class ImageExtractor:
                     attributes,
                 )
             except DataError as error:
-                raise DataError(f"{simtel.path}: {error}") from error
+                text = str(error).replace(str(self._transaction.path), str(self.output_path))
+                raise DataError(f"{simtel.path}: {text}") from error
             self._direction = direction
         else:
             how = layout.difference(layout.array_identity(array.telescopes), self._writer.identity)

@@ -17,6 +17,7 @@ faster than HDF5's own filter; any HDF5 reader opens them.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 from array import array
@@ -43,6 +44,7 @@ TEL_TABLE, EVENTS, METADATA, RUNS, INDEX, CAMERAS = (
     "Tel_Table", "Events", "Metadata", "Runs", "Event_Index", "Cameras",
 )  # fmt: skip
 COMPRESSIONS = ("gzip", "none", "blosc-lz4", "blosc-zstd")
+DIRECT = ("gzip", "none")  # chunks made here, not by HDF5
 CHANNELS = {
     "PIXELS_1C": ("charge",),
     "PIXELS_TIMING_2C": ("charge", "time"),
@@ -150,15 +152,12 @@ class _ImageArray:
     node: tables.EArray
     rows: int
 
-    def write(self, image: np.ndarray, direct: bool) -> None:
-        if not direct:
-            self.node.append(image[np.newaxis])
+    def write(self, image: np.ndarray, compression: str) -> None:
+        if compression in DIRECT:
+            self.write_raw(_chunk(image, compression, shuffle=True))
         else:
-            if self.rows >= self.node.nrows:
-                self.node.truncate(self.rows + GROW)
-            self.write_raw(_deflate(image, shuffle=True))
-            return
-        self.rows += 1
+            self.node.append(image[np.newaxis])
+            self.rows += 1
 
     def write_raw(self, chunk: bytes) -> None:
         if self.rows >= self.node.nrows:
@@ -178,9 +177,11 @@ class _Group:
     buffer: list[np.ndarray] = field(default_factory=list)
 
 
-def _deflate(data: np.ndarray, shuffle: bool) -> bytes:
-    """A chunk as HDF5's shuffle and gzip filters would make it."""
+def _chunk(data: np.ndarray, compression: str, shuffle: bool) -> bytes:
+    """A chunk as HDF5's shuffle and gzip filters, or none, would make it."""
     raw = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
+    if compression == "none":
+        return raw.tobytes()
     if shuffle:
         raw = np.ascontiguousarray(raw.reshape(-1, data.dtype.itemsize).T)
     return isal_zlib.compress(raw, 1)
@@ -235,12 +236,15 @@ class Writer:
         self.is_mapped = settings.storage_mode == "mapped"
         self.identity = array_identity(telescopes)
         self.seen = SeenEvents()
-        self.written = 0
+        self.written = 0  # events in the file, those appended to included
         self._blank = np.zeros(1, self.dtype)
         self._index: list[tuple[int, int, int]] = []
         is_new = not path.exists()
         self.compression = compression
-        self._h5 = tables.open_file(str(path), "w" if is_new else "a")
+        try:
+            self._h5 = tables.open_file(str(path), "w" if is_new else "a")
+        except tables.HDF5ExtError as error:
+            raise DataError("the output to append to is not an HDF5 file. Give another output, or --overwrite.") from error
         try:
             if is_new:
                 self._create(mappings, direction, attributes)
@@ -250,10 +254,6 @@ class Writer:
         except BaseException:
             self._h5.close()
             raise
-
-    @property
-    def _direct(self) -> bool:
-        return self.compression == "gzip"
 
     def _create(
         self, mappings: dict[int, Mapping], direction: tuple[float, float], attributes: dict[str, Any]
@@ -357,6 +357,7 @@ class Writer:
         self.compression = str(attrs["compression"])
         for row in h5.get_node(f"/{METADATA}/{INDEX}").iterrows():
             self.seen.add(int(row["run_number"]), int(row["event_number"]))
+            self.written += 1
 
     def _open_group(self, path: str) -> _Group:
         prefix = "" if path == "/" else path
@@ -390,7 +391,7 @@ class Writer:
             for tel_id, image in images.items():
                 stored = group.images[tel_id]
                 tel_map[self.slots[tel_id]] = stored.rows
-                stored.write(image, self._direct)
+                stored.write(image, self.compression)
             group.buffer.append(row)
             if len(group.buffer) >= ROWS_BUFFERED:
                 self._flush(group)
@@ -399,10 +400,10 @@ class Writer:
             for tel_id, image in images.items():
                 row["trig_list"][0, self.slots[tel_id]] = 1
                 row[f"T{tel_id}"][0] = image
-            if self._direct:
+            if self.compression in DIRECT:
                 self._grow(group)
                 # One row is one element: HDF5's shuffle leaves it as it is.
-                group.events.write_chunk((group.rows,), _deflate(row, shuffle=False))
+                group.events.write_chunk((group.rows,), _chunk(row, self.compression, shuffle=False))
             else:
                 group.events.append(row)
             group.rows += 1
@@ -505,7 +506,8 @@ class Writer:
     def abandon(self) -> None:
         """Close the file as it is; it is going to be removed."""
         if self._h5.isopen:
-            self._h5.close()
+            with contextlib.suppress(tables.HDF5ExtError, OSError):  # on a full disk closing fails too
+                self._h5.close()
 
 
 def camera_key(telescope: Telescope) -> str:
@@ -553,7 +555,7 @@ def check_schema(h5: tables.File) -> dict[str, Any]:
     """Root attributes of a file of this layout. Raises DataError for others."""
     attrs = {name: h5.root._v_attrs[name] for name in h5.root._v_attrs._f_list("user")}
     if attrs.get("schema") != SCHEMA:
-        raise DataError(f"{h5.filename}: not written by image_extractor (no schema {SCHEMA!r}).")
+        raise DataError(f"{h5.filename}: not written by image_extractor (no attribute schema = {SCHEMA!r}).")
     if int(attrs["schema_version"]) != SCHEMA_VERSION:
         raise DataError(
             f"{h5.filename}: schema_version {attrs['schema_version']}, this code needs {SCHEMA_VERSION}. "
@@ -643,6 +645,57 @@ def rearrange(
                 target.close()
     if not is_mapped:
         scratch.replace(path)
+
+
+def verify(path: Path, n_events: int) -> None:
+    """Check that a closed file is on the disk as it was meant to be.
+
+    Every chunk must lie inside the file, every buffered table be readable, every count be right.
+
+    Raises
+    ------
+    DataError
+        If anything is missing.
+    """
+    size = path.stat().st_size
+    try:
+        with tables.open_file(str(path)) as h5:
+            attrs = check_schema(h5)
+            index = h5.get_node(f"/{METADATA}/{INDEX}").read()
+            h5.get_node(f"/{METADATA}/{RUNS}").read()
+            keys, images = [], 0
+            for table in event_tables(h5):
+                if attrs["storage_mode"] == "all" and attrs["compression"] in DIRECT:
+                    images += int(table.nrows)
+                    _verify_chunks(table, size)
+                    continue
+                for start in range(0, int(table.nrows), batch := max(1, BATCH_BYTES // table.rowsize)):
+                    rows = table.read(start, start + batch)
+                    keys.append(rows["event_number"].astype(np.uint64) + (rows["run_number"].astype(np.uint64) << 32))
+                    images += int((rows["tel_map"] >= 0).sum()) if "tel_map" in table.colnames else len(rows)
+            for node in h5.walk_nodes("/", "EArray"):
+                images -= int(node.nrows)
+                if attrs["compression"] in DIRECT:
+                    _verify_chunks(node, size)
+                else:
+                    for row in range(int(node.nrows)):
+                        node[row]
+            expected = np.sort(index["event_number"].astype(np.uint64) + (index["run_number"].astype(np.uint64) << 32))
+            found = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))
+            is_whole = len(index) == n_events and (not keys or np.array_equal(found, expected))
+            is_whole &= images == (n_events if attrs["storage_mode"] == "all" else 0)
+    except (tables.HDF5ExtError, tables.NoSuchNodeError, OSError, DataError, KeyError):
+        is_whole = False
+    if not is_whole:
+        raise DataError("what was written cannot be read back: disk full, or quota reached?")
+
+
+def _verify_chunks(node: tables.Leaf, size: int) -> None:
+    tail = (0,) * (node.ndim - 1)
+    for row in range(int(node.nrows)):
+        info = node.chunk_info((row, *tail))
+        if info.offset is None or info.offset + info.size > size:
+            raise OSError
 
 
 def _labels(table: tables.Table) -> np.ndarray:

@@ -118,7 +118,7 @@ def test_bad_dictionaries_are_named(tmp_path, content):
 
 def test_an_event_listed_twice_is_refused(tmp_path):
     write_root(tmp_path / "a.root", columns(3000, 1))
-    write_root(tmp_path / "b.root", columns(10, 1))
+    write_root(tmp_path / "b.root", {name: values[:200] for name, values in columns(3000, 1).items()})
     with pytest.raises(DataError, match="twice"):
         prepare_cuts_dict.prepare([tmp_path / "a.root", tmp_path / "b.root"], tmp_path / "c.pkl", default_settings())
     assert not list(tmp_path.glob("*c.pkl*"))

@@ -133,8 +133,8 @@ def test_energy_recon_labels_the_true_energy(tmp_path):
         expected = np.floor((np.log10(rows["mc_energy"]) + 2) / 0.05 + 1e-9).astype(int)
         np.testing.assert_array_equal(rows["energy_reconstruction_bin_label"], expected)
     assert validate(tmp_path / "o.h5") == []
-    with pytest.raises(AssertionError):  # protons are left out unless asked for
-        assert extract("proton", tmp_path / "p.h5", mode="energy_recon").events_written == 6
+    left_out = extract("proton", tmp_path / "p.h5", mode="energy_recon")
+    assert (left_out.events_written, left_out.other_primary) == (0, 6)
     assert extract("proton", tmp_path / "q.h5", mode="energy_recon", gamma_only=False, storage_mode="all").events_written == 6
     assert validate(tmp_path / "q.h5") == []
 
@@ -413,9 +413,27 @@ def test_a_failure_while_writing_leaves_no_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(layout.Writer, "add", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DataError, match="could not be written .No space left"):
         extract("sst", tmp_path / "o.h5")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("compression", ["gzip", "none"])
+def test_a_full_disk_is_one_line_and_no_file(compression, tmp_path):
+    """The system refuses to let files grow beyond 300 kB, as a full disk would."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
+        "from image_extractor.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    config, out = tmp_path / "c.config", tmp_path / "out" / "o.h5"
+    out.parent.mkdir()
+    config.write_text(CONFIG)
+    arguments = [str(real_file("sst")), str(out), str(config), "--compression", compression]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "could not be written" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert list(out.parent.iterdir()) == []
 
 
 def test_an_unwritable_place_is_named(tmp_path):
@@ -424,8 +442,12 @@ def test_an_unwritable_place_is_named(tmp_path):
     with pytest.raises(DataError, match="is a folder"):
         extract("sst", tmp_path)
     (tmp_path / "text.h5").write_text("not HDF5")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="not an HDF5 file"):
         extract("sst", tmp_path / "text.h5")
+    with tables.open_file(str(tmp_path / "other.h5"), "w") as h5:
+        h5.create_array("/", "x", [1, 2])
+    with pytest.raises(DataError, match="not written by image_extractor"):
+        extract("sst", tmp_path / "other.h5")
     assert (tmp_path / "text.h5").read_text() == "not HDF5"
 
 

@@ -1,0 +1,116 @@
+"""Inspect, validate, plot."""
+
+import shutil
+
+import numpy as np
+import pytest
+import tables
+from conftest import all_images, extract
+
+from image_extractor import cli, look
+from image_extractor.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory):
+    path = tmp_path_factory.mktemp("look") / "o.h5"
+    extract("proton", path)
+    return path
+
+
+def test_inspect_says_what_is_in_it(data_set, capsys):
+    assert cli.main(["inspect", str(data_set)]) == 0
+    text = capsys.readouterr().out
+    for words in ("run 202", "6 of 6 events", "4 LST LSTCam: 1855 pixels, mapped by axial to 55 x 55; ids 1-4",
+                  "15 MST FlashCam", "label 101:", "ctapipe_version", "type_mode = ALL"):  # fmt: skip
+        assert words in text
+
+
+def damage(path, how):
+    with tables.open_file(str(path), "a") as h5:
+        how(h5.root)
+
+
+def _set(table, row, column, value):
+    def how(root):
+        node = root._v_file.get_node(table)
+        values = node.read(row, row + 1)
+        values[column] = value
+        node.modify_rows(row, row + 1, rows=values)
+
+    return how
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [(_set("/E2/Events", 0, "mc_energy", -1.0), "not a positive number"),
+     (_set("/E2/Events", 0, "mc_energy", 50.0), "outside the bin"),
+     (_set("/E2/Events", 0, "alt", 3.0), "beyond 90 degrees"),
+     (_set("/E2/Events", 0, "core_x", np.nan), "core_x is not finite"),
+     (_set("/E2/Events", 0, "tel_map", -1), "not one to one"),
+     (_set("/E2/Events", 0, "tel_map", 7), "not one to one"),
+     (_set("/E2/Events", 0, "event_number", 1), "not the same"),
+     (lambda root: root.E2.Events.remove_rows(0, 1), "counts 6 events, the tables hold 5"),
+     (lambda root: root.E2.T5.truncate(0), "not one to one")],
+)  # fmt: skip
+def test_validate_finds_each_damage(data_set, tmp_path, how, message):
+    assert look.validate(data_set) == []
+    path = tmp_path / "damaged.h5"
+    shutil.copy(data_set, path)
+    damage(path, how)
+    problems = look.validate(path)
+    assert any(message in p for p in problems), problems
+    assert cli.main(["validate", str(path)]) == 1
+
+
+def test_a_damaged_file_is_one_line(data_set, tmp_path, capsys):
+    path = tmp_path / "cut.h5"
+    path.write_bytes(data_set.read_bytes()[:-2000])
+    assert cli.main(["validate", str(path)]) == 1
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert str(path) in err
+
+
+def test_validate_sees_what_is_not_blank(tmp_path):
+    extract("proton", tmp_path / "o.h5", storage_mode="all", compression="none")
+    assert look.validate(tmp_path / "o.h5") == []
+    event = next(iter(all_images(tmp_path / "o.h5").values()))
+    absent = next(t for t in range(1, 20) if t not in event[1])
+    with tables.open_file(str(tmp_path / "o.h5"), "a") as h5:
+        node = next(h5.get_node(f"/E{i}/Events") for i in range(4) if h5.get_node(f"/E{i}/Events").nrows)
+        rows = node.read(0, 1)
+        rows[f"T{absent}"][0, 3, 3, 0] = 1
+        node.modify_rows(0, 1, rows=rows)
+    assert any(f"T{absent} is not blank" in p for p in look.validate(tmp_path / "o.h5"))
+
+
+@pytest.mark.parametrize("options", [{}, {"image_mode": "PIXELS_1C", "dim_order": "channels_first"}, {"mapping": "none"},
+                                     {"storage_mode": "all", "scale_factor": 2}])  # fmt: skip
+def test_plot_draws_a_picture(options, tmp_path):
+    from PIL import Image
+
+    extract("sst", tmp_path / "o.h5", max_events=5, **options)
+    told = look.plot(tmp_path / "o.h5", tmp_path / "p.png", max_images=2)
+    assert "gamma" in told
+    picture = np.asarray(Image.open(tmp_path / "p.png").convert("L"))
+    assert picture.shape[0] > 400
+    assert np.unique(picture).size > 30  # not blank
+    look.plot(tmp_path / "o.h5", tmp_path / "q.png", event=301, run=102)
+    with pytest.raises(DataError, match="no event 5 of run 7"):
+        look.plot(tmp_path / "o.h5", tmp_path / "r.png", event=5, run=7)
+    assert not (tmp_path / "r.png").exists()
+
+
+def test_the_camera_panel_shows_the_true_charges(tmp_path, dl1):
+    """What is read back from the stored picture is each pixel's charge."""
+    from image_extractor import layout
+
+    extract("sst", tmp_path / "o.h5", dtype="uint32", mapping="oversampling")
+    event_id, images, _ = dl1("sst")[0][3]
+    found = all_images(tmp_path / "o.h5")[102, event_id][1]
+    with layout.open_layout(tmp_path / "o.h5") as h5:
+        _, matrix, _ = layout.camera_pixels(h5, h5.root.Tel_Table[0]["camera"].decode())
+    for tel_id, (charge, _) in images.items():
+        read_back = look._per_pixel(found[tel_id][..., 0] / 100, matrix, 1296)
+        np.testing.assert_allclose(read_back, np.clip(charge, 0, None), atol=0.021)
