@@ -1,0 +1,46 @@
+# make demo   the whole pipeline on simulated galaxies (minutes)
+# make test   every test, MaNGA's and ImageExtractor's
+# Both set themselves up: a virtual environment in .venv from requirements*.txt, made anew when
+# those change. Another Python: make PYTHON=python3.12 demo. To use an environment of your own
+# (clusters, GPUs): make VENV=/path/to/env SETUP=no test.
+PYTHON ?= python3
+VENV ?= .venv
+SETUP ?= yes
+python = $(VENV)/bin/python
+ready = $(VENV)/.ready
+STAMP = $(if $(filter no,$(SETUP)),,$(ready))
+
+.PHONY: demo test test-manga lint bench setup demo-cta test-cta bench-cta clean
+
+demo: $(STAMP)
+	PYTHON=$(python) bash demo.sh
+
+test: test-manga test-cta
+
+test-manga: $(STAMP)
+	$(python) -m pytest -n 2 --dist loadfile
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
+	$(VENV)/bin/mypy
+
+bench: $(STAMP)
+	$(python) benchmarks/bench_process.py
+
+demo-cta test-cta bench-cta:
+	$(MAKE) -C image-extractor $(@:-cta=) PYTHON=$(PYTHON)
+
+setup: $(STAMP)
+
+$(ready): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d is too old: 3.11 or newer is needed. Name one: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(python) -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(TORCH_INDEX)
+	$(python) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) data/demo results .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	$(MAKE) -C image-extractor clean
