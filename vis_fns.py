@@ -62,6 +62,7 @@ MASKED_COLOUR = "#BDBDBD"
 NO_LABEL_HATCH = "////"
 RIGHT_COLOUR, WRONG_COLOUR = "#DDE6ED", "#D55E00"
 MODEL_COLOUR, OTHER_COLOUR = "#0072B2", "#D55E00"
+PART_COLOURS = {"train": "#0072B2", "val": "#E69F00", "test": "#882255"}
 
 SPAXEL_ARCSEC = 0.5
 """Side of a MaNGA spaxel (Law et al. 2016, AJ 152, 83), for cubes that carry no WCS."""
@@ -383,6 +384,34 @@ def plot_agreement_map(
     return finish_sky_axes(ax, inside, wcs_header, title)
 
 
+def plot_part_map(
+    ax: Axes,
+    parts: np.ndarray,
+    inside: np.ndarray,
+    title: str = "",
+    wcs_header: str | None = None,
+) -> Axes:
+    """Draw which part of an easy split each spaxel is in.
+
+    Parameters
+    ----------
+    ax : Axes
+    parts : (y, x) int
+        Index into utils.SPLIT_PARTS; LABEL_NONE is hatched.
+    inside : (y, x) bool
+    title, wcs_header
+        As in `plot_class_map`.
+    """
+    colours = ListedColormap([PART_COLOURS[part] for part in utils.SPLIT_PARTS])
+    shown = np.ma.masked_equal(parts, LABEL_NONE)
+    _draw_map(ax, shown, inside, inside, wcs_header, cmap=colours, vmin=-0.5, vmax=2.5)
+    handles = [Patch(color=colour, label=part) for part, colour in PART_COLOURS.items()]
+    ax.legend(
+        handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False
+    )
+    return finish_sky_axes(ax, inside, wcs_header, title)
+
+
 # Curves, matrices, spectra, splits
 
 
@@ -521,12 +550,11 @@ def plot_class_shares(
     label_task, n_classes
     """
     names = utils.class_names(label_task, n_classes)
-    shades = {"train": MODEL_COLOUR, "val": "#E69F00", "test": "#882255"}
     width = 0.8 / len(counts)
     for i, (part, count) in enumerate(counts.items()):
         at = np.arange(n_classes) + (i - (len(counts) - 1) / 2) * width
         label = f"{part}: {count.sum()} spaxels"
-        ax.bar(at, count / max(count.sum(), 1), width, color=shades.get(part), label=label)
+        ax.bar(at, count / max(count.sum(), 1), width, color=PART_COLOURS.get(part), label=label)
     ax.set_xticks(range(n_classes), names, rotation=30, ha="right", rotation_mode="anchor")
     ax.set(ylabel="share of the part's spaxels", title=label_task)
     ax.legend(frameon=False, fontsize=8)
@@ -544,7 +572,7 @@ def plot_histograms(ax: Axes, values: Mapping[str, np.ndarray], label: str, bins
         Quantity and unit.
     bins : int
     """
-    shades = [MODEL_COLOUR, "#E69F00", "#882255"]
+    shades = list(PART_COLOURS.values())
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins)
     for i, (name, sample) in enumerate(values.items()):
         ax.hist(

@@ -1,0 +1,60 @@
+"""The notebooks run from top to bottom as in a clean clone, and are kept without outputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+REPO = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ("demo.ipynb", "data_split_char.ipynb")
+
+
+@pytest.fixture(scope="module")
+def clean_clone(tmp_path_factory):
+    """An empty folder to run in; the second notebook finds the first one's galaxies."""
+    return tmp_path_factory.mktemp("clone")
+
+
+def execute(name: str, folder: Path, monkeypatch, **environment: str) -> str:
+    """Run a notebook in a folder; return all that it printed."""
+    for key, value in {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "2", **environment}.items():
+        monkeypatch.setenv(key, value)
+    book = nbformat.read(REPO / name, as_version=4)
+    client = NotebookClient(book, timeout=300, resources={"metadata": {"path": str(folder)}})
+    client.execute(env={**os.environ})
+    outputs = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
+    figures = sum("image/png" in o.get("data", {}) for o in outputs)
+    printed = "".join(o.get("text", "") for o in outputs)
+    return f"{printed}\nfigures: {figures}"
+
+
+@pytest.mark.slow
+def test_demo_notebook_runs_from_a_clean_clone(clean_clone, monkeypatch):
+    monkeypatch.delenv("MANGA_DATA_DIR", raising=False)
+    printed = execute("demo.ipynb", clean_clone, monkeypatch)
+    assert "majority class" in printed
+    assert "figures: 4" in printed
+    assert (clean_clone / "results/demo/logOH_hard/test/metrics.json").is_file()
+
+
+@pytest.mark.slow
+def test_split_notebook_runs_on_a_given_data_folder(clean_clone, monkeypatch):
+    root = clean_clone / "data" / "demo"
+    printed = execute("data_split_char.ipynb", clean_clone, monkeypatch, MANGA_DATA_DIR=str(root))
+    assert "touch a training spaxel" in printed
+    assert "figures: 2" in printed
+    assert (root / "splits" / "notebook_hard" / "train.csv").is_file()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_are_kept_without_outputs(name):
+    book = nbformat.read(REPO / name, as_version=4)
+    nbformat.validate(book)
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs
+            assert cell.execution_count is None
