@@ -83,7 +83,8 @@ def main(config: Config) -> int:
     for plateifu in galaxies["plateifu"]:
         labels = data_io.read_labels(utils.label_path(root, config.label_task, plateifu))
         classes = utils.label_classes(labels, config.label_task)
-        spaxels[plateifu] = np.nonzero(classes != utils.LABEL_NONE)
+        ys, xs = np.nonzero(classes != utils.LABEL_NONE)
+        spaxels[plateifu] = ys, xs
     parts = easy_split(galaxies, spaxels, config.fractions, config.seed)
     meta = {
         "kind": "easy",

@@ -116,8 +116,10 @@ def read_cube(path: Path, with_errors: bool = True) -> Cube:
         If the file is missing, no cube, or of another schema version.
     """
     with _open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as f:
-        errors = [f[k][...] if with_errors and k in f else None for k in ("ivar", "good_fraction")]
-        return Cube(f["cube"][...], f["wave"][...], *errors, attrs=dict(f.attrs))
+        ivar, good = (
+            f[k][...] if with_errors and k in f else None for k in ("ivar", "good_fraction")
+        )
+        return Cube(f["cube"][...], f["wave"][...], ivar, good, dict(f.attrs))
 
 
 def read_cube_attrs(path: Path) -> dict[str, Any]:
@@ -365,4 +367,4 @@ def write_stats(path: Path, stats: Stats) -> None:
 def read_stats(path: Path) -> Stats:
     """Read the statistics of a training split."""
     with _open_h5(path, STATS_SCHEMA, STATS_VERSION, "calc_data_stats.py --overwrite") as f:
-        return Stats(*(f[name][...] for name in STATS_FIELDS), attrs=dict(f.attrs))
+        return Stats(**{name: f[name][...] for name in STATS_FIELDS}, attrs=dict(f.attrs))

@@ -202,7 +202,7 @@ def _check_content(path: Path, name: str) -> None:
         with igzip.open(path) as f:
             while f.read(BLOCK):
                 pass
-    except (EOFError, OSError, isal_zlib.error) as error:
+    except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]
         raise DataError(f"{name}: what came is damaged ({error}). Run again.") from None
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -127,7 +126,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with opened as stream:
             yield stream
-    except (EOFError, isal_zlib.error, zlib.error, OSError) as error:
+    except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]
         raise DataError(
             f"{path}: damaged or cut short ({error}). Fetch it again with download_utils.py "
             "--overwrite."
@@ -153,7 +152,8 @@ def iterate_hdus(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Hdu]]
     DataError
         Missing, empty, truncated or damaged file; not FITS; an HDU missing (after the others).
     """
-    path, missing, seen = Path(path), set(wanted), []
+    path, missing = Path(path), set(wanted)
+    seen: list[str] = []
     with _opened(path) as stream:
         while missing:
             header = _read_header(stream, path, first=not seen)
@@ -205,7 +205,7 @@ def _read_array(
     """Read an image into memory as it stands, big-endian."""
     kind = f">f{-bitpix // 8}" if bitpix < 0 else f">i{bitpix // 8}" if bitpix > 8 else "u1"
     array = np.empty(shape, kind)
-    view, filled = memoryview(array.reshape(-1).view(np.uint8)), 0
+    view, filled = array.reshape(-1).view(np.uint8).data, 0
     while filled < len(view):
         got = stream.readinto(view[filled:])  # type: ignore[attr-defined]
         if not got:
