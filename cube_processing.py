@@ -30,7 +30,8 @@ class Config(single.GalaxyOptions, patches.GalaxyChoice):
     """Process a whole set of galaxies."""
 
     splits: bool = True
-    """At the end write a split by whole galaxies, splits/hard_<label_task>, for each label task."""
+    """At the end write a split by whole galaxies, splits/hard_<label_task>, for each label task
+    that has none yet (create_data_splits.py has the options)."""
     seed: int = 0
     """Seed of that split."""
 
@@ -60,17 +61,11 @@ def main(config: Config) -> int:
     if not config.splits or config.shard:
         return code
     for task in config.label_tasks:
-        try:
-            create_data_splits.write_hard_split(
-                root,
-                task,
-                create_data_splits.default_name(task),
-                seed=config.seed,
-                overwrite=config.overwrite,
-            )
-        except utils.DataError as error:  # a model may already be trained on the old split
-            log.warning("split %s not written: %s", task, error)
-            code = utils.EXIT_DATA
+        name = create_data_splits.default_name(task)
+        if utils.split_path(root, name, "train").is_file() and not config.overwrite:
+            log.info("split %s exists already and is kept (models may know it)", name)
+            continue
+        create_data_splits.write_hard_split(root, task, name, seed=config.seed, overwrite=True)
     return code
 
 
