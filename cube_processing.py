@@ -65,7 +65,10 @@ def main(config: Config) -> int:
         if utils.split_path(root, name, "train").is_file() and not config.overwrite:
             log.info("split %s exists already and is kept (models may know it)", name)
             continue
-        create_data_splits.write_hard_split(root, task, name, seed=config.seed, overwrite=True)
+        try:
+            create_data_splits.write_hard_split(root, task, name, seed=config.seed, overwrite=True)
+        except utils.DataError as error:  # a handful of galaxies is worth processing all the same
+            log.warning("no split %s: %s", name, error)
     return code
 
 
