@@ -1,15 +1,16 @@
 """From raw waveforms to charges and peak times: ctapipe's default calibration in one compiled pass.
 
 ctapipe 0.28 calibrates a simtel telescope event in these steps, each with its own temporary arrays:
-R0 to R1 (`apply_simtel_r1_calibration`: pedestal, gain, threshold gain selection), `NeighborPeakWindowSum`
-(peak of the neighbours' summed waveform, window of 7 samples from 3 before it), integration correction, time
-shift, `NeighborAverage` for disabled pixels. Here the same arithmetic, in the same order and the same floating
-point widths, runs over the undecoded bytes of the event, so that charges and times are equal to ctapipe's to
-the last bit; tests/test_calibrate.py compares every pixel of every telescope event of the real files.
-Parameters are ctapipe's defaults and are kept here as constants.
+R0 to R1 (`apply_simtel_r1_calibration`: pedestal, gain, threshold gain selection),
+`NeighborPeakWindowSum` (peak of the neighbours' summed waveform, window of 7 samples from 3 before
+it), integration correction, time shift, `NeighborAverage` for disabled pixels. Here the same
+arithmetic, in the same order and the same floating point widths, runs over the undecoded bytes of
+the event, so that charges and times are equal to ctapipe's to the last bit; tests/test_calibrate.py
+compares every pixel of every telescope event of the real files. Parameters are ctapipe's defaults
+and are kept here as constants.
 
-The kernels keep the global lock: the decompressing thread works meanwhile without it, and handing the lock to
-and fro for calls of microseconds costs more than it gives.
+The kernels keep the global lock: the decompressing thread works meanwhile without it, and handing
+the lock to and fro for calls of microseconds costs more than it gives.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ GAIN_THRESHOLD = 4000.0  # ADC counts; ctapipe ThresholdGainSelector.threshold
 
 @njit(cache=True)
 def _decode(data, out):
-    """Differential variable-length integers -> out (n_rows, n_samples) uint16; -1 if the bytes run out.
+    """Decode differential integers to (n_rows, n_samples) uint16; -1 if the bytes run out.
 
     The code of an integer: K. Bernloehr's eventio format, "scount"; each row restarts from zero.
     """
@@ -52,7 +53,9 @@ def _decode(data, out):
             elif v0 < 0xE0:
                 if pos + 2 >= end:
                     return -1
-                code = ((v0 & 0x1F) << 16) | (np.int64(data[pos + 1]) << 8) | np.int64(data[pos + 2])
+                code = (
+                    ((v0 & 0x1F) << 16) | (np.int64(data[pos + 1]) << 8) | np.int64(data[pos + 2])
+                )
                 pos += 3
             elif v0 < 0xF0:
                 if pos + 3 >= end:
@@ -85,7 +88,7 @@ def _decode(data, out):
 
 @njit(cache=True)
 def _select_and_calibrate(adc, pedestal, factor, threshold, gain, waveforms):
-    """Choose each pixel's gain channel and write its calibrated waveform; all float32, as ctapipe's."""
+    """Choose each pixel's gain channel, write its calibrated waveform; float32, as ctapipe."""
     n_channels, n_pixels, n_samples = adc.shape
     for pixel in range(n_pixels):
         channel = 0
@@ -102,9 +105,20 @@ def _select_and_calibrate(adc, pedestal, factor, threshold, gain, waveforms):
 
 @njit(cache=True)
 def _extract(
-    waveforms, gain, indptr, indices, broken, width, shift, rate_ghz, correction, time_shift,
-    has_shift, charge, peak_time,
-):  # fmt: skip
+    waveforms,
+    gain,
+    indptr,
+    indices,
+    broken,
+    width,
+    shift,
+    rate_ghz,
+    correction,
+    time_shift,
+    has_shift,
+    charge,
+    peak_time,
+):
     """NeighborPeakWindowSum on selected waveforms (n_pixels, n_samples)."""
     n_pixels, n_samples = waveforms.shape
     total = np.empty(n_samples, np.float64)
@@ -139,7 +153,7 @@ def _extract(
 
 @njit(cache=True)
 def _repair(values, broken_ids, index, neighbor):
-    """Replace broken pixels by the mean of their good neighbours, zero without one (ctapipe NeighborAverage)."""
+    """Replace broken pixels by their good neighbours' mean, 0 without (NeighborAverage)."""
     total = np.zeros(broken_ids.size, np.float32)
     count = np.zeros(broken_ids.size, np.int64)
     for k in range(index.size):
@@ -171,8 +185,8 @@ def integration_correction(
 
     Notes
     -----
-    The definition of ctapipe.image.extractor.integration_correction, whose import costs 0.7 s; a test
-    compares the two.
+    The definition of ctapipe.image.extractor.integration_correction, whose import costs 0.7 s; a
+    test compares the two.
     """
     correction = np.ones(len(reference_pulse))
     for channel, pulse in enumerate(reference_pulse):
@@ -271,7 +285,9 @@ class Calibrator:
         values = monitoring.refresh()
         if self._constants is None or self._version != monitoring.version:
             if "pedestal" not in values or "calib" not in values:
-                raise Corrupt(f"telescope {self.telescope.tel_id}: no pedestals or gains before its data")
+                raise Corrupt(
+                    f"telescope {self.telescope.tel_id}: no pedestals or gains before its data"
+                )
             shift = values.get("tm_calib")
             pedestal = (values["pedestal"] / values["n_ped_slices"]).astype(np.float32)
             self._constants = (
@@ -283,7 +299,7 @@ class Calibrator:
         return self._constants
 
     def _samples(self, adc: RawObject) -> np.ndarray:
-        """Decoded (n_channels, n_pixels, n_samples) uint16 samples, in a reused array."""
+        """Decode to (n_channels, n_pixels, n_samples) uint16, in a reused array."""
         if adc.id & 0x7FF:  # zero suppression, data reduction or a pixel list: leave it to eventio
             samples = np.asarray(adc.parse())
             return samples if samples.ndim == 3 else samples[..., np.newaxis]
@@ -295,7 +311,8 @@ class Calibrator:
         n_channels, n_samples = (int(v) for v in data[4:8].view("<i2"))
         if n_pixels != camera.n_pixels or not 0 < n_channels <= 2 or not 0 < n_samples < 4096:
             raise Corrupt(
-                f"telescope {self.telescope.tel_id}: {n_channels} x {n_pixels} x {n_samples} samples, "
+                f"telescope {self.telescope.tel_id}: {n_channels} x "
+                f"{n_pixels} x {n_samples} samples, "
                 f"its camera has {camera.n_pixels} pixels"
             )
         work = self._workspace(n_channels, n_pixels, n_samples)
@@ -333,7 +350,12 @@ class Calibrator:
     ) -> tuple[np.ndarray, np.ndarray]:
         work = self._workspace(*samples.shape)
         _select_and_calibrate(
-            np.ascontiguousarray(samples, np.uint16), pedestal, factor, GAIN_THRESHOLD, work.gain, work.waveforms
+            np.ascontiguousarray(samples, np.uint16),
+            pedestal,
+            factor,
+            GAIN_THRESHOLD,
+            work.gain,
+            work.waveforms,
         )
         n_pixels = samples.shape[1]
         charge, peak_time = np.empty(n_pixels, np.float32), np.empty(n_pixels, np.float32)

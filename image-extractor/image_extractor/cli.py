@@ -6,7 +6,8 @@
     image-extractor validate out.h5
     image-extractor config settings.config --mode config
 
-Exit codes: 0 done; 1 a data problem (what could be written has been written); 2 wrong usage or configuration.
+Exit codes: 0 done; 1 a data problem (what could be written has been written); 2 wrong usage or
+configuration.
 """
 
 from __future__ import annotations
@@ -36,11 +37,18 @@ def main(argv: list[str] | None = None) -> int:
 
         return config.main(rest)
     run = {"extract": _extract, "inspect": _inspect, "plot": _plot, "validate": _validate}[command]
-    parser = {"extract": _extract_parser, "inspect": _inspect_parser,
-              "plot": _plot_parser, "validate": _validate_parser}[command]()  # fmt: skip
+    parser = {
+        "extract": _extract_parser,
+        "inspect": _inspect_parser,
+        "plot": _plot_parser,
+        "validate": _validate_parser,
+    }[command]()
     args = parser.parse_args(rest)
     logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
+        level=logging.DEBUG if args.debug else logging.INFO,
+        format="%(message)s",
+        stream=sys.stderr,
+        force=True,
     )
     for noisy in ("matplotlib", "numba", "numexpr", "PIL", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -64,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if args.debug or type(error).__name__ != "HDF5ExtError":
             raise
-        print(f"{args.file}: damaged, HDF5 cannot read it. Extract the data again.", file=sys.stderr)
+        print(
+            f"{args.file}: damaged, HDF5 cannot read it. Extract the data again.", file=sys.stderr
+        )
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -82,28 +92,64 @@ def _extract_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="image_extractor.py",
         description="Extract images from simtel files into an HDF5 data set. "
-        f"Other commands: image-extractor {{{','.join(c for c in COMMANDS if c != 'extract')}}} --help",
+        "Other commands: image-extractor "
+        f"{{{','.join(c for c in COMMANDS if c != 'extract')}}} --help",
     )
     add = parser.add_argument
     add("path_to_simtel_files", help='a simtel file, or a quoted pattern: "/data/*.simtel.gz"')
     add("output_file", type=Path, help="HDF5 file, created or appended to")
-    add("config_file", type=Path, help="configuration (write one with: image-extractor config FILE --mode config)")
-    add("bins_cuts_dict", nargs="?", type=Path, help="dictionary of bins and cuts: .pkl, .json or .h5")
-    add("--bins_cuts_dict", "--bins_cuts_dict_file", "--bins-cuts-dict", dest="bins_cuts_dict_option",
-        metavar="BINS_CUTS_DICT", type=Path, help="the same, as an option")
+    add(
+        "config_file",
+        type=Path,
+        help="configuration (write one with: image-extractor config FILE --mode config)",
+    )
+    add(
+        "bins_cuts_dict",
+        nargs="?",
+        type=Path,
+        help="dictionary of bins and cuts: .pkl, .json or .h5",
+    )
+    add(
+        "--bins_cuts_dict",
+        "--bins_cuts_dict_file",
+        "--bins-cuts-dict",
+        dest="bins_cuts_dict_option",
+        metavar="BINS_CUTS_DICT",
+        type=Path,
+        help="the same, as an option",
+    )
     add("--max_events", "--max-events", type=_count, help="events to write from each file, at most")
     add("--shuffle", action="store_true", help="put the events in random order")
-    add("--split", action="store_true", help="split Events into Events_Training, Events_Validation, Events_Test")
-    add("--split-fractions", "--split_fractions", type=_fractions, metavar="NAME=FRACTION,...",
-        help="parts of --split (default: Training=0.9,Validation=0.1,Test=0)")
-    add("--stratify", action="store_true", help="give each part of --split its share of every particle class")
+    add(
+        "--split",
+        action="store_true",
+        help="split Events into Events_Training, Events_Validation, Events_Test",
+    )
+    add(
+        "--split-fractions",
+        "--split_fractions",
+        type=_fractions,
+        metavar="NAME=FRACTION,...",
+        help="parts of --split (default: Training=0.9,Validation=0.1,Test=0)",
+    )
+    add(
+        "--stratify",
+        action="store_true",
+        help="give each part of --split its share of every particle class",
+    )
     add("--seed", type=int, default=0, help="of shuffle and split (default: 0)")
-    add("--jobs", type=_count, default=1, help="processes, each working on whole files (default: 1)")
+    add(
+        "--jobs", type=_count, default=1, help="processes, each working on whole files (default: 1)"
+    )
     add("--overwrite", action="store_true", help="replace the output instead of appending to it")
-    add("--compression", choices=("gzip", "none", "blosc-lz4", "blosc-zstd"), default="gzip",
-        help="default: gzip, which every HDF5 reader opens")
+    add(
+        "--compression",
+        choices=("gzip", "none", "blosc-lz4", "blosc-zstd"),
+        default="gzip",
+        help="default: gzip, which every HDF5 reader opens",
+    )
     add("--summary", type=Path, help="also write the closing summary to this JSON file")
-    add("--debug", action="store_true", help="more messages, and tracebacks")  # fmt: skip
+    add("--debug", action="store_true", help="more messages, and tracebacks")
     return parser
 
 
@@ -123,10 +169,14 @@ def _fractions(text: str) -> dict[str, float]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{item!r}: write NAME=FRACTION") from None
         if not name.isidentifier() or name in parts or not 0 <= fraction <= 1:
-            raise argparse.ArgumentTypeError(f"{item!r}: write NAME=FRACTION, each name once, 0 to 1")
+            raise argparse.ArgumentTypeError(
+                f"{item!r}: write NAME=FRACTION, each name once, 0 to 1"
+            )
         parts[name] = fraction
     if not math.isclose(sum(parts.values()), 1.0, abs_tol=1e-6):
-        raise argparse.ArgumentTypeError(f"the fractions add up to {sum(parts.values()):g}, not to 1")
+        raise argparse.ArgumentTypeError(
+            f"the fractions add up to {sum(parts.values()):g}, not to 1"
+        )
     return parts
 
 
@@ -144,12 +194,14 @@ def _extract(args: argparse.Namespace) -> int:
     given = [p for p in (args.bins_cuts_dict, args.bins_cuts_dict_option) if p is not None]
     if len(set(given)) > 1:
         raise UsageError(f"two dictionaries: {given[0]} and {given[1]}. Give one.")
-    pattern = os.path.expanduser(args.path_to_simtel_files)
+    pattern = str(Path(args.path_to_simtel_files).expanduser())
     files = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if not Path(p).is_dir()]
     if not files and Path(pattern).is_file():  # a name with brackets in it
         files = [Path(pattern)]
     if not files:
-        raise UsageError(f"{args.path_to_simtel_files}: no such file. Quote patterns: \"/data/*.simtel.gz\".")
+        raise UsageError(
+            f'{args.path_to_simtel_files}: no such file. Quote patterns: "/data/*.simtel.gz".'
+        )
     if any(p.resolve() == args.output_file.resolve() for p in files):
         raise UsageError(f"{args.output_file}: is also an input file.")
 
@@ -165,7 +217,10 @@ def _extract(args: argparse.Namespace) -> int:
     elif given:
         log.info("%s: not used, the configuration says use_pkl_dict = False", given[0])
     elif settings.mode == "gh_class":
-        log.info("no dictionary of bins and cuts: every event is kept, energy bins are those of the true energy")
+        log.info(
+            "no dictionary of bins and cuts: every event is kept, "
+            "energy bins are those of the true energy"
+        )
     fractions = (args.split_fractions or image_extractor.DEFAULT_FRACTIONS) if args.split else None
     extractor = image_extractor.ImageExtractor(
         args.output_file,
@@ -201,9 +256,13 @@ def _extract(args: argparse.Namespace) -> int:
 
 
 def summary_text(summary: dict[str, Any], unit: float, dtype: str) -> str:
-    """The closing summary, for people."""
+    """Format the closing summary for people."""
     lines = [
-        ("files", f"{summary['files']} ({summary['files_incomplete']} incomplete, {summary['files_failed']} left out)"),
+        (
+            "files",
+            f"{summary['files']} ({summary['files_incomplete']} incomplete, "
+            f"{summary['files_failed']} left out)",
+        ),
         ("events read", summary["events_read"]),
         ("not in the dictionary", summary["not_in_dictionary"]),
         ("no selected telescope", summary["no_selected_telescope"]),
@@ -213,16 +272,32 @@ def summary_text(summary: dict[str, Any], unit: float, dtype: str) -> str:
         ("events passed", summary["events_passed"]),
         ("already in the output", summary["duplicates"]),
         ("events written", summary["events_written"]),
-        ("images", f"{summary['images']} ({', '.join(f'{n} {t}' for t, n in summary['images_by_type'].items())})"),
-        ("saturated pixels", f"{summary['saturated_pixels']} (charge too large for {dtype} at {unit} p.e.)"),
+        (
+            "images",
+            f"{summary['images']} "
+            f"({', '.join(f'{n} {t}' for t, n in summary['images_by_type'].items())})",
+        ),
+        (
+            "saturated pixels",
+            f"{summary['saturated_pixels']} (charge too large for {dtype} at {unit} p.e.)",
+        ),
         ("calibration events skipped", summary["calibration_events"]),
         ("seconds", f"{summary['seconds']:.1f}"),
         ("size", f"{summary['bytes'] / 1e6:.1f} MB"),
         ("output", summary["output"]),
     ]
-    optional = {"not in the dictionary", "no selected telescope", "not gammas", "outside the energy bins",
-                "failed image cuts", "already in the output", "calibration events skipped"}  # fmt: skip
-    return "\n".join(f"{name:>28}  {value}" for name, value in lines if value or name not in optional)
+    optional = {
+        "not in the dictionary",
+        "no selected telescope",
+        "not gammas",
+        "outside the energy bins",
+        "failed image cuts",
+        "already in the output",
+        "calibration events skipped",
+    }
+    return "\n".join(
+        f"{name:>28}  {value}" for name, value in lines if value or name not in optional
+    )
 
 
 def _look_parser(name: str, what: str) -> argparse.ArgumentParser:
@@ -237,15 +312,27 @@ def _inspect_parser() -> argparse.ArgumentParser:
 
 
 def _validate_parser() -> argparse.ArgumentParser:
-    return _look_parser("validate", "Check a data set: indices, counts, ranges. Exit code 1 if anything is wrong.")
+    return _look_parser(
+        "validate", "Check a data set: indices, counts, ranges. Exit code 1 if anything is wrong."
+    )
 
 
 def _plot_parser() -> argparse.ArgumentParser:
-    parser = _look_parser("plot", "Draw the camera images of an event: true geometry, stored picture, peak times.")
-    parser.add_argument("--event", type=int, default=None, help="event_number (default: the brightest)")
-    parser.add_argument("--run", type=int, default=None, help="run_number, if several runs have that event")
-    parser.add_argument("--max-images", type=_count, default=4, help="brightest images to draw (default: 4)")
-    parser.add_argument("--output", type=Path, default=Path("event.png"), help="PNG file (default: event.png)")
+    parser = _look_parser(
+        "plot", "Draw the camera images of an event: true geometry, stored picture, peak times."
+    )
+    parser.add_argument(
+        "--event", type=int, default=None, help="event_number (default: the brightest)"
+    )
+    parser.add_argument(
+        "--run", type=int, default=None, help="run_number, if several runs have that event"
+    )
+    parser.add_argument(
+        "--max-images", type=_count, default=4, help="brightest images to draw (default: 4)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("event.png"), help="PNG file (default: event.png)"
+    )
     return parser
 
 

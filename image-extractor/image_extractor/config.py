@@ -3,14 +3,15 @@
 Reads   a configobj file (sections in brackets, `key = value`).
 Writes  a commented default file, on request.
 
-The dataclass `Settings` is the whole configuration; `SCHEMA` is its one description, from which the default
-file, the printed schema, the checks and the help are made.
+The dataclass `Settings` is the whole configuration; `SCHEMA` is its one description, from which the
+default file, the printed schema, the checks and the help are made.
 
     python -m image_extractor.config settings.config --mode config     # write a commented default
     python -m image_extractor.config settings.config --mode val        # check a file
     python -m image_extractor.config --mode spec                       # print the schema
 
-This module imports nothing of the package, so that it can be run as a file, as its historic namesake was.
+This module imports nothing of the package, so that it can be run as a file, as its historic
+namesake was.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class EnergyBins:
-    """Energy bins: `scale` linear or log10, edges `min`, `min` + `bin_size`, ... `max` in `units`."""
+    """Energy bins: `scale` linear or log10, edges from `min` to `max` in `units`."""
 
     units: str = "TeV"
     scale: str = "log10"
@@ -56,11 +57,11 @@ class EnergyBins:
         return [(10.0**e if self.scale == "log10" else e) * unit for e in self.edges()]
 
     def count(self) -> int:
-        """Number of bins: rounded, since (0.5 - -1) / 0.1 is 14.999999999999998."""
+        """Count the bins: rounded, since (0.3 - -2) / 0.1 is 22.999999999999996."""
         return round((self.max - self.min) / self.bin_size)
 
     def problems(self) -> list[str]:
-        """What is wrong with the three numbers together."""
+        """Say what is wrong with the three numbers together."""
         if not (math.isfinite(self.min) and math.isfinite(self.max) and self.max > self.min):
             return [f"min = {self.min} and max = {self.max}: max must be above min"]
         if not (math.isfinite(self.bin_size) and self.bin_size > 0):
@@ -77,7 +78,7 @@ class EnergyBins:
 
 @dataclass(frozen=True)
 class Cut:
-    """A half-open interval: `low` <= value < `high`; None is open. Several columns: their quadratic sum."""
+    """Half-open: `low` <= value < `high`; None is open. Several columns add in quadrature."""
 
     columns: tuple[str, ...]
     low: float | None
@@ -159,10 +160,13 @@ def _text(value: Any) -> str:
 
 
 def _cut(default_columns: tuple[str, ...]) -> Callable[[Any], Cut]:
-    """A cut: `low, high`, or `column, ..., low, high`; None leaves a side open; parentheses are allowed."""
+    """Read `low, high` or `column, ..., low, high`; None is open; parentheses are allowed."""
 
     def check(value: Any) -> Cut:
-        words = [str(v).strip().strip("()[]'\" ") for v in (value if isinstance(value, list) else [value])]
+        words = [
+            str(v).strip().strip("()[]'\" ")
+            for v in (value if isinstance(value, list) else [value])
+        ]
         words = [w for w in words if w]
         if len(words) < 2:
             raise ValueError("write a lower and an upper bound, None for an open one")
@@ -201,13 +205,23 @@ def _bins(path: tuple[str, ...], default: EnergyBins) -> list[Key]:
     units, scale = tuple(TEV_PER_UNIT), ("linear", "log10")
     return [
         Key((*path, "units"), _option(*units), default.units, " | ".join(units), "Unit of energy."),
-        Key((*path, "scale"), _option(*scale), default.scale, " | ".join(scale),
-            "log10: the numbers below are exponents of ten."),
+        Key(
+            (*path, "scale"),
+            _option(*scale),
+            default.scale,
+            " | ".join(scale),
+            "log10: the numbers below are exponents of ten.",
+        ),
         Key((*path, "min"), _number(), default.min, "number", "Lower edge of the first bin."),
         Key((*path, "max"), _number(), default.max, "number", "Upper edge of the last bin."),
-        Key((*path, "bin_size"), _number(), default.bin_size, "number",
-            "Width of a bin; must divide max - min."),
-    ]  # fmt: skip
+        Key(
+            (*path, "bin_size"),
+            _number(),
+            default.bin_size,
+            "number",
+            "Width of a bin; must divide max - min.",
+        ),
+    ]
 
 
 def _cuts() -> list[Key]:
@@ -217,64 +231,168 @@ def _cuts() -> list[Key]:
         "EChi2S": (("EChi2S",), 0.0, None, "Chi square of the energy reconstruction."),
         "ErecS": (("ErecS",), 0.0, None, "Reconstructed energy (TeV)."),
         "EmissionHeight": (("EmissionHeight",), 0.0, 50.0, "Height of the emission maximum (km)."),
-        "MC_Offset": (("MCxoff", "MCyoff"), 0.0, 3.0, "Simulated offset from the camera centre (deg)."),
+        "MC_Offset": (
+            ("MCxoff", "MCyoff"),
+            0.0,
+            3.0,
+            "Simulated offset from the camera centre (deg).",
+        ),
         "NImages": (("NImages",), 3.0, None, "Number of images."),
         "dES": (("dES",), 0.0, None, "Uncertainty of the reconstructed energy (TeV)."),
     }
     return [
-        Key(("preselection_cuts", name), _cut(columns if len(columns) == 1 else columns),
-            Cut(columns, low, high), "lower, upper", text)
+        Key(
+            ("preselection_cuts", name),
+            _cut(columns),
+            Cut(columns, low, high),
+            "lower, upper",
+            text,
+        )
         for name, (columns, low, high, text) in defaults.items()
-    ]  # fmt: skip
+    ]
 
 
 _IMAGE_MODES = ("PIXELS_3C", "PIXELS_1C", "PIXELS_TIMING_2C", "PIXELS_TIMING_3C")
 _DTYPES = ("uint16", "uint32", "int16", "int32", "float32")
 _MAPPINGS = ("auto", "square", "axial", "oversampling", "rebin", "nearest", "bilinear", "none")
 SCHEMA: list[Key] = [
-    Key(("mode",), _option("gh_class", "energy_recon"), "gh_class", "gh_class | energy_recon",
-        "gh_class: a group an energy bin. energy_recon: one table, its energy bin as a label.", "mode"),
-    Key(("storage_mode",), _option("all", "mapped"), "all", "all | mapped",
-        "all: images in the event table. mapped: an image array a telescope, row numbers in tel_map.",
-        "storage_mode"),
-    Key(("use_pkl_dict",), _boolean, True, "True | False",
-        "Use the dictionary of bins and cuts when one is given.", "use_pkl_dict"),
-    Key(("image", "mode"), _option(*_IMAGE_MODES), "PIXELS_3C", " | ".join(_IMAGE_MODES),
-        "Channels: charge, then peak time in samples (TIMING), then zeros.", "image_mode"),
-    Key(("image", "scale_factor"), _integer(1), 2, "whole number >= 1",
-        "Each pixel is repeated this many times along both axes.", "scale_factor"),
-    Key(("image", "dtype"), _option(*_DTYPES), "uint16", " | ".join(_DTYPES),
-        "Stored number. Charges are in 0.01 photo-electrons; what does not fit saturates and is counted.",
-        "dtype"),
-    Key(("image", "dim_order"), _option("channels_first", "channels_last"), "channels_last",
-        "channels_first | channels_last", "Where the channel axis is.", "dim_order"),
-    Key(("image", "mapping"), _option(*_MAPPINGS), "auto", " | ".join(_MAPPINGS),
-        "How pixels become a picture. auto: square or axial, by the camera. none: vectors of pixels.",
-        "mapping"),
-    Key(("telescope", "type_mode"), _text, "SCT", "SST | SCT | LST | MST | ALL | camera | id, joined by +",
-        "Which telescopes are stored, e.g. SST+SCT, NectarCam, 5-12.", "type_mode"),
+    Key(
+        ("mode",),
+        _option("gh_class", "energy_recon"),
+        "gh_class",
+        "gh_class | energy_recon",
+        "gh_class: a group an energy bin. energy_recon: one table, its energy bin as a label.",
+        "mode",
+    ),
+    Key(
+        ("storage_mode",),
+        _option("all", "mapped"),
+        "all",
+        "all | mapped",
+        "all: images in the event table. mapped: an image array "
+        "a telescope, row numbers in tel_map.",
+        "storage_mode",
+    ),
+    Key(
+        ("use_pkl_dict",),
+        _boolean,
+        True,
+        "True | False",
+        "Use the dictionary of bins and cuts when one is given.",
+        "use_pkl_dict",
+    ),
+    Key(
+        ("image", "mode"),
+        _option(*_IMAGE_MODES),
+        "PIXELS_3C",
+        " | ".join(_IMAGE_MODES),
+        "Channels: charge, then peak time in samples (TIMING), then zeros.",
+        "image_mode",
+    ),
+    Key(
+        ("image", "scale_factor"),
+        _integer(1),
+        2,
+        "whole number >= 1",
+        "Each pixel is repeated this many times along both axes.",
+        "scale_factor",
+    ),
+    Key(
+        ("image", "dtype"),
+        _option(*_DTYPES),
+        "uint16",
+        " | ".join(_DTYPES),
+        "Stored number. Charges are in 0.01 photo-electrons; what "
+        "does not fit saturates and is counted.",
+        "dtype",
+    ),
+    Key(
+        ("image", "dim_order"),
+        _option("channels_first", "channels_last"),
+        "channels_last",
+        "channels_first | channels_last",
+        "Where the channel axis is.",
+        "dim_order",
+    ),
+    Key(
+        ("image", "mapping"),
+        _option(*_MAPPINGS),
+        "auto",
+        " | ".join(_MAPPINGS),
+        "How pixels become a picture. auto: square or axial, by "
+        "the camera. none: vectors of pixels.",
+        "mapping",
+    ),
+    Key(
+        ("telescope", "type_mode"),
+        _text,
+        "SCT",
+        "SST | SCT | LST | MST | ALL | camera | id, joined by +",
+        "Which telescopes are stored, e.g. SST+SCT, NectarCam, 5-12.",
+        "type_mode",
+    ),
     *_bins(("energy_bins",), EnergyBins()),
     *_cuts(),
-    Key(("image_cuts", "min_telescopes"), _integer(1), 1, "whole number >= 1",
-        "Keep events with at least this many images that pass the cuts below.", "min_telescopes"),
-    Key(("image_cuts", "min_intensity"), _number(0.0), 0.0, "number >= 0",
-        "Least charge after cleaning (photo-electrons).", "min_intensity"),
-    Key(("image_cuts", "max_leakage"), _number(0.0, 1.0), 1.0, "0 .. 1",
-        "Largest share of the charge in the two outer rings of pixels.", "max_leakage"),
-    Key(("image_cuts", "picture_threshold"), _number(0.0), 10.0, "number >= 0",
-        "Tailcuts cleaning: charge of a core pixel (photo-electrons).", "picture_threshold"),
-    Key(("image_cuts", "boundary_threshold"), _number(0.0), 5.0, "number >= 0",
-        "Tailcuts cleaning: charge of a boundary pixel (photo-electrons).", "boundary_threshold"),
-    Key(("energy_recon", "gamma_only"), _boolean, True, "True | False",
-        "energy_recon: leave out everything but gammas.", "gamma_only"),
+    Key(
+        ("image_cuts", "min_telescopes"),
+        _integer(1),
+        1,
+        "whole number >= 1",
+        "Keep events with at least this many images that pass the cuts below.",
+        "min_telescopes",
+    ),
+    Key(
+        ("image_cuts", "min_intensity"),
+        _number(0.0),
+        0.0,
+        "number >= 0",
+        "Least charge after cleaning (photo-electrons).",
+        "min_intensity",
+    ),
+    Key(
+        ("image_cuts", "max_leakage"),
+        _number(0.0, 1.0),
+        1.0,
+        "0 .. 1",
+        "Largest share of the charge in the two outer rings of pixels.",
+        "max_leakage",
+    ),
+    Key(
+        ("image_cuts", "picture_threshold"),
+        _number(0.0),
+        10.0,
+        "number >= 0",
+        "Tailcuts cleaning: charge of a core pixel (photo-electrons).",
+        "picture_threshold",
+    ),
+    Key(
+        ("image_cuts", "boundary_threshold"),
+        _number(0.0),
+        5.0,
+        "number >= 0",
+        "Tailcuts cleaning: charge of a boundary pixel (photo-electrons).",
+        "boundary_threshold",
+    ),
+    Key(
+        ("energy_recon", "gamma_only"),
+        _boolean,
+        True,
+        "True | False",
+        "energy_recon: leave out everything but gammas.",
+        "gamma_only",
+    ),
     *_bins(("energy_recon", "bins"), EnergyBins(min=-2.0, max=2.0, bin_size=0.05)),
-]  # fmt: skip
+]
 OLD_SPELLINGS = {("image", "dim_ordering"): ("image", "dim_order")}
 SECTION_HELP = {
     ("image",): "Pictures.",
     ("telescope",): "Telescopes.",
-    ("energy_bins",): "Energy bins of gh_class; an event goes to the bin of its reconstructed energy.",
-    ("preselection_cuts",): "Cuts that prepare_cuts_dict.py makes on EventDisplay's results, lower <= value < upper.",
+    (
+        "energy_bins",
+    ): "Energy bins of gh_class; an event goes to the bin of its reconstructed energy.",
+    (
+        "preselection_cuts",
+    ): "Cuts that prepare_cuts_dict.py makes on EventDisplay's results, lower <= value < upper.",
     ("image_cuts",): "Cuts on the images themselves, made with ctapipe while extracting.",
     ("energy_recon",): "Only for mode energy_recon.",
     ("energy_recon", "bins"): "Bins of the true energy.",
@@ -282,7 +400,7 @@ SECTION_HELP = {
 
 
 def default_settings() -> Settings:
-    """The settings of an empty file."""
+    """Give the settings of an empty file."""
     return _settings({key.path: key.default for key in SCHEMA})
 
 
@@ -383,9 +501,11 @@ def _nearest(path: tuple[str, ...], known: set[tuple[str, ...]]) -> str:
 
 
 def as_text(settings: Settings | None = None, comments: bool = True) -> str:
-    """The configuration file that says these settings (the defaults if None)."""
+    """Write the configuration file that says these settings (the defaults if None)."""
     settings = settings or default_settings()
-    lines = ["# Settings of image_extractor.py. Lines may be left out: the defaults are those shown."]
+    lines = [
+        "# Settings of image_extractor.py. Lines may be left out: the defaults are those shown."
+    ]
     lines = lines if comments else []
     section: tuple[str, ...] = ()
     for key in SCHEMA:
@@ -412,10 +532,12 @@ def _value_text(settings: Settings, key: Key) -> str:
 
 
 def spec_text() -> str:
-    """The schema, a line a key."""
+    """Write the schema, a line a key."""
     rows = [(_show(k.path), k.allowed, _default_text(k), k.help) for k in SCHEMA]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, [*widths, 0], strict=True)).rstrip() for r in rows)
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(r, [*widths, 0], strict=True)).rstrip() for r in rows
+    )
 
 
 def _default_text(key: Key) -> str:
@@ -430,8 +552,12 @@ def main(argv: list[str] | None = None) -> int:
         description="Write a commented default configuration, check a file, or print the schema."
     )
     parser.add_argument("file", nargs="?", type=Path, help="configuration file")
-    parser.add_argument("--mode", choices=("config", "val", "spec"), default="val",
-                        help="config: write FILE; val: check FILE; spec: print the schema")  # fmt: skip
+    parser.add_argument(
+        "--mode",
+        choices=("config", "val", "spec"),
+        default="val",
+        help="config: write FILE; val: check FILE; spec: print the schema",
+    )
     parser.add_argument("--overwrite", action="store_true", help="let --mode config replace FILE")
     args = parser.parse_args(argv)
     if args.mode == "spec":

@@ -1,11 +1,11 @@
 """Bins and cuts: which events pass, their reconstructed energy, their energy bin.
 
-Reads and writes the dictionary {(run_number, event_number): (bin_index, reconstructed_energy in TeV)} as
-*.pkl (a pickled plain dict, as historic), *.json (for people) and *.h5 (PyTables, for millions of events).
-Membership means that the event passed.
+Reads and writes the dictionary {(run_number, event_number): (bin_index, reconstructed_energy in
+TeV)} as *.pkl (a pickled plain dict, as historic), *.json (for people) and *.h5 (PyTables, for
+millions of events). Membership means that the event passed.
 
-In memory it is three sorted arrays, 20 bytes an event. Pickles are read by an unpickler that builds nothing
-but dicts, tuples, lists and numbers: a pickle from elsewhere can therefore run no code.
+In memory it is three sorted arrays, 20 bytes an event. Pickles are read by an unpickler that builds
+nothing but dicts, tuples, lists and numbers: a pickle from elsewhere can therefore run no code.
 """
 
 from __future__ import annotations
@@ -23,9 +23,19 @@ from .errors import DataError
 
 JSON_FORMAT = "bins-cuts-dict"
 PICKLE_ROW = np.dtype(
-    [("J", "S1"), ("run", "<i4"), ("J2", "S1"), ("event", "<i4"), ("t", "S1"),
-     ("J3", "S1"), ("bin", "<i4"), ("G", "S1"), ("energy", ">f8"), ("t2", "S1")]
-)  # fmt: skip
+    [
+        ("J", "S1"),
+        ("run", "<i4"),
+        ("J2", "S1"),
+        ("event", "<i4"),
+        ("t", "S1"),
+        ("J3", "S1"),
+        ("bin", "<i4"),
+        ("G", "S1"),
+        ("energy", ">f8"),
+        ("t2", "S1"),
+    ]
+)
 ROW = np.dtype([("run_number", "<u4"), ("event_number", "<u4"), ("bin", "<i4"), ("energy", "<f8")])
 
 
@@ -63,7 +73,10 @@ class CutsTable:
         same = np.flatnonzero(self._keys[1:] == self._keys[:-1])
         if same.size:
             run, event = divmod(int(self._keys[same[0]]), 1 << 32)
-            raise DataError(f"{source}: run {run} event {event} is listed {'twice' if same.size == 1 else 'more than once'}.")
+            raise DataError(
+                f"{source}: run {run} event {event} is listed "
+                f"{'twice' if same.size == 1 else 'more than once'}."
+            )
         if self.bins.size and self.bins.min() < 0:
             raise DataError(f"{source}: energy bin {self.bins.min()}; bins count from 0.")
 
@@ -135,11 +148,23 @@ def load_cuts(path: str | Path) -> CutsTable:
     except pickle.UnpicklingError as error:
         raise DataError(f"{path}: refused as a pickle of bins and cuts: {error}.") from error
     # A damaged pickle makes the standard library raise nearly anything.
-    except (EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError, struct.error,
-            MemoryError, OverflowError, UnicodeDecodeError) as error:  # fmt: skip
+    except (
+        EOFError,
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        struct.error,
+        MemoryError,
+        OverflowError,
+        UnicodeDecodeError,
+    ) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: not a pickle of bins and cuts ({type(error).__name__}: {error}).") from error
+        raise DataError(
+            f"{path}: not a pickle of bins and cuts ({type(error).__name__}: {error})."
+        ) from error
     if not isinstance(events, dict):
         raise DataError(f"{path}: holds a {type(events).__name__}, expected a dict.")
     return CutsTable.from_dict(events, str(path))
@@ -213,7 +238,14 @@ class CutsWriter:
             self._file.write("".join(self._json_lines(rows)).encode())
         else:
             packed = np.empty(rows.size, PICKLE_ROW)
-            for name, code in (("J", b"J"), ("J2", b"J"), ("J3", b"J"), ("G", b"G"), ("t", b"\x86"), ("t2", b"\x86")):
+            for name, code in (
+                ("J", b"J"),
+                ("J2", b"J"),
+                ("J3", b"J"),
+                ("G", b"G"),
+                ("t", b"\x86"),
+                ("t2", b"\x86"),
+            ):
                 packed[name] = code  # BININT, BINFLOAT, TUPLE2
             packed["run"], packed["event"] = rows["run_number"], rows["event_number"]
             packed["bin"], packed["energy"] = rows["bin"], rows["energy"]

@@ -4,11 +4,12 @@ Reads   simtel files, a configuration, optionally a dictionary of bins and cuts.
 Writes  one HDF5 file (layout.py), whole or not at all.
 
     from image_extractor import image_extractor
-    with image_extractor.ImageExtractor("dataset.h5", None, "gh_class", telescope_type="LST") as extractor:
+    with image_extractor.ImageExtractor("dataset.h5", None, "gh_class", telescope_type="LST") as
+    extractor:
         extractor.process_data("gamma.simtel.gz", 50)
 
-Outside a `with` block every `process_data` is a transaction of its own, so that the file is whole after each
-call; inside one, all calls together are.
+Outside a `with` block every `process_data` is a transaction of its own, so that the file is whole
+after each call; inside one, all calls together are.
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ DEFAULT_FRACTIONS = {"Training": 0.9, "Validation": 0.1, "Test": 0.0}
 class FileReport:
     """What became of one input file.
 
-    `events_read` counts triggered events; `events_passed` those in the dictionary, in an energy bin, with an
-    image that passes; `events_written` those of them that were not in the output before.
+    `events_read` counts triggered events; `events_passed` those in the dictionary, in an energy
+    bin, with an image that passes; `events_written` those of them that were not in the output
+    before.
     """
 
     file: str
@@ -76,7 +78,7 @@ class FileReport:
 
 @njit(cache=True)
 def _quantise(values, scale, low, high, out):
-    """Write rint(values * scale), clipped, to `out`; return how many exceeded `high`. NaN becomes 0."""
+    """Write rint(values * scale), clipped, to `out`; count those above `high`; NaN gives 0."""
     too_large = 0
     for i in range(values.size):
         value = np.float64(values[i]) * scale
@@ -107,7 +109,8 @@ def quantise(
     Returns
     -------
     (n,) array of dtype, int
-        Stored numbers, and how many exceeded the type's largest. float32 is neither rounded nor clipped.
+        Stored numbers, and how many exceeded the type's largest. float32 is neither rounded nor
+        clipped.
     """
     if dtype.kind == "f":
         return (values.astype(np.float64) * scale).astype(dtype), 0
@@ -130,14 +133,17 @@ def stored_image(
     Returns
     -------
     array
-        Shape `layout.image_shape`, configured dtype; charge in 0.01 photo-electrons, time in samples.
+        Shape `layout.image_shape`, configured dtype; charge in 0.01 photo-electrons, time in
+        samples.
     int
         Cells whose charge did not fit.
     """
     dtype = np.dtype(settings.dtype)
     lowest = 0.0 if dtype.kind == "u" else None
 
-    def stored(values: np.ndarray, kind: str, scale: float, low: float | None) -> tuple[np.ndarray, int]:
+    def stored(
+        values: np.ndarray, kind: str, scale: float, low: float | None
+    ) -> tuple[np.ndarray, int]:
         if mapping.cells is not None:  # rounding first touches fewer numbers
             numbers, too_large = quantise(values, scale, dtype, low)
             return mapping.image(numbers), too_large
@@ -184,7 +190,10 @@ class _ImageCuts:
         )
         if not mask.any() or float(charge[mask].sum()) < settings.min_intensity:
             return False
-        return float(leakage_parameters(geometry, charge, mask).intensity_width_2) <= settings.max_leakage
+        return (
+            float(leakage_parameters(geometry, charge, mask).intensity_width_2)
+            <= settings.max_leakage
+        )
 
 
 class _Array:
@@ -201,7 +210,9 @@ class _Array:
             camera = telescope.camera
             if camera.fingerprint not in cache:
                 try:
-                    cache[camera.fingerprint] = camera_mapping(camera.pixel_x, camera.pixel_y, settings.mapping)
+                    cache[camera.fingerprint] = camera_mapping(
+                        camera.pixel_x, camera.pixel_y, settings.mapping
+                    )
                 except DataError as error:
                     raise DataError(f"{simtel.path}: camera {camera.name}: {error}") from error
             self.mappings[telescope.tel_id] = cache[camera.fingerprint]
@@ -211,7 +222,7 @@ class _Array:
     def images(
         self, event: Event, simtel: SimtelFile, settings: Settings, cuts: _ImageCuts
     ) -> tuple[dict[int, np.ndarray], int]:
-        """Stored images of an event that pass the image cuts, and the saturated cells in them."""
+        """Make the stored images that pass the image cuts; count saturated cells in them."""
         images, saturated = {}, 0
         for tel_id, adc in event.telescopes.items():
             telescope = self.by_id[tel_id]
@@ -236,8 +247,8 @@ class ImageExtractor:
     output_path : str or Path
         Created, or appended to if it exists.
     bins_cuts_dict : dict or CutsTable, optional
-        {(run_number, event_number): (bin_index, reconstructed energy in TeV)}; other events are skipped
-        before calibration. Without it every event is kept and binned by its true energy.
+        {(run_number, event_number): (bin_index, reconstructed energy in TeV)}; other events are
+        skipped before calibration. Without it every event is kept and binned by its true energy.
     mode : str
         "gh_class" or "energy_recon".
     settings : Settings, optional
@@ -247,9 +258,11 @@ class ImageExtractor:
     compression : str
         "gzip", "none", "blosc-lz4" or "blosc-zstd".
     shuffle, split, stratify, seed
-        See `layout.rearrange`; done when the output is closed. `split` maps part names to fractions.
+        See `layout.rearrange`; done when the output is closed. `split` maps part names to
+        fractions.
     **options
-        Fields of Settings, e.g. storage_mode, image_mode, scale_factor, type_mode (or telescope_type).
+        Fields of Settings, e.g. storage_mode, image_mode, scale_factor, type_mode (or
+        telescope_type).
 
     Raises
     ------
@@ -288,7 +301,9 @@ class ImageExtractor:
             self.cuts = bins_cuts_dict if is_table else CutsTable.from_dict(bins_cuts_dict)
             _check_bins(self.cuts, self.settings)
         if compression not in layout.COMPRESSIONS:
-            raise UsageError(f"compression {compression!r}: choose one of {', '.join(layout.COMPRESSIONS)}.")
+            raise UsageError(
+                f"compression {compression!r}: choose one of {', '.join(layout.COMPRESSIONS)}."
+            )
         self.overwrite, self.compression, self.command = overwrite, compression, command
         self.shuffle, self.split, self.stratify, self.seed = shuffle, split, stratify, seed
         self.reports: list[FileReport] = []
@@ -331,7 +346,8 @@ class ImageExtractor:
         Raises
         ------
         DataError
-            If nothing could be read from the file, or its array is not the output's. The output is as before.
+            If nothing could be read from the file, or its array is not the output's. The output is
+            as before.
         """
         with contextlib.nullcontext() if self._in_block else self, self._naming_output():
             return self._process(Path(data_file), max_events, progress)
@@ -344,7 +360,7 @@ class ImageExtractor:
         progress: Callable[[int], Any] | None = None,
         file_done: Callable[[FileReport], Any] | None = None,
     ) -> list[FileReport]:
-        """Extract many files in one transaction; files that cannot be used are reported, the others go on.
+        """Extract many files in one transaction; unusable files are reported, the others go on.
 
         With `jobs` above 1, that many processes each extract whole files; the result is the same.
         """
@@ -356,20 +372,30 @@ class ImageExtractor:
                 if file_done:
                     file_done(report)
             if self._writer is None:
-                raise DataError(f"{self.output_path}: not written, none of the {len(data_files)} files could be used.")
+                raise DataError(
+                    f"{self.output_path}: not written, none of the "
+                    f"{len(data_files)} files could be used."
+                )
         return reports
 
     @contextlib.contextmanager
     def _naming_output(self) -> Iterator[None]:
-        """Turn errors of the system and of HDF5 into one line; those of input files never get here."""
+        """Turn errors of system and HDF5 into one line; input files' never get here."""
         try:
             yield
         except (OSError, tables.HDF5ExtError) as error:
-            reason = getattr(error, "strerror", None) or "HDF5 could not write: disk full, or quota reached?"
+            reason = (
+                getattr(error, "strerror", None)
+                or "HDF5 could not write: disk full, or quota reached?"
+            )
             raise DataError(f"{self.output_path}: could not be written ({reason}).") from error
 
     def _one_by_one(
-        self, files: list[Path], max_events: int | None, jobs: int, progress: Callable[[int], Any] | None
+        self,
+        files: list[Path],
+        max_events: int | None,
+        jobs: int,
+        progress: Callable[[int], Any] | None,
     ) -> Iterator[FileReport]:
         for path in files:
             try:
@@ -378,7 +404,11 @@ class ImageExtractor:
                 yield FileReport(str(path), problem=_without_path(error, path), failed=True)
 
     def _in_parallel(
-        self, files: list[Path], max_events: int | None, jobs: int, progress: Callable[[int], Any] | None
+        self,
+        files: list[Path],
+        max_events: int | None,
+        jobs: int,
+        progress: Callable[[int], Any] | None,
     ) -> Iterator[FileReport]:
         assert self._transaction is not None
         context = multiprocessing.get_context("spawn")
@@ -390,21 +420,26 @@ class ImageExtractor:
                 while todo or waiting:
                     while todo and len(waiting) < 2 * jobs:  # bounds the parts on the disk
                         path, part = todo.pop(0)
-                        waiting.append((path, part, pool.submit(_extract_part, path, part, max_events)))
+                        waiting.append(
+                            (path, part, pool.submit(_extract_part, path, part, max_events))
+                        )
                     path, part, future = waiting.pop(0)
                     report = future.result()
                     if not report.failed:
                         try:
                             self._merge(path, part, report)
                         except DataError as error:
-                            report = FileReport(str(path), problem=_without_path(error, path), failed=True)
+                            report = FileReport(
+                                str(path), problem=_without_path(error, path), failed=True
+                            )
                     part.unlink(missing_ok=True)
                     if progress:
                         progress(report.events_read)
                     yield report
             except BrokenProcessPool as error:
                 raise DataError(
-                    f"{self.output_path}: not written, a worker process was killed (out of memory?). Use fewer --jobs."
+                    f"{self.output_path}: not written, a worker process was killed "
+                    "(out of memory?). Use fewer --jobs."
                 ) from error
             finally:
                 for _, _, future in waiting:
@@ -443,7 +478,9 @@ class ImageExtractor:
                     try:
                         layout.verify(transaction.path, writer.written)
                     except DataError as error:
-                        raise DataError(f"{self.output_path}: could not be written ({error})") from error
+                        raise DataError(
+                            f"{self.output_path}: could not be written ({error})"
+                        ) from error
                     transaction.commit()
         finally:
             if writer is not None:
@@ -478,11 +515,14 @@ class ImageExtractor:
         else:
             how = layout.difference(layout.array_identity(array.telescopes), self._writer.identity)
             if how:
-                raise DataError(f"{simtel.path}: another array than the output's: {how}. Not mixed in.")
+                raise DataError(
+                    f"{simtel.path}: another array than the output's: {how}. Not mixed in."
+                )
         if not np.allclose(direction, self._direction, atol=1e-4) and not self._warned_direction:
             self._warned_direction = True
             log.warning(
-                "%s points to another direction than the first file; Tel_Table has the first, Runs has each.",
+                "%s points to another direction than the first file; "
+                "Tel_Table has the first, Runs has each.",
                 simtel.path.name,
             )
         return self._writer
@@ -512,11 +552,19 @@ class ImageExtractor:
 
     def _say(self, report: FileReport) -> None:
         if report.problem:
-            log.warning("%s: incomplete: %s. Its %d whole events were read.",
-                        report.file, report.problem, report.events_read)  # fmt: skip
+            log.warning(
+                "%s: incomplete: %s. Its %d whole events were read.",
+                report.file,
+                report.problem,
+                report.events_read,
+            )
         if report.duplicates:
-            log.warning("%s: %d events of run %d are in the output already and were skipped.",
-                        report.file, report.duplicates, report.run_number)  # fmt: skip
+            log.warning(
+                "%s: %d events of run %d are in the output already and were skipped.",
+                report.file,
+                report.duplicates,
+                report.run_number,
+            )
 
     def _extract(
         self,
@@ -529,7 +577,9 @@ class ImageExtractor:
     ) -> bool:
         """Write the events of a file; True if `max_events` stopped it before the end."""
         settings, cuts = self.settings, self.cuts
-        edges = (settings.energy_bins if settings.mode == "gh_class" else settings.energy_recon_bins).edges_tev()
+        edges = (
+            settings.energy_bins if settings.mode == "gh_class" else settings.energy_recon_bins
+        ).edges_tev()
         wanted = None if cuts is None else lambda run, event: cuts.get(run, event) is not None
         told = 0
         for event in simtel.events(array.by_id.keys(), wanted):
@@ -585,8 +635,11 @@ def _event_values(event: Event, entry: tuple[int, float] | None) -> dict[str, An
     return {
         "event_number": event.event_id,
         "run_number": event.run_number,
-        # One byte, as historic; nuclei (helium 402, iron 5626) do not fit and are 255, see primary_id.
-        "gamma_hadron_label": min(max(shower["primary_id"], 0), 255) if shower["primary_id"] >= 0 else 255,
+        # One byte, as historic; nuclei (helium 402, iron 5626) do not fit and are 255, see
+        # primary_id.
+        "gamma_hadron_label": min(max(shower["primary_id"], 0), 255)
+        if shower["primary_id"] >= 0
+        else 255,
         "core_x": mc["xcore"],
         "core_y": mc["ycore"],
         "h_first_int": shower["h_first_int"],
@@ -615,10 +668,15 @@ def _runs_row(simtel: SimtelFile, report: FileReport, sha256: str) -> np.ndarray
         "direction": simtel.header["direction"],
     }
     names = {
-        "E_range": "energy_range", "spectral_index": "spectral_index", "n_showers": "n_showers",
-        "n_use": "shower_reuse", "core_range": "core_range", "viewcone": "viewcone", "diffuse": "diffuse",
+        "E_range": "energy_range",
+        "spectral_index": "spectral_index",
+        "n_showers": "n_showers",
+        "n_use": "shower_reuse",
+        "core_range": "core_range",
+        "viewcone": "viewcone",
+        "diffuse": "diffuse",
         "atmosphere": "atmosphere",
-    }  # fmt: skip
+    }
     values |= {ours: mc[theirs] for theirs, ours in names.items() if theirs in mc}
     for name, value in values.items():
         row[name] = value
@@ -626,13 +684,16 @@ def _runs_row(simtel: SimtelFile, report: FileReport, sha256: str) -> np.ndarray
 
 
 def _checked(settings: Settings) -> Settings:
-    """Settings given from Python go through the same checks as a file."""
+    """Put settings given from Python through the same checks as a file."""
     from configobj import ConfigObj
 
     from .config import as_text, parse_config
 
     try:
-        return parse_config(ConfigObj(as_text(settings, comments=False).splitlines(), interpolation=False), "settings")
+        return parse_config(
+            ConfigObj(as_text(settings, comments=False).splitlines(), interpolation=False),
+            "settings",
+        )
     except ConfigError as error:
         raise UsageError(str(error)) from error
 
@@ -653,7 +714,9 @@ def _without_path(error: Exception, path: Path) -> str:
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(settings: Settings, cuts: CutsTable | None, compression: str, command: str) -> None:
+def _start_worker(
+    settings: Settings, cuts: CutsTable | None, compression: str, command: str
+) -> None:
     _worker.update(settings=settings, bins_cuts_dict=cuts, compression=compression, command=command)
 
 
@@ -674,11 +737,19 @@ def summary(reports: list[FileReport], output: Path, seconds: float) -> dict[str
     total = {
         name: sum(getattr(r, name) for r in reports)
         for name in (
-            "events_read", "events_passed", "events_written", "not_in_dictionary", "no_selected_telescope",
-            "other_primary", "outside_bins", "failed_image_cuts", "duplicates", "calibration_events",
+            "events_read",
+            "events_passed",
+            "events_written",
+            "not_in_dictionary",
+            "no_selected_telescope",
+            "other_primary",
+            "outside_bins",
+            "failed_image_cuts",
+            "duplicates",
+            "calibration_events",
             "saturated_pixels",
         )
-    }  # fmt: skip
+    }
     return {
         "output": output.name,
         "files": len(reports),

@@ -1,8 +1,8 @@
 """The array that a simtel file describes: telescopes, optics, cameras, by ctapipe's own classes.
 
-Telescopes are told apart by what the file says of them (names in its metadata, else ctapipe's table of optics
-and cameras), never by the pixel count alone: 1855 pixels is LST and NectarCam. Identical cameras are built
-once, which is what makes an array of 126 telescopes open in a tenth of a second.
+Telescopes are told apart by what the file says of them (names in its metadata, else ctapipe's table
+of optics and cameras), never by the pixel count alone: 1855 pixels is LST and NectarCam. Identical
+cameras are built once, which is what makes an array of 126 telescopes open in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -93,10 +93,8 @@ def describe_array(simtel: SimtelFile) -> dict[int, Telescope]:
 
 
 def _named_telescope(meta: dict[bytes, bytes]) -> tuple[str, str, int] | None:
-    """Optics name, camera name and mirror class from sim_telarray's metadata, if it has all three."""
-    values = [
-        meta.get(k) for k in (b"OPTICS_CONFIG_NAME", b"CAMERA_CONFIG_NAME", b"MIRROR_CLASS")
-    ]
+    """Read optics name, camera name and mirror class from the metadata, if all are there."""
+    values = [meta.get(k) for k in (b"OPTICS_CONFIG_NAME", b"CAMERA_CONFIG_NAME", b"MIRROR_CLASS")]
     if any(v is None for v in values):
         return None
     optics, camera, mirror_class = (v.decode("utf-8", "replace") for v in values if v is not None)
@@ -138,7 +136,9 @@ def _camera(parts: dict[str, Any], named: tuple[str, str, int] | None) -> Camera
     pixel_y = np.array(settings["pixel_y"], np.float64)
     time_slice = float(np.asarray(pixels["time_slice"], np.float64))
     digest = hashlib.sha256(pixel_x.tobytes() + pixel_y.tobytes())
-    digest.update(repr((camera_name, optics_name, float(settings["focal_length"]), time_slice)).encode())
+    digest.update(
+        repr((camera_name, optics_name, float(settings["focal_length"]), time_slice)).encode()
+    )
     return Camera(
         name=camera_name,
         optics=optics_name,
@@ -160,19 +160,19 @@ def _camera(parts: dict[str, Any], named: tuple[str, str, int] | None) -> Camera
 
 
 def _telescope_type(size: str, camera_name: str, n_pixels: int) -> str:
-    """LST, MST, SST as ctapipe sizes the optics; the dual-mirror MST goes by SCT, as in historic files."""
+    """Name LST, MST, SST as ctapipe sizes them; the dual-mirror MST is SCT, as historic."""
     is_sct = camera_name.upper().startswith("SCT") or n_pixels == 11328
     return "SCT" if size == "MST" and is_sct else size
 
 
 def select_telescopes(telescopes: dict[int, Telescope], type_mode: str) -> list[Telescope]:
-    """Telescopes that a `type_mode` names, in the order of tel_map: the named items in turn, then file order.
+    """Select what a `type_mode` names, in the order of tel_map: item by item, ids in file order.
 
     Parameters
     ----------
     type_mode : str
-        "+"-joined items, each a type (SST, SCT, LST, MST, ALL), a camera or optics name (NectarCam, CHEC, 1M)
-        or a telescope id or range of ids ("7", "5-12").
+        "+"-joined items, each a type (SST, SCT, LST, MST, ALL), a camera or optics name (NectarCam,
+        CHEC, 1M) or a telescope id or range of ids ("7", "5-12").
 
     Raises
     ------

@@ -5,14 +5,14 @@
     /E{i}/Events                  gh_class: a group an energy bin; energy_recon: /Events in the root
     /E{i}/T{tel_id}               mapped: images (row, x, y, channel) or (row, channel, x, y)
     /Metadata/Runs                an input file a row
-    /Metadata/Event_Index         (run_number, event_number, group) of every event, for quick look-up
-    /Metadata/Cameras/{key}       pixels, and the matrix that made the images
+    /Metadata/Event_Index         (run_number, event_number, group) of every event, for quick
+    look-up /Metadata/Cameras/{key}       pixels, and the matrix that made the images
 
-Everything outside /Metadata is the historic layout, which plain PyTables code reads by name. What differs:
-tel_id is u2 (u1 overflowed at 256), image arrays have the configured dtype (i2 wrapped at 327.67 p.e.), and
-new columns stand behind the old ones. Images are chunked one by one, so that reading an event touches only
-its own bytes. With gzip the chunks are compressed by igzip and handed to HDF5 ready made, several times
-faster than HDF5's own filter; any HDF5 reader opens them.
+Everything outside /Metadata is the historic layout, which plain PyTables code reads by name. What
+differs: tel_id is u2 (u1 overflowed at 256), image arrays have the configured dtype (i2 wrapped at
+327.67 p.e.), and new columns stand behind the old ones. Images are chunked one by one, so that
+reading an event touches only its own bytes. With gzip the chunks are compressed by igzip and handed
+to HDF5 ready made, several times faster than HDF5's own filter; any HDF5 reader opens them.
 """
 
 from __future__ import annotations
@@ -41,8 +41,13 @@ SCHEMA = "cta-image-extractor"
 SCHEMA_VERSION = 1
 CHARGE_UNIT_PE = 0.01
 TEL_TABLE, EVENTS, METADATA, RUNS, INDEX, CAMERAS = (
-    "Tel_Table", "Events", "Metadata", "Runs", "Event_Index", "Cameras",
-)  # fmt: skip
+    "Tel_Table",
+    "Events",
+    "Metadata",
+    "Runs",
+    "Event_Index",
+    "Cameras",
+)
 COMPRESSIONS = ("gzip", "none", "blosc-lz4", "blosc-zstd")
 DIRECT = ("gzip", "none")  # chunks made here, not by HDF5
 CHANNELS = {
@@ -52,25 +57,52 @@ CHANNELS = {
     "PIXELS_3C": ("charge", "zero", "zero"),
 }
 UNITS = {
-    "core_x": "m", "core_y": "m", "h_first_int": "m", "mc_energy": "TeV", "az": "rad", "alt": "rad",
-    "reconstructed_energy": "TeV", "tel_x": "m", "tel_y": "m", "tel_z": "m", "focal_length": "m",
-    "mirror_area": "m2", "run_array_direction": "rad (azimuth, altitude)", "charge": "0.01 photo-electrons",
+    "core_x": "m",
+    "core_y": "m",
+    "h_first_int": "m",
+    "mc_energy": "TeV",
+    "az": "rad",
+    "alt": "rad",
+    "reconstructed_energy": "TeV",
+    "tel_x": "m",
+    "tel_y": "m",
+    "tel_z": "m",
+    "focal_length": "m",
+    "mirror_area": "m2",
+    "run_array_direction": "rad (azimuth, altitude)",
+    "charge": "0.01 photo-electrons",
     "time": "samples",
-}  # fmt: skip
-RUNS_DTYPE = np.dtype([
-    ("file", "S256"), ("sha256", "S64"), ("run_number", "u4"), ("events_read", "u4"),
-    ("events_passed", "u4"), ("events_written", "u4"), ("duplicates", "u4"), ("complete", "u1"),
-    ("problem", "S256"), ("direction", "f4", (2,)), ("energy_range", "f8", (2,)), ("spectral_index", "f8"),
-    ("n_showers", "u4"), ("shower_reuse", "u4"), ("core_range", "f8", (2,)), ("viewcone", "f8", (2,)),
-    ("diffuse", "i4"), ("atmosphere", "i4"),
-])  # fmt: skip
+}
+RUNS_DTYPE = np.dtype(
+    [
+        ("file", "S256"),
+        ("sha256", "S64"),
+        ("run_number", "u4"),
+        ("events_read", "u4"),
+        ("events_passed", "u4"),
+        ("events_written", "u4"),
+        ("duplicates", "u4"),
+        ("complete", "u1"),
+        ("problem", "S256"),
+        ("direction", "f4", (2,)),
+        ("energy_range", "f8", (2,)),
+        ("spectral_index", "f8"),
+        ("n_showers", "u4"),
+        ("shower_reuse", "u4"),
+        ("core_range", "f8", (2,)),
+        ("viewcone", "f8", (2,)),
+        ("diffuse", "i4"),
+        ("atmosphere", "i4"),
+    ]
+)
 INDEX_DTYPE = np.dtype([("run_number", "u4"), ("event_number", "u4"), ("group", "u1")])
 ROWS_BUFFERED = 2048
 GROW = 64  # images that an array grows by at a time
 BATCH_BYTES = 128 * 1024 * 1024  # rows held in memory while shuffling
 
+
 def image_shape(mapping: Mapping, settings: Settings) -> tuple[int, ...]:
-    """Shape of a stored image: scaled picture (or bare vector) and channels in the configured order."""
+    """Give the shape of a stored image: scaled picture (or vector) and channels, in order."""
     scale = settings.scale_factor if len(mapping.shape) == 2 else 1
     spatial = tuple(n * scale for n in mapping.shape)
     n_channels = len(CHANNELS[settings.image_mode])
@@ -79,14 +111,23 @@ def image_shape(mapping: Mapping, settings: Settings) -> tuple[int, ...]:
     return (*spatial, n_channels)
 
 
-def events_dtype(telescopes: list[Telescope], mappings: dict[int, Mapping], settings: Settings) -> np.dtype:
+def events_dtype(
+    telescopes: list[Telescope], mappings: dict[int, Mapping], settings: Settings
+) -> np.dtype:
     """Columns of an Events table: the historic ones in their order, then ours."""
     n_tel = len(telescopes)
     columns: list[Any] = [
-        ("event_number", "u4"), ("run_number", "u4"), ("gamma_hadron_label", "u1"), ("core_x", "f8"),
-        ("core_y", "f8"), ("h_first_int", "f8"), ("mc_energy", "f8"), ("az", "f4"), ("alt", "f4"),
+        ("event_number", "u4"),
+        ("run_number", "u4"),
+        ("gamma_hadron_label", "u1"),
+        ("core_x", "f8"),
+        ("core_y", "f8"),
+        ("h_first_int", "f8"),
+        ("mc_energy", "f8"),
+        ("az", "f4"),
+        ("alt", "f4"),
         ("reconstructed_energy", "f8"),
-    ]  # fmt: skip
+    ]
     if settings.mode == "energy_recon":
         columns.append(("energy_reconstruction_bin_label", "u1"))
     if settings.storage_mode == "mapped":
@@ -100,9 +141,15 @@ def events_dtype(telescopes: list[Telescope], mappings: dict[int, Mapping], sett
 
 
 def array_identity(telescopes: list[Telescope]) -> list[list[Any]]:
-    """What makes two files the same array: ids, types, cameras and positions (cm) of the selected telescopes."""
+    """List what makes two files the same array: ids, types, cameras, positions to the cm."""
     return [
-        [t.tel_id, t.camera.telescope_type, t.camera.name, t.camera.fingerprint, *(round(v, 2) for v in t.position)]
+        [
+            t.tel_id,
+            t.camera.telescope_type,
+            t.camera.name,
+            t.camera.fingerprint,
+            *(round(v, 2) for v in t.position),
+        ]
         for t in telescopes
     ]
 
@@ -178,7 +225,7 @@ class _Group:
 
 
 def _chunk(data: np.ndarray, compression: str, shuffle: bool) -> bytes:
-    """A chunk as HDF5's shuffle and gzip filters, or none, would make it."""
+    """Make a chunk as HDF5's shuffle and gzip filters, or none, would."""
     raw = np.ascontiguousarray(data).view(np.uint8).reshape(-1)
     if compression == "none":
         return raw.tobytes()
@@ -193,7 +240,11 @@ def filters(compression: str) -> tables.Filters:
         return tables.Filters(complevel=0)
     if compression == "gzip":
         return tables.Filters(complevel=1, complib="zlib", shuffle=True)
-    return tables.Filters(complevel=5 if compression == "blosc-lz4" else 1, complib=compression.replace("-", ":"), shuffle=True)
+    return tables.Filters(
+        complevel=5 if compression == "blosc-lz4" else 1,
+        complib=compression.replace("-", ":"),
+        shuffle=True,
+    )
 
 
 class Writer:
@@ -244,7 +295,9 @@ class Writer:
         try:
             self._h5 = tables.open_file(str(path), "w" if is_new else "a")
         except tables.HDF5ExtError as error:
-            raise DataError("the output to append to is not an HDF5 file. Give another output, or --overwrite.") from error
+            raise DataError(
+                "the output to append to is not an HDF5 file. Give another output, or --overwrite."
+            ) from error
         try:
             if is_new:
                 self._create(mappings, direction, attributes)
@@ -256,7 +309,10 @@ class Writer:
             raise
 
     def _create(
-        self, mappings: dict[int, Mapping], direction: tuple[float, float], attributes: dict[str, Any]
+        self,
+        mappings: dict[int, Mapping],
+        direction: tuple[float, float],
+        attributes: dict[str, Any],
     ) -> None:
         h5, settings = self._h5, self.settings
         root = h5.root._v_attrs
@@ -322,11 +378,20 @@ class Writer:
         return {camera_key(t): t for t in reversed(self.telescopes)}
 
     def _create_tel_table(self, direction: tuple[float, float]) -> None:
-        dtype = np.dtype([
-            ("tel_id", "u2"), ("tel_x", "f4"), ("tel_y", "f4"), ("tel_z", "f4"), ("tel_type", "S8"),
-            ("run_array_direction", "f4", (2,)), ("camera", "S48"), ("optics", "S32"),
-            ("focal_length", "f4"), ("mirror_area", "f4"),
-        ])  # fmt: skip
+        dtype = np.dtype(
+            [
+                ("tel_id", "u2"),
+                ("tel_x", "f4"),
+                ("tel_y", "f4"),
+                ("tel_z", "f4"),
+                ("tel_type", "S8"),
+                ("run_array_direction", "f4", (2,)),
+                ("camera", "S48"),
+                ("optics", "S32"),
+                ("focal_length", "f4"),
+                ("mirror_area", "f4"),
+            ]
+        )
         rows = np.zeros(len(self.telescopes), dtype)
         for row, t in zip(rows, self.telescopes, strict=True):
             camera = t.camera
@@ -403,7 +468,9 @@ class Writer:
             if self.compression in DIRECT:
                 self._grow(group)
                 # One row is one element: HDF5's shuffle leaves it as it is.
-                group.events.write_chunk((group.rows,), _chunk(row, self.compression, shuffle=False))
+                group.events.write_chunk(
+                    (group.rows,), _chunk(row, self.compression, shuffle=False)
+                )
             else:
                 group.events.append(row)
             group.rows += 1
@@ -437,7 +504,8 @@ class Writer:
         self._h5.get_node(f"/{METADATA}/{RUNS}").append(row)
 
     def merge(self, part: Path) -> int:
-        """Append everything of a part file written with the same settings; return the duplicates left out.
+        """Append everything of a part file written with the same settings; return the duplicates
+        left out.
 
         Images are copied as compressed chunks.
         """
@@ -468,7 +536,12 @@ class Writer:
         return duplicates
 
     def _merge_mapped(
-        self, group: _Group, source: tables.File, prefix: str, events: tables.Table, chosen: np.ndarray
+        self,
+        group: _Group,
+        source: tables.File,
+        prefix: str,
+        events: tables.Table,
+        chosen: np.ndarray,
     ) -> None:
         self._flush(group)
         for start in range(0, int(events.nrows), ROWS_BUFFERED):
@@ -506,7 +579,9 @@ class Writer:
     def abandon(self) -> None:
         """Close the file as it is; it is going to be removed."""
         if self._h5.isopen:
-            with contextlib.suppress(tables.HDF5ExtError, OSError):  # on a full disk closing fails too
+            with contextlib.suppress(
+                tables.HDF5ExtError, OSError
+            ):  # on a full disk closing fails too
                 self._h5.close()
 
 
@@ -527,25 +602,45 @@ def _bins(settings: Settings) -> Any:
     return settings.energy_bins if settings.mode == "gh_class" else settings.energy_recon_bins
 
 
-def _write_camera(h5: tables.File, group: tables.Group, telescope: Telescope, mapping: Mapping) -> None:
+def _write_camera(
+    h5: tables.File, group: tables.Group, telescope: Telescope, mapping: Mapping
+) -> None:
     camera = telescope.camera
     attrs = group._v_attrs
-    attrs.name, attrs.optics, attrs.telescope_type = camera.name, camera.optics, camera.telescope_type
-    attrs.focal_length_m, attrs.effective_focal_length_m = camera.focal_length_m, camera.effective_focal_length_m
+    attrs.name, attrs.optics, attrs.telescope_type = (
+        camera.name,
+        camera.optics,
+        camera.telescope_type,
+    )
+    attrs.focal_length_m, attrs.effective_focal_length_m = (
+        camera.focal_length_m,
+        camera.effective_focal_length_m,
+    )
     attrs.mirror_area_m2, attrs.sampling_rate_ghz = camera.mirror_area_m2, camera.sampling_rate_ghz
     attrs.n_pixels, attrs.n_samples = camera.n_pixels, camera.n_samples
     attrs.pixel_type = str(camera.geometry.pix_type.value)
     attrs.mapping, attrs.image_shape = mapping.method, json.dumps(mapping.shape)
     attrs.conserves_charge = mapping.method in CONSERVING
     geometry = camera.geometry
-    pixels = np.zeros(camera.n_pixels, np.dtype([(n, "f8") for n in ("x", "y", "area", "derotated_x", "derotated_y")]))
+    pixels = np.zeros(
+        camera.n_pixels,
+        np.dtype([(n, "f8") for n in ("x", "y", "area", "derotated_x", "derotated_y")]),
+    )
     pixels["x"], pixels["y"] = camera.pixel_x, camera.pixel_y
     pixels["area"] = geometry.pix_area.to_value("m2")
-    pixels["derotated_x"], pixels["derotated_y"] = geometry.pix_x.to_value("m"), geometry.pix_y.to_value("m")
+    pixels["derotated_x"], pixels["derotated_y"] = (
+        geometry.pix_x.to_value("m"),
+        geometry.pix_y.to_value("m"),
+    )
     table = h5.create_table(group, "pixels", pixels)
-    table.attrs.units = "m, m, m2, m, m; x and y as in the simtel file, derotated ones as in ctapipe"
+    table.attrs.units = (
+        "m, m, m2, m, m; x and y as in the simtel file, derotated ones as in ctapipe"
+    )
     charge = mapping.charge.tocoo()
-    matrix = np.zeros(charge.nnz, np.dtype([("cell", "u4"), ("pixel", "u4"), ("weight", "f4"), ("time_weight", "f4")]))
+    matrix = np.zeros(
+        charge.nnz,
+        np.dtype([("cell", "u4"), ("pixel", "u4"), ("weight", "f4"), ("time_weight", "f4")]),
+    )
     matrix["cell"], matrix["pixel"], matrix["weight"] = charge.row, charge.col, charge.data
     matrix["time_weight"] = mapping.time.tocoo().data
     h5.create_table(group, "mapping", matrix, filters=filters("gzip"))
@@ -555,10 +650,13 @@ def check_schema(h5: tables.File) -> dict[str, Any]:
     """Root attributes of a file of this layout. Raises DataError for others."""
     attrs = {name: h5.root._v_attrs[name] for name in h5.root._v_attrs._f_list("user")}
     if attrs.get("schema") != SCHEMA:
-        raise DataError(f"{h5.filename}: not written by image_extractor (no attribute schema = {SCHEMA!r}).")
+        raise DataError(
+            f"{h5.filename}: not written by image_extractor (no attribute schema = {SCHEMA!r})."
+        )
     if int(attrs["schema_version"]) != SCHEMA_VERSION:
         raise DataError(
-            f"{h5.filename}: schema_version {attrs['schema_version']}, this code needs {SCHEMA_VERSION}. "
+            f"{h5.filename}: schema_version {attrs['schema_version']}, "
+            f"this code needs {SCHEMA_VERSION}. "
             "Extract the data again."
         )
     return attrs
@@ -582,7 +680,11 @@ def open_layout(path: str | Path) -> tables.File:
 def event_tables(h5: tables.File) -> Iterator[tables.Table]:
     """Every Events table, split or not, bin by bin."""
     groups = sorted(
-        (g for g in h5.root._f_iter_nodes("Group") if g._v_name[:1] == "E" and g._v_name[1:].isdigit()),
+        (
+            g
+            for g in h5.root._f_iter_nodes("Group")
+            if g._v_name[:1] == "E" and g._v_name[1:].isdigit()
+        ),
         key=lambda g: int(g._v_name[1:]),
     )
     for group in [h5.root, *groups]:
@@ -618,8 +720,9 @@ def rearrange(
 
     Notes
     -----
-    `mapped`: only Events tables are rewritten, the image arrays stay. `all`: rows are copied as compressed
-    chunks into a second file, which takes the disk space of the first until it replaces it.
+    `mapped`: only Events tables are rewritten, the image arrays stay. `all`: rows are copied as
+    compressed chunks into a second file, which takes the disk space of the first until it replaces
+    it.
     """
     with tables.open_file(str(path), "a") as h5:
         attrs = check_schema(h5)
@@ -631,7 +734,11 @@ def rearrange(
             for number, table in enumerate(list(event_tables(h5))):
                 rng = np.random.default_rng([seed, number])
                 labels = _labels(table) if stratify else np.zeros(int(table.nrows), np.uint8)
-                parts = assign(labels, fractions, rng) if fractions else {"": np.arange(int(table.nrows))}
+                parts = (
+                    assign(labels, fractions, rng)
+                    if fractions
+                    else {"": np.arange(int(table.nrows))}
+                )
                 if shuffle:
                     parts = {name: rng.permutation(rows) for name, rows in parts.items()}
                 _rewrite(table, target, parts)
@@ -639,7 +746,9 @@ def rearrange(
             if shuffle:
                 root.shuffle_seed = seed
             if fractions:
-                root.split = json.dumps({"fractions": fractions, "seed": seed, "stratify": stratify})
+                root.split = json.dumps(
+                    {"fractions": fractions, "seed": seed, "stratify": stratify}
+                )
         finally:
             if not is_mapped:
                 target.close()
@@ -669,10 +778,19 @@ def verify(path: Path, n_events: int) -> None:
                     images += int(table.nrows)
                     _verify_chunks(table, size)
                     continue
-                for start in range(0, int(table.nrows), batch := max(1, BATCH_BYTES // table.rowsize)):
+                for start in range(
+                    0, int(table.nrows), batch := max(1, BATCH_BYTES // table.rowsize)
+                ):
                     rows = table.read(start, start + batch)
-                    keys.append(rows["event_number"].astype(np.uint64) + (rows["run_number"].astype(np.uint64) << 32))
-                    images += int((rows["tel_map"] >= 0).sum()) if "tel_map" in table.colnames else len(rows)
+                    keys.append(
+                        rows["event_number"].astype(np.uint64)
+                        + (rows["run_number"].astype(np.uint64) << 32)
+                    )
+                    images += (
+                        int((rows["tel_map"] >= 0).sum())
+                        if "tel_map" in table.colnames
+                        else len(rows)
+                    )
             for node in h5.walk_nodes("/", "EArray"):
                 images -= int(node.nrows)
                 if attrs["compression"] in DIRECT:
@@ -680,7 +798,10 @@ def verify(path: Path, n_events: int) -> None:
                 else:
                     for row in range(int(node.nrows)):
                         node[row]
-            expected = np.sort(index["event_number"].astype(np.uint64) + (index["run_number"].astype(np.uint64) << 32))
+            expected = np.sort(
+                index["event_number"].astype(np.uint64)
+                + (index["run_number"].astype(np.uint64) << 32)
+            )
             found = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))
             is_whole = len(index) == n_events and (not keys or np.array_equal(found, expected))
             is_whole &= images == (n_events if attrs["storage_mode"] == "all" else 0)
@@ -744,9 +865,12 @@ def _rewrite(table: tables.Table, target: tables.File, parts: dict[str, np.ndarr
     new = []
     for name, rows in parts.items():
         node = target.create_table(
-            group, f"{EVENTS}_{name}" if name else "Events_rearranged", table.description,
-            filters=table.filters, chunkshape=table.chunkshape,
-        )  # fmt: skip
+            group,
+            f"{EVENTS}_{name}" if name else "Events_rearranged",
+            table.description,
+            filters=table.filters,
+            chunkshape=table.chunkshape,
+        )
         node.attrs.units = table.attrs.units
         new.append((name, node))
         if table.chunkshape[0] == 1:
@@ -783,12 +907,12 @@ def _copy_all_but_events(source: tables.File, target: tables.File) -> None:
 
 
 def tel_table(h5: tables.File) -> np.ndarray:
-    """The telescope table, as a structured array."""
+    """Read the telescope table as a structured array."""
     return h5.get_node(f"/{TEL_TABLE}").read()
 
 
 def runs_table(h5: tables.File) -> np.ndarray:
-    """The table of input files, as a structured array."""
+    """Read the table of input files as a structured array."""
     return h5.get_node(f"/{METADATA}/{RUNS}").read()
 
 

@@ -22,30 +22,58 @@ def inspect(path: str | Path) -> str:
     with layout.open_layout(path) as h5:
         attrs = layout.check_schema(h5)
         runs, telescopes = layout.runs_table(h5), layout.tel_table(h5)
-        lines = [f"{path}: {attrs['schema']} {attrs['schema_version']}, {Path(path).stat().st_size / 1e6:.1f} MB"]
-        shown = ("mode", "storage_mode", "channels", "dim_order", "scale_factor", "charge_unit_pe", "compression",
-                 "energy_bin_source", "cuts_source", "split", "shuffle_seed", "created_utc", "modified_utc",
-                 "code_version", "ctapipe_version", "eventio_version")  # fmt: skip
+        lines = [
+            f"{path}: {attrs['schema']} {attrs['schema_version']}, "
+            f"{Path(path).stat().st_size / 1e6:.1f} MB"
+        ]
+        shown = (
+            "mode",
+            "storage_mode",
+            "channels",
+            "dim_order",
+            "scale_factor",
+            "charge_unit_pe",
+            "compression",
+            "energy_bin_source",
+            "cuts_source",
+            "split",
+            "shuffle_seed",
+            "created_utc",
+            "modified_utc",
+            "code_version",
+            "ctapipe_version",
+            "eventio_version",
+        )
         lines += ["", "Parameters"]
         lines += [f"  {name:18} {attrs[name]}" for name in shown if str(attrs.get(name, ""))]
         lines += ["", f"Runs ({len(runs)} files)"]
         for run in runs:
-            note = "" if run["complete"] else f"  INCOMPLETE: {run['problem'].decode('utf-8', 'replace')}"
+            note = (
+                ""
+                if run["complete"]
+                else f"  INCOMPLETE: {run['problem'].decode('utf-8', 'replace')}"
+            )
             lines.append(
                 f"  run {run['run_number']:<8} {run['file'].decode('utf-8', 'replace')}: "
                 f"{run['events_written']} of {run['events_read']} events{note}"
             )
         lines += ["", f"Telescopes ({len(telescopes)})"]
         for kind in dict.fromkeys(zip(telescopes["tel_type"], telescopes["camera"], strict=True)):
-            chosen = telescopes[(telescopes["tel_type"] == kind[0]) & (telescopes["camera"] == kind[1])]
+            chosen = telescopes[
+                (telescopes["tel_type"] == kind[0]) & (telescopes["camera"] == kind[1])
+            ]
             _, _, camera = layout.camera_pixels(h5, kind[1].decode())
             lines.append(
-                f"  {len(chosen):3} {kind[0].decode()} {camera['name']}: {camera['n_pixels']} pixels, mapped by "
-                f"{camera['mapping']} to {' x '.join(map(str, json.loads(camera['image_shape'])))}; ids {_ids(chosen['tel_id'])}"
+                f"  {len(chosen):3} {kind[0].decode()} {camera['name']}: "
+                f"{camera['n_pixels']} pixels, mapped by "
+                f"{camera['mapping']} to {' x '.join(map(str, json.loads(camera['image_shape'])))}; "
+                f"ids {_ids(chosen['tel_id'])}"
             )
         lines += ["", "Events"]
         for table in layout.event_tables(h5):
-            lines.append(f"  {table._v_pathname}: {table.nrows} events{_energy_range(table)}{_labels(table)}")
+            lines.append(
+                f"  {table._v_pathname}: {table.nrows} events{_energy_range(table)}{_labels(table)}"
+            )
             lines += _image_counts(table, telescopes)
         lines += ["", "Configuration", *(f"  {line}" for line in str(attrs["config"]).splitlines())]
     return "\n".join(lines)
@@ -79,7 +107,14 @@ def _labels(table: tables.Table) -> str:
 def _image_counts(table: tables.Table, telescopes: np.ndarray) -> list[str]:
     if "tel_map" not in table.colnames:
         tel_ids = telescopes["tel_id"].tolist()
-        return [f"    columns T{tel_ids[0]} .. T{tel_ids[-1]}: {table.coldtypes[f'T{tel_ids[0]}'].base}"] if tel_ids else []
+        return (
+            [
+                f"    columns T{tel_ids[0]} .. T{tel_ids[-1]}: "
+                f"{table.coldtypes[f'T{tel_ids[0]}'].base}"
+            ]
+            if tel_ids
+            else []
+        )
     counts: dict[bytes, int] = {}
     dtype = shape = None
     for row in telescopes:
@@ -93,14 +128,19 @@ def _image_counts(table: tables.Table, telescopes: np.ndarray) -> list[str]:
 def validate(path: str | Path) -> list[str]:
     """Check a data set; return what is wrong with it, a line each.
 
-    Every image of a telescope array must belong to exactly one event, every event number must be unique and in
-    the index, bins and labels in range, energies finite and in their bin, runs and counts consistent.
+    Every image of a telescope array must belong to exactly one event, every event number must be
+    unique and in the index, bins and labels in range, energies finite and in their bin, runs and
+    counts consistent.
     """
     problems: list[str] = []
     with layout.open_layout(path) as h5:
         attrs = layout.check_schema(h5)
         is_mapped = attrs["storage_mode"] == "mapped"
-        telescopes, runs, index = layout.tel_table(h5), layout.runs_table(h5), layout.index_table(h5)
+        telescopes, runs, index = (
+            layout.tel_table(h5),
+            layout.runs_table(h5),
+            layout.index_table(h5),
+        )
         edges = json.loads(str(attrs["energy_bin_edges_tev"]))
         keys: list[np.ndarray] = []
         used: dict[str, dict[int, list[np.ndarray]]] = {}
@@ -109,7 +149,9 @@ def validate(path: str | Path) -> list[str]:
             group = used.setdefault(table._v_parent._v_pathname, {})
             for start in range(0, int(table.nrows), _batch(table)):
                 rows = table.read(start, start + _batch(table))
-                keys.append(rows["run_number"].astype(np.uint64) << np.uint64(32) | rows["event_number"])
+                keys.append(
+                    rows["run_number"].astype(np.uint64) << np.uint64(32) | rows["event_number"]
+                )
                 problems += _check_rows(where, rows, table, attrs, edges)
                 if is_mapped:
                     for slot, tel_id in enumerate(telescopes["tel_id"].tolist()):
@@ -127,7 +169,9 @@ def _batch(table: tables.Table) -> int:
     return max(1, layout.BATCH_BYTES // 4 // table.rowsize)
 
 
-def _check_rows(where: str, rows: np.ndarray, table: tables.Table, attrs: dict[str, Any], edges: list[float]) -> list[str]:
+def _check_rows(
+    where: str, rows: np.ndarray, table: tables.Table, attrs: dict[str, Any], edges: list[float]
+) -> list[str]:
     found = []
     energy = rows["mc_energy"]
     if not (np.isfinite(energy) & (energy > 0)).all():
@@ -145,7 +189,9 @@ def _check_rows(where: str, rows: np.ndarray, table: tables.Table, attrs: dict[s
     else:
         number = int(table._v_parent._v_name[1:])
         low, high = edges[number : number + 2]
-        value = energy if attrs["energy_bin_source"] == "mc_energy" else rows["reconstructed_energy"]
+        value = (
+            energy if attrs["energy_bin_source"] == "mc_energy" else rows["reconstructed_energy"]
+        )
         if not ((value >= low * (1 - 1e-9)) & (value < high * (1 + 1e-9))).all():
             found.append(f"{where}: an event's energy is outside the bin, {low:g} to {high:g} TeV")
     return found
@@ -170,7 +216,8 @@ def _check_indices(h5: tables.File, used: dict[str, dict[int, list[np.ndarray]]]
             indices = np.concatenate(pieces)
             if indices.size != node.nrows or not (np.sort(indices) == np.arange(node.nrows)).all():
                 found.append(
-                    f"{node._v_pathname}: has {node.nrows} images, tel_map names {indices.size}; not one to one"
+                    f"{node._v_pathname}: has {node.nrows} images, tel_map "
+                    f"names {indices.size}; not one to one"
                 )
     return found
 
@@ -182,21 +229,33 @@ def _check_keys(keys: list[np.ndarray], index: np.ndarray, runs: np.ndarray) -> 
     if np.unique(events).size != events.size:
         found.append("an event is there twice")
     if events.size != listed.size or not (events == listed).all():
-        found.append(f"{layout.METADATA}/{layout.INDEX} lists {listed.size} events, the tables hold {events.size}, not the same")
+        found.append(
+            f"{layout.METADATA}/{layout.INDEX} lists {listed.size} events, "
+            f"the tables hold {events.size}, not the same"
+        )
     if int(runs["events_written"].sum()) != events.size:
-        found.append(f"{layout.METADATA}/{layout.RUNS} counts {runs['events_written'].sum()} events, the tables hold {events.size}")
+        found.append(
+            f"{layout.METADATA}/{layout.RUNS} counts {runs['events_written'].sum()} "
+            f"events, the tables hold {events.size}"
+        )
     return found
 
 
 def plot(
-    path: str | Path, output: str | Path, event: int | None = None, run: int | None = None, max_images: int = 4
+    path: str | Path,
+    output: str | Path,
+    event: int | None = None,
+    run: int | None = None,
+    max_images: int = 4,
 ) -> str:
-    """Draw an event: for each of its brightest images the camera, the stored picture, the peak times.
+    """Draw an event: for each of its brightest images the camera, the stored picture, the peak
+    times.
 
     Parameters
     ----------
     event, run : int, optional
-        Numbers of the event; the event with the largest summed charge among the first 200 by default.
+        Numbers of the event; the event with the largest summed charge among the first 200 by
+        default.
 
     Returns
     -------
@@ -232,14 +291,42 @@ def plot(
             name = f"T{tel_id} {info['tel_type'].decode()} {camera['name']}"
             in_pixels = _per_pixel(charge, matrix, len(pixels))
             limits = (0.0, max(float(np.percentile(in_pixels, 99.9)), 1.0))
-            in_cells = (0.0, max(float(np.percentile(charge[charge > 0], 99.9)), 1.0) if charge.any() else 1.0)
-            _camera_axes(figure, line[0], pixels, in_pixels, camera, f"{name}: camera", "charge (p.e.)", limits)
-            _picture_axes(figure, line[1], charge, f"stored picture ({camera['mapping']})", "charge (p.e.)", in_cells)
+            in_cells = (
+                0.0,
+                max(float(np.percentile(charge[charge > 0], 99.9)), 1.0) if charge.any() else 1.0,
+            )
+            _camera_axes(
+                figure,
+                line[0],
+                pixels,
+                in_pixels,
+                camera,
+                f"{name}: camera",
+                "charge (p.e.)",
+                limits,
+            )
+            _picture_axes(
+                figure,
+                line[1],
+                charge,
+                f"stored picture ({camera['mapping']})",
+                "charge (p.e.)",
+                in_cells,
+            )
             if has_time:
                 bright = charge > max(2.0, 0.15 * float(charge.max()))
                 time = np.where(bright, picture[1].astype(float), np.nan)
-                _picture_axes(figure, line[2], time, "peak time of bright pixels", "time (samples)", (None, None))
-        particle = {0: "gamma", 101: "proton"}.get(int(values["primary_id"]), f"particle {values['primary_id']}")
+                _picture_axes(
+                    figure,
+                    line[2],
+                    time,
+                    "peak time of bright pixels",
+                    "time (samples)",
+                    (None, None),
+                )
+        particle = {0: "gamma", 101: "proton"}.get(
+            int(values["primary_id"]), f"particle {values['primary_id']}"
+        )
         title = (
             f"run {values['run_number']} event {values['event_number']}: {particle}, "
             f"{values['mc_energy']:.3g} TeV, {len(images)} images"
@@ -259,14 +346,19 @@ def _unscaled(image: np.ndarray, camera: dict[str, Any], attrs: dict[str, Any]) 
     return image[:, ::scale, ::scale] if image.ndim == 3 else image
 
 
-def _find(h5: tables.File, path: str | Path, event: int | None, run: int | None) -> tuple[tables.Table, int]:
+def _find(
+    h5: tables.File, path: str | Path, event: int | None, run: int | None
+) -> tuple[tables.Table, int]:
     best: tuple[float, tables.Table, int] | None = None
     looked = 0
     for table in layout.event_tables(h5):
         for row in range(int(table.nrows)):
             if event is not None or run is not None:
                 values = table.read(row, row + 1)
-                if event in (None, int(values["event_number"][0])) and run in (None, int(values["run_number"][0])):
+                if event in (None, int(values["event_number"][0])) and run in (
+                    None,
+                    int(values["run_number"][0]),
+                ):
                     return table, row
                 continue
             if looked >= 200:
@@ -286,7 +378,8 @@ def _find(h5: tables.File, path: str | Path, event: int | None, run: int | None)
 def _per_pixel(charge: np.ndarray, matrix: np.ndarray, n_pixels: int) -> np.ndarray:
     """Charge of each pixel, read back from the cells it went to.
 
-    Exact where a cell belongs to one pixel; where pixels share cells, smoothed, and right for an even field.
+    Exact where a cell belongs to one pixel; where pixels share cells, smoothed, and right for an
+    even field.
     """
     flat = charge.reshape(-1)
     cell, pixel, weight = matrix["cell"], matrix["pixel"], matrix["weight"].astype(float)
@@ -296,8 +389,16 @@ def _per_pixel(charge: np.ndarray, matrix: np.ndarray, n_pixels: int) -> np.ndar
     return np.divide(total, norm, out=np.zeros(n_pixels), where=norm > 0)
 
 
-def _camera_axes(figure: Any, ax: Any, pixels: np.ndarray, values: np.ndarray, camera: dict[str, Any],
-                 title: str, label: str, limits: tuple[float, float]) -> None:  # fmt: skip
+def _camera_axes(
+    figure: Any,
+    ax: Any,
+    pixels: np.ndarray,
+    values: np.ndarray,
+    camera: dict[str, Any],
+    title: str,
+    label: str,
+    limits: tuple[float, float],
+) -> None:
     from matplotlib.collections import PolyCollection
 
     from .mapping import lattice_neighbors
@@ -312,7 +413,9 @@ def _camera_axes(figure: Any, ax: Any, pixels: np.ndarray, values: np.ndarray, c
     corners = np.stack(
         [x[:, None] + radius * np.cos(angles), y[:, None] + radius * np.sin(angles)], -1
     )
-    patches = PolyCollection(list(corners), array=values, cmap="viridis", edgecolors="face", linewidths=0.1)
+    patches = PolyCollection(
+        list(corners), array=values, cmap="viridis", edgecolors="face", linewidths=0.1
+    )
     patches.set_clim(*limits)
     ax.add_collection(patches)
     ax.set_aspect("equal")
@@ -331,12 +434,22 @@ def _lattice(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return spacing, float(np.angle(np.mean(np.exp(6j * np.arctan2(dy[near], dx[near]))))) / 6
 
 
-def _picture_axes(figure: Any, ax: Any, values: np.ndarray, title: str, label: str, limits: tuple[Any, Any]) -> None:
+def _picture_axes(
+    figure: Any, ax: Any, values: np.ndarray, title: str, label: str, limits: tuple[Any, Any]
+) -> None:
     if values.ndim == 1:
         ax.plot(values, lw=0.5)
         ax.set(title=title, xlabel="pixel", ylabel=label)
         return
-    # The first axis is x: transposed and with the origin below, the picture stands as the camera does.
-    shown = ax.imshow(values.T, origin="lower", cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest")
+    # The first axis is x: transposed and with the origin below, the picture stands as the camera
+    # does.
+    shown = ax.imshow(
+        values.T,
+        origin="lower",
+        cmap="viridis",
+        vmin=limits[0],
+        vmax=limits[1],
+        interpolation="nearest",
+    )
     ax.set(title=title, xlabel="first axis (cells)", ylabel="second axis (cells)")
     figure.colorbar(shown, ax=ax, label=label)

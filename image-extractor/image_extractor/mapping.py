@@ -1,7 +1,9 @@
-"""From camera pixels to two-dimensional images: sparse matrices built from the file's own pixel positions.
+"""From camera pixels to two-dimensional images: sparse matrices built from the file's own pixel
+positions.
 
-Positions are those written in the file (before ctapipe's derotation), where every CTA camera is aligned with
-its axes. Image axes are (x, y): the first index grows with x, the second with y, as in the historic SCT map.
+Positions are those written in the file (before ctapipe's derotation), where every CTA camera is
+aligned with its axes. Image axes are (x, y): the first index grows with x, the second with y, as in
+the historic SCT map.
 
 method        cells                                                    charge conserved
 square        one a pixel at [rank of x, rank of y]; square cameras    yes
@@ -12,9 +14,9 @@ nearest       square grid, value of the pixel that covers the cell     no
 bilinear      square grid, linear between the three pixels around      no
 none          no picture: the vector of pixels                         yes
 
-`auto` is square for square lattices and axial for hexagonal ones. The lattice is recognised from the
-positions, not from the pixel shape in the file, which prod2 files leave out. Peak times are carried by the
-same cells with weights that add up to one.
+`auto` is square for square lattices and axial for hexagonal ones. The lattice is recognised from
+the positions, not from the pixel shape in the file, which prod2 files leave out. Peak times are
+carried by the same cells with weights that add up to one.
 """
 
 from __future__ import annotations
@@ -118,7 +120,8 @@ def _spacing(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _levels(values: np.ndarray, spacing: float) -> np.ndarray:
-    """Rank of each value among the distinct ones, those closer than a fraction of the spacing being one.
+    """Rank of each value among the distinct ones, those closer than a fraction of the spacing being
+    one.
 
     Curved cameras write the same column with positions that differ in the fourth digit.
     """
@@ -135,13 +138,17 @@ def _cells(column: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, tuple[int, 
     shape = (int(column.max()) + 1, int(row.max()) + 1)
     cells = column * shape[1] + row
     if np.unique(cells).size != cells.size:
-        raise DataError("the camera's pixels do not form a lattice: use mapping nearest, bilinear or rebin.")
+        raise DataError(
+            "the camera's pixels do not form a lattice: use mapping nearest, bilinear or rebin."
+        )
     return cells, shape
 
 
 def _one_cell_each(method: str, cells: np.ndarray, shape: tuple[int, ...]) -> Mapping:
     n_cells, n_pixels = int(np.prod(shape)), cells.size
-    matrix = csr_matrix((np.ones(n_pixels, np.float32), (cells, np.arange(n_pixels))), (n_cells, n_pixels))
+    matrix = csr_matrix(
+        (np.ones(n_pixels, np.float32), (cells, np.arange(n_pixels))), (n_cells, n_pixels)
+    )
     return Mapping(method, shape, matrix, matrix, cells)
 
 
@@ -153,7 +160,8 @@ def _doubled(x: np.ndarray, y: np.ndarray, spacing: float) -> tuple[np.ndarray, 
     tree = cKDTree(np.c_[x, y])
     pairs = tree.query_pairs(1.25 * spacing, output_type="ndarray")
     dx, dy = x[pairs[:, 1]] - x[pairs[:, 0]], y[pairs[:, 1]] - y[pairs[:, 0]]
-    # Sixfold mean of the neighbour directions: 0 where rows run along x, 180 where they run along y.
+    # Sixfold mean of the neighbour directions: 0 where rows run along x, 180 where they run along
+    # y.
     turn = np.degrees(np.angle(np.mean(np.exp(6j * np.arctan2(dy, dx))))) / 6
     along_x = abs(turn) < 15
     off = turn if along_x else turn - np.copysign(30.0, turn)
@@ -165,7 +173,9 @@ def _doubled(x: np.ndarray, y: np.ndarray, spacing: float) -> tuple[np.ndarray, 
     coarse = _levels(across, spacing)
     parity = (fine + coarse) & 1
     if np.unique(parity).size != 1:
-        raise DataError("the camera's pixels do not form a hexagonal lattice: use nearest, bilinear or rebin.")
+        raise DataError(
+            "the camera's pixels do not form a hexagonal lattice: use nearest, bilinear or rebin."
+        )
     return fine, coarse, along_x
 
 
@@ -188,9 +198,7 @@ def _oversampled(x: np.ndarray, y: np.ndarray, spacing: float, is_hexagonal: boo
     else:
         columns, rows = 2 * _levels(x, spacing), 2 * _levels(y, spacing)
     shape = (int(columns.max()) + 2, int(rows.max()) + 2)
-    cells = np.concatenate(
-        [(columns + i) * shape[1] + rows + j for i in (0, 1) for j in (0, 1)]
-    )
+    cells = np.concatenate([(columns + i) * shape[1] + rows + j for i in (0, 1) for j in (0, 1)])
     pixels = np.tile(np.arange(x.size), 4)
     return _weighted("oversampling", shape, x.size, cells, pixels, np.full(cells.size, 0.25))
 

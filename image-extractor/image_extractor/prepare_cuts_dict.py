@@ -5,9 +5,9 @@ Writes  {(run_number, event_number): (bin_index, ErecS in TeV)} as .pkl, .json o
 
     prepare_cuts_dict.py "MSCW*.root" bins_cuts_dict.pkl --config settings.config
 
-Files are read in slices, so that memory does not grow with their length. Cuts are half-open: lower <= value < upper.
-A cut whose branches a file does not have (MCxoff and MCyoff exist only in simulations) stops the run unless
-the cut is open on both sides.
+Files are read in slices, so that memory does not grow with their length. Cuts are half-open: lower
+<= value < upper. A cut whose branches a file does not have (MCxoff and MCyoff exist only in
+simulations) stops the run unless the cut is open on both sides.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def read_slices(path: Path, branches: list[str]) -> Iterator[dict[str, np.ndarra
         raise
     # uproot has no error type of its own for files that are not ROOT or are cut off.
     except Exception as error:
-        raise DataError(f"{path}: cannot be read as ROOT ({type(error).__name__}: {error}).") from error
+        raise DataError(
+            f"{path}: cannot be read as ROOT ({type(error).__name__}: {error})."
+        ) from error
 
 
 def prepare(files: list[Path], output: Path, settings: Settings) -> dict[str, Any]:
@@ -101,7 +103,9 @@ def prepare(files: list[Path], output: Path, settings: Settings) -> dict[str, An
         if cut.low is not None or cut.high is not None
     }
     edges = settings.energy_bins.edges_tev()
-    branches = sorted({"runNumber", "eventNumber", "ErecS", *(c for cut in cuts.values() for c in cut.columns)})
+    branches = sorted(
+        {"runNumber", "eventNumber", "ErecS", *(c for cut in cuts.values() for c in cut.columns)}
+    )
     counts: dict[str, Any] = {"files": len(files), "events": 0, "passed": 0, "out_of_bins": 0}
     counts["cuts"] = dict.fromkeys(cuts, 0)
     in_bins = np.zeros(len(edges) - 1, np.int64)
@@ -132,7 +136,9 @@ def prepare(files: list[Path], output: Path, settings: Settings) -> dict[str, An
                 double = np.concatenate([unique[times > 1], unique[np.isin(unique, seen)]])
                 if double.size:
                     run, event = divmod(int(double[0]), 1 << 32)
-                    raise DataError(f"{path}: run {run} event {event} is there twice. Give each file once.")
+                    raise DataError(
+                        f"{path}: run {run} event {event} is there twice. Give each file once."
+                    )
                 seen = np.concatenate([seen, unique])  # 8 bytes an event that passed
                 writer.write(rows)
                 counts["passed"] += rows.size
@@ -144,11 +150,16 @@ def prepare(files: list[Path], output: Path, settings: Settings) -> dict[str, An
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="prepare_cuts_dict.py", description="Make the dictionary of bins and cuts from MSCW files."
+        prog="prepare_cuts_dict.py",
+        description="Make the dictionary of bins and cuts from MSCW files.",
     )
     parser.add_argument("mscw_files", help='ROOT files, a quoted pattern: "MSCW*.root"')
     parser.add_argument("output", type=Path, help="bins_cuts_dict.pkl, .json or .h5")
-    parser.add_argument("--config", type=Path, help="configuration with cuts and energy bins (default: the defaults)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="configuration with cuts and energy bins (default: the defaults)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv)
     try:
@@ -165,7 +176,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{counts['events']} events in {counts['files']} files")
     for name, number in counts["cuts"].items():
         print(f"  {name}: {number} pass")
-    print(f"{counts['passed']} pass all cuts; {counts['out_of_bins']} more pass but are outside the energy bins")
+    print(
+        f"{counts['passed']} pass all cuts; {counts['out_of_bins']} "
+        "more pass but are outside the energy bins"
+    )
     for i, number in enumerate(counts["bins"]):
         low, high = settings.energy_bins.edges_tev()[i : i + 2]
         print(f"  bin {i} ({low:.4g} to {high:.4g} TeV): {number}")

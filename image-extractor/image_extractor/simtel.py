@@ -3,13 +3,14 @@
 Reads   *.simtel.gz, *.simtel.zst and uncompressed eventio files.
 Writes  nothing.
 
-The event loop touches only what an image needs. One thread decompresses (igzip, zstd) into a bounded queue
-while the caller decodes; objects that nobody asked for are stepped over without being parsed, which is where
-most of the time goes otherwise: a triggered event comes with some two hundred objects. What is parsed, is
-parsed by the classes of the `eventio` package; only the waveforms stay raw bytes, for calibrate.py.
+The event loop touches only what an image needs. One thread decompresses (igzip, zstd) into a
+bounded queue while the caller decodes; objects that nobody asked for are stepped over without being
+parsed, which is where most of the time goes otherwise: a triggered event comes with some two
+hundred objects. What is parsed, is parsed by the classes of the `eventio` package; only the
+waveforms stay raw bytes, for calibrate.py.
 
-An event counts only if it is whole. Bytes missing at the end, a broken checksum or a lost sync marker set
-`SimtelFile.problem`, and the events before it stand.
+An event counts only if it is whole. Bytes missing at the end, a broken checksum or a lost sync
+marker set `SimtelFile.problem`, and the events before it stand.
 
     with SimtelFile("gamma.simtel.gz") as f:
         for event in f.events(tel_ids={1, 2}):
@@ -41,7 +42,8 @@ SYNC_MARKER = b"\x37\x8a\x1f\xd4"
 SYNC_MARKER_BIG_ENDIAN = SYNC_MARKER[::-1]
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-# Object types, from the eventio and hessio format (K. Bernloehr, "eventio" and sim_telarray manuals).
+# Object types, from the eventio and hessio format (K. Bernloehr, "eventio" and sim_telarray
+# manuals).
 HISTORY_META, INPUT_CARD, ATMOSPHERE = 75, 1212, 1216
 RUN_HEADER, MC_RUN_HEADER = 2000, 2001
 CAMERA_SETTINGS, CAMERA_ORGANIZATION, PIXEL_SETTINGS, DISABLED_PIXELS = 2002, 2003, 2004, 2005
@@ -55,12 +57,20 @@ TELESCOPE_PARTS = {
     DISABLED_PIXELS: "disabled_pixels",
 }
 WANTED = {
-    HISTORY_META, RUN_HEADER, MC_RUN_HEADER, ARRAY_EVENT, MC_SHOWER, MC_EVENT,
-    CAMERA_MONITORING, LASER_CALIBRATION, CALIBRATION_EVENT, *TELESCOPE_PARTS,
-}  # fmt: skip
+    HISTORY_META,
+    RUN_HEADER,
+    MC_RUN_HEADER,
+    ARRAY_EVENT,
+    MC_SHOWER,
+    MC_EVENT,
+    CAMERA_MONITORING,
+    LASER_CALIBRATION,
+    CALIBRATION_EVENT,
+    *TELESCOPE_PARTS,
+}
 EVENT_TYPES = {MC_SHOWER, MC_EVENT, ARRAY_EVENT, CALIBRATION_EVENT}
 
-RAW_BLOCK = 1024 * 1024  # compressed bytes a read
+RAW_BLOCK = 4 * 1024 * 1024  # compressed bytes a read: few hand-overs of the global lock
 BLOCK = 8 * 1024 * 1024  # decompressed bytes handed over at a time, at most
 QUEUE_BLOCKS = 4
 MAX_OBJECT = 512 * 1024 * 1024  # a longer object is a corrupt length field, not data
@@ -315,10 +325,11 @@ class Event:
     Attributes
     ----------
     shower, mc : dict
-        eventio's MCShower (energy TeV, altitude and azimuth rad, h_first_int m) and MCEvent (xcore, ycore m).
-        Both empty for a calibration event.
+        eventio's MCShower (energy TeV, altitude and azimuth rad, h_first_int m) and MCEvent (xcore,
+        ycore m). Both empty for a calibration event.
     telescopes : dict
-        Telescope id -> its raw ADC object, for the telescopes asked for that took part in the trigger.
+        Telescope id -> its raw ADC object, for the telescopes asked for that took part in the
+        trigger.
     n_telescopes : int
         Telescopes with data in the file, selected or not.
     """
@@ -371,8 +382,8 @@ class SimtelFile:
     header, mc_run_header : dict
         eventio's RunHeader and the last MCRunHeader before the events.
     telescopes : dict
-        Telescope id -> {"camera_settings", "camera_organization", "pixel_settings", "disabled_pixels"}.
-        Telescopes with identical objects share one dict a part.
+        Telescope id -> {"camera_settings", "camera_organization", "pixel_settings",
+        "disabled_pixels"}. Telescopes with identical objects share one dict a part.
     meta, global_meta : dict
         sim_telarray's metadata a telescope and of the file (bytes -> bytes).
     monitoring : dict
@@ -501,8 +512,8 @@ class SimtelFile:
         Yields
         ------
         Event
-            Also events in which no selected telescope took part, with `telescopes` empty, so that the caller
-            can count them; never events without any telescope data.
+            Also events in which no selected telescope took part, with `telescopes` empty, so that
+            the caller can count them; never events without any telescope data.
         """
         shower: RawObject | None = None
         shower_values: dict[str, Any] = {}
@@ -552,7 +563,8 @@ class SimtelFile:
         trigger = next(parts, None)
         if trigger is None or trigger.type != TRIGGER:
             raise Corrupt("an array event does not begin with its trigger")
-        # Old files number the array event otherwise than the MC event; the trigger has the right number.
+        # Old files number the array event otherwise than the MC event; the trigger has the right
+        # number.
         event_id = trigger.id if trigger.id != 0 else array_event.id
         triggered: set[int] | None = None
         telescopes: dict[int, RawObject] = {}
@@ -569,7 +581,9 @@ class SimtelFile:
                 continue
             if triggered is None:
                 triggered = set(trigger.parse()["triggered_telescopes"].tolist())
-            if tel_id not in triggered:  # data without a part in the trigger: ctapipe skips them too
+            if (
+                tel_id not in triggered
+            ):  # data without a part in the trigger: ctapipe skips them too
                 continue
             adc = sums = None
             for sub in sub_objects(part.payload):

@@ -1,8 +1,9 @@
 """An output file that appears whole or not at all, with one writer at a time.
 
-The writer works on a hidden neighbour, `.NAME.partial`; `commit` flushes it to the disk and renames it over
-NAME. Appending works on a copy, so that whatever happens, the old file stays readable until the new one is
-whole. A killed run leaves the hidden neighbours behind; the next run of the same output removes them.
+The writer works on a hidden neighbour, `.NAME.partial`; `commit` flushes it to the disk and renames
+it over NAME. Appending works on a copy, so that whatever happens, the old file stays readable until
+the new one is whole. A killed run leaves the hidden neighbours behind; the next run of the same
+output removes them.
 
 The writer holds an flock on `.NAME.lock`, which the system drops with the process, however it ends.
 """
@@ -67,11 +68,12 @@ class OutputTransaction:
             except OSError:
                 os.close(handle)
                 raise DataError(
-                    f"{self.output}: another process is writing it. Wait for it, or choose another output."
+                    f"{self.output}: another process is writing it. Wait "
+                    "for it, or choose another output."
                 ) from None
             # The holder removes the file when done: a lock on a removed file locks nothing.
             try:
-                if os.stat(self._lock_path).st_ino == os.fstat(handle).st_ino:
+                if self._lock_path.stat().st_ino == os.fstat(handle).st_ino:
                     return handle
             except FileNotFoundError:
                 pass

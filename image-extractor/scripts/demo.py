@@ -1,8 +1,10 @@
 """Show the whole job on real files: mapped and all data sets, summaries, pictures.
 
-Reads   simtel files: those of ../../shared/data/cta where present, else of eventio's source distribution,
+Reads   simtel files: those of ../../shared/data/cta where present, else of eventio's source
+distribution,
         which pip fetches (82 MB, kept in build/demo-data).
-Writes  one HDF5 file an array and storage mode, PNG pictures and summary.json into the folder given.
+Writes  one HDF5 file an array and storage mode, PNG pictures and summary.json into the folder
+given.
 
     python scripts/demo.py ../results/demo-cta
 """
@@ -48,12 +50,26 @@ def inputs() -> dict[str, Path]:
     if not (folder / GAMMAS).exists():
         folder.mkdir(parents=True, exist_ok=True)
         print(f"input: fetching the source distribution of {SDIST} (82 MB)")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "eventio", SDIST]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            "eventio",
+            SDIST,
+        ]
         subprocess.run([*command, "--dest", str(folder)], check=True)
         with tarfile.open(next(folder.glob("eventio-*.tar.gz"))) as archive:
             for member in archive:
                 name = Path(member.name).name
-                if "/resources/" in member.name and name in (GAMMAS, SST_GAMMAS) and member.isfile():
+                if (
+                    "/resources/" in member.name
+                    and name in (GAMMAS, SST_GAMMAS)
+                    and member.isfile()
+                ):
                     part = folder / f".{name}.partial"
                     part.write_bytes(archive.extractfile(member).read())
                     part.replace(folder / name)
@@ -67,12 +83,18 @@ def main(out: Path) -> int:
     files = inputs()
     jobs = [
         ("gammas_mapped", GAMMAS, MAPPED.format(mapping="auto"), []),
-        ("gammas_all_sct", GAMMAS, (PACKAGE / "aux" / "test_pytables.config").read_text(),
-         [str(PACKAGE / "aux" / "bins_cuts_dict.pkl"), "--shuffle", "--split"]),
+        (
+            "gammas_all_sct",
+            GAMMAS,
+            (PACKAGE / "aux" / "test_pytables.config").read_text(),
+            [str(PACKAGE / "aux" / "bins_cuts_dict.pkl"), "--shuffle", "--split"],
+        ),
         ("sst_gammas_mapped", SST_GAMMAS, MAPPED.format(mapping="oversampling"), []),
         ("protons_mapped", PROTONS, MAPPED.format(mapping="rebin"), []),
-    ]  # fmt: skip
-    total: dict = dict.fromkeys(("files", "events_read", "events_written", "images", "saturated_pixels"), 0)
+    ]
+    total: dict = dict.fromkeys(
+        ("files", "events_read", "events_written", "images", "saturated_pixels"), 0
+    )
     total["data_sets"] = []
     for name, source, config, options in jobs:
         if source not in files:
@@ -82,21 +104,38 @@ def main(out: Path) -> int:
         report.unlink(missing_ok=True)
         print(f"\n{name}")
         # Exit code 1 is expected of gamma_test, whose last event is cut off.
-        code = cli.main([str(files[source]), str(h5), str(config_path), *options, "--overwrite", "--summary", str(report)])
+        code = cli.main(
+            [
+                str(files[source]),
+                str(h5),
+                str(config_path),
+                *options,
+                "--overwrite",
+                "--summary",
+                str(report),
+            ]
+        )
         if code > 1 or not report.exists() or cli.main(["validate", str(h5)]):
             return 1
         cli.main(["plot", str(h5), "--output", str(out / f"{name}.png")])
         summary = json.loads(report.read_text())
         for key in ("files", "events_read", "events_written", "images", "saturated_pixels"):
             total[key] += summary[key]
-        total["data_sets"].append({"name": name, **{k: v for k, v in summary.items() if k != "reports"}})
+        total["data_sets"].append(
+            {"name": name, **{k: v for k, v in summary.items() if k != "reports"}}
+        )
         report.unlink()
     total["seconds"] = round(time.perf_counter() - started, 3)
     (out / "summary.json").write_text(json.dumps(total, indent=1) + "\n")
     print(f"\n{'data set':20}{'read':>6}{'written':>9}{'images':>8}{'saturated':>11}{'MB':>7}")
     for d in total["data_sets"]:
-        print(f"{d['name']:20}{d['events_read']:6}{d['events_written']:9}{d['images']:8}{d['saturated_pixels']:11}{d['bytes'] / 1e6:7.1f}")
-    print(f"\nLook at {out}/*.png and {out}/summary.json; image-extractor inspect {out}/gammas_mapped.h5 ({total['seconds']:.0f} s)")
+        print(
+            f"{d['name']:20}{d['events_read']:6}{d['events_written']:9}{d['images']:8}{d['saturated_pixels']:11}{d['bytes'] / 1e6:7.1f}"
+        )
+    print(
+        f"\nLook at {out}/*.png and {out}/summary.json; image-extractor inspect "
+        f"{out}/gammas_mapped.h5 ({total['seconds']:.0f} s)"
+    )
     return 0
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""The command `image_extractor.py`: extract images from simtel files (see `image_extractor.py --help`).
+"""The command `image_extractor.py`: extract images from simtel files (see `image_extractor.py
+--help`).
 
-Python puts a script's folder first on the module path. This file's name is the package's, so every other
-command in the same folder (pytest, ipython) that imports image_extractor would find this file instead. It
-therefore steps aside: imported, it loads the package in its place.
+Python puts a script's folder first on the module path. This file's name is the package's, so every
+other command in the same folder (pytest, ipython) that imports image_extractor would find this file
+instead. It therefore steps aside: imported, it loads the package in its place.
 """
 
 import importlib.util

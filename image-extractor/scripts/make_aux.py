@@ -1,12 +1,13 @@
 """Make the files of aux/: two configurations and their dictionaries of bins and cuts.
 
 Reads   simtel files, for the numbers and true energies of their events.
-Writes  aux/test_pytables.config, aux/test_pytables_1bin.config (historic settings), aux/bins_cuts_dict{,_1bin}
+Writes  aux/test_pytables.config, aux/test_pytables_1bin.config (historic settings),
+aux/bins_cuts_dict{,_1bin}
         as .json, for people, and .pkl.
 
-No EventDisplay analysis of these files exists. Its place is taken by a made-up one, seeded: energies
-reconstructed with 15 % scatter around the true ones, good shape parameters. It goes the whole way, through a
-ROOT file of EventDisplay's form and prepare_cuts_dict.py.
+No EventDisplay analysis of these files exists. Its place is taken by a made-up one, seeded:
+energies reconstructed with 15 % scatter around the true ones, good shape parameters. It goes the
+whole way, through a ROOT file of EventDisplay's form and prepare_cuts_dict.py.
 
     python scripts/make_aux.py FILE.simtel.gz [FILE ...]
 """
@@ -24,11 +25,19 @@ from image_extractor.simtel import SimtelFile
 
 AUX = Path(__file__).resolve().parents[1] / "aux"
 CONFIGURATIONS = {
-    "": dict(storage_mode="all", image_mode="PIXELS_TIMING_3C", scale_factor=2,
-             energy_bins=EnergyBins(min=-1.0, max=0.5, bin_size=0.5)),
-    "_1bin": dict(storage_mode="mapped", image_mode="PIXELS_1C", scale_factor=1,
-                  energy_bins=EnergyBins(min=-1.0, max=1.0, bin_size=2.0)),
-}  # fmt: skip
+    "": dict(
+        storage_mode="all",
+        image_mode="PIXELS_TIMING_3C",
+        scale_factor=2,
+        energy_bins=EnergyBins(min=-1.0, max=0.5, bin_size=0.5),
+    ),
+    "_1bin": dict(
+        storage_mode="mapped",
+        image_mode="PIXELS_1C",
+        scale_factor=1,
+        energy_bins=EnergyBins(min=-1.0, max=1.0, bin_size=2.0),
+    ),
+}
 
 
 def mock_mscw(paths: list[Path], seed: int = 0) -> dict[str, np.ndarray]:
@@ -37,7 +46,10 @@ def mock_mscw(paths: list[Path], seed: int = 0) -> dict[str, np.ndarray]:
     events = []
     for path in paths:
         with SimtelFile(path) as simtel:
-            events += [(e.run_number, e.event_id, e.shower["energy"], len(e.telescopes)) for e in simtel.events()]
+            events += [
+                (e.run_number, e.event_id, e.shower["energy"], len(e.telescopes))
+                for e in simtel.events()
+            ]
     run, number, energy, n_images = map(np.array, zip(*events, strict=True))
     n = len(events)
     return {
@@ -69,7 +81,10 @@ def main(paths: list[Path]) -> None:
             (AUX / f"test_pytables{suffix}.config").write_text(as_text(settings))
             for kind in (".json", ".pkl"):
                 counts = prepare([root], AUX / f"bins_cuts_dict{suffix}{kind}", settings)
-            print(f"{suffix or '3 bins'}: {counts['passed']} of {counts['events']} events pass, a bin: {counts['bins']}")
+            print(
+                f"{suffix or '3 bins'}: {counts['passed']} of {counts['events']} "
+                f"events pass, a bin: {counts['bins']}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The command `prepare_cuts_dict.py`: make a dictionary of bins and cuts from EventDisplay's MSCW files."""
+"""The command `prepare_cuts_dict.py`: bins and cuts from EventDisplay's MSCW files."""
 
 import sys
 

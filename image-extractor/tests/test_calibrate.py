@@ -9,14 +9,18 @@ from image_extractor.instrument import describe_array
 from image_extractor.simtel import ADC_SAMPLES, Corrupt, RawObject, SimtelFile
 
 
-@pytest.mark.parametrize(("key", "n_images"), [("gamma", 42), ("sst", 129), ("proton", 36), ("calib", 7)])
+@pytest.mark.parametrize(
+    ("key", "n_images"), [("gamma", 42), ("sst", 129), ("proton", 36), ("calib", 7)]
+)
 def test_every_pixel_of_every_telescope_event_equals_ctapipe(key, n_images, dl1):
     reference, _ = dl1(key, calibration=key == "calib")
     compared = 0
     with SimtelFile(real_file(key)) as simtel:
         telescopes = describe_array(simtel)
         calibrators = {t: Calibrator(d) for t, d in telescopes.items()}
-        for event, (event_id, images, _) in zip(simtel.events(calibration=True), reference, strict=True):
+        for event, (event_id, images, _) in zip(
+            simtel.events(calibration=True), reference, strict=True
+        ):
             assert event.event_id == event_id or key == "calib"
             assert event.telescopes.keys() == images.keys()
             for tel_id, adc in event.telescopes.items():
@@ -34,7 +38,11 @@ def test_integration_correction_is_ctapipes(key):
     with SimtelFile(real_file(key)) as simtel:
         for telescope in describe_array(simtel).values():
             camera = telescope.camera
-            arguments = (camera.reference_pulse, camera.reference_step_ns, 1 / camera.sampling_rate_ghz)
+            arguments = (
+                camera.reference_pulse,
+                camera.reference_step_ns,
+                1 / camera.sampling_rate_ghz,
+            )
             ours = integration_correction(*arguments, WINDOW_WIDTH, WINDOW_SHIFT)
             np.testing.assert_array_equal(ours, theirs(*arguments, WINDOW_WIDTH, WINDOW_SHIFT))
 

@@ -1,4 +1,4 @@
-"""Commands as a person types them: the seed's examples word for word, exit codes, help without delay."""
+"""Commands as a person types them: the README's examples, exit codes, quick help."""
 
 import json
 import os
@@ -19,7 +19,11 @@ NO_TRAINING = {"PYTHONWARNINGS": "ignore"}
 
 def run(*words, cwd=None):
     return subprocess.run(
-        [str(w) for w in words], cwd=cwd, capture_output=True, text=True, env={**os.environ, **NO_TRAINING}
+        [str(w) for w in words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **NO_TRAINING},
     )
 
 
@@ -32,23 +36,36 @@ def installed(name):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The seed's files: data, configuration, dictionary."""
+    """The files of the README's example: data, configuration, dictionary."""
     (tmp_path / "simtel").mkdir()
     shutil.copy(real_file("sst"), tmp_path / "simtel" / "a.simtel.gz")
     (tmp_path / "configuration_settings.config").write_text(
-        (PACKAGE / "aux" / "test_pytables_1bin.config").read_text().replace("type_mode = SCT", "type_mode = SST")
+        (PACKAGE / "aux" / "test_pytables_1bin.config")
+        .read_text()
+        .replace("type_mode = SCT", "type_mode = SST")
     )
     shutil.copy(PACKAGE / "aux" / "bins_cuts_dict_1bin.pkl", tmp_path / "bins_cuts_dict.pkl")
     return tmp_path
 
 
-def test_the_seeds_command_word_for_word(folder):
-    done = run(installed("image_extractor.py"), f"{folder}/simtel/*.simtel.gz", "./dataset.h5",
-               "./configuration_settings.config", "./bins_cuts_dict.pkl", "--shuffle", "--split", cwd=folder)  # fmt: skip
+def test_the_readmes_command_word_for_word(folder):
+    done = run(
+        installed("image_extractor.py"),
+        f"{folder}/simtel/*.simtel.gz",
+        "./dataset.h5",
+        "./configuration_settings.config",
+        "./bins_cuts_dict.pkl",
+        "--shuffle",
+        "--split",
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr
     assert "events written" in done.stdout
     with tables.open_file(str(folder / "dataset.h5")) as h5:
-        n = [int(h5.get_node(f"/E0/Events_{part}").nrows) for part in ("Training", "Validation", "Test")]
+        n = [
+            int(h5.get_node(f"/E0/Events_{part}").nrows)
+            for part in ("Training", "Validation", "Test")
+        ]
     assert sum(n) == len(all_images(folder / "dataset.h5")) > 20
     assert n == [round(0.9 * sum(n)), sum(n) - round(0.9 * sum(n)), 0]
 
@@ -56,12 +73,26 @@ def test_the_seeds_command_word_for_word(folder):
 @pytest.mark.parametrize("flag", ["--bins_cuts_dict", "--bins_cuts_dict_file", "--bins-cuts-dict"])
 def test_the_dictionary_as_an_option(folder, flag, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    words = ["simtel/*.simtel.gz", "o.h5", "configuration_settings.config", flag, "bins_cuts_dict.pkl",
-             "--max_events", "3", "--debug", "--summary", "s.json"]  # fmt: skip
+    words = [
+        "simtel/*.simtel.gz",
+        "o.h5",
+        "configuration_settings.config",
+        flag,
+        "bins_cuts_dict.pkl",
+        "--max_events",
+        "3",
+        "--debug",
+        "--summary",
+        "s.json",
+    ]
     assert cli.main(words) == 0
     assert len(all_images(folder / "o.h5")) == 3
     summary = json.loads((folder / "s.json").read_text())
-    assert (summary["files"], summary["events_written"], summary["images_by_type"]) == (1, 3, {"SST": summary["images"]})
+    assert (summary["files"], summary["events_written"], summary["images_by_type"]) == (
+        1,
+        3,
+        {"SST": summary["images"]},
+    )
     assert summary["bytes"] == (folder / "o.h5").stat().st_size
 
 
@@ -75,7 +106,11 @@ def test_exit_codes_and_one_line_messages(folder, monkeypatch, capsys):
         (2, ["nothing*.gz", "o.h5", config], "no such file"),
         (2, [source, "o.h5", "absent.config"], "no such configuration"),
         (2, [source, "o.h5", "bad.config"], "[image] size: unknown key"),
-        (2, [source, "o.h5", config, "bins_cuts_dict.pkl", "--bins_cuts_dict", "other.pkl"], "two dictionaries"),
+        (
+            2,
+            [source, "o.h5", config, "bins_cuts_dict.pkl", "--bins_cuts_dict", "other.pkl"],
+            "two dictionaries",
+        ),
         (2, [source, "o.h5", config, "--stratify"], "--stratify needs --split"),
         (2, [source, source, config], "also an input"),
         (1, [source, "o.h5", config, "absent.pkl"], "absent.pkl"),
@@ -91,16 +126,24 @@ def test_exit_codes_and_one_line_messages(folder, monkeypatch, capsys):
         assert message in captured.err, words
         assert "Traceback" not in captured.err
     assert not (folder / "o.h5").exists()
-    for words in (["x", "o.h5"], [source, "o.h5", config, "--colour"], [source, "o.h5", config, "--max_events", "0"],
-                  [source, "o.h5", config, "--split-fractions", "a=0.5"]):  # fmt: skip
+    for words in (
+        ["x", "o.h5"],
+        [source, "o.h5", config, "--colour"],
+        [source, "o.h5", config, "--max_events", "0"],
+        [source, "o.h5", config, "--split-fractions", "a=0.5"],
+    ):
         with pytest.raises(SystemExit) as stop:
             cli.main(words)
         assert stop.value.code == 2
 
 
-def test_a_dictionary_with_more_bins_than_the_config_is_refused_at_once(folder, monkeypatch, capsys):
+def test_a_dictionary_with_more_bins_than_the_config_is_refused_at_once(
+    folder, monkeypatch, capsys
+):
     monkeypatch.chdir(folder)
-    (folder / "three.json").write_text('{"format": "bins-cuts-dict", "events": [[102, 301, 2, 1.0]]}')
+    (folder / "three.json").write_text(
+        '{"format": "bins-cuts-dict", "events": [[102, 301, 2, 1.0]]}'
+    )
     assert cli.main(["simtel/*", "o.h5", "configuration_settings.config", "three.json"]) == 2
     assert "has energy bin 2, the configuration has 1" in capsys.readouterr().err
 
@@ -126,7 +169,8 @@ def test_help_needs_no_heavy_import():
     code = (
         "import sys; from image_extractor import cli\n"
         "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
-        "print(sorted(m for m in ('ctapipe', 'astropy', 'numba', 'tables', 'numpy', 'torch') if m in sys.modules))"
+        "print(sorted(m for m in ('ctapipe', 'astropy', 'numba', 'tables', "
+        "'numpy', 'torch') if m in sys.modules))"
     )
     done = run(sys.executable, "-c", code)
     assert "--bins_cuts_dict" in done.stdout
@@ -145,7 +189,8 @@ def test_scripts_beside_image_extractor_py_still_import_the_package(tmp_path):
     installed("image_extractor.py")
     shutil.copy(BIN / "image_extractor.py", tmp_path / "image_extractor.py")
     (tmp_path / "other_command.py").write_text(
-        "from image_extractor import image_extractor\nprint(image_extractor.ImageExtractor.__name__)\n"
+        "from image_extractor import "
+        "image_extractor\nprint(image_extractor.ImageExtractor.__name__)\n"
     )
     done = run(sys.executable, tmp_path / "other_command.py")
     assert (done.stdout.strip(), done.stderr) == ("ImageExtractor", "")
@@ -155,11 +200,22 @@ def test_the_auxiliary_files_fit_together():
     from image_extractor.config import load_config
     from image_extractor.cuts import load_cuts
 
-    for suffix, storage, mode, n_bins in (("", "all", "PIXELS_TIMING_3C", 3), ("_1bin", "mapped", "PIXELS_1C", 1)):
+    for suffix, storage, mode, n_bins in (
+        ("", "all", "PIXELS_TIMING_3C", 3),
+        ("_1bin", "mapped", "PIXELS_1C", 1),
+    ):
         settings = load_config(PACKAGE / "aux" / f"test_pytables{suffix}.config")
-        assert (settings.storage_mode, settings.image_mode, settings.energy_bins.count()) == (storage, mode, n_bins)
+        assert (settings.storage_mode, settings.image_mode, settings.energy_bins.count()) == (
+            storage,
+            mode,
+            n_bins,
+        )
         assert (settings.mode, settings.type_mode, settings.dtype, settings.dim_order) == (
-            "gh_class", "SCT", "uint16", "channels_last")  # fmt: skip
+            "gh_class",
+            "SCT",
+            "uint16",
+            "channels_last",
+        )
         a = load_cuts(PACKAGE / "aux" / f"bins_cuts_dict{suffix}.json")
         b = load_cuts(PACKAGE / "aux" / f"bins_cuts_dict{suffix}.pkl")
         assert (a.rows() == b.rows()).all()

@@ -17,12 +17,18 @@ from image_extractor.errors import DataError
 def columns(n, seed=0, run=77, first=0):
     rng = np.random.default_rng(seed)
     return {
-        "MSCW": rng.normal(0, 1.5, n), "MSCL": rng.normal(0, 2, n), "EChi2S": rng.exponential(1, n) - 0.1,
-        "ErecS": 10 ** rng.uniform(-2, 1.5, n), "EmissionHeight": rng.uniform(0, 60, n).astype(np.float32),
-        "MCxoff": rng.normal(0, 1.5, n), "MCyoff": rng.normal(0, 1.5, n),
-        "NImages": rng.integers(0, 8, n).astype(np.int32), "dES": rng.uniform(-0.1, 1, n),
-        "runNumber": np.full(n, run, np.int32), "eventNumber": np.arange(first, first + n, dtype=np.int32),
-    }  # fmt: skip
+        "MSCW": rng.normal(0, 1.5, n),
+        "MSCL": rng.normal(0, 2, n),
+        "EChi2S": rng.exponential(1, n) - 0.1,
+        "ErecS": 10 ** rng.uniform(-2, 1.5, n),
+        "EmissionHeight": rng.uniform(0, 60, n).astype(np.float32),
+        "MCxoff": rng.normal(0, 1.5, n),
+        "MCyoff": rng.normal(0, 1.5, n),
+        "NImages": rng.integers(0, 8, n).astype(np.int32),
+        "dES": rng.uniform(-0.1, 1, n),
+        "runNumber": np.full(n, run, np.int32),
+        "eventNumber": np.arange(first, first + n, dtype=np.int32),
+    }
 
 
 def write_root(path, data, tree="data"):
@@ -36,13 +42,23 @@ def by_hand(data, edges):
     expected = {}
     for i in range(len(data["ErecS"])):
         offset = (data["MCxoff"][i] ** 2 + data["MCyoff"][i] ** 2) ** 0.5
-        if not (-2 <= data["MSCW"][i] < 2 and -2 <= data["MSCL"][i] < 5 and data["EChi2S"][i] >= 0
-                and data["ErecS"][i] >= 0 and 0 <= data["EmissionHeight"][i] < 50 and offset < 3
-                and data["NImages"][i] >= 3 and data["dES"][i] >= 0):  # fmt: skip
+        if not (
+            -2 <= data["MSCW"][i] < 2
+            and -2 <= data["MSCL"][i] < 5
+            and data["EChi2S"][i] >= 0
+            and data["ErecS"][i] >= 0
+            and 0 <= data["EmissionHeight"][i] < 50
+            and offset < 3
+            and data["NImages"][i] >= 3
+            and data["dES"][i] >= 0
+        ):
             continue
         for b in range(len(edges) - 1):
             if edges[b] <= data["ErecS"][i] < edges[b + 1]:
-                expected[int(data["runNumber"][i]), int(data["eventNumber"][i])] = (b, float(data["ErecS"][i]))
+                expected[int(data["runNumber"][i]), int(data["eventNumber"][i])] = (
+                    b,
+                    float(data["ErecS"][i]),
+                )
     return expected
 
 
@@ -54,7 +70,9 @@ def test_cuts_and_bins_come_from_the_config(tmp_path, suffix, monkeypatch):
     write_root(tmp_path / "b.mscw.root", second)
     settings = default_settings()
     out = tmp_path / f"cuts{suffix}"
-    counts = prepare_cuts_dict.prepare([tmp_path / "a.mscw.root", tmp_path / "b.mscw.root"], out, settings)
+    counts = prepare_cuts_dict.prepare(
+        [tmp_path / "a.mscw.root", tmp_path / "b.mscw.root"], out, settings
+    )
     edges = [10**-1.0, 10**-0.5, 1.0, 10**0.5, 10.0]
     expected = by_hand(first, edges) | by_hand(second, edges)
     table = load_cuts(out)
@@ -70,7 +88,9 @@ def test_the_pickle_is_the_historic_plain_dict(tmp_path):
     prepare_cuts_dict.prepare([tmp_path / "a.root"], tmp_path / "c.pkl", default_settings())
     loaded = pickle.loads((tmp_path / "c.pkl").read_bytes())
     assert loaded == by_hand(data, default_settings().energy_bins.edges_tev())
-    assert all(type(k) is tuple and type(v) is tuple and type(v[1]) is float for k, v in loaded.items())
+    assert all(
+        type(k) is tuple and type(v) is tuple and type(v[1]) is float for k, v in loaded.items()
+    )
 
 
 def test_bins_are_half_open():
@@ -96,19 +116,36 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_pickles_of_every_protocol_are_read(tmp_path, protocol):
-    (tmp_path / "c.pkl").write_bytes(pickle.dumps({(31964, 408): (2, 0.5), (31964, 409): (0, 0.2)}, protocol))
+    (tmp_path / "c.pkl").write_bytes(
+        pickle.dumps({(31964, 408): (2, 0.5), (31964, 409): (0, 0.2)}, protocol)
+    )
     table = load_cuts(tmp_path / "c.pkl")
-    assert (table.get(31964, 408), table.get(31964, 409), table.get(31964, 410)) == ((2, 0.5), (0, 0.2), None)
+    assert (table.get(31964, 408), table.get(31964, 409), table.get(31964, 410)) == (
+        (2, 0.5),
+        (0, 0.2),
+        None,
+    )
     assert (31964, 408) in table
     assert (31964, -5) not in table
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\x80\x04", pickle.dumps([1]), pickle.dumps({1: 2}), pickle.dumps({(1, 2): "ab"}), pickle.dumps({(1, 2.5): (0, 1.0)}),
-     b"text", b"{", b'{"format": "other"}', b'{"format": "bins-cuts-dict", "events": [[1, 2]]}',
-     pickle.dumps({(1, 2): (-1, 1.0)}), pickle.dumps({(-1, 2): (1, 1.0)})],
-)  # fmt: skip
+    [
+        b"",
+        b"\x80\x04",
+        pickle.dumps([1]),
+        pickle.dumps({1: 2}),
+        pickle.dumps({(1, 2): "ab"}),
+        pickle.dumps({(1, 2.5): (0, 1.0)}),
+        b"text",
+        b"{",
+        b'{"format": "other"}',
+        b'{"format": "bins-cuts-dict", "events": [[1, 2]]}',
+        pickle.dumps({(1, 2): (-1, 1.0)}),
+        pickle.dumps({(-1, 2): (1, 1.0)}),
+    ],
+)
 def test_bad_dictionaries_are_named(tmp_path, content):
     path = tmp_path / "bad.pkl"
     path.write_bytes(content)
@@ -118,9 +155,13 @@ def test_bad_dictionaries_are_named(tmp_path, content):
 
 def test_an_event_listed_twice_is_refused(tmp_path):
     write_root(tmp_path / "a.root", columns(3000, 1))
-    write_root(tmp_path / "b.root", {name: values[:200] for name, values in columns(3000, 1).items()})
+    write_root(
+        tmp_path / "b.root", {name: values[:200] for name, values in columns(3000, 1).items()}
+    )
     with pytest.raises(DataError, match="twice"):
-        prepare_cuts_dict.prepare([tmp_path / "a.root", tmp_path / "b.root"], tmp_path / "c.pkl", default_settings())
+        prepare_cuts_dict.prepare(
+            [tmp_path / "a.root", tmp_path / "b.root"], tmp_path / "c.pkl", default_settings()
+        )
     assert not list(tmp_path.glob("*c.pkl*"))
     rows = np.zeros(2, ROW)
     with pytest.raises(DataError, match="twice"):
@@ -160,4 +201,9 @@ def test_command_line_and_its_errors(tmp_path, capsys):
     assert not (tmp_path / "d.pkl").exists()
     config = tmp_path / "open.config"
     config.write_text("[preselection_cuts]\nMC_Offset = None, None\n")
-    assert prepare_cuts_dict.main([str(tmp_path / "data.root"), str(tmp_path / "d.pkl"), "--config", str(config)]) == 0
+    assert (
+        prepare_cuts_dict.main(
+            [str(tmp_path / "data.root"), str(tmp_path / "d.pkl"), "--config", str(config)]
+        )
+        == 0
+    )

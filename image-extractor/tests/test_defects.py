@@ -1,4 +1,4 @@
-"""The twelve defects of the historic tool: what it did (in miniature, where code says it best), and that we do not."""
+"""The twelve defects of the historic tool: what it did, in miniature, and that we do not."""
 
 import pickle
 
@@ -14,7 +14,10 @@ from image_extractor.errors import DataError, UsageError
 from image_extractor.instrument import describe_array
 from image_extractor.simtel import SimtelFile
 
-SST = "[telescope]\ntype_mode = SST\n[energy_bins]\nmin=-2\nmax=2\nbin_size=4\n[image]\nscale_factor = 1\n"
+SST = (
+    "[telescope]\ntype_mode = "
+    "SST\n[energy_bins]\nmin=-2\nmax=2\nbin_size=4\n[image]\nscale_factor = 1\n"
+)
 
 
 @pytest.fixture
@@ -25,7 +28,9 @@ def files(tmp_path, monkeypatch):
     return str(real_file("sst"))
 
 
-@pytest.mark.parametrize("words", [["--bins_cuts_dict", "d.pkl"], ["--bins_cuts_dict_file", "d.pkl"], ["d.pkl"]])
+@pytest.mark.parametrize(
+    "words", [["--bins_cuts_dict", "d.pkl"], ["--bins_cuts_dict_file", "d.pkl"], ["d.pkl"]]
+)
 def test_1_both_flags_and_the_positional_give_the_dictionary(files, words):
     assert cli.main([files, "o.h5", "c.config", *words]) == 0
     assert list(all_images("o.h5")) == [(102, 301)]
@@ -37,9 +42,21 @@ def test_2_cuts_and_bins_come_from_the_config(tmp_path):
     from image_extractor.prepare_cuts_dict import main
 
     write_root(tmp_path / "a.root", columns(2000))
-    (tmp_path / "c.config").write_text("[preselection_cuts]\nMSCW = -0.5, 0.5\n[energy_bins]\nmin=0\nmax=1\nbin_size=0.25\n")
+    (tmp_path / "c.config").write_text(
+        "[preselection_cuts]\nMSCW = -0.5, 0.5\n[energy_bins]\nmin=0\nmax=1\nbin_size=0.25\n"
+    )
     assert main([str(tmp_path / "a.root"), str(tmp_path / "wide.json")]) == 0
-    assert main([str(tmp_path / "a.root"), str(tmp_path / "narrow.json"), "--config", str(tmp_path / "c.config")]) == 0
+    assert (
+        main(
+            [
+                str(tmp_path / "a.root"),
+                str(tmp_path / "narrow.json"),
+                "--config",
+                str(tmp_path / "c.config"),
+            ]
+        )
+        == 0
+    )
     wide, narrow = load_cuts(tmp_path / "wide.json"), load_cuts(tmp_path / "narrow.json")
     assert 0 < len(narrow) < len(wide) / 2
     assert set(narrow.bins) == {0, 1, 2, 3}
@@ -67,7 +84,9 @@ def test_5_bright_charges_saturate_and_are_counted(tmp_path, dl1):
     historic = right.astype(np.int64).astype(np.int16)  # into an EArray of i2
     assert (historic < 0).any()
     report = extract("proton", tmp_path / "o.h5", dtype="int16")
-    images = np.concatenate([i[..., 0].ravel() for _, p in all_images(tmp_path / "o.h5").values() for i in p.values()])
+    images = np.concatenate(
+        [i[..., 0].ravel() for _, p in all_images(tmp_path / "o.h5").values() for i in p.values()]
+    )
     assert images.min() == 0
     assert images.max() == 32767
     assert report.saturated_pixels == (right > 32767).sum() == (images == 32767).sum() > 0
@@ -93,7 +112,9 @@ def test_6_untriggered_telescopes_energy_recon_and_channels_first_work(tmp_path)
 def test_7_telescopes_are_told_apart_by_their_description():
     with SimtelFile(real_file("gamma")) as simtel:
         telescopes = describe_array(simtel)
-    by_pixels = {t for t, d in telescopes.items() if d.camera.n_pixels == 1855}  # the historic rule for LST
+    by_pixels = {
+        t for t, d in telescopes.items() if d.camera.n_pixels == 1855
+    }  # the historic rule for LST
     lst = {t for t, d in telescopes.items() if d.camera.telescope_type == "LST"}
     assert lst == {1, 2, 3, 4}
     assert len(by_pixels) == 28
@@ -113,11 +134,21 @@ def test_9_shuffling_is_seeded_and_splitting_loses_nothing(tmp_path):
     assert sum(historic) == 30
     orders = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        extract("sst", tmp_path / f"{name}.h5", shuffle=True, seed=seed, energy_bins=EnergyBins(min=-2, max=2, bin_size=4))
+        extract(
+            "sst",
+            tmp_path / f"{name}.h5",
+            shuffle=True,
+            seed=seed,
+            energy_bins=EnergyBins(min=-2, max=2, bin_size=4),
+        )
         orders.append(list(all_images(tmp_path / f"{name}.h5")))
     assert orders[0] == orders[1] != orders[2]
-    extract("sst", tmp_path / "d.h5", split={"Training": 0.9, "Validation": 0.1, "Test": 0.0},
-            energy_bins=EnergyBins(min=-2, max=2, bin_size=4))  # fmt: skip
+    extract(
+        "sst",
+        tmp_path / "d.h5",
+        split={"Training": 0.9, "Validation": 0.1, "Test": 0.0},
+        energy_bins=EnergyBins(min=-2, max=2, bin_size=4),
+    )
     with tables.open_file(str(tmp_path / "d.h5")) as h5:
         parts = {t.name: int(t.nrows) for t in layout.event_tables(h5)}
     assert parts == {"Events_Training": 28, "Events_Validation": 3, "Events_Test": 0}
@@ -137,13 +168,15 @@ def test_10_high_ids_compression_and_whole_files(tmp_path):
 
 def test_11_files_of_another_array_are_refused_by_name(tmp_path):
     extract("sst", tmp_path / "o.h5")
-    with pytest.raises(DataError, match=r"proton_run202.*another array than the output's: telescope 1 is a LSTCam"):
+    with pytest.raises(
+        DataError, match=r"proton_run202.*another array than the output's: telescope 1 is a LSTCam"
+    ):
         extract("proton", tmp_path / "o.h5")
     assert len(all_images(tmp_path / "o.h5")) == 31
 
 
 def test_12_loading_a_dictionary_runs_no_code(tmp_path):
-    evil = b"cbuiltins\nexec\n(S'open(\"" + str(tmp_path / "ran").encode() + b"\", \"w\")'\ntR."
+    evil = b"cbuiltins\nexec\n(S'open(\"" + str(tmp_path / "ran").encode() + b'", "w")\'\ntR.'
     (tmp_path / "evil.pkl").write_bytes(evil)
     with pytest.raises(DataError, match="exec, which is no plain data"):
         load_cuts(tmp_path / "evil.pkl")
@@ -151,5 +184,3 @@ def test_12_loading_a_dictionary_runs_no_code(tmp_path):
     pickle.loads(evil)  # historic
     assert (tmp_path / "ran").exists()
     assert len(load_cuts(PACKAGE / "aux" / "bins_cuts_dict.json")) > 0
-
-

@@ -21,8 +21,15 @@ def data_set(tmp_path_factory):
 def test_inspect_says_what_is_in_it(data_set, capsys):
     assert cli.main(["inspect", str(data_set)]) == 0
     text = capsys.readouterr().out
-    for words in ("run 202", "6 of 6 events", "4 LST LSTCam: 1855 pixels, mapped by axial to 55 x 55; ids 1-4",
-                  "15 MST FlashCam", "label 101:", "ctapipe_version", "type_mode = ALL"):  # fmt: skip
+    for words in (
+        "run 202",
+        "6 of 6 events",
+        "4 LST LSTCam: 1855 pixels, mapped by axial to 55 x 55; ids 1-4",
+        "15 MST FlashCam",
+        "label 101:",
+        "ctapipe_version",
+        "type_mode = ALL",
+    ):
         assert words in text
 
 
@@ -43,16 +50,18 @@ def _set(table, row, column, value):
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [(_set("/E2/Events", 0, "mc_energy", -1.0), "not a positive number"),
-     (_set("/E2/Events", 0, "mc_energy", 50.0), "outside the bin"),
-     (_set("/E2/Events", 0, "alt", 3.0), "beyond 90 degrees"),
-     (_set("/E2/Events", 0, "core_x", np.nan), "core_x is not finite"),
-     (_set("/E2/Events", 0, "tel_map", -1), "not one to one"),
-     (_set("/E2/Events", 0, "tel_map", 7), "not one to one"),
-     (_set("/E2/Events", 0, "event_number", 1), "not the same"),
-     (lambda root: root.E2.Events.remove_rows(0, 1), "counts 6 events, the tables hold 5"),
-     (lambda root: root.E2.T5.truncate(0), "not one to one")],
-)  # fmt: skip
+    [
+        (_set("/E2/Events", 0, "mc_energy", -1.0), "not a positive number"),
+        (_set("/E2/Events", 0, "mc_energy", 50.0), "outside the bin"),
+        (_set("/E2/Events", 0, "alt", 3.0), "beyond 90 degrees"),
+        (_set("/E2/Events", 0, "core_x", np.nan), "core_x is not finite"),
+        (_set("/E2/Events", 0, "tel_map", -1), "not one to one"),
+        (_set("/E2/Events", 0, "tel_map", 7), "not one to one"),
+        (_set("/E2/Events", 0, "event_number", 1), "not the same"),
+        (lambda root: root.E2.Events.remove_rows(0, 1), "counts 6 events, the tables hold 5"),
+        (lambda root: root.E2.T5.truncate(0), "not one to one"),
+    ],
+)
 def test_validate_finds_each_damage(data_set, tmp_path, how, message):
     assert look.validate(data_set) == []
     path = tmp_path / "damaged.h5"
@@ -78,15 +87,24 @@ def test_validate_sees_what_is_not_blank(tmp_path):
     event = next(iter(all_images(tmp_path / "o.h5").values()))
     absent = next(t for t in range(1, 20) if t not in event[1])
     with tables.open_file(str(tmp_path / "o.h5"), "a") as h5:
-        node = next(h5.get_node(f"/E{i}/Events") for i in range(4) if h5.get_node(f"/E{i}/Events").nrows)
+        node = next(
+            h5.get_node(f"/E{i}/Events") for i in range(4) if h5.get_node(f"/E{i}/Events").nrows
+        )
         rows = node.read(0, 1)
         rows[f"T{absent}"][0, 3, 3, 0] = 1
         node.modify_rows(0, 1, rows=rows)
     assert any(f"T{absent} is not blank" in p for p in look.validate(tmp_path / "o.h5"))
 
 
-@pytest.mark.parametrize("options", [{}, {"image_mode": "PIXELS_1C", "dim_order": "channels_first"}, {"mapping": "none"},
-                                     {"storage_mode": "all", "scale_factor": 2}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"image_mode": "PIXELS_1C", "dim_order": "channels_first"},
+        {"mapping": "none"},
+        {"storage_mode": "all", "scale_factor": 2},
+    ],
+)
 def test_plot_draws_a_picture(options, tmp_path):
     from PIL import Image
 

@@ -31,7 +31,9 @@ def test_sct_is_the_rank_of_coordinates_for_all_11328_pixels(cameras):
         ix = np.unique(camera.pixel_x, return_inverse=True)[1]
         iy = np.unique(camera.pixel_y, return_inverse=True)[1]
         expected[ix, iy] = charge
-        np.testing.assert_array_equal(camera_mapping(camera.pixel_x, camera.pixel_y).image(charge), expected)
+        np.testing.assert_array_equal(
+            camera_mapping(camera.pixel_x, camera.pixel_y).image(charge), expected
+        )
         # The historic map: rows of 8 x 8 pixel modules.
         rows = [5, 9, 11, 13, 13, 15, 15, 15, 15, 15, 13, 13, 11, 9, 5]
         assert (expected > 0).sum(axis=1).reshape(15, 8).tolist() == [[8 * n] * 8 for n in rows]
@@ -40,12 +42,18 @@ def test_sct_is_the_rank_of_coordinates_for_all_11328_pixels(cameras):
 def test_lattices_are_recognised(cameras):
     square = {"SCTCam", "CHEC", "ASTRICam"}
     for (_, name), camera in cameras.items():
-        assert lattice_neighbors(camera.pixel_x, camera.pixel_y) == (4 if name in square else 6), name
+        assert lattice_neighbors(camera.pixel_x, camera.pixel_y) == (4 if name in square else 6), (
+            name
+        )
 
 
 def test_one_cell_methods_keep_neighbours_together(cameras):
-    """Neighbours in the camera are neighbours on the lattice of the picture, and nothing else is."""
-    offsets_of = {"square": {(0, 1), (1, 0)}, "axial+": {(0, 1), (1, 0), (1, 1)}, "axial-": {(0, 1), (1, 0), (1, -1)}}
+    """Neighbours in the camera are neighbours on the picture's lattice, and nothing else is."""
+    offsets_of = {
+        "square": {(0, 1), (1, 0)},
+        "axial+": {(0, 1), (1, 0), (1, 1)},
+        "axial-": {(0, 1), (1, 0), (1, -1)},
+    }
     for (_, name), camera in cameras.items():
         mapping = camera_mapping(camera.pixel_x, camera.pixel_y)
         column, row = np.divmod(mapping.cells, mapping.shape[1])
@@ -79,7 +87,9 @@ def test_every_camera_by_every_method(cameras, method):
             assert image.sum() == pytest.approx(charge.sum(), rel=1e-5)
             np.testing.assert_allclose(np.asarray(mapping.charge.sum(axis=0)).ravel(), 1, rtol=1e-5)
         time = mapping.image(np.full(camera.n_pixels, 7.0), "time")
-        np.testing.assert_allclose(time[image > 0], 7, rtol=1e-5)  # a constant time stays what it is
+        np.testing.assert_allclose(
+            time[image > 0], 7, rtol=1e-5
+        )  # a constant time stays what it is
 
 
 def test_nearest_is_the_pixel_under_the_cell(cameras):
@@ -136,14 +146,21 @@ def test_a_turned_lattice_is_straightened(cameras):
         assert np.unique(turned.cells).size == camera.n_pixels
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 2**32 - 1), st.sampled_from(["axial", "oversampling", "rebin", "nearest", "bilinear"]))
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["axial", "oversampling", "rebin", "nearest", "bilinear"]),
+)
 def test_mapping_is_linear(cameras, seed, method):
     camera = cameras["calib", "DigiCam"]
     mapping = _cached(camera, method)
     rng = np.random.default_rng(seed)
     a, b = rng.normal(0, 10, (2, camera.n_pixels))
-    np.testing.assert_allclose(mapping.image(a + 2 * b), mapping.image(a) + 2 * mapping.image(b), atol=1e-4)
+    np.testing.assert_allclose(
+        mapping.image(a + 2 * b), mapping.image(a) + 2 * mapping.image(b), atol=1e-4
+    )
 
 
 _mappings = {}

@@ -25,7 +25,10 @@ def decompressed(path):
 def test_events_agree_with_eventio(key):
     from eventio import SimTelFile
 
-    with SimtelFile(real_file(key)) as ours, SimTelFile(str(real_file(key)), skip_calibration=True) as theirs:
+    with (
+        SimtelFile(real_file(key)) as ours,
+        SimTelFile(str(real_file(key)), skip_calibration=True) as theirs,
+    ):
         n = 0
         for a, b in zip(ours.events(), theirs, strict=True):
             n += 1
@@ -51,15 +54,23 @@ def test_the_array_is_ctapipes(key, dl1):
         assert ours.sampling_rate_ghz == theirs.camera.readout.sampling_rate.to_value("GHz")
         assert ours.focal_length_m == theirs.optics.equivalent_focal_length.to_value("m")
         np.testing.assert_array_equal(ours.geometry.pix_x, theirs.camera.geometry.pix_x)
-        assert (ours.geometry.neighbor_matrix_sparse != theirs.camera.geometry.neighbor_matrix_sparse).nnz == 0
+        assert (
+            ours.geometry.neighbor_matrix_sparse != theirs.camera.geometry.neighbor_matrix_sparse
+        ).nnz == 0
 
 
 def test_selection_by_type_camera_and_id():
     with SimtelFile(real_file("calib")) as simtel:
         telescopes = describe_array(simtel)
     assert [t.camera.telescope_type for t in telescopes.values()] == [
-        "LST", "MST", "MST", "SST", "SST", "SST", "SCT",
-    ]  # fmt: skip
+        "LST",
+        "MST",
+        "MST",
+        "SST",
+        "SST",
+        "SST",
+        "SCT",
+    ]
 
     def ids(mode):
         return [t.tel_id for t in select_telescopes(telescopes, mode)]
@@ -77,7 +88,9 @@ def test_selection_by_type_camera_and_id():
 def test_uncompressed_gzip_and_zstd_are_read_alike(tmp_path):
     raw = decompressed(real_file("proton"))
     (tmp_path / "a.simtel").write_bytes(raw)
-    (tmp_path / "b.simtel.gz").write_bytes(gzip.compress(raw[:3_000_000], 1) + gzip.compress(raw[3_000_000:], 1) + b"\0" * 512)
+    (tmp_path / "b.simtel.gz").write_bytes(
+        gzip.compress(raw[:3_000_000], 1) + gzip.compress(raw[3_000_000:], 1) + b"\0" * 512
+    )
     expected = None
     for path in (real_file("proton"), tmp_path / "a.simtel", tmp_path / "b.simtel.gz"):
         with SimtelFile(path) as simtel:
@@ -107,6 +120,7 @@ def test_sha256_is_that_of_the_stored_file():
 def test_cut_at_twenty_random_places_whole_events_survive(key, tmp_path):
     """Cut as stored and extracted to the end: a prefix of the events, with the same images."""
     from conftest import all_images
+
     from image_extractor.look import validate
 
     whole = real_file(key).read_bytes()
@@ -170,7 +184,16 @@ def test_a_damaged_gzip_stream_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"SIMPLE  =", b"\x89HDF\r\n\x1a\n", b"\0" * 4096, gzip.compress(b"text")]
+    "content",
+    [
+        b"",
+        b"\x1f\x8b",
+        b"\x28\xb5\x2f\xfd",
+        b"SIMPLE  =",
+        b"\x89HDF\r\n\x1a\n",
+        b"\0" * 4096,
+        gzip.compress(b"text"),
+    ],
 )
 def test_foreign_files_are_refused_in_one_line(content, tmp_path):
     path = tmp_path / "foreign.simtel.gz"
