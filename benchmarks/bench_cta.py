@@ -226,7 +226,8 @@ def main(out: Path, repeats: int) -> None:
                     )
             long.unlink()
     print(
-        f"{'file':12}{'program':28}{'seconds':>9}{'events/s':>10}{'x ctapipe':>11}{'peak MB':>9}{'bytes/event':>13}"
+        f"{'file':12}{'program':28}{'seconds':>9}{'events/s':>10}{'x ctapipe':>11}"
+        f"{'peak MB':>9}{'bytes/event':>13}"
     )
     for key, label, seconds, rate, ratio, peak, size in table:
         print(f"{key:12}{label:28}{seconds:9.2f}{rate:10.1f}{ratio:11.2f}{peak:9.0f}{size:13.0f}")

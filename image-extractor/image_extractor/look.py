@@ -66,7 +66,8 @@ def inspect(path: str | Path) -> str:
             lines.append(
                 f"  {len(chosen):3} {kind[0].decode()} {camera['name']}: "
                 f"{camera['n_pixels']} pixels, mapped by "
-                f"{camera['mapping']} to {' x '.join(map(str, json.loads(camera['image_shape'])))}; "
+                f"{camera['mapping']} to "
+                f"{' x '.join(map(str, json.loads(camera['image_shape'])))}; "
                 f"ids {_ids(chosen['tel_id'])}"
             )
         lines += ["", "Events"]

@@ -180,7 +180,7 @@ def _doubled(x: np.ndarray, y: np.ndarray, spacing: float) -> tuple[np.ndarray, 
 
 
 def _axial(x: np.ndarray, y: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Axial lattice coordinates (column, row), sheared to the side that gives the smaller picture."""
+    """Axial coordinates (column, row), sheared to the side that gives the smaller picture."""
     fine, coarse, along_x = _doubled(x, y, spacing)
     choices = []
     for sign in (-1, 1):
@@ -241,7 +241,7 @@ def _regridded(
 def _interpolated(
     x: np.ndarray, y: np.ndarray, spacing: float, centres: np.ndarray, shape: tuple[int, int]
 ) -> Mapping:
-    """Linear interpolation on the triangles between pixel centres; no cell further than a pixel from one."""
+    """Interpolate on the triangles between pixel centres, no further than a pixel from one."""
     mesh = Delaunay(np.c_[x, y])
     triangle = mesh.find_simplex(centres)
     distance, _ = cKDTree(np.c_[x, y]).query(centres)

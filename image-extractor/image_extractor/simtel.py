@@ -190,7 +190,7 @@ class ByteStream:
         return self._hash.hexdigest()
 
     def next_block(self) -> bytes:
-        """Return the next bytes, b"" at the end; raises Corrupt or OSError where the file breaks."""
+        """Return the next bytes, b"" at the end; raises Corrupt or OSError where it breaks."""
         item = self._queue.get()
         if isinstance(item, bytes):
             return item

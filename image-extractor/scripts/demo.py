@@ -130,7 +130,8 @@ def main(out: Path) -> int:
     print(f"\n{'data set':20}{'read':>6}{'written':>9}{'images':>8}{'saturated':>11}{'MB':>7}")
     for d in total["data_sets"]:
         print(
-            f"{d['name']:20}{d['events_read']:6}{d['events_written']:9}{d['images']:8}{d['saturated_pixels']:11}{d['bytes'] / 1e6:7.1f}"
+            f"{d['name']:20}{d['events_read']:6}{d['events_written']:9}{d['images']:8}"
+            f"{d['saturated_pixels']:11}{d['bytes'] / 1e6:7.1f}"
         )
     print(
         f"\nLook at {out}/*.png and {out}/summary.json; image-extractor inspect "
