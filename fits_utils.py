@@ -262,9 +262,35 @@ def _checked_redshift(z: float, where: str) -> float:
     return z
 
 
-def critical_flags(primary: fits.Header) -> list[str]:
-    """Which quality words of a primary header say CRITICAL."""
-    return [k for k in ("DRP3QUAL", "DAPQUAL") if int(primary.get(k) or 0) & CRITICAL]
+def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, bool]:
+    """Galaxy and quality of a file, before anything is made of it.
+
+    Parameters
+    ----------
+    primary : fits.Header
+    source : Path
+    target : Path
+        Output, whose name holds the galaxy that is expected.
+
+    Returns
+    -------
+    plateifu : str
+    is_critical : bool
+        DRP3QUAL or DAPQUAL says CRITICAL; warned of here.
+
+    Raises
+    ------
+    DataError
+        If the file is of another galaxy than the output.
+    """
+    expected = utils.plateifu_of(target)
+    found = str(primary.get("PLATEIFU") or expected).strip()
+    if found != expected:
+        raise DataError(f"{source}: holds galaxy {found}, not {expected}. Check --plateifu.")
+    critical = [k for k in ("DRP3QUAL", "DAPQUAL") if int(primary.get(k) or 0) & CRITICAL]
+    if critical:
+        log.warning("%s: %s says CRITICAL", source, " and ".join(critical))
+    return found, bool(critical)
 
 
 def catalogue_row(path: Path, plateifu: str) -> dict[str, Any]:
@@ -402,7 +428,9 @@ def process_cube(
     _check_grid(options)
     with ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(utils.sha256_of, source)
-        recipe = {**asdict(options), "redshift": redshift}
+        recipe: dict[str, Any] = {**asdict(options), "redshift": redshift}
+        if options.remove_gas_velocity and maps is not None and maps.is_file():
+            recipe["maps_sha256"] = utils.sha256_of(maps)
         if target.is_file() and not overwrite:
             attrs = data_io.read_cube_attrs(target)
             made = json.loads(attrs.get("config_json", "{}"))
@@ -413,12 +441,10 @@ def process_cube(
         stream = iterate_hdus(source, (*wanted, "REDCORR") if _is_dap(source) else wanted)
         _, first = next(stream)
         primary = first.header
-        critical = critical_flags(primary)
-        if critical:
-            log.warning("%s: %s says CRITICAL", source, " and ".join(critical))
-            if skip_critical:
-                return "skipped: CRITICAL"
-        z, mangaid = _identify(source, primary, redshift, catalogue)
+        plateifu, critical = vet_header(primary, source, target)
+        if critical and skip_critical:
+            return "skipped: CRITICAL"
+        z, mangaid = _identify(source, primary, plateifu, redshift, catalogue)
         edges = resample.log_edges(WAVE_LOG_FIRST, WAVE_LOG_STEP, WAVE_N)
         wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
         slack = 1.0
@@ -454,10 +480,10 @@ def process_cube(
         flux, ivar, good = (_unfold(a, raw.inside) for a in resampled)
         flux[~raw.inside] = np.nan
         attrs = {
-            "plateifu": primary.get("PLATEIFU", utils.plateifu_of(source)),
+            "plateifu": plateifu,
             "mangaid": mangaid,
             "redshift": z,
-            "critical": bool(critical),
+            "critical": critical,
             "drp3qual": primary.get("DRP3QUAL"),
             "dapqual": primary.get("DAPQUAL"),
             "drp_version": primary.get("VERSDRP3"),
@@ -495,14 +521,17 @@ def _is_dap(path: Path) -> bool:
 
 
 def _identify(
-    source: Path, primary: fits.Header, redshift: float | None, catalogue: Path | None
+    source: Path,
+    primary: fits.Header,
+    plateifu: str,
+    redshift: float | None,
+    catalogue: Path | None,
 ) -> tuple[float, str]:
     """Redshift (flag, then header, then catalogue) and mangaid of a cube."""
     mangaid = str(primary.get("MANGAID", "")).strip()
     if redshift is not None:
         return _checked_redshift(redshift, "--redshift"), mangaid
     if primary.get("SCINPVEL") is None and catalogue is not None:
-        plateifu = str(primary.get("PLATEIFU") or utils.plateifu_of(source))
         row = catalogue_row(catalogue, plateifu)
         if row["redshift"] is None:
             raise DataError(f"{catalogue}: no redshift of {plateifu}. Give --redshift.")
@@ -721,11 +750,9 @@ def process_map(
         lines = list(dict.fromkeys([*needed, *(lines if options.star_forming_only else ())]))
     maps, primary_hdu, flux_hdu = read_line_maps(source, lines)
     primary = primary_hdu.header
-    critical = critical_flags(primary)
-    if critical:
-        log.warning("%s: %s says CRITICAL", source, " and ".join(critical))
-        if skip_critical:
-            return "skipped: CRITICAL"
+    plateifu, critical = vet_header(primary, source, target)
+    if critical and skip_critical:
+        return "skipped: CRITICAL"
     if label_task == "BPT":
         labels, error = line_labels.bpt_classes(maps, options.min_snr)
         counts = {n: int((labels == i).sum()) for i, n in enumerate(utils.BPT_CLASSES)}
@@ -739,12 +766,12 @@ def process_map(
     if not n_labelled:
         log.warning("%s: no spaxel gets a %s label", source, label_task)
     meta: dict[str, Any] = {
-        "plateifu": primary.get("PLATEIFU", utils.plateifu_of(source)),
+        "plateifu": plateifu,
         "mangaid": str(primary.get("MANGAID", "")).strip(),
         "options": recipe,
         "n_labelled": n_labelled,
         "counts": counts,
-        "critical": bool(critical),
+        "critical": critical,
         "daptype": primary.get("DAPTYPE"),
         "dap_version": primary.get("VERSDAP"),
         "source_file": source.name,

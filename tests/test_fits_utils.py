@@ -292,6 +292,15 @@ def test_missing_hdu_is_named_with_those_there(tmp_path, plain_arrays, name):
         process(path, tmp_path)
 
 
+def test_file_of_another_galaxy_is_refused(tmp_path, plain_arrays, line_maps):
+    path = write_logcube(tmp_path / "a.fits", *plain_arrays, PLATEIFU="7443-12703")
+    with pytest.raises(DataError, match="holds galaxy 7443-12703, not 8485-1901"):
+        process(path, tmp_path)
+    maps = write_maps(tmp_path / "b.fits", *line_maps, PLATEIFU="7443-12703")
+    with pytest.raises(DataError, match="holds galaxy 7443-12703, not 8485-1901"):
+        fu.process_map(maps, tmp_path / "8485-1901.npy", "BPT", fu.LabelOptions())
+
+
 def test_wrong_shapes_are_refused(tmp_path, plain_arrays):
     flux, ivar, mask = plain_arrays
     path = write_logcube(tmp_path / "8485-1901.fits", flux, ivar[:, :3], mask)
@@ -351,7 +360,7 @@ def test_redshift_from_the_catalogue(tmp_path, plain_arrays):
     assert fu.catalogue_row(catalogue, "8485-1902")["redshift"] == 0.07
     path = write_logcube(tmp_path / "7-100.fits", *plain_arrays, SCINPVEL=None, PLATEIFU="7000-100")
     with pytest.raises(DataError, match="no galaxy 7000-100 in the catalogue"):
-        fu.process_cube(path, tmp_path / "x.h5", OPTIONS, catalogue=catalogue)
+        fu.process_cube(path, tmp_path / "7000-100.h5", OPTIONS, catalogue=catalogue)
 
 
 def test_real_maps_give_the_known_bpt_map(shared_manga, tmp_path):
@@ -397,7 +406,9 @@ def test_real_maps_give_metallicities(shared_manga, tmp_path, diagnostic):
 def test_unknown_line_is_named_with_those_there(tmp_path, line_maps):
     path = write_maps(tmp_path / "manga-8485-1901-MAPS-X.fits", *line_maps, lines=LINES[2:])
     with pytest.raises(DataError, match=r"no channel OII-3727, OII-3729; it holds Hb-4862"):
-        fu.process_map(path, tmp_path / "a.npy", "logOH", fu.LabelOptions(diagnostic="N2O2-KD02"))
+        fu.process_map(
+            path, tmp_path / "8485-1901.npy", "logOH", fu.LabelOptions(diagnostic="N2O2-KD02")
+        )
     assert list(tmp_path.iterdir()) == [path]
 
 
