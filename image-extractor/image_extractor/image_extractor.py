@@ -18,6 +18,9 @@ import bisect
 import contextlib
 import logging
 import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -412,6 +415,7 @@ class ImageExtractor:
     ) -> Iterator[FileReport]:
         assert self._transaction is not None
         context = multiprocessing.get_context("spawn")
+        others = set(multiprocessing.active_children())
         waiting: list[tuple[Path, Path, Future[FileReport]]] = []
         todo = [(path, self._transaction.part(f"{i:05d}")) for i, path in enumerate(files)]
         arguments = (self.settings, self.cuts, self.compression, self.command)
@@ -441,9 +445,12 @@ class ImageExtractor:
                     f"{self.output_path}: not written, a worker process was killed "
                     "(out of memory?). Use fewer --jobs."
                 ) from error
-            finally:
-                for _, _, future in waiting:
-                    future.cancel()
+            except BaseException:
+                # Leaving the block waits for the workers, which may have minutes to go.
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in set(multiprocessing.active_children()) - others:
+                    child.terminate()
+                raise
 
     def _merge(self, path: Path, part: Path, report: FileReport) -> None:
         with SimtelFile(path) as simtel:
@@ -718,6 +725,16 @@ def _start_worker(
     settings: Settings, cuts: CutsTable | None, compression: str, command: str
 ) -> None:
     _worker.update(settings=settings, bins_cuts_dict=cuts, compression=compression, command=command)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Leave no orphan behind when the parent is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _extract_part(path: Path, part: Path, max_events: int | None) -> FileReport:

@@ -49,8 +49,7 @@ class OutputTransaction:
             raise DataError(f"{output}: is a folder; give a file name.")
         self._lock = self._acquire()
         try:
-            for leftover in output.parent.glob(f".{_glob_safe(output.name)}.partial*"):
-                leftover.unlink()
+            self._remove_leftovers()
             if append and output.exists():
                 shutil.copyfile(output, self.path)
         except OSError as error:
@@ -105,9 +104,15 @@ class OutputTransaction:
         """Remove temporary files and the lock; without `commit` before, nothing has happened."""
         if self._lock < 0:
             return
-        for leftover in self.path.parent.glob(f"{_glob_safe(self.path.name)}*"):
-            leftover.unlink(missing_ok=True)
+        self._remove_leftovers()
         self._release()
+
+    def _remove_leftovers(self) -> None:
+        """Remove the partial file, parts, and the parts' own partial files and locks (two dots)."""
+        for dots in (".", ".."):
+            pattern = f"{dots}{_glob_safe(self.output.name)}.partial*"
+            for leftover in self.output.parent.glob(pattern):
+                leftover.unlink(missing_ok=True)
 
 
 def _glob_safe(name: str) -> str:

@@ -484,6 +484,36 @@ def test_kill_9_at_any_moment_leaves_nothing_or_the_old_file(existing, tmp_path)
     assert [p.name for p in out.parent.iterdir()] == ["o.h5"]  # what the killed runs left is gone
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_ending_a_run_with_jobs_leaves_no_orphan_and_no_file(how, tmp_path):
+    import psutil
+
+    source = long_file(tmp_path, times=60)
+    folder, config, out = tmp_path / "in", tmp_path / "c.config", tmp_path / "out" / "o.h5"
+    folder.mkdir()
+    out.parent.mkdir()
+    for name in ("a", "b"):
+        (folder / f"{name}.simtel.gz").symlink_to(source)
+    config.write_text(CONFIG)
+    words = [*command(f"{folder}/*.gz", out, config), "--jobs", "2"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(out.parent.glob("..o.h5.partial-*.partial"))) < 2 and process.poll() is None:
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.send_signal(how)
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    assert not out.exists()
+    if how == signal.SIGTERM:
+        assert list(out.parent.iterdir()) == []
+    extract("sst", out)  # the next run clears what a killed one left
+    assert [p.name for p in out.parent.iterdir()] == ["o.h5"]
+
+
 def test_terminating_removes_what_was_begun(tmp_path):
     source = long_file(tmp_path, times=40)
     config, out = tmp_path / "c.config", tmp_path / "out" / "o.h5"
