@@ -234,13 +234,11 @@ def _extract(args: argparse.Namespace) -> int:
         seed=args.seed,
         command=" ".join(sys.argv),
     )
-    failed = []
 
     def file_done(report: image_extractor.FileReport) -> None:
         bar.set_postfix_str(f"file {bar.files + 1}/{len(files)}")
         bar.files += 1
         if report.failed:
-            failed.append(report)
             log.warning("%s: left out: %s", report.file, report.problem)
 
     from tqdm.contrib.logging import logging_redirect_tqdm

@@ -383,7 +383,9 @@ SCHEMA: list[Key] = [
     ),
     *_bins(("energy_recon", "bins"), EnergyBins(min=-2.0, max=2.0, bin_size=0.05)),
 ]
-OLD_SPELLINGS = {("image", "dim_ordering"): ("image", "dim_order")}
+OLD_SPELLINGS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("image", "dim_ordering"): ("image", "dim_order")
+}
 SECTION_HELP = {
     ("image",): "Pictures.",
     ("telescope",): "Telescopes.",

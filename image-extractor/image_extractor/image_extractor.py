@@ -298,10 +298,11 @@ class ImageExtractor:
             raise UsageError(f"ImageExtractor has no option {', '.join(sorted(unknown))}.")
         self.settings = _checked(replace(settings or default_settings(), **options))
         self.output_path = Path(output_path)
-        self.cuts = None
+        self.cuts: CutsTable | None = None
         if bins_cuts_dict is not None and self.settings.use_pkl_dict:
-            is_table = isinstance(bins_cuts_dict, CutsTable)
-            self.cuts = bins_cuts_dict if is_table else CutsTable.from_dict(bins_cuts_dict)
+            if not isinstance(bins_cuts_dict, CutsTable):
+                bins_cuts_dict = CutsTable.from_dict(bins_cuts_dict)
+            self.cuts = bins_cuts_dict
             _check_bins(self.cuts, self.settings)
         if compression not in layout.COMPRESSIONS:
             raise UsageError(
@@ -495,7 +496,8 @@ class ImageExtractor:
             transaction.close()
 
     def _ensure_writer(self, simtel: SimtelFile, array: _Array) -> layout.Writer:
-        direction = tuple(float(v) for v in simtel.header["direction"])
+        azimuth, altitude = simtel.header["direction"]
+        direction = (float(azimuth), float(altitude))
         if self._writer is None:
             assert self._transaction is not None
             attributes = {
