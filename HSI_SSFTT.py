@@ -11,6 +11,8 @@ One module, two faces that share every weight:
 
 The two agree because nothing inside pads: a patch's features are a window of the cutout's, so
 each is computed once instead of once a patch. Beyond a cutout's edge lie zeros, as in the patches.
+Training takes cutouts with their surroundings, `forward_inner`, which can weigh the batch
+statistics so that they too are those of the patches.
 
     >>> model = get_SSFTT_model(n_classes=6, patch_size=7, bands=2040)
     >>> maps = model.eval().forward_dense(cube.permute(2, 0, 1)[None, None])
@@ -89,15 +91,17 @@ class SSFTT(nn.Module):
         dropout: float,
         spectral_kernel: int,
         spectral_stride: int,
+        projection: int | None,
     ) -> None:
         super().__init__()
         kernel = 3 if patch_size >= SMALLEST_CONVOLVED else 1
         self.patch_size = patch_size
         self.window = patch_size - 2 * (kernel - 1)
         """Side of the window of features that one patch has."""
-        bands_left = (bands - spectral_kernel) // spectral_stride + 1
+        bands_left = ((projection or bands) - spectral_kernel) // spectral_stride + 1
         self.widest = channels * bands_left
         """Channels between the two convolutions."""
+        self.projection = nn.Conv2d(bands, projection, 1, bias=False) if projection else None
         self.spectral = nn.Sequential(
             nn.Conv3d(
                 1,
@@ -121,9 +125,17 @@ class SSFTT(nn.Module):
         self.block = ClassTokenBlock(dim, heads, mlp_dim, dropout)
         self.head = nn.Linear(dim, n_classes)
 
-    def features(self, x: Tensor) -> Tensor:
-        """Convolve: (B, 1, band, y, x) -> (B, dim, y - s, x - s), s = patch_size - window."""
-        return self.spatial(self.spectral(x).flatten(1, 2))
+    def features(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Convolve: (B, 1, band, y, x) -> (B, dim, y - s, x - s), s = patch_size - window.
+
+        The weights are those of `forward_inner`.
+        """
+        if self.projection is not None:
+            x = self.projection(x.squeeze(1)).unsqueeze(1)
+        convolve, norm, activate = self.spectral
+        x = activate(batch_norm(convolve(x), norm, weights)).flatten(1, 2)
+        convolve, norm, activate = self.spatial
+        return activate(batch_norm(convolve(x), norm, weights))
 
     def classify(self, tokens: Tensor) -> Tensor:
         """Tokens (N, T, dim) of N spaxels -> logits (N, classes)."""
@@ -166,7 +178,7 @@ class SSFTT(nn.Module):
         after = self.patch_size - 1 - before
         rows, columns = cutouts.shape[-2:]
         if self.training:
-            return self._dense(F.pad(cutouts, (before, after, before, after)))
+            return self.forward_inner(F.pad(cutouts, (before, after, before, after)))
         width = self.widest * (columns + self.patch_size - 1)
         row_bytes = len(cutouts) * width * cutouts.element_size()
         step = max(1, int(block_bytes // row_bytes) - self.window + 1)
@@ -176,18 +188,74 @@ class SSFTT(nn.Module):
             top, bottom = start - before, stop + after
             block = cutouts[..., max(top, 0) : min(bottom, rows), :]
             edges = (before, after, max(-top, 0), max(bottom - rows, 0))
-            blocks.append(self._dense(F.pad(block, edges)))
+            blocks.append(self.forward_inner(F.pad(block, edges)))
         return torch.cat(blocks, dim=2)
 
-    def _dense(self, padded: Tensor) -> Tensor:
-        """Logits (B, classes, y, x) of cutouts that carry their padding already."""
-        features = self.features(padded)  # (B, dim, y + window - 1, x + window - 1)
+    def forward_inner(self, cutouts: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Classify the spaxels of cutouts whose whole patch lies inside.
+
+        Parameters
+        ----------
+        cutouts : (B, 1, band, y + P - 1, x + P - 1)
+        weights : (B, y, x), optional
+            For training: how often each spaxel counts in the batch statistics, not all 0. A
+            spaxel counts with its whole patch, as in `forward`; so statistics and gradients are
+            those of `forward` on the spaxels' patches, each repeated as often as it weighs.
+            Default: every position of the cutouts counts once.
+
+        Returns
+        -------
+        (B, classes, y, x) logits
+        """
+        features = self.features(cutouts, weights)  # (B, dim, y + window - 1, x + window - 1)
         logits = torch.einsum("bdyx,td->btyx", features, self.token_logits)
         values = torch.einsum("bdyx,de->beyx", features, self.token_values)
         tokens = window_tokens(logits, values, self.window)  # (B, T, dim, y, x)
         b, t, d, y, x = tokens.shape
         out = self.classify(tokens.permute(0, 3, 4, 1, 2).reshape(b * y * x, t, d))
         return out.reshape(b, y, x, -1).permute(0, 3, 1, 2)
+
+
+def batch_norm(
+    x: Tensor, norm: nn.modules.batchnorm._BatchNorm, weights: Tensor | None
+) -> Tensor:
+    """Normalise features by the statistics of the patches of weighted spaxels.
+
+    Parameters
+    ----------
+    x : (B, C, ..., Y, X)
+    norm : BatchNorm2d or BatchNorm3d of C channels
+        Its running statistics are updated; in evaluation it is applied as it is.
+    weights : (B, y, x) or None
+        A spaxel's window of features is (Y - y + 1, X - x + 1) wide. None: `norm` itself.
+
+    Notes
+    -----
+    A position counts with the weights of all the spaxels that have it in their window: sums over
+    a box. The running variance is that of the batch, without Bessel's correction.
+    """
+    if weights is None or not norm.training:
+        return norm(x)
+    rows, columns = (x.shape[a] - weights.shape[a] for a in (-2, -1))
+    counts = F.pad(weights.float(), (columns, columns, rows, rows))[:, None]
+    counts = F.avg_pool2d(counts, (rows + 1, columns + 1), stride=1)
+    share = (counts / (counts.sum() * x[0, 0, ..., 0, 0].numel())).view(len(x), -1, 1)
+    shape = (-1, *(1 for _ in x.shape[2:]))
+    mean = _weighted_mean(x.float(), share)
+    centred = x - mean.view(shape)
+    variance = _weighted_mean(centred.float().square(), share)
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance, norm.momentum)
+        norm.num_batches_tracked += 1
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    return centred * scale.view(shape).to(x.dtype) + norm.bias.view(shape).to(x.dtype)
+
+
+def _weighted_mean(x: Tensor, share: Tensor) -> Tensor:
+    """Mean (C,) of x (B, C, ..., Y, X), position p of cutout b counting as share (b, p, 1)."""
+    means = torch.bmm(x.reshape(len(x), -1, share.shape[1]), share.to(x.dtype))
+    return means.view(len(x), x.shape[1], -1).sum((0, 2))
 
 
 def window_tokens(logits: Tensor, values: Tensor, window: int) -> Tensor:
@@ -268,6 +336,7 @@ def get_SSFTT_model(
     dropout: float = 0.1,
     spectral_kernel: int = 3,
     spectral_stride: int = 1,
+    projection: int | None = None,
 ) -> SSFTT:
     """Make the network; the defaults are MaNGA's fiducial model (9,414,654 parameters).
 
@@ -287,14 +356,21 @@ def get_SSFTT_model(
     spectral_kernel, spectral_stride : int
         Of the first convolution along the bands. 9 and 8 need an eighth of the parameters and
         about a sixteenth of the time of the fiducial 3 and 1.
+    projection : int, optional
+        First project the bands on so many learned components (a 1x1 convolution without bias);
+        the spectral kernel and stride then apply to these.
 
     Raises
     ------
     DataError
         If the numbers cannot make a network.
     """
-    if bands < spectral_kernel:
-        raise DataError(f"{bands} bands: the spectral kernel of {spectral_kernel} needs as many.")
+    if projection is not None and not 1 <= projection <= bands:
+        raise DataError(f"projection of {bands} bands on {projection}: choose 1 to {bands}.")
+    if (projection or bands) < spectral_kernel:
+        raise DataError(
+            f"{projection or bands} bands: the spectral kernel of {spectral_kernel} needs as many."
+        )
     if dim % heads:
         raise DataError(f"width {dim} does not divide among {heads} heads.")
     if min(n_classes, patch_size, n_tokens, spectral_stride) < 1:
@@ -311,6 +387,7 @@ def get_SSFTT_model(
         "dropout": dropout,
         "spectral_kernel": spectral_kernel,
         "spectral_stride": spectral_stride,
+        "projection": projection,
     }
     model = SSFTT(**arguments)
     model.arguments = arguments
