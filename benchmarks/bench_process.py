@@ -14,13 +14,10 @@ Prints a table of ratios and peak memory; writes results/bench/bench_process.jso
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +26,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import measuring  # noqa: E402
+
 import fits_utils  # noqa: E402
 import utils  # noqa: E402
+
+CUBE_FILE = "cube.h5"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Config:
     """Fibres of the simulated galaxy's bundle (127 gives 74 x 74 spaxels)."""
     runs: int = 5
     """Counted runs of each, after one that is not."""
-    results: Path = ROOT / "results" / "bench"
+    results: Path = measuring.RESULTS
     """Folder of the JSON."""
 
 
@@ -102,24 +103,6 @@ def plain_process(path: Path, target: Path) -> None:
         out["cube"], out["ivar"] = cube, weight
 
 
-def run_command(words: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak memory (GB) of a child process."""
-    start = time.perf_counter()
-    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"{' '.join(words)} failed with status {status}")
-    return seconds, usage.ru_maxrss / 1e6
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Wall seconds of a call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def simulate(folder: Path, bundle: int) -> Path:
     """Simulate one galaxy; return its LOGCUBE."""
     words = ["mock_manga.py", "--data-dir", str(folder), "--n-galaxies", "1"]
@@ -128,30 +111,51 @@ def simulate(folder: Path, bundle: int) -> Path:
     return next((folder / "raw").glob("*/*/*LOGCUBE*.fits.gz"))
 
 
-def measure(logcube: Path, folder: Path, runs: int) -> dict[str, list[float]]:
-    """Seconds of each, in turn, and the command's peak memory."""
+def measure(logcube: Path, folder: Path, runs: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of each, in turn, and the peak memory (GB) of command and plain script."""
     maps = utils.sibling(logcube, "maps")
-    plateifu = utils.plateifu_of(logcube)
-    words = [sys.executable, str(ROOT / "process_single_cube.py"), "--fits", str(logcube)]
-    words += ["--maps", str(maps), "--data-dir", str(folder / "out"), "--overwrite"]
-    cube = folder / f"{plateifu}.h5"
-    found: dict[str, list[float]] = {k: [] for k in ("command", "GB", "cube", "igzip", "plain")}
+    words = [sys.executable, ROOT / "process_single_cube.py", "--fits", logcube]
+    words += ["--maps", maps, "--data-dir", folder / "out", "--overwrite"]
+    cube, plain = folder / CUBE_FILE, folder / "plain.h5"
     options = fits_utils.CubeOptions()
-    for run in range(runs + 1):
-        seconds, peak = run_command(words)
-        row = {
-            "command": seconds,
-            "GB": peak,
-            "cube": timed(lambda: fits_utils.process_cube(logcube, cube, options, overwrite=True)),
-            "igzip": timed(lambda: decompress_up_to_wave(logcube)),
-        }
-        if run == 0:
-            row["plain"] = timed(lambda: plain_process(logcube, folder / "plain.h5"))
-            found["plain"].append(row["plain"])
-            continue
-        for key, value in row.items():
-            found[key].append(value)
-    return found
+    peaks: list[float] = []
+
+    def command() -> None:
+        peaks.append(max(measuring.run_watched(words)[1].values()))
+
+    seconds = measuring.in_turn(
+        {
+            "command": command,
+            "cube": lambda: fits_utils.process_cube(logcube, cube, options, overwrite=True),
+            "igzip": lambda: decompress_up_to_wave(logcube),
+            "plain": lambda: plain_process(logcube, plain),
+        },
+        runs,
+    )
+    memory = {
+        "command": statistics.median(peaks),
+        "plain": measuring.peak_in_child(plain_process, logcube, plain)[0],
+    }
+    return seconds, memory
+
+
+def make_rows(seconds: dict[str, float], memory: dict[str, float]) -> list[measuring.Row]:
+    """Rows of the table from what `measure` found."""
+    igzip, plain = "igzip decompressing up to WAVE", "astropy and a loop over the spaxels"
+    rows = [
+        ("fits_to_h5_vs_igzip", "command", "igzip", igzip),
+        ("cube_only_vs_igzip", "cube", "igzip", igzip),
+        ("cube_only_vs_plain_script", "cube", "plain", plain),
+        ("plain_script_vs_igzip", "plain", "igzip", igzip),
+    ]
+    table = [
+        measuring.make_row(name, seconds[ours], seconds[baseline], "s", against)
+        for name, ours, baseline, against in rows
+    ]
+    row = measuring.make_row(
+        "fits_to_h5_peak_memory", memory["command"], memory["plain"], "GB", plain
+    )
+    return [*table, row]
 
 
 def main(config: Config) -> int:
@@ -160,35 +164,12 @@ def main(config: Config) -> int:
         folder = Path(name)
         logcube = config.fits or simulate(folder / "data", config.bundle)
         decompress_up_to_wave(logcube)  # and so the file is in the page cache for all
-        found = measure(logcube, folder, config.runs)
+        rows = make_rows(*measure(logcube, folder, config.runs))
         size = logcube.stat().st_size / 1e6
-        h5 = (folder / f"{utils.plateifu_of(logcube)}.h5").stat().st_size / 1e6
-    middle = {k: statistics.median(v) for k, v in found.items()}
-    rows = [
-        ("fits_to_h5_vs_igzip", "command", "igzip"),
-        ("cube_only_vs_igzip", "cube", "igzip"),
-        ("plain_script_vs_igzip", "plain", "igzip"),
-        ("cube_only_vs_plain_script", "cube", "plain"),
-    ]
-    table = [
-        {
-            "name": name,
-            "ours": middle[ours],
-            "baseline": middle[baseline],
-            "ratio": middle[ours] / middle[baseline],
-            "unit": "s",
-        }
-        for name, ours, baseline in rows
-    ]
+        h5 = (folder / CUBE_FILE).stat().st_size / 1e6
     print(f"{logcube.name}: {size:.0f} MB gz -> {h5:.0f} MB h5; median of {config.runs} runs")
-    print(f"{'':28}{'ours s':>9}{'base s':>9}{'ratio':>8}")
-    for row in table:
-        print(f"{row['name']:28}{row['ours']:9.2f}{row['baseline']:9.2f}{row['ratio']:8.2f}")
-    print(f"peak memory of process_single_cube.py: {middle['GB']:.2f} GB")
-    memory = {"name": "fits_to_h5_peak_memory", "ours": middle["GB"], "unit": "GB"}
-    out = config.results / "bench_process.json"
-    utils.write_json(out, {"rows": [*table, memory], "environment": utils.environment()})
-    print(f"written: {out}")
+    measuring.print_rows(rows)
+    measuring.write_rows(config.results / "bench_process.json", rows)
     return utils.EXIT_DONE
 
 

@@ -1,0 +1,325 @@
+"""What 10,000 galaxies cost to process and to keep, from a few that are measured.
+
+Simulates DR17-format galaxies, --galaxies of each bundle size, and measures:
+  jobs     cube_processing.py over all of them, with one process and with --jobs, in turn: galaxies
+           a second and the peak memory of the largest process
+  size     the time of process_galaxy (cube, both label maps) and the bytes of FITS, H5 and labels,
+           for each bundle size; times DR17's share of it, the extrapolation to a survey
+  layouts  flux and ivar of the largest galaxy in HDF5 under many chunk shapes and compressions:
+           file size, and the seconds to write, to read whole, to read one spaxel's spectrum, to
+           read one band; files in the page cache. blosc, lz4 and zstd join if hdf5plugin is there.
+Reads and writes only a temporary folder (about 0.8 GB), and results/bench/bench_storage.json.
+
+    python benchmarks/bench_storage.py
+    python benchmarks/bench_storage.py --data-dir data/bench      # keeps the simulated galaxies
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import measuring  # noqa: E402
+from measuring import Row, make_row  # noqa: E402
+
+import data_io  # noqa: E402
+import mock_manga  # noqa: E402
+import process_single_cube as single  # noqa: E402
+import utils  # noqa: E402
+
+SURVEY = 10_000
+"""Galaxies to extrapolate to; DR17 has 10,161."""
+SEED = 1
+N_SPECTRA = 30
+"""Spaxels, and N_BANDS bands, read one by one for the time of one."""
+N_BANDS = 5
+SHUFFLED = {"shuffle": True}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a survey costs to process and to keep."""
+
+    galaxies: int = 1
+    """Simulated galaxies of each bundle size."""
+    bundles: tuple[int, ...] = tuple(mock_manga.BUNDLES)
+    """Bundle sizes, in fibres."""
+    jobs: int = 2
+    """Processes to compare with a single one."""
+    runs: int = 3
+    """Counted runs of each, after one that is not."""
+    data_dir: Path | None = None
+    """Folder for the simulated galaxies, kept and used again; default a temporary one."""
+    results: Path = measuring.RESULTS
+    """Folder of the JSON."""
+
+
+# Galaxies
+
+
+def simulate(root: Path, bundles: tuple[int, ...], galaxies: int) -> dict[int, list[str]]:
+    """Simulate `galaxies` of each bundle that are not there yet; plateifus by bundle."""
+    params = {b: star_forming(b, galaxies) for b in bundles}
+    todo = [
+        p for ps in params.values() for p in ps if not utils.raw_paths(root, p.plateifu, "MAPS")
+    ]
+    with ProcessPoolExecutor(utils.cpu_count()) as pool:
+        list(pool.map(_simulate_one, [root] * len(todo), todo))
+    return {b: [p.plateifu for p in ps] for b, ps in params.items()}
+
+
+def star_forming(bundle: int, galaxies: int) -> list[mock_manga.GalaxyParams]:
+    """Draw galaxies with metallicities to label."""
+    drawn = (mock_manga.draw_params(SEED, i, (bundle,)) for i in itertools.count())
+    return list(itertools.islice((p for p in drawn if p.kind == "star-forming"), galaxies))
+
+
+def _simulate_one(root: Path, params: mock_manga.GalaxyParams) -> None:
+    mock_manga.write_galaxy(root, mock_manga.simulate_galaxy(params))
+
+
+def measure_jobs(root: Path, n_galaxies: int, jobs: int, runs: int) -> list[Row]:
+    """Compare cube_processing.py with one process and with several."""
+    words = [sys.executable, ROOT / "cube_processing.py", "--data-dir", root]
+    words += ["--overwrite", "--no-splits", "--jobs"]
+    peaks: dict[int, list[float]] = {1: [], jobs: []}
+
+    def process(n: int) -> None:
+        peaks[n].append(max(measuring.run_watched([*words, str(n)])[1].values()))
+
+    seconds = measuring.in_turn({str(n): lambda n=n: process(n) for n in peaks}, runs)
+    rates = {n: n_galaxies / seconds[str(n)] for n in peaks}
+    against = "cube_processing.py --jobs 1"
+    return [
+        make_row(f"processing_jobs_{jobs}", rates[jobs], rates[1], "galaxies/s", against),
+        make_row("processing_worker_memory", max(peaks[jobs]), max(peaks[1]), "GB", against),
+    ]
+
+
+def measure_size(root: Path, plateifu: str, runs: int) -> dict[str, float]:
+    """Seconds to process one galaxy in this process, and the MB of its files."""
+    options = single.GalaxyOptions()
+
+    def process() -> None:
+        single.process_galaxy(plateifu, root, options, overwrite=True)
+
+    process()
+    labels = [utils.label_path(root, task, plateifu).parent for task in utils.LABEL_TASKS]
+    files = {
+        "fits_mb": [p for k in ("LOGCUBE", "MAPS") for p in utils.raw_paths(root, plateifu, k)],
+        "h5_mb": [utils.cube_path(root, plateifu)],
+        "labels_mb": [p for folder in labels for p in folder.glob(f"{plateifu}*")],
+    }
+    sizes = {k: sum(p.stat().st_size for p in paths) / 1e6 for k, paths in files.items()}
+    return {"seconds": measuring.in_turn({"": process}, runs)[""], **sizes}
+
+
+def extrapolate(
+    by_bundle: dict[int, list[dict[str, float]]], shares: dict[int, float], survey: int = SURVEY
+) -> dict[str, float]:
+    """Whole survey from a few galaxies: the mean of each bundle size times its share.
+
+    Parameters
+    ----------
+    by_bundle : dict of bundle -> list of {"seconds", "..._mb"}
+    shares : dict of bundle -> share of the survey's galaxies
+        Scaled to the bundles that were measured.
+    survey : int
+
+    Returns
+    -------
+    dict
+        core_hours, and the GB of each kind of file.
+    """
+    whole = sum(shares[b] for b in by_bundle)
+    mean = {
+        key: sum(
+            shares[b] / whole * float(np.mean([g[key] for g in found]))
+            for b, found in by_bundle.items()
+        )
+        for key in next(iter(by_bundle.values()))[0]
+    }
+    out = {"galaxies": float(survey), "core_hours": survey * mean.pop("seconds") / 3600}
+    return {**out, **{k.replace("_mb", "_gb"): survey * v / 1e3 for k, v in mean.items()}}
+
+
+# Layouts
+
+
+class Layout(NamedTuple):
+    """How a dataset lies in a file."""
+
+    name: str
+    chunk: tuple[int, int, int] | None
+    """Spaxels and bands; None: contiguous."""
+    options: dict[str, Any]
+
+
+def layouts(ny: int, nx: int, n_band: int) -> list[Layout]:
+    """List the layouts to try on a cube (y, x, band); the first is the one data_io writes."""
+    side = data_io.CHUNK_SPAXELS
+    here = (min(side, ny), min(side, nx), n_band)
+    compressions: list[tuple[str, dict[str, Any]]] = [
+        ("none", {}),
+        ("gzip-1", {**SHUFFLED, "compression": "gzip", "compression_opts": 1}),
+        ("gzip-4", {**SHUFFLED, "compression": "gzip", "compression_opts": 4}),
+    ]
+    try:
+        import hdf5plugin
+    except ImportError:
+        pass
+    else:
+        compressions += [
+            ("blosc-lz4", dict(hdf5plugin.Blosc("lz4", 5, hdf5plugin.Blosc.SHUFFLE))),
+            ("blosc-zstd", dict(hdf5plugin.Blosc("zstd", 3, hdf5plugin.Blosc.SHUFFLE))),
+            ("bitshuffle-lz4", dict(hdf5plugin.Bitshuffle())),
+            ("zstd", {**SHUFFLED, **hdf5plugin.Zstd(3)}),
+        ]
+    found = [Layout(name, here, options) for name, options in compressions]
+    others = (
+        (1, 1, n_band),
+        (8, 8, n_band),
+        (here[0], here[1], -(-n_band // 8)),
+        (min(16, ny), min(16, nx), -(-n_band // 16)),
+        (ny, nx, 1),
+    )
+    for chunk in others:
+        found += [Layout(name, chunk, options) for name, options in compressions[:2]]
+    return [*found, Layout("none", None, {})]
+
+
+def write_layout(path: Path, flux: np.ndarray, ivar: np.ndarray, layout: Layout) -> None:
+    """Write flux and ivar; chunks of whole spectra without any good bin are left out."""
+    occupied = np.isfinite(flux).any(axis=2)
+    n_band = flux.shape[2]
+    with h5py.File(path, "w", libver=("earliest", "v110")) as f:
+        for name, data, fill in (("cube", flux, np.nan), ("ivar", ivar, 0)):
+            dataset = f.create_dataset(
+                name, flux.shape, "f4", chunks=layout.chunk, fillvalue=fill, **layout.options
+            )
+            step = layout.chunk[0] if layout.chunk else flux.shape[0]
+            for y in range(0, flux.shape[0], step):
+                columns = np.flatnonzero(occupied[y : y + step].any(axis=0))
+                if not columns.size:
+                    continue
+                width = layout.chunk[1] if layout.chunk and layout.chunk[2] == n_band else None
+                first = columns[0] // width * width if width else 0
+                last = columns[-1] + 1 if width else flux.shape[1]
+                dataset[y : y + step, first:last] = data[y : y + step, first:last]
+
+
+def measure_layout(
+    path: Path, flux: np.ndarray, ivar: np.ndarray, layout: Layout, runs: int
+) -> dict[str, Any]:
+    """Size of a layout and the seconds of its uses; raises if it gives back other numbers."""
+    rng = np.random.default_rng(SEED)
+    spaxels = np.argwhere(np.isfinite(flux).all(axis=2))
+    spaxels = spaxels[rng.permutation(len(spaxels))[:N_SPECTRA]]
+    bands = rng.integers(flux.shape[2], size=N_BANDS)
+
+    def whole() -> None:
+        with h5py.File(path) as f:
+            f["cube"][...], f["ivar"][...]
+
+    def spectra() -> None:
+        for y, x in spaxels:  # a file opened anew holds no chunk of the spaxel before
+            with h5py.File(path) as f:
+                f["cube"][y, x]
+
+    def images() -> None:
+        for band in bands:
+            with h5py.File(path) as f:
+                f["cube"][..., band]
+
+    works = {
+        "write_s": lambda: write_layout(path, flux, ivar, layout),
+        "whole_s": whole,
+        "spectrum_s": spectra,
+        "band_s": images,
+    }
+    seconds = measuring.in_turn(works, runs)
+    with h5py.File(path) as f:
+        if not (
+            np.array_equal(f["cube"][...], flux, equal_nan=True)
+            and np.array_equal(f["ivar"][...], ivar)
+        ):
+            raise utils.DataError(f"{layout}: gives back other numbers than were written.")
+    return {
+        "chunk": list(layout.chunk) if layout.chunk else None,
+        "compression": layout.name,
+        "size_mb": path.stat().st_size / 1e6,
+        **seconds,
+        "spectrum_s": seconds["spectrum_s"] / len(spaxels),
+        "band_s": seconds["band_s"] / len(bands),
+    }
+
+
+def compare_layouts(table: list[dict[str, Any]]) -> list[Row]:
+    """Rows of the layout that data_io writes, the table's first, against the same with gzip-1."""
+    ours, other = table[0], next(x for x in table if x["compression"] == "gzip-1")
+    names = {"size_mb": "h5_size", "write_s": "h5_write", "whole_s": "h5_read_whole"}
+    names |= {"spectrum_s": "h5_read_spectrum", "band_s": "h5_read_band"}
+    against = "the same chunks with gzip-1 and shuffle (--compression gzip)"
+    return [
+        make_row(name, ours[key], other[key], "MB" if key == "size_mb" else "s", against)
+        for key, name in names.items()
+    ]
+
+
+def print_layouts(table: list[dict[str, Any]]) -> None:
+    """Print the layouts, each as a multiple of the first."""
+    keys = ("size_mb", "write_s", "whole_s", "spectrum_s", "band_s")
+    print(f"{'flux and ivar: multiples of the first':40}" + "".join(f"{k[:-2]:>11}" for k in keys))
+    for row in table:
+        chunk = "contiguous" if row["chunk"] is None else " x ".join(map(str, row["chunk"]))
+        ratios = (row[key] / table[0][key] for key in keys)
+        print(f"{chunk:22}{row['compression']:18}" + "".join(f"{r:11.2f}" for r in ratios))
+
+
+def main(config: Config) -> int:
+    """Measure, print, write."""
+    if not config.bundles or min(config.galaxies, config.jobs, config.runs) < 1:
+        raise utils.DataError(
+            "--bundles, --galaxies, --jobs, --runs: at least one of each is needed."
+        )
+    with tempfile.TemporaryDirectory() as temporary:
+        root = config.data_dir or Path(temporary) / "data"
+        names = simulate(root, config.bundles, config.galaxies)
+        n_galaxies = sum(map(len, names.values()))
+        rows = measure_jobs(root, n_galaxies, config.jobs, config.runs)
+        by_bundle = {
+            b: [measure_size(root, p, config.runs) for p in found] for b, found in names.items()
+        }
+        shares = {b: share for b, (_, _, share) in mock_manga.BUNDLES.items()}
+        survey = extrapolate(by_bundle, shares)
+        cube = data_io.read_cube(utils.cube_path(root, names[max(names)][0]))
+        table = [
+            measure_layout(Path(temporary) / "layout.h5", cube.flux, cube.ivar, x, config.runs)
+            for x in layouts(*cube.flux.shape)
+        ]
+    rows += compare_layouts(table)
+    measuring.print_rows(rows)
+    print_layouts(table)
+    print(
+        f"extrapolated from {n_galaxies} simulated galaxies to {SURVEY}, by DR17's bundle sizes: "
+        f"{survey['core_hours']:.1f} core hours; FITS {survey['fits_gb']:.0f} GB, cubes "
+        f"{survey['h5_gb']:.0f} GB, labels {survey['labels_gb']:.1f} GB"
+    )
+    out = config.results / "bench_storage.json"
+    measuring.write_rows(out, rows, survey=survey, by_bundle=by_bundle, layouts=table)
+    return utils.EXIT_DONE
+
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, __doc__)

@@ -1,0 +1,160 @@
+"""What the benchmarks share: timing in turn, peak memory, rows of results and their table.
+
+A row compares two ways to do the same work, measured in one run:
+
+    {"name", "ours", "baseline", "ratio": ours / baseline, "unit", "against": what the baseline is}
+
+Units of time and size are better small, rates ("spaxels/s") better large. Memory is read from
+/proc (Linux), as the peak of each process's own address space: the rusage of a child would count
+its parent's memory too.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import utils  # noqa: E402
+
+RESULTS = ROOT / "results" / "bench"
+"""Where the benchmarks write their JSON."""
+POLL_S = 0.01
+"""Between two looks at the memory of a running command."""
+
+Row = dict[str, Any]
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Wall seconds of a call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turn(works: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """Median wall seconds of each of several ways, run in turn.
+
+    One round is not counted: it fills caches and makes buffers. Taking turns spreads whatever
+    else the machine does over all of them alike.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for run in range(runs + 1):
+        for name, work in works.items():
+            gc.collect()
+            took = timed(work)
+            if run:
+                seconds[name].append(took)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# Memory
+
+
+def memory_gb(pid: int | str = "self", field: str = "VmHWM") -> float:
+    """Read a process's peak memory (VmHWM) or its memory now (VmRSS), GB; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return next((int(x.split()[1]) / 1e6 for x in lines if x.startswith(f"{field}:")), 0.0)
+
+
+def processes_under(pid: int) -> list[int]:
+    """List a process and its descendants."""
+    try:
+        words = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [pid, *(p for child in words for p in processes_under(int(child)))]
+
+
+def run_watched(words: Sequence[str | Path]) -> tuple[float, dict[int, float]]:
+    """Run a command; return its wall seconds and the peak memory of each of its processes, GB.
+
+    Raises
+    ------
+    DataError
+        If the command fails; with the end of what it said.
+    """
+    peaks: dict[int, float] = {}
+    start = time.perf_counter()
+    child = subprocess.Popen(
+        [str(w) for w in words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(POLL_S):
+            for pid in processes_under(child.pid):
+                peaks[pid] = max(peaks.get(pid, 0), memory_gb(pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, said = child.communicate()
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    if child.returncode:
+        raise utils.DataError(
+            f"{' '.join(map(str, words))} ended with code {child.returncode}: {said.strip()[-500:]}"
+        )
+    return seconds, peaks
+
+
+def peak_in_child(work: Callable[..., object], *args: Any) -> tuple[float, float]:
+    """Run a picklable call in a process of its own.
+
+    Returns
+    -------
+    peak, added : float
+        GB that the process held at most, and how far that lies above what it held before the call.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_watched_call, work, *args).result()
+
+
+def _watched_call(work: Callable[..., object], *args: Any) -> tuple[float, float]:
+    before = memory_gb(field="VmRSS")
+    work(*args)
+    peak = memory_gb()
+    return peak, peak - before
+
+
+# Rows
+
+
+def make_row(name: str, ours: float, baseline: float, unit: str, against: str, **more: Any) -> Row:
+    """Make a row of the table; `against` says what the baseline is."""
+    row = {"name": name, "ours": ours, "baseline": baseline, "ratio": ours / baseline}
+    return {**row, "unit": unit, "against": against, **more}
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """Print the table of ratios."""
+    width = max((len(row["name"]) for row in rows), default=0) + 2
+    print(f"{'':{width}}{'ours':>11}{'baseline':>11}{'ratio':>9}  {'unit':<12}baseline is")
+    for row in rows:
+        ours, baseline, ratio = (f"{row[k]:.4g}" for k in ("ours", "baseline", "ratio"))
+        print(
+            f"{row['name']:{width}}{ours:>11}{baseline:>11}{ratio:>9}  {row['unit']:<12}"
+            f"{row['against']}"
+        )
+
+
+def write_rows(path: Path, rows: Sequence[Row], **more: Any) -> None:
+    """Write rows, whatever else was measured, and the environment as JSON; say where."""
+    utils.write_json(path, {"rows": list(rows), **more, "environment": utils.environment()})
+    print(f"written: {path}")
