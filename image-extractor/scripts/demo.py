@@ -24,6 +24,8 @@ SDIST = "eventio==1.10.0"
 GAMMAS = "gamma_test.simtel.gz"
 SST_GAMMAS = "gamma_20deg_0deg_run102___cta-prod4-sst-1m_desert-2150m-Paranal-sst-1m.simtel.gz"
 PROTONS = "proton_run202_za20deg_azm0deg_North_test_layout_test-prod.simtel.zst"
+# calib_events has one camera of each kind; only the tests use it.
+FETCHED = (GAMMAS, SST_GAMMAS, "calib_events.simtel.gz")
 MAPPED = """\
 storage_mode = mapped
 [image]
@@ -47,7 +49,7 @@ def inputs() -> dict[str, Path]:
         print(f"input: {len(found)} files of {SHARED.relative_to(PACKAGE.parent.parent)}")
         return found
     folder = PACKAGE / "build" / "demo-data"
-    if not (folder / GAMMAS).exists():
+    if not all((folder / name).exists() for name in FETCHED):
         folder.mkdir(parents=True, exist_ok=True)
         print(f"input: fetching the source distribution of {SDIST} (82 MB)")
         command = [
@@ -65,11 +67,7 @@ def inputs() -> dict[str, Path]:
         with tarfile.open(next(folder.glob("eventio-*.tar.gz"))) as archive:
             for member in archive:
                 name = Path(member.name).name
-                if (
-                    "/resources/" in member.name
-                    and name in (GAMMAS, SST_GAMMAS)
-                    and member.isfile()
-                ):
+                if "/resources/" in member.name and name in FETCHED and member.isfile():
                     part = folder / f".{name}.partial"
                     part.write_bytes(archive.extractfile(member).read())
                     part.replace(folder / name)
