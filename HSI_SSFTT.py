@@ -216,9 +216,7 @@ class SSFTT(nn.Module):
         return out.reshape(b, y, x, -1).permute(0, 3, 1, 2)
 
 
-def batch_norm(
-    x: Tensor, norm: nn.modules.batchnorm._BatchNorm, weights: Tensor | None
-) -> Tensor:
+def batch_norm(x: Tensor, norm: nn.Module, weights: Tensor | None) -> Tensor:
     """Normalise features by the statistics of the patches of weighted spaxels.
 
     Parameters
@@ -236,6 +234,7 @@ def batch_norm(
     """
     if weights is None or not norm.training:
         return norm(x)
+    assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d)
     rows, columns = (x.shape[a] - weights.shape[a] for a in (-2, -1))
     counts = F.pad(weights.float(), (columns, columns, rows, rows))[:, None]
     counts = F.avg_pool2d(counts, (rows + 1, columns + 1), stride=1)
@@ -244,12 +243,20 @@ def batch_norm(
     mean = _weighted_mean(x.float(), share)
     centred = x - mean.view(shape)
     variance = _weighted_mean(centred.float().square(), share)
-    with torch.no_grad():
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(variance, norm.momentum)
-        norm.num_batches_tracked += 1
+    _update(norm, mean.detach(), variance.detach())
     scale = norm.weight * (variance + norm.eps).rsqrt()
     return centred * scale.view(shape).to(x.dtype) + norm.bias.view(shape).to(x.dtype)
+
+
+def _update(norm: nn.BatchNorm2d | nn.BatchNorm3d, mean: Tensor, variance: Tensor) -> None:
+    """Move the running statistics of a batch norm towards a batch's."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_(variance, norm.momentum)
+    norm.num_batches_tracked.add_(1)
 
 
 def _weighted_mean(x: Tensor, share: Tensor) -> Tensor:

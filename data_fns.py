@@ -1,11 +1,16 @@
-"""Datasets and loaders: labelled patches, cut on the fly from cubes or read from patch files.
+"""Datasets and loaders: labelled patches and cutouts, from cubes, packed cubes or patch files.
 
 Reads   splits/<split_dir>/{train,val,test}.csv and stats.h5, processed/cubes, processed/labels or
-        processed/patches (layouts: docs/data_formats.md). Writes nothing.
+        processed/patches (layouts: docs/data_formats.md).
+Writes  processed/packed, when packed cubes are asked for and there are none that serve.
 
 A sample is one labelled, usable spaxel: its patch (1, band, P, P), with the spaxel at
-[P//2, P//2] and zeros beyond the field, and its class. Both datasets give the same tensors for
+[P//2, P//2] and zeros beyond the field, and its class. All datasets give the same tensors for
 the same split. Batches are cut in one call each, so no Python runs per patch.
+
+A cutout is a sample with T - 1 more spaxels a side, of which every labelled one is learned from:
+see CutoutBatch. Cutouts come from packed cubes: one table of normalised spectra, memory-mapped or
+held on the GPU, where batches are then cut, turned and mirrored.
 
     >>> spec = PatchSpec("logOH", n_classes=6, patch_norm="global", patch_size=7)
     >>> loaders = get_dataloaders(root, "hard", spec, batch_size=256, workers=4)
@@ -14,16 +19,22 @@ the same split. Batches are cut in one call each, so no Python runs per patch.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.ndimage import uniform_filter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -34,7 +45,10 @@ from utils import LABEL_NONE, DataError, LabelTask, PatchNorm
 
 log = logging.getLogger(__name__)
 
-Source = Literal["cubes", "patches"]
+Source = Literal["cubes", "patches", "packed"]
+PackedType = Literal["float16", "float32"]
+DEVICE_SHARE = 0.6
+"""Share of a GPU's free memory that packed cubes may take to be held there."""
 N_TURNS = 8
 """Symmetries of the square: four quarter turns, each plain or mirrored; 0 leaves a patch as is."""
 
@@ -77,6 +91,28 @@ class Batch(NamedTuple):
     """(N,) int64."""
     rows: Tensor
     """(N,) int64, of the dataset's `samples`."""
+
+
+class CutoutBatch(NamedTuple):
+    """What a loader of cutouts yields; also one cutout, without the first axis.
+
+    Notes
+    -----
+    A cutout is drawn as a sample is (a class, then one of its members), and brings along all that
+    surround the member. Spaxel j, which a sampler of patches draws with the probability p_j, is
+    then seen with q_j, the sum of p over all members within T//2 of it, and counts as p_j / q_j
+    (Horvitz & Thompson 1952, eq. 3). So the expected sum over a cutout, of whatever is summed, is
+    the expectation over the patches: sum_j q_j (p_j / q_j) f_j = sum_j p_j f_j.
+    """
+
+    patches: Tensor
+    """(N, 1, band, T + P - 1, T + P - 1) float32; bands lie together in memory."""
+    classes: Tensor
+    """(N, T, T) int64, LABEL_NONE where there is no sample."""
+    rows: Tensor
+    """(N,) int64, of the samples that were drawn, at [T//2, T//2]."""
+    weights: Tensor
+    """(N, T, T) float32, 0 where there is no sample; expected sum over a cutout: 1."""
 
 
 @dataclass
@@ -158,6 +194,13 @@ def load_normed(path: Path, spec: PatchSpec, stats: data_io.Stats | None) -> Nor
     return NormedCube(cut, usable, inside, cube.wave, cube.attrs)
 
 
+def _other_grid(path: Path) -> str:
+    return (
+        f"{path}: another wavelength grid than the cubes read before. Re-run "
+        "cube_processing.py --overwrite, so that all cubes share one grid."
+    )
+
+
 class CubeStore:
     """Normalised cubes of a data folder, each made once and kept while there is room.
 
@@ -186,10 +229,7 @@ class CubeStore:
         grid = Grid.of(cube.wave)
         self.grid = self.grid or grid
         if grid != self.grid:
-            raise DataError(
-                f"{path}: another wavelength grid than the cubes read before. Re-run "
-                "cube_processing.py --overwrite, so that all cubes share one grid."
-            )
+            raise DataError(_other_grid(path))
         padded = hsi_proc_fns.pad_for_patches(cube.values, self.spec.patch_size)
         flat = padded.reshape(-1, padded.shape[2])
         self._bytes += flat.nbytes
@@ -237,12 +277,12 @@ class PatchDataset(Dataset):
         """Wavelength grid of the cubes that the patches were cut from."""
         raise NotImplementedError
 
-    def __getitem__(self, index: int | np.integer | tuple[int, int]) -> Batch:
+    def __getitem__(self, index: int | np.integer | tuple[int, int]) -> Batch | CutoutBatch:
         """Cut one sample."""
         batch = self.__getitems__([index])
-        return Batch(*(field[0] for field in batch))
+        return type(batch)(*(part[0] for part in batch))
 
-    def __getitems__(self, index: Sequence | np.ndarray) -> Batch:
+    def __getitems__(self, index: Sequence | np.ndarray) -> Batch | CutoutBatch:
         """Cut a whole batch at once; called by torch's loader."""
         pairs = np.asarray(index, np.int64)
         rows, turns = (pairs, np.zeros_like(pairs)) if pairs.ndim == 1 else pairs.T
@@ -253,6 +293,27 @@ class PatchDataset(Dataset):
             torch.from_numpy(self.samples.classes[rows]),
             torch.from_numpy(rows.copy()),
         )
+
+    def field(self, galaxy: int) -> tuple[Tensor, tuple[int, int]]:
+        """Return the usable part of a whole galaxy.
+
+        Parameters
+        ----------
+        galaxy : int
+            Row of `samples.plateifus`.
+
+        Returns
+        -------
+        (1, 1, band, y, x) float32
+            The box around all usable spaxels.
+        (y, x) of the box's first spaxel.
+
+        Raises
+        ------
+        NotImplementedError
+            For patch files, which do not hold whole galaxies.
+        """
+        raise NotImplementedError
 
     def centres(self, rows: np.ndarray) -> np.ndarray:
         """Read the samples' own spectra, (n, band) float32."""
@@ -288,6 +349,16 @@ class CubePatchDataset(PatchDataset):
     def grid(self) -> Grid | None:
         """Wavelength grid of the cubes."""
         return self.store.grid
+
+    def field(self, galaxy: int) -> tuple[Tensor, tuple[int, int]]:
+        """Return the usable part of a whole galaxy."""
+        plateifu = self.samples.plateifus[galaxy]
+        box = usable_box(self.store.usable(plateifu))
+        flat, columns = self.store.spectra(plateifu)
+        before = self.spec.patch_size // 2
+        inside = tuple(slice(s.start + before, s.stop + before) for s in box)
+        values = flat.reshape(-1, columns, flat.shape[1])[inside]
+        return torch.from_numpy(values).permute(2, 0, 1)[None, None], (box[0].start, box[1].start)
 
     def _cut(self, plateifu: str, rows: np.ndarray, order: np.ndarray) -> np.ndarray:
         flat, columns = self.store.spectra(plateifu)
@@ -349,6 +420,162 @@ class PatchFileDataset(PatchDataset):
         return patches[:, inner, inner, self.spec.slice_bands(patches.shape[3], path)]
 
 
+class PackedStore:
+    """Packed cubes, of which several datasets may share the spectra.
+
+    A pickled store (in a worker) maps the file anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._packed: data_io.Packed | None = None
+        self._spectra: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the spectra behind."""
+        return {"path": self.path, "_packed": None, "_spectra": None}
+
+    @property
+    def packed(self) -> data_io.Packed:
+        """The file's content."""
+        self._packed = self._packed or data_io.read_packed(self.path)
+        return self._packed
+
+    @property
+    def spectra(self) -> Tensor:
+        """All spectra, (row, C), on disk until `to` moves them; row 0 is zero."""
+        if self._spectra is None:
+            self._spectra = torch.from_numpy(self.packed.spectra)
+        return self._spectra
+
+    def to(self, device: torch.device) -> None:
+        """Hold the spectra on a device."""
+        self._spectra = self.spectra.to(device)
+
+    def usable(self, plateifu: str) -> np.ndarray:
+        """Say which spaxels of a cube are usable, (y, x) bool."""
+        return self.packed.rows[plateifu] > 0
+
+
+class PackedDataset(PatchDataset):
+    """Patches or cutouts, gathered from packed cubes by one index operation a batch.
+
+    The tensors of a batch lie where the dataset does: on the CPU until `to` moves it.
+
+    Parameters
+    ----------
+    samples : Samples
+    spec : PatchSpec
+    store : PackedStore
+        Holds all the samples' galaxies.
+    cutout : int
+        T, odd; 1 gives patches (`Batch`), more gives cutouts (`CutoutBatch`).
+    probabilities : (N,) array, optional
+        With which each sample is drawn; needed for cutouts.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        spec: PatchSpec,
+        store: PackedStore,
+        cutout: int = 1,
+        probabilities: np.ndarray | None = None,
+    ) -> None:
+        super().__init__(samples, spec)
+        self.store, self.cutout = store, cutout
+        self._bands = spec.slice_bands(store.spectra.shape[1], store.path)
+        size = spec.patch_size + cutout - 1
+        before = spec.patch_size // 2 + cutout // 2
+        edges = (before, size - 1 - before)
+        padded = [np.pad(store.packed.rows[p], (edges, edges)) for p in samples.plateifus]
+        ends = np.cumsum([r.size for r in padded])
+        widths = np.array([r.shape[1] for r in padded])
+        first = (ends - [r.size for r in padded])[samples.galaxy]
+        width = widths[samples.galaxy]
+        corner = first + samples.y.astype(np.int64) * width + samples.x
+        centre = corner + before * (width + 1)
+        # every galaxy's map with its margin, one behind the other; a window of one is
+        # corner + dy * width + dx
+        self._rows = torch.from_numpy(np.concatenate([r.ravel() for r in padded]))
+        self._corner, self._width = torch.from_numpy(corner), torch.from_numpy(width)
+        self._centre = torch.from_numpy(centre)
+        self._sample_classes = torch.from_numpy(samples.classes)
+        dy, dx = np.divmod(turned_positions(size), size)
+        self._dy, self._dx = torch.from_numpy(dy), torch.from_numpy(dx)
+        if cutout > 1:
+            assert probabilities is not None, "cutouts need the probabilities of the samples"
+            self._classes = torch.full(self._rows.shape, LABEL_NONE, dtype=torch.int8)
+            self._classes[self._centre] = self._sample_classes.to(torch.int8)
+            self._weights = torch.zeros(self._rows.shape)
+            shares = probabilities / chance_of_being_seen(samples, probabilities, cutout)
+            self._weights[self._centre] = torch.from_numpy(shares.astype(np.float32))
+
+    @property
+    def grid(self) -> Grid | None:
+        """Wavelength grid of the packed cubes."""
+        return Grid.of(self.store.packed.wave)
+
+    def to(self, device: torch.device) -> None:
+        """Hold everything on a device."""
+        self.store.to(device)
+        for name, value in self.__dict__.items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+
+    def __getitems__(self, index: Sequence | np.ndarray) -> Batch | CutoutBatch:
+        """Cut a whole batch at once; called by torch's loader."""
+        pairs = torch.as_tensor(np.asarray(index, np.int64)).to(self._rows.device)
+        rows, turns = (pairs, torch.zeros_like(pairs)) if pairs.ndim == 1 else pairs.unbind(1)
+        width = self._width[rows, None]
+        flat = self._corner[rows, None] + self._dy[turns] * width + self._dx[turns]  # (N, S*S)
+        size = self.spec.patch_size + self.cutout - 1
+        values = self._look_up(self._rows[flat]).view(len(rows), size, size, -1)
+        patches = values.permute(0, 3, 1, 2).unsqueeze(1)
+        if self.cutout == 1:
+            return Batch(patches, self._sample_classes[rows], rows)
+        start = self.spec.patch_size // 2
+        inner = slice(start, start + self.cutout)
+        seen = flat.view(len(rows), size, size)[:, inner, inner]
+        return CutoutBatch(patches, self._classes[seen].long(), rows, self._weights[seen])
+
+    def centres(self, rows: np.ndarray) -> np.ndarray:
+        """Read the samples' own spectra, (n, band) float32."""
+        there = self._centre[torch.from_numpy(rows).to(self._rows.device)]
+        return self._look_up(self._rows[there]).cpu().numpy()
+
+    def field(self, galaxy: int) -> tuple[Tensor, tuple[int, int]]:
+        """Return the usable part of a whole galaxy."""
+        rows = self.store.packed.rows[self.samples.plateifus[galaxy]]
+        box = usable_box(rows > 0)
+        here = torch.from_numpy(rows[box]).to(self._rows.device)
+        values = self._look_up(here).view(*here.shape, -1)
+        return values.permute(2, 0, 1)[None, None], (box[0].start, box[1].start)
+
+    def _look_up(self, rows: Tensor) -> Tensor:
+        """Spectra of rows of any shape, (n, C) float32."""
+        spectra = self.store.spectra[:, self._bands]
+        return spectra.index_select(0, rows.reshape(-1)).float()
+
+
+def usable_box(usable: np.ndarray) -> tuple[slice, slice]:
+    """Smallest box (y, x) around the usable spaxels of a map that has any."""
+    y, x = np.nonzero(usable)
+    return slice(y.min(), y.max() + 1), slice(x.min(), x.max() + 1)
+
+
+def chance_of_being_seen(samples: Samples, probabilities: np.ndarray, cutout: int) -> np.ndarray:
+    """Sum the probabilities of all samples in the (cutout x cutout) box around each, (N,)."""
+    seen = np.empty(len(samples))
+    for galaxy in np.unique(samples.galaxy):
+        here = np.flatnonzero(samples.galaxy == galaxy)
+        y, x = samples.y[here], samples.x[here]
+        drawn = np.zeros((y.max() + 1, x.max() + 1))
+        drawn[y, x] = probabilities[here]
+        seen[here] = uniform_filter(drawn, cutout, mode="constant")[y, x] * cutout**2
+    return seen
+
+
 def turned_positions(patch_size: int) -> np.ndarray:
     """Positions of a patch under the symmetries of the square, (N_TURNS, P*P).
 
@@ -396,6 +623,15 @@ class Batches(Sampler):
         self.num_samples = num_samples or self.n
         self.epoch = self.skip = 0
 
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Probability of each sample to be the next one drawn, (N,); sums to 1."""
+        each = np.full(self.n, 1 / self.n)
+        if self.balance:
+            for members in self.members:
+                each[members] = 1 / (len(self.members) * members.size)
+        return each
+
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Choose the epoch's order; leave out its first `skip` batches (already done)."""
         self.epoch, self.skip = epoch, skip
@@ -436,8 +672,165 @@ class Batches(Sampler):
         return np.concatenate([rng.permutation(self.n) for _ in range(rounds)])[: self.num_samples]
 
 
+# Packed cubes
+
+Result = TypeVar("Result")
+
+
+def open_packed(
+    root: Path,
+    split_dir: str,
+    patch_norm: PatchNorm,
+    plateifus: Sequence[str],
+    dtype: PackedType = "float16",
+    jobs: int = 1,
+) -> PackedStore:
+    """Open the packed cubes of a split; pack them first if there are none that serve.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    split_dir : str
+    patch_norm : PatchNorm
+    plateifus : sequence of str
+        Galaxies that must be in.
+    dtype : {"float16", "float32"}
+        float16 keeps 11 bits of each value, in half the memory.
+    jobs : int
+        Processes that pack.
+
+    Notes
+    -----
+    A packed file serves if it holds the galaxies, made from the cubes and statistics that are
+    there now. Where a cube itself is absent, what was packed is taken.
+
+    Raises
+    ------
+    DataError
+        If cubes or statistics that are needed are missing or unreadable.
+    """
+    stats = _stats_for(root, split_dir, patch_norm)
+    path = data_io.packed_path(root, split_dir, patch_norm, dtype)
+    reason = "there is none"
+    if path.is_file():
+        reason = _why_stale(data_io.read_packed(path), root, plateifus, stats)
+        if not reason:
+            return PackedStore(path)
+    log.info("packing %d cubes into %s: %s", len(plateifus), path, reason)
+    pack_cubes(path, root, plateifus, patch_norm, stats, dtype, jobs)
+    return PackedStore(path)
+
+
+def _stats_for(root: Path, split_dir: str, patch_norm: str) -> data_io.Stats | None:
+    """Read a split's statistics if the norm needs them."""
+    return data_io.read_stats(utils.stats_path(root, split_dir)) if patch_norm == "PCA" else None
+
+
+def _why_stale(
+    packed: data_io.Packed, root: Path, plateifus: Sequence[str], stats: data_io.Stats | None
+) -> str:
+    """Say why a packed file does not serve; empty if it does."""
+    if packed.attrs.get("stats") != _stats_name(stats):
+        return "the statistics are others"
+    for plateifu in plateifus:
+        if plateifu not in packed.rows:
+            return f"{plateifu} is not in it"
+        path = utils.cube_path(root, plateifu)
+        if path.is_file() and data_io.cube_recipe(path) != packed.recipes[plateifu]:
+            return f"{path} was made anew"
+    return ""
+
+
+def _stats_name(stats: data_io.Stats | None) -> str | None:
+    """Tell statistics from others: by their content, since a second may see two of them."""
+    if stats is None:
+        return None
+    return hashlib.sha256(stats.components.tobytes() + stats.mean.tobytes()).hexdigest()
+
+
+def pack_cubes(
+    path: Path,
+    root: Path,
+    plateifus: Sequence[str],
+    patch_norm: PatchNorm,
+    stats: data_io.Stats | None = None,
+    dtype: PackedType = "float16",
+    jobs: int = 1,
+) -> None:
+    """Normalise cubes and write their usable spectra into one file, whole or not at all.
+
+    The cubes are read twice: the file's size must be known before its first spectrum is written.
+    """
+    rows: dict[str, np.ndarray] = {}
+    recipes: dict[str, dict[str, Any]] = {}
+    n_rows, grid, wave = 1, None, np.empty(0)
+    with _pool(jobs) as run:
+        for plateifu, (usable, recipe, wave) in zip(
+            plateifus, run(partial(_usable_of, Path(root)), plateifus), strict=True
+        ):
+            grid = grid or Grid.of(wave)
+            if grid != Grid.of(wave):
+                raise DataError(_other_grid(utils.cube_path(root, plateifu)))
+            count = int(usable.sum())
+            rows[plateifu] = np.zeros(usable.shape, np.int32)
+            rows[plateifu][usable] = np.arange(n_rows, n_rows + count)
+            recipes[plateifu] = recipe
+            n_rows += count
+        n_bands = len(wave) if stats is None else len(stats.components)
+        spectra = np.broadcast_to(np.zeros(1, dtype), (n_rows, n_bands))
+        attrs = {
+            "patch_norm": patch_norm,
+            "stats": _stats_name(stats),
+            "code_version": utils.VERSION,
+            "created_utc": utils.utc_now(),
+        }
+        normed = run(partial(_spectra_of, Path(root), patch_norm, stats, dtype), plateifus)
+        data_io.write_packed(path, data_io.Packed(spectra, rows, wave, recipes, attrs), normed)
+
+
+@contextmanager
+def _pool(
+    jobs: int,
+) -> Iterator[Callable[[Callable[[str], Result], Sequence[str]], Iterator[Result]]]:
+    """Give a `map` that works in several processes and never runs far ahead of its reader."""
+    if jobs <= 1:
+        yield map  # type: ignore[misc]
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+
+        def run(work: Callable[[str], Result], items: Sequence[str]) -> Iterator[Result]:
+            for start in range(0, len(items), 4 * jobs):
+                yield from pool.map(work, items[start : start + 4 * jobs])
+
+        yield run
+
+
+def _usable_of(root: Path, plateifu: str) -> tuple[np.ndarray, dict[str, Any], np.ndarray]:
+    """Usable spaxels (y, x), recipe and wavelengths of a cube."""
+    path = utils.cube_path(root, plateifu)
+    cube = data_io.read_cube(path, with_errors=False)
+    return hsi_proc_fns.usable_spaxels(cube.flux), data_io.cube_recipe(path), cube.wave
+
+
+def _spectra_of(
+    root: Path, patch_norm: PatchNorm, stats: data_io.Stats | None, dtype: str, plateifu: str
+) -> np.ndarray:
+    """Normalised spectra of a cube's usable spaxels, (n, C)."""
+    spec = PatchSpec("logOH", patch_norm=patch_norm)
+    cube = load_normed(utils.cube_path(root, plateifu), spec, stats)
+    return cube.values[cube.usable].astype(dtype)
+
+
+# Samples and loaders
+
+
 def get_samples(
-    table: pd.DataFrame, spec: PatchSpec, root: Path, source: Source, store: CubeStore | None
+    table: pd.DataFrame,
+    spec: PatchSpec,
+    root: Path,
+    source: Source,
+    store: CubeStore | PackedStore | None,
 ) -> Samples:
     """List the samples of one part of a split, by galaxy in the split's order, then y and x.
 
@@ -447,8 +840,8 @@ def get_samples(
         The part's CSV: plateifu, and y and x where the split is by spaxel.
     spec : PatchSpec
     root : Path
-    source : {"cubes", "patches"}
-    store : CubeStore or None
+    source : {"cubes", "patches", "packed"}
+    store : CubeStore, PackedStore or None
         For cubes: says which spaxels are usable.
 
     Raises
@@ -499,7 +892,9 @@ def get_samples(
     return samples
 
 
-def _labelled_spaxels(root: Path, spec: PatchSpec, plateifu: str, store: CubeStore) -> pd.DataFrame:
+def _labelled_spaxels(
+    root: Path, spec: PatchSpec, plateifu: str, store: CubeStore | PackedStore
+) -> pd.DataFrame:
     """Labelled and usable spaxels of a galaxy: row (-1), y, x, label."""
     path = utils.label_path(root, spec.label_task, plateifu)
     labels = data_io.read_labels(path)
@@ -529,12 +924,15 @@ def get_dataset(
     spec: PatchSpec,
     source: Source = "cubes",
     stats: data_io.Stats | None = None,
-    store: CubeStore | None = None,
+    store: CubeStore | PackedStore | None = None,
 ) -> PatchDataset:
     """Make the dataset of one part of a split; several may share a store of cubes."""
     if source == "patches":
         samples = get_samples(table, spec, root, source, None)
         return PatchFileDataset(samples, spec, root, stats)
+    if isinstance(store, PackedStore):
+        return PackedDataset(get_samples(table, spec, root, source, store), spec, store)
+    assert source == "cubes", "packed cubes come through their store"
     store = store or CubeStore(root, spec, stats)
     return CubePatchDataset(get_samples(table, spec, root, source, store), spec, store)
 
@@ -553,8 +951,11 @@ def get_dataloaders(
     workers: int = 0,
     cache_gb: float = 4.0,
     pin_memory: bool = False,
+    cutout: int = 1,
+    packed_type: PackedType = "float16",
+    device: torch.device | None = None,
 ) -> dict[str, DataLoader]:
-    """Make the loaders of a split; they yield `Batch`.
+    """Make the loaders of a split; they yield `Batch`, or for training `CutoutBatch`.
 
     Parameters
     ----------
@@ -562,7 +963,7 @@ def get_dataloaders(
         Data folder.
     split_dir : str
     spec : PatchSpec
-    source : {"cubes", "patches"}
+    source : {"cubes", "patches", "packed"}
     parts : sequence of {"train", "val", "test"}
         Only "train" is shuffled, balanced and augmented.
     batch_size, seed : int
@@ -571,11 +972,18 @@ def get_dataloaders(
     num_samples : int, optional
         Patches an epoch; default as many as there are labelled spaxels.
     workers : int
-        Processes that cut patches, spawned; 0 cuts in this one.
+        Processes that cut patches (and pack cubes), spawned; 0 cuts in this one.
     cache_gb : float
         Memory for normalised cubes, all workers together.
     pin_memory : bool
         Give pinned memory, for transfers to a GPU.
+    cutout : int
+        T: 1 trains patch by patch, an odd T > 1 on cutouts of T x T spaxels. `batch_size` and
+        `num_samples` still count labelled spaxels, on average.
+    packed_type : {"float16", "float32"}
+        Of packed cubes.
+    device : torch.device, optional
+        A GPU: packed cubes are held there if there is room, and batches are cut there.
 
     Returns
     -------
@@ -593,15 +1001,20 @@ def get_dataloaders(
             f"patches of {spec.patch_size}x{spec.patch_size} have no central spaxel to turn "
             "about: choose an odd --patch-size or --no-augment."
         )
+    if cutout > 1 and source != "packed":
+        raise DataError("cutouts come from packed cubes: choose --source packed.")
+    if cutout < 1 or cutout % 2 == 0:
+        raise DataError(f"cutouts of {cutout} spaxels a side: choose an odd number.")
     tables, _ = data_io.read_split(utils.split_path(root, split_dir))
-    stats = None
-    if spec.patch_norm == "PCA":
-        stats = data_io.read_stats(utils.stats_path(root, split_dir))
-    store = CubeStore(root, spec, stats, cache_gb / max(workers, 1))
+    stats = _stats_for(root, split_dir, spec.patch_norm)
+    store: CubeStore | PackedStore = CubeStore(root, spec, stats, cache_gb / max(workers, 1))
+    if source == "packed":
+        galaxies = pd.concat([tables[part]["plateifu"] for part in parts]).unique().tolist()
+        store = open_packed(root, split_dir, spec.patch_norm, galaxies, packed_type, workers)
     loaders = {}
     for part in parts:
-        dataset = get_dataset(root, tables[part], spec, source, stats, store)
         train = part == "train"
+        dataset = get_dataset(root, tables[part], spec, source, stats, store)
         batches = Batches(
             dataset.samples.classes,
             batch_size,
@@ -611,17 +1024,46 @@ def get_dataloaders(
             augment=train and augment,
             num_samples=num_samples if train else None,
         )
+        if train and cutout > 1:
+            assert isinstance(store, PackedStore)
+            dataset = PackedDataset(dataset.samples, spec, store, cutout, batches.probabilities)
+            each = labelled_in_a_cutout(dataset.samples, batches.probabilities, cutout)
+            batches.num_samples = max(1, round(batches.num_samples / each))
+            batches.batch_size = max(1, round(batch_size / each))
+        on_device = _hold_on(device, dataset)
         loaders[part] = DataLoader(
             dataset,
             batch_sampler=batches,
             collate_fn=collate,
-            num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory,
+            num_workers=0 if on_device else workers,
+            multiprocessing_context="spawn" if workers and not on_device else None,
+            persistent_workers=workers > 0 and not on_device,
+            pin_memory=pin_memory and not on_device,
             generator=torch.Generator(),  # the loader's own draws leave the global state alone
         )
     return loaders
+
+
+def _hold_on(device: torch.device | None, dataset: PatchDataset) -> bool:
+    """Move packed cubes to a GPU if they fit there; say whether they lie there now."""
+    if device is None or device.type != "cuda" or not isinstance(dataset, PackedDataset):
+        return False
+    spectra = dataset.store.spectra
+    need, free = 0 if spectra.is_cuda else spectra.nbytes, torch.cuda.mem_get_info(device)[0]
+    if need > DEVICE_SHARE * free:
+        log.info(
+            "packed cubes of %.1f GB stay on disk, %.1f GB of GPU memory are free",
+            need / 1e9,
+            free / 1e9,
+        )
+        return False
+    dataset.to(device)
+    return True
+
+
+def labelled_in_a_cutout(samples: Samples, probabilities: np.ndarray, cutout: int) -> float:
+    """Count the samples that a cutout is expected to hold."""
+    return float(probabilities @ chance_of_being_seen(samples, np.ones(len(samples)), cutout))
 
 
 def collate(batch: Any) -> Batch:

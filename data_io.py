@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # tables alone need pandas: cubes and labels are spared its i
 
 CUBE_SCHEMA, CUBE_VERSION = "manga-cube", 2
 STATS_SCHEMA, STATS_VERSION = "manga-stats", 1
+PACKED_SCHEMA, PACKED_VERSION = "manga-packed", 1
 FLUX_UNIT = "1e-17 erg/s/cm2/Angstrom/spaxel"
 CHUNK_SPAXELS = 4
 """Spaxels a side of an H5 chunk: 4 x 4 spectra of 2040 float32 are 131 kB."""
@@ -368,3 +370,88 @@ def read_stats(path: Path) -> Stats:
     """Read the statistics of a training split."""
     with _open_h5(path, STATS_SCHEMA, STATS_VERSION, "calc_data_stats.py --overwrite") as f:
         return Stats(**{name: f[name][...] for name in STATS_FIELDS}, attrs=dict(f.attrs))
+
+
+# Packed cubes
+
+
+@dataclass
+class Packed:
+    """Normalised spectra of many cubes in one table.
+
+    Attributes
+    ----------
+    spectra : (row, C) float32 or float16 array
+        Memory-mapped when read. Row 0 is all zeros and stands for every unusable spaxel.
+    rows : dict of plateifu -> (y, x) int32
+        Row of each spaxel's spectrum.
+    wave : (band,) float64, Angstrom
+        Of the cubes; with the norm PCA, C is not their number of bands.
+    recipes : dict of plateifu -> dict
+        What each cube was made from, as `cube_recipe` tells it.
+    attrs : dict
+        patch_norm, stats (creation of the PCA's statistics), provenance.
+    """
+
+    spectra: np.ndarray
+    rows: dict[str, np.ndarray]
+    wave: np.ndarray
+    recipes: dict[str, dict[str, Any]]
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+def packed_path(root: Path, split_dir: str, patch_norm: str, dtype: str) -> Path:
+    """Packed cubes of a split."""
+    return Path(root) / "processed" / "packed" / split_dir / f"{patch_norm}_{dtype}.h5"
+
+
+def cube_recipe(path: Path) -> dict[str, Any]:
+    """Tell what a cube was made from: its source's hash, options and time of making."""
+    attrs = read_cube_attrs(path)
+    keys = ("source_sha256", "config_json", "created_utc")
+    return {k: str(attrs[k]) for k in keys if k in attrs}
+
+
+def write_packed(path: Path, packed: Packed, cubes: Iterable[np.ndarray]) -> None:
+    """Write packed cubes, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        `processed/packed/<split_dir>/<patch_norm>_<dtype>.h5`.
+    packed : Packed
+        Of `spectra` only shape and type count.
+    cubes : iterable of (n, C) arrays
+        The spectra of each galaxy of `packed.rows` in turn, ascending by row.
+    """
+    with utils.atomic_path(path) as part, h5py.File(part, "w") as f:
+        f.attrs.update(schema=PACKED_SCHEMA, schema_version=PACKED_VERSION)
+        f.attrs.update({k: v for k, v in packed.attrs.items() if v is not None})
+        f["wave"] = packed.wave
+        f["plateifu"] = list(packed.rows)
+        f["recipe"] = [json.dumps(packed.recipes[p]) for p in packed.rows]
+        f["shape"] = np.array([r.shape for r in packed.rows.values()], np.int32)
+        f["rows"] = np.concatenate([r.ravel() for r in packed.rows.values()])
+        spectra = f.create_dataset("spectra", packed.spectra.shape, packed.spectra.dtype)
+        spectra.attrs.update(axes="row,component" if "stats" in packed.attrs else "row,band")
+        spectra[0] = 0
+        row = 1
+        for values in cubes:
+            spectra[row : row + len(values)] = values
+            row += len(values)
+        assert row == len(spectra), "fewer or more spectra than the maps of rows name"
+
+
+def read_packed(path: Path) -> Packed:
+    """Open packed cubes; the spectra stay on disk, memory-mapped."""
+    with _open_h5(path, PACKED_SCHEMA, PACKED_VERSION, "pack_cubes.py --overwrite") as f:
+        names = f["plateifu"].asstr()[...].tolist()
+        recipes = [json.loads(text) for text in f["recipe"].asstr()[...]]
+        shapes = f["shape"][...]
+        parts = np.split(f["rows"][...], np.cumsum(shapes.prod(1))[:-1])
+        rows = {p: r.reshape(s) for p, r, s in zip(names, parts, shapes, strict=True)}
+        spectra, wave, attrs = f["spectra"], f["wave"][...], dict(f.attrs)
+        layout = (spectra.dtype, spectra.id.get_offset(), spectra.shape)
+    dtype, offset, shape = layout
+    mapped = np.memmap(path, dtype, "c", offset, shape)  # private: torch asks for writable arrays
+    return Packed(mapped, rows, wave, dict(zip(names, recipes, strict=True)), attrs)
