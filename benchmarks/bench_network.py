@@ -1,0 +1,640 @@
+"""The network's speed: patch-wise against dense, every stem, on a CPU or a GPU.
+
+Measures in turn, in one run, on random spectra (no value changes the time):
+  forward   logits of every spaxel of a cutout, from its patches and from the cutout
+  training  forward, backward and optimiser step as run_SSFTT_training.py takes them: patch-wise,
+            and on cutouts, for every stem; every spaxel labelled
+  pipeline  the same with the loader, from packed cubes, half of whose spaxels are labelled; counts
+            the labelled ones
+  map       a whole galaxy from normalised cube to class map (eval_fns.predict_map)
+  memory    what a training step adds, for as many spaxels patch-wise as dense
+  roofline  the training rates against the bound that arithmetic and memory traffic set, from the
+            network's shapes (`count_flops`, `count_bytes`) and this device's measured ceilings
+Prints a table; writes results/bench/bench_network_<device>.json. On a GPU in bfloat16, with
+larger batches. --trace prints instead where the time of a step goes, by torch's profiler.
+
+    python benchmarks/bench_network.py
+    python benchmarks/bench_network.py --device cuda --compile
+    python benchmarks/bench_network.py --trace
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import measuring  # noqa: E402
+from measuring import Row, make_row  # noqa: E402
+
+import data_fns  # noqa: E402
+import data_io  # noqa: E402
+import eval_fns  # noqa: E402
+import hsi_proc_fns  # noqa: E402
+import utils  # noqa: E402
+from data_fns import Batch, Batches, CutoutBatch, PatchSpec  # noqa: E402
+from HSI_SSFTT import SMALLEST_CONVOLVED, SSFTT, get_SSFTT_model  # noqa: E402
+from run_SSFTT_training import batch_loss  # noqa: E402
+from utils import DataError  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+VARIANTS: dict[str, dict[str, int]] = {
+    "fiducial": {},
+    "k9s8": {"spectral_kernel": 9, "spectral_stride": 8},
+    "k16s16": {"spectral_kernel": 16, "spectral_stride": 16},
+    "projection30": {"projection": 30},
+    "pca30": {"bands": 30},
+}
+"""Arguments of get_SSFTT_model; pca30 is fed with components computed beforehand."""
+RECOMMENDED = "projection30"
+"""The stem that docs/performance.md recommends."""
+
+PEAKS: dict[str, tuple[float, float]] = {
+    "H200": (989.5e12, 4.8e12),
+    "H100": (989.5e12, 3.35e12),
+    "A100": (312e12, 2.039e12),
+}
+"""Dense bfloat16 FLOP/s and bytes/s by part of the device's name, of the SXM modules with the
+largest memory (NVIDIA's data sheets "H200 Tensor Core GPU", "H100 Tensor Core GPU" and "A100 80GB
+Tensor Core GPU"; the first two state twice the FLOP/s, with sparsity)."""
+SECONDS_OF_WORK = 0.2
+"""At least so long is one measurement of a ceiling."""
+ADAM_BYTES = 4 * 8
+"""A float32 parameter's traffic in a step of Adam: read it, its gradient and both moments; write
+it and both moments; and write the gradient in the backward pass."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The network's speed on this device."""
+
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """Where to compute."""
+    amp: eval_fns.Amp | None = None
+    """Mixed precision; default bf16 on a GPU, off on a CPU."""
+    bands: int = 2040
+    """Bands of a spectrum."""
+    patch_size: int = 7
+    """Spaxels a side of a patch."""
+    patches: int | None = None
+    """Patches a step, patch-wise; default 256, on a GPU 1024."""
+    cutouts: int | None = None
+    """Cutouts a step; default 4, on a GPU 64. Halved until they fit into the GPU's memory."""
+    cutout: int = 31
+    """Spaxels a side of a cutout (odd)."""
+    map_size: int = 74
+    """Spaxels a side of the galaxy that is mapped; 74 is MaNGA's largest."""
+    steps: int | None = None
+    """Steps of one timing; default 1, on a GPU 10."""
+    runs: int = 3
+    """Counted runs of each, after one that is not."""
+    compile: bool = False
+    """Also measure the dense step under torch.compile (needs a C++ compiler; takes minutes)."""
+    trace: bool = False
+    """Only show where the time of a training step goes, and write it beside the JSON."""
+    results: Path = measuring.RESULTS
+    """Folder of the JSON."""
+
+
+class Bench(NamedTuple):
+    """A configuration with its defaults filled in."""
+
+    config: Config
+    device: torch.device
+    amp: eval_fns.Amp
+    patches: int
+    cutouts: int
+    steps: int
+
+    @classmethod
+    def of(cls, config: Config) -> Bench:
+        """Fill in what depends on the device; refuse what cannot be measured."""
+        if config.cutout % 2 == 0 or min(config.cutout, config.map_size, config.runs) < 1:
+            raise DataError("--cutout must be odd, --map-size and --runs at least 1.")
+        device = eval_fns.pick_device(config.device)
+        on_gpu = device.type == "cuda"
+        return cls(
+            config,
+            device,
+            config.amp or ("bf16" if on_gpu else "off"),
+            config.patches or (1024 if on_gpu else 256),
+            config.cutouts or (64 if on_gpu else 4),
+            config.steps or (10 if on_gpu else 1),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that the convolutions compute in."""
+        return eval_fns.AMP_TYPES[self.amp]
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision as in training."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.amp != "off")
+
+    def synchronise(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+# What is measured
+
+
+def make_model(bench: Bench, variant: str) -> SSFTT:
+    """Make a variant of the network with initial weights."""
+    torch.manual_seed(0)
+    arguments = {"bands": bench.config.bands, **VARIANTS[variant]}
+    model = get_SSFTT_model(patch_size=bench.config.patch_size, **arguments)
+    return model.to(bench.device)
+
+
+def random_spectra(*shape: int) -> Tensor:
+    """Draw (n, y, x, band) normal spectra and give them as loaders do: (n, 1, band, y, x)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).permute(0, 3, 1, 2).unsqueeze(1)
+
+
+def make_batch(bench: Bench, model: SSFTT, dense: bool, n: int) -> Batch | CutoutBatch:
+    """Make a batch of n patches or cutouts on the device, every spaxel labelled."""
+    classes, bands = model.arguments["n_classes"], model.arguments["bands"]
+    size, cutout = model.patch_size, bench.config.cutout
+    generator, rows = torch.Generator().manual_seed(1), torch.arange(n)
+    if not dense:
+        labels = torch.randint(classes, (n,), generator=generator)
+        batch: Batch | CutoutBatch = Batch(random_spectra(n, size, size, bands), labels, rows)
+    else:
+        side = cutout + size - 1
+        labels = torch.randint(classes, (n, cutout, cutout), generator=generator)
+        weights = torch.full((n, cutout, cutout), 1 / cutout**2)
+        batch = CutoutBatch(random_spectra(n, side, side, bands), labels, rows, weights)
+    return type(batch)(*(part.to(bench.device) for part in batch))
+
+
+class Step:
+    """Training steps of one model; each call takes `bench.steps` of them and waits.
+
+    Attributes
+    ----------
+    spaxels : int
+        Learned from in a call.
+    """
+
+    def __init__(self, bench: Bench, variant: str, dense: bool, n: int) -> None:
+        self.bench, self.variant, self.n = bench, variant, n
+        self.model = make_model(bench, variant).train()
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), 1e-3, fused=True)
+        self.batch = make_batch(bench, self.model, dense, n)
+        self.spaxels = bench.steps * self.batch.classes.numel()
+
+    def learn(self, batch: Batch | CutoutBatch) -> Tensor:
+        """Take one step; return what batch_loss books."""
+        with self.bench.autocast():
+            loss, booked = batch_loss(self.model, batch, self.bench.device)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        return booked
+
+    def __call__(self) -> None:
+        """Take the steps."""
+        for _ in range(self.bench.steps):
+            self.learn(self.batch)
+        self.bench.synchronise()
+
+
+def fitting_step(bench: Bench, variant: str, dense: bool) -> Step:
+    """Make steps of as many patches or cutouts as the GPU's memory takes, halving their number."""
+    n = bench.cutouts if dense else bench.patches
+    while True:
+        try:
+            step = Step(bench, variant, dense, n)
+            step()
+            return step
+        except torch.cuda.OutOfMemoryError:
+            if n == 1:
+                raise DataError(
+                    f"{variant}: not even one cutout of {bench.config.cutout} spaxels a side fits "
+                    "into the GPU's memory. Choose a smaller --cutout."
+                ) from None
+        n //= 2
+        torch.cuda.empty_cache()
+        log.warning("%s: out of GPU memory, trying %d a step", variant, n)
+
+
+def patches_of(cutout: Tensor, patch_size: int) -> Tensor:
+    """Cut the patches of every spaxel of (1, 1, band, y, x), (y * x, 1, band, P, P)."""
+    image = cutout[0, 0].permute(1, 2, 0).numpy()
+    ys, xs = np.indices(image.shape[:2]).reshape(2, -1)
+    patches = hsi_proc_fns.extract_patches(image, ys, xs, patch_size)
+    return torch.from_numpy(patches).permute(0, 3, 1, 2).unsqueeze(1)
+
+
+# Rows
+
+
+def forward_rows(bench: Bench) -> list[Row]:
+    """Compare logits of a cutout's spaxels from its patches and from the cutout, fiducial."""
+    model, side = make_model(bench, "fiducial").eval(), bench.config.cutout
+    cutout = random_spectra(1, side, side, bench.config.bands)
+    patches = patches_of(cutout, model.patch_size).to(bench.device)
+    cutout = cutout.to(bench.device)
+
+    @torch.inference_mode()
+    def patch_wise() -> None:
+        with bench.autocast():
+            for part in patches.split(bench.patches):
+                model(part)
+        bench.synchronise()
+
+    @torch.inference_mode()
+    def dense() -> None:
+        with bench.autocast():
+            model.forward_dense(cutout)
+        bench.synchronise()
+
+    took = measuring.in_turn({"patch_wise": patch_wise, "dense": dense}, bench.config.runs)
+    rates = {name: side**2 / seconds for name, seconds in took.items()}
+    against = "forward on the patches"
+    return [make_row("dense_forward", rates["dense"], rates["patch_wise"], "spaxels/s", against)]
+
+
+def training_rows(bench: Bench) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Compare training steps: patch-wise and dense, every stem; rows and the roofline's table."""
+    steps = {
+        (variant, dense): fitting_step(bench, variant, dense)
+        for variant in VARIANTS
+        for dense in (False, True)
+    }
+    took = measuring.in_turn({str(key): step for key, step in steps.items()}, bench.config.runs)
+    rates = {key: step.spaxels / took[str(key)] for key, step in steps.items()}
+    base, against = rates["fiducial", False], "patch-wise, fiducial"
+
+    def row(name: str, variant: str, dense: bool) -> Row:
+        return make_row(name, rates[variant, dense], base, "spaxels/s", against, variant=variant)
+
+    rows = [row("dense_training", "fiducial", True)]
+    rows += [
+        row(f"stem_{variant}{'' if dense else '_patch_wise'}", variant, dense)
+        for variant, dense in steps
+        if variant != "fiducial"
+    ]
+    rows.append(row("recommended_training", RECOMMENDED, True))
+    if bench.config.compile:
+        for variant in ("fiducial", RECOMMENDED):
+            rows += compiled_rows(bench, steps[variant, True])
+    ceilings = measure_ceilings(bench)
+    table = [
+        roofline(bench, steps[variant, True], rates[variant, True], ceilings)
+        for variant in VARIANTS
+    ]
+    for entry in table:
+        name, against = f"roofline_{entry['variant']}", f"bound by {entry['limit']}, as measured"
+        ours, bound = entry["spaxels_per_s"], entry["bound_measured"]
+        rows.append(make_row(name, ours, bound, "spaxels/s", against))
+    return rows, table
+
+
+def compiled_rows(bench: Bench, eager: Step) -> list[Row]:
+    """Compare a dense step under torch.compile with itself; nothing where that does not work."""
+    compiled = Step(bench, eager.variant, dense=True, n=eager.n)
+    compiled.model.forward_inner = torch.compile(compiled.model.forward_inner)  # type: ignore
+    try:
+        took = measuring.in_turn({"eager": eager, "compiled": compiled}, bench.config.runs)
+    except Exception as error:  # whatever the compiler's layers raise: the rest is still measured
+        log.warning("torch.compile, %s: %s", eager.variant, str(error).strip().splitlines()[-1])
+        return []
+    rates = {name: eager.spaxels / seconds for name, seconds in took.items()}
+    name = f"compiled_{eager.variant}"
+    return [make_row(name, rates["compiled"], rates["eager"], "spaxels/s", "the same, eager")]
+
+
+def pipeline_rows(bench: Bench, folder: Path) -> list[Row]:
+    """Compare training with its loader, from packed cubes: dense against patch-wise."""
+    kinds = {"patch_wise": ("fiducial", 1)}
+    kinds |= {v: (v, bench.config.cutout) for v in dict.fromkeys(("fiducial", RECOMMENDED))}
+    works, labelled = {}, {}
+    for kind, (variant, cutout) in kinds.items():
+        step = Step(bench, variant, dense=False, n=1)
+        bands = step.model.arguments["bands"]
+        loader = packed_loader(bench, folder / f"{bands}.h5", bands, cutout)
+        works[kind] = functools.partial(one_pass, step, loader, labelled, kind)
+    took = measuring.in_turn(works, bench.config.runs)
+    rates = {kind: labelled[kind] / seconds for kind, seconds in took.items()}
+    against = "patch-wise, fiducial, with its loader"
+    return [
+        make_row(f"training_pipeline_{v}", rates[v], rates["patch_wise"], "spaxels/s", against)
+        for v in kinds
+        if v != "patch_wise"
+    ]
+
+
+def one_pass(step: Step, loader: DataLoader, labelled: dict[str, float], kind: str) -> None:
+    """Learn from all batches of a loader; note the number of labelled spaxels."""
+    booked = [step.learn(batch) for batch in loader]
+    labelled[kind] = float(torch.stack(booked).sum(0)[3])
+
+
+def packed_loader(bench: Bench, path: Path, bands: int, cutout: int) -> DataLoader:
+    """Load `steps` batches from packed random cubes, on the device if that is a GPU.
+
+    As many cubes as cutouts a step, up to 16; a disc of a third of the cubes' spaxels is labelled.
+    """
+    side, n_cubes = bench.config.cutout + 10, min(16, bench.cutouts)
+    plateifus = [f"1-{i}" for i in range(n_cubes)]
+    if not path.is_file():
+        maps = np.arange(1, n_cubes * side**2 + 1, dtype=np.int32).reshape(n_cubes, side, side)
+        spectra = np.empty((maps.size + 1, bands), np.float16)
+        wave = np.geomspace(5000, 8000, bands)
+        named = dict(zip(plateifus, maps, strict=True))
+        packed = data_io.Packed(spectra, named, wave, {p: {} for p in plateifus})
+        rng = np.random.default_rng(0)
+        cubes = (rng.standard_normal((side**2, bands), np.float32) for _ in plateifus)
+        data_io.write_packed(path, packed, cubes)
+    y, x = np.indices((side, side))
+    y, x = np.nonzero(np.hypot(y - side // 2, x - side // 2) < side / np.sqrt(3 * np.pi))
+    galaxy = np.repeat(np.arange(n_cubes, dtype=np.int32), y.size)
+    classes = np.random.default_rng(1).integers(6, size=galaxy.size)
+    ys, xs = (np.tile(a, n_cubes).astype(np.int32) for a in (y, x))
+    row, values = np.full_like(galaxy, -1), np.zeros(galaxy.size, np.float32)
+    samples = data_fns.Samples(plateifus, galaxy, ys, xs, row, classes, values)
+    n = bench.patches if cutout == 1 else bench.cutouts
+    batches = Batches(classes, n, balance=True, augment=True, num_samples=n * bench.steps)
+    spec = PatchSpec("logOH", patch_size=bench.config.patch_size)
+    dataset = data_fns.PackedDataset(
+        samples, spec, data_fns.PackedStore(path), cutout, batches.probabilities
+    )
+    if bench.device.type == "cuda":
+        dataset.to(bench.device)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=data_fns.collate)
+
+
+def map_rows(bench: Bench) -> list[Row]:
+    """Compare class maps of a whole galaxy: dense against patch-wise, fiducial and recommended."""
+    side, runs = bench.config.map_size, bench.config.runs
+    names = dict.fromkeys(("fiducial", RECOMMENDED))
+    trained = {v: trained_model(bench, v) for v in names}
+    values = {
+        v: random_spectra(1, side, side, t.network.arguments["bands"])[0, 0].permute(1, 2, 0)
+        for v, t in trained.items()
+    }
+
+    def class_map(variant: str, patch_wise: bool) -> None:
+        eval_fns.predict_map(trained[variant], values[variant].numpy(), patch_wise).argmax(2)
+
+    held = values[RECOMMENDED].permute(2, 0, 1)[None, None].to(bench.device)
+
+    @torch.inference_mode()
+    def on_device() -> None:
+        with bench.autocast():
+            trained[RECOMMENDED].network.forward_dense(held).argmax(1)
+        bench.synchronise()
+
+    works: dict[str, Callable[[], object]] = {
+        v: functools.partial(class_map, v, False) for v in names
+    }
+    took = measuring.in_turn({**works, "on_device": on_device}, runs)
+    slow = measuring.timed(lambda: class_map("fiducial", True))  # minutes on a CPU: once
+    against = "patch-wise, fiducial"
+    more = {"shape": [side, side]}
+    rows = [
+        make_row("map_latency", took["fiducial"], slow, "s", against, **more),
+        make_row("map_latency_recommended", took[RECOMMENDED], slow, "s", against, **more),
+    ]
+    name, against = "map_on_device_recommended", "map_latency_recommended: transfers, float32"
+    return [*rows, make_row(name, took["on_device"], took[RECOMMENDED], "s", against, **more)]
+
+
+def trained_model(bench: Bench, variant: str) -> eval_fns.TrainedModel:
+    """Wrap an untrained network for predict_map."""
+    spec = PatchSpec("logOH", patch_size=bench.config.patch_size)
+    about = {"class_names": spec.class_names}
+    return eval_fns.TrainedModel(make_model(bench, variant).eval(), spec, None, about, bench.device)
+
+
+def memory_rows(bench: Bench) -> list[Row]:
+    """Compare what a step adds in memory, for as many patches as one cutout has spaxels."""
+    n = bench.config.cutout**2
+    kinds = {"patch_wise": ("fiducial", False, n), "fiducial": ("fiducial", True, 1)}
+    kinds[RECOMMENDED] = (RECOMMENDED, True, 1)
+    added = {kind: step_memory(bench, *what) for kind, what in kinds.items()}
+    against = f"patch-wise, fiducial, as many spaxels ({n})"
+    return [
+        make_row(name, added[kind], added["patch_wise"], "GB", against)
+        for name, kind in (
+            ("training_memory", "fiducial"),
+            ("training_memory_recommended", RECOMMENDED),
+        )
+    ]
+
+
+def step_memory(bench: Bench, variant: str, dense: bool, n: int) -> float:
+    """GB that model, optimiser, batch and a step take at most."""
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        Step(bench._replace(steps=1), variant, dense, n)()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    return measuring.peak_in_child(_one_step, bench._replace(steps=1), variant, dense, n)[1]
+
+
+def _one_step(bench: Bench, variant: str, dense: bool, n: int) -> None:
+    torch.set_num_threads(utils.cpu_count())
+    Step(bench, variant, dense, n)()
+
+
+# The roofline
+
+
+def count_flops(model: SSFTT, cutout: int, training: bool) -> int:
+    """Operations of the matrix products and convolutions on one cutout of T x T spaxels.
+
+    A multiplication and an addition count as two. The backward pass takes each product twice
+    (towards weights and inputs), but for the first layer, whose inputs need no gradient.
+    """
+    a, size, window = model.arguments, model.patch_size, model.window
+    kernel = 3 if size >= SMALLEST_CONVOLVED else 1
+    dim, tokens, inner = a["dim"], a["n_tokens"], cutout**2
+    padded = cutout + size - 1
+    first, second = (padded - i * (kernel - 1) for i in (1, 2))
+    assert second == cutout + window - 1
+    layers = []
+    if a["projection"]:
+        layers.append(a["bands"] * a["projection"] * padded**2)
+    layers.append(model.widest * a["spectral_kernel"] * kernel**2 * first**2)
+    layers.append(model.widest * dim * kernel**2 * second**2)
+    layers.append((tokens + dim) * dim * second**2)
+    each = dim * dim + 2 * dim * dim * (tokens + 1)  # q of the class token; k and v of all
+    each += 2 * dim * (tokens + 1)  # attention
+    each += dim * dim + 2 * dim * a["mlp_dim"] + dim * a["n_classes"]
+    layers.append(each * inner)
+    forward = 2 * sum(layers)
+    return 3 * forward - 2 * layers[0] if training else forward
+
+
+def count_bytes(model: SSFTT, cutout: int, itemsize: int, cutouts: int) -> float:
+    """Least memory traffic of a training step for one of its cutouts.
+
+    Taken for granted: every element-wise operation is fused with its neighbours, nothing of the
+    size of a convolution's output stays in cache. Then the output of a convolution followed by a
+    batch norm crosses the memory eight times: written; read by the next layer (with the statistics
+    taken on the way); in the backward pass read for the next layer's weights, its gradient
+    written, both read for the norm's sums, both read for the layer's own weights. The input
+    crosses twice, a projection's output four times. Parameters: ADAM_BYTES a step, and a read of
+    them in each pass.
+    """
+    a, size = model.arguments, model.patch_size
+    kernel = 3 if size >= SMALLEST_CONVOLVED else 1
+    padded = cutout + size - 1
+    first, second = (padded - i * (kernel - 1) for i in (1, 2))
+    moved = 2 * a["bands"] * padded**2
+    moved += 4 * (a["projection"] or 0) * padded**2
+    moved += 8 * model.widest * first**2 + 8 * a["dim"] * second**2
+    parameters = sum(p.numel() for p in model.parameters())
+    return moved * itemsize + parameters * (ADAM_BYTES + 2 * itemsize) / cutouts
+
+
+def measure_ceilings(bench: Bench) -> tuple[float, float]:
+    """FLOP/s of a large matrix product and bytes/s of a large copy on this device."""
+    side, n = (8192, 1 << 30) if bench.device.type == "cuda" else (2048, 1 << 28)
+    a, b = (torch.randn(side, side, device=bench.device, dtype=bench.dtype) for _ in range(2))
+    source = torch.ones(n // 4, device=bench.device)
+    target = torch.empty_like(source)
+
+    def best(work: Callable[[], object]) -> float:
+        def some(n: int) -> float:
+            def run() -> None:
+                for _ in range(n):
+                    work()
+                bench.synchronise()
+
+            return measuring.timed(run)
+
+        some(3)
+        n = max(3, int(SECONDS_OF_WORK / max(some(3) / 3, 1e-6)))
+        return min(some(n) for _ in range(3)) / n
+
+    return 2 * side**3 / best(lambda: a @ b), 2 * n / best(lambda: target.copy_(source))
+
+
+def roofline(
+    bench: Bench, step: Step, rate: float, ceilings: tuple[float, float]
+) -> dict[str, Any]:
+    """Set a rate of dense training beside what the device could do at most (Williams et al. 2009).
+
+    Returns
+    -------
+    dict
+        Of one spaxel: flops, bytes. bound_measured, bound_peak: spaxels/s at the measured
+        ceilings and at the data sheet's (None for devices not in PEAKS); share_measured,
+        share_peak: of these. limit: what sets the bound.
+    """
+    spaxels = bench.config.cutout**2
+    itemsize = torch.tensor([], dtype=bench.dtype).element_size()
+    flops = count_flops(step.model, bench.config.cutout, training=True) / spaxels
+    moved = count_bytes(step.model, bench.config.cutout, itemsize, step.n) / spaxels
+    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else ""
+    peak = next((v for k, v in PEAKS.items() if k in name), None)
+    bounds = [c and 1 / max(flops / c[0], moved / c[1]) for c in (ceilings, peak)]
+    return {
+        "variant": step.variant,
+        "spaxels_per_s": rate,
+        "cutouts_a_step": step.n,
+        "flops": flops,
+        "bytes": moved,
+        "limit": "arithmetic" if flops / ceilings[0] > moved / ceilings[1] else "memory",
+        "ceiling_flops_per_s": ceilings[0],
+        "ceiling_bytes_per_s": ceilings[1],
+        "bound_measured": bounds[0],
+        "share_measured": rate / bounds[0],
+        "bound_peak": bounds[1],
+        "share_peak": bounds[1] and rate / bounds[1],
+    }
+
+
+def print_roofline(table: list[dict[str, Any]]) -> None:
+    """Print the roofline, one line a variant."""
+    ceilings = table[0]["ceiling_flops_per_s"] / 1e12, table[0]["ceiling_bytes_per_s"] / 1e9
+    print(f"measured ceilings: {ceilings[0]:.3g} TFLOP/s, {ceilings[1]:.3g} GB/s")
+    words = f"{'MFLOP':>9}{'kB':>9}{'spaxels/s':>12}{'of bound':>10}{'of peak':>9}  limit"
+    print(f"{'dense training':16}{words}")
+    for row in table:
+        of_peak = f"{row['share_peak']:.1%}" if row["share_peak"] else "-"
+        print(
+            f"{row['variant']:16}{row['flops'] / 1e6:9.2f}{row['bytes'] / 1e3:9.1f}"
+            f"{row['spaxels_per_s']:12.4g}{row['share_measured']:10.1%}{of_peak:>9}  {row['limit']}"
+        )
+
+
+# The profiler
+
+
+def trace_step(step: Step, lines: int = 12) -> list[tuple[str, float]]:
+    """Operations of a training step and their shares of its time, the largest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = step.bench.device.type == "cuda"
+    step()
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
+        step()
+    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    times = {e.key: float(getattr(e, field)) for e in found.key_averages()}
+    whole = sum(times.values())
+    ranked = sorted(times.items(), key=lambda item: -item[1])[:lines]
+    return [(name, value / whole) for name, value in ranked]
+
+
+def print_traces(bench: Bench) -> None:
+    """Print and write where a step's time goes: patch-wise, dense, dense and recommended."""
+    kinds = [("fiducial", False), ("fiducial", True), (RECOMMENDED, True)]
+    text = []
+    for variant, dense in kinds:
+        title = f"{variant}, {'dense' if dense else 'patch-wise'}: share of a training step's time"
+        text.append(title)
+        found = trace_step(fitting_step(bench, variant, dense))
+        text += [f"{share:8.1%}  {name[:90]}" for name, share in found]
+    print("\n".join(text))
+    out = bench.config.results / f"trace_{bench.device.type}.txt"
+    with utils.atomic_path(out) as part:
+        part.write_text("\n".join(text) + "\n")
+    print(f"written: {out}")
+
+
+def main(config: Config) -> int:
+    """Measure, print, write."""
+    torch.set_num_threads(utils.cpu_count())
+    bench = Bench.of(config)
+    if config.trace:
+        print_traces(bench)
+        return utils.EXIT_DONE
+    rows = forward_rows(bench)
+    training, table = training_rows(bench)
+    rows += training
+    with tempfile.TemporaryDirectory() as folder:
+        rows += pipeline_rows(bench, Path(folder))
+    rows += map_rows(bench)
+    rows += memory_rows(bench)
+    measuring.print_rows(rows)
+    print_roofline(table)
+    out = config.results / f"bench_network_{bench.device.type}.json"
+    sizes = {"amp": bench.amp, "patches": bench.patches, "cutouts": bench.cutouts}
+    measuring.write_rows(out, rows, roofline=table, config=utils.config_dict(config) | sizes)
+    return utils.EXIT_DONE
+
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, __doc__)
