@@ -237,7 +237,7 @@ def share_seeing_training(
 
 
 def nearest_pixel(truth: np.ndarray, split: Split) -> np.ndarray:
-    """Class of the nearest training pixel by (row, column), the first drawn of equally near ones."""
+    """Class of the nearest training pixel by (row, column); of several, the first drawn."""
     where = np.indices(truth.shape).reshape(2, -1).T
     nearest = KNeighborsClassifier(1).fit(where[split.train], truth.flat[split.train])
     return nearest.predict(where[split.test])
