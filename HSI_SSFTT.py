@@ -199,9 +199,9 @@ class SSFTT(nn.Module):
         cutouts : (B, 1, band, y + P - 1, x + P - 1)
         weights : (B, y, x), optional
             For training: how often each spaxel counts in the batch statistics, not all 0. A
-            spaxel counts with its whole patch, as in `forward`; so statistics and gradients are
-            those of `forward` on the spaxels' patches, each repeated as often as it weighs.
-            Default: every position of the cutouts counts once.
+            spaxel counts with its whole patch, as in `forward`, and the statistics are averaged
+            over batches: see `batch_norm`. Default: every position of the cutouts counts once,
+            in this batch's statistics.
 
         Returns
         -------
@@ -230,39 +230,92 @@ def batch_norm(x: Tensor, norm: nn.Module, weights: Tensor | None) -> Tensor:
     Notes
     -----
     A position counts with the weights of all the spaxels that have it in their window: sums over
-    a box. The running variance is that of the batch, without Bessel's correction.
+    a box. The spaxels of a cutout are alike, so a batch of few cutouts tells less of the mean than
+    as many patches from everywhere do. Therefore features are normalised by the running averages
+    (at once updated by this batch), as they will be in evaluation, while gradients pass through
+    the batch's own statistics: batch renormalisation (Ioffe 2017, arXiv:1702.03275, section 3)
+    without a bound on its r and d. The first averages are plain means over the batches so far;
+    with a momentum of 1 all this is ordinary batch normalisation.
     """
     if weights is None or not norm.training:
         return norm(x)
     assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d)
-    rows, columns = (x.shape[a] - weights.shape[a] for a in (-2, -1))
-    counts = F.pad(weights.float(), (columns, columns, rows, rows))[:, None]
-    counts = F.avg_pool2d(counts, (rows + 1, columns + 1), stride=1)
-    share = (counts / (counts.sum() * x[0, 0, ..., 0, 0].numel())).view(len(x), -1, 1)
-    shape = (-1, *(1 for _ in x.shape[2:]))
-    mean = _weighted_mean(x.float(), share)
-    centred = x - mean.view(shape)
-    variance = _weighted_mean(centred.float().square(), share)
-    _update(norm, mean.detach(), variance.detach())
-    scale = norm.weight * (variance + norm.eps).rsqrt()
-    return centred * scale.view(shape).to(x.dtype) + norm.bias.view(shape).to(x.dtype)
-
-
-def _update(norm: nn.BatchNorm2d | nn.BatchNorm3d, mean: Tensor, variance: Tensor) -> None:
-    """Move the running statistics of a batch norm towards a batch's."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     assert norm.momentum is not None
-    norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_(variance, norm.momentum)
-    norm.num_batches_tracked.add_(1)
+    dtype = norm.running_mean.dtype
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        rows, columns = (x.shape[a] - weights.shape[a] for a in (-2, -1))
+        counts = F.pad(weights.to(dtype), (columns, columns, rows, rows))[:, None]
+        counts = F.avg_pool2d(counts, (rows + 1, columns + 1), stride=1)
+        share = counts.view(len(x), -1, 1) / (counts.sum() * x[0, 0, ..., 0, 0].numel())
+        mean = _channel_sum(x, share)
+        centred = x.to(dtype) - mean.view(-1, *_ones(x))
+        variance = _channel_sum(centred.square_(), share)
+        norm.num_batches_tracked.add_(1)
+        momentum = norm.num_batches_tracked.to(dtype).reciprocal().clamp(min=norm.momentum)
+        norm.running_mean.lerp_(mean, momentum)
+        norm.running_var.lerp_(variance, momentum)
+        averages = norm.running_mean.clone(), (norm.running_var + norm.eps).rsqrt()
+    batch = mean, (variance + norm.eps).rsqrt()
+    return _Renormalise.apply(x, share, norm.weight, norm.bias, *averages, *batch)
 
 
-def _weighted_mean(x: Tensor, share: Tensor) -> Tensor:
-    """Mean (C,) of x (B, C, ..., Y, X), position p of cutout b counting as share (b, p, 1)."""
-    means = torch.bmm(x.reshape(len(x), -1, share.shape[1]), share.to(x.dtype))
-    return means.view(len(x), x.shape[1], -1).sum((0, 2))
+def _ones(x: Tensor) -> tuple[int, ...]:
+    """Axes of length 1 for all but the first two of x, so that (C, ...) spreads over it."""
+    return (1,) * (x.ndim - 2)
+
+
+def _channel_sum(x: Tensor, share: Tensor) -> Tensor:
+    """Sum x (B, C, ..., Y, X) to (C,), the position p of cutout b counting share (b, p, 1)."""
+    sums = torch.bmm(x.reshape(len(x), -1, share.shape[1]).to(share.dtype), share)
+    return sums.view(len(x), x.shape[1], -1).sum((0, 2))
+
+
+class _Renormalise(torch.autograd.Function):
+    """Normalise by given averages; the gradient is that of the batch's own statistics.
+
+    With u = (x - batch mean) / batch sigma and z = (x - mean) / sigma, forward is y = w z + b.
+    Backward is that of batch normalisation, in which r = batch sigma / sigma and the shift are
+    constants: dx = w / sigma (dy - share (sum dy + u sum dy u)).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        share: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Tensor,
+        inverse: Tensor,
+        batch_mean: Tensor,
+        batch_inverse: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, share, weight, mean, inverse, batch_mean, batch_inverse)
+        scale = weight * inverse
+        shape = (-1, *_ones(x))
+        shift = (bias - mean * scale).view(shape).to(x.dtype)
+        return torch.addcmul(shift, x, scale.view(shape).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, share, weight, mean, inverse, batch_mean, batch_inverse = ctx.saved_tensors
+        axes, shape = [a for a in range(x.ndim) if a != 1], (-1, *_ones(x))
+        total = dy.sum(axes, dtype=mean.dtype)
+        with_x = (dy * x).sum(axes, dtype=mean.dtype)
+        by_u = (with_x - batch_mean * total) * batch_inverse
+        by_z = (with_x - mean * total) * inverse
+        scale = weight * inverse
+        slope = -scale * by_u * batch_inverse
+        constant = -scale * total - slope * batch_mean
+        spread = share.view(len(x), *_ones(x)[:-1], *x.shape[-2:]).to(x.dtype)
+        dx = torch.addcmul(constant.view(shape).to(x.dtype), x, slope.view(shape).to(x.dtype)).mul_(
+            spread
+        )
+        dx = dx.addcmul_(dy, scale.view(shape).to(x.dtype))
+        return dx, None, by_z, total, None, None, None, None
 
 
 def window_tokens(logits: Tensor, values: Tensor, window: int) -> Tensor:
