@@ -10,7 +10,7 @@ python = $(VENV)/bin/python
 ready = $(VENV)/.ready
 STAMP = $(if $(filter no,$(SETUP)),,$(ready))
 
-.PHONY: demo test test-manga lint bench setup demo-cta test-cta bench-cta clean
+.PHONY: demo test test-manga lint bench bench-gpu setup demo-cta test-cta bench-cta clean
 
 demo: $(STAMP)
 	PYTHON=$(python) bash demo.sh
@@ -27,7 +27,11 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 
 bench: $(STAMP)
-	$(python) benchmarks/bench_process.py
+	$(python) benchmarks/run_all.py
+
+bench-gpu: $(STAMP)
+	$(python) benchmarks/bench_network.py --device cuda --compile
+	$(python) benchmarks/bench_network.py --device cuda --trace
 
 demo-cta test-cta bench-cta:
 	$(MAKE) -C image-extractor $(@:-cta=) PYTHON=$(PYTHON)

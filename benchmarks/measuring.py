@@ -11,7 +11,6 @@ its parent's memory too.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import statistics
 import subprocess
@@ -52,7 +51,6 @@ def in_turn(works: dict[str, Callable[[], object]], runs: int) -> dict[str, floa
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for run in range(runs + 1):
         for name, work in works.items():
-            gc.collect()
             took = timed(work)
             if run:
                 seconds[name].append(took)
