@@ -684,6 +684,7 @@ def open_packed(
     plateifus: Sequence[str],
     dtype: PackedType = "float16",
     jobs: int = 1,
+    anew: bool = False,
 ) -> PackedStore:
     """Open the packed cubes of a split; pack them first if there are none that serve.
 
@@ -699,6 +700,8 @@ def open_packed(
         float16 keeps 11 bits of each value, in half the memory.
     jobs : int
         Processes that pack.
+    anew : bool
+        Pack also where the file there would serve.
 
     Notes
     -----
@@ -712,8 +715,8 @@ def open_packed(
     """
     stats = _stats_for(root, split_dir, patch_norm)
     path = data_io.packed_path(root, split_dir, patch_norm, dtype)
-    reason = "there is none"
-    if path.is_file():
+    reason = "asked for anew" if path.is_file() else "there is none"
+    if path.is_file() and not anew:
         reason = _why_stale(data_io.read_packed(path), root, plateifus, stats)
         if not reason:
             return PackedStore(path)

@@ -288,3 +288,216 @@ def test_samples_of_hard_splits_follow_the_table(root):
     order = dataset.samples.galaxy.astype(np.int64) * 10_000
     order += dataset.samples.y * 100 + dataset.samples.x
     assert (np.diff(order) > 0).all()
+
+
+# Packed cubes and cutouts
+
+
+def packed_of(root, spec, cutout=1, part="train", **options):
+    options = {"packed_type": "float32", **options}
+    return dataset_of(root, spec, part, source="packed", cutout=cutout, **options)
+
+
+@pytest.mark.parametrize("norm", utils.PATCH_NORMS)
+@pytest.mark.parametrize("task", utils.LABEL_TASKS)
+def test_packed_cubes_give_the_patches_of_the_cubes(root, task, norm):
+    for size, bands in ((7, None), (5, (1, 5)), (4, None), (1, None)):
+        spec = PatchSpec(task, 6, norm, size, bands)
+        cubes, packed = dataset_of(root, spec), packed_of(root, spec)
+        rows = np.arange(len(cubes))
+        pairs = np.stack([rows, rows % data_fns.N_TURNS * (size % 2)], axis=1)
+        ours, theirs = packed.__getitems__(pairs), cubes.__getitems__(pairs)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        np.testing.assert_array_equal(packed.centres(rows), cubes.centres(rows))
+        assert packed.grid == cubes.grid
+        assert packed.n_bands == cubes.n_bands
+
+
+def test_half_precision_packs_to_eleven_bits(root):
+    spec = PatchSpec("logOH")
+    rows = np.arange(100)
+    exact = packed_of(root, spec).__getitems__(rows).patches
+    half = packed_of(root, spec, packed_type="float16").__getitems__(rows).patches
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, exact)
+    torch.testing.assert_close(half, exact, rtol=2**-11, atol=2**-24)
+
+
+def test_packed_file_holds_each_usable_spectrum_once(root):
+    packed = packed_of(root, PatchSpec("logOH")).store.packed
+    usable = 0
+    for plateifu, rows in packed.rows.items():
+        cube = data_io.read_cube(utils.cube_path(root, plateifu), with_errors=False)
+        np.testing.assert_array_equal(rows > 0, hsi_proc_fns.usable_spaxels(cube.flux))
+        usable += (rows > 0).sum()
+    assert len(packed.spectra) == usable + 1
+    assert not packed.spectra[0].any()
+
+
+@pytest.mark.parametrize(("cutout", "size"), [(3, 5), (5, 4), (9, 7), (31, 3)])
+def test_cutout_is_the_patches_of_all_samples_around_one(root, cutout, size):
+    spec = PatchSpec("logOH", 6, "spectral", size)
+    patches, cutouts = dataset_of(root, spec), packed_of(root, spec, cutout)
+    s, half = patches.samples, cutout // 2
+    for row in range(0, len(s), 53):
+        one = cutouts[row]
+        assert one.patches.shape == (1, patches.n_bands, cutout + size - 1, cutout + size - 1)
+        windows = one.patches[0].unfold(1, size, 1).unfold(2, size, 1)  # (band, T, T, P, P)
+        dy, dx = s.y - s.y[row] + half, s.x - s.x[row] + half
+        inside = (dy >= 0) & (dy < cutout) & (dx >= 0) & (dx < cutout)
+        inside &= s.galaxy == s.galaxy[row]
+        expected = np.full((cutout, cutout), utils.LABEL_NONE)
+        expected[dy[inside], dx[inside]] = s.classes[inside]
+        np.testing.assert_array_equal(one.classes, expected)
+        np.testing.assert_array_equal(one.weights > 0, expected != utils.LABEL_NONE)
+        assert one.classes[half, half] == s.classes[row]
+        around = np.flatnonzero(inside)
+        found = windows[:, dy[inside], dx[inside]].movedim(1, 0)
+        assert torch.equal(found, patches.__getitems__(around).patches[:, 0])
+
+
+def test_cutouts_turn_with_their_classes_and_weights(root):
+    dataset = packed_of(root, PatchSpec("logOH", 6, "spectral", 5), 7)
+    plain = dataset[40]
+    for turn in range(data_fns.N_TURNS):
+        turned = dataset[40, turn]
+        for name in ("patches", "classes", "weights"):
+            expected = getattr(plain, name).numpy()
+            expected = expected.swapaxes(-1, -2) if turn >= 4 else expected
+            expected = np.rot90(expected, turn % 4, axes=(-2, -1))
+            np.testing.assert_array_equal(getattr(turned, name).numpy(), expected)
+
+
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("split", ["hard", "easy"])
+def test_cutouts_expect_what_patches_do(root, balance, split):
+    """Sum over all cutouts that can be drawn: any function of spaxels has the patches' mean."""
+    options = {"balance": balance, "source": "packed", "cutout": 5, "packed_type": "float32"}
+    spec = PatchSpec("logOH", 6, "PCA", 3)
+    loader = data_fns.get_dataloaders(root, split, spec, parts=("train",), **options)["train"]
+    dataset, batches = loader.dataset, loader.batch_sampler
+    classes = dataset.samples.classes
+    each = 1 / len(classes)
+    if balance:  # a class, then one of its members
+        each = 1 / (np.unique(classes).size * np.bincount(classes)[classes])
+    np.testing.assert_allclose(batches.probabilities, each)
+    drawn = dataset.__getitems__(np.arange(len(dataset)))
+    centres = drawn.patches[:, 0, 0, 1:-1, 1:-1].double()  # a value a spaxel: its first component
+    sums = (drawn.weights * centres).sum((1, 2)).numpy()
+    own = dataset.centres(np.arange(len(dataset)))[:, 0].astype(float)
+    assert batches.probabilities @ sums == pytest.approx(batches.probabilities @ own, rel=1e-5)
+    assert batches.probabilities @ drawn.weights.sum((1, 2)).numpy() == pytest.approx(1, rel=1e-5)
+    for c in np.unique(classes):
+        share = (drawn.weights * (drawn.classes == c)).sum((1, 2)).numpy()
+        expected = np.broadcast_to(each, classes.shape)[classes == c].sum()
+        assert batches.probabilities @ share == pytest.approx(expected, rel=1e-5)
+
+
+def test_batch_size_counts_labelled_spaxels(root):
+    options = {"batch_size": 120, "source": "packed", "cutout": 5}
+    loader = data_fns.get_dataloaders(root, "hard", PatchSpec("logOH"), **options)["train"]
+    seen = [int((batch.classes >= 0).sum()) for batch in loader]
+    assert np.mean(seen) == pytest.approx(120, rel=0.15)
+    assert sum(seen) == pytest.approx(len(loader.dataset), rel=0.3)
+
+
+@pytest.mark.parametrize("cutout", [1, 5])
+def test_spawned_workers_gather_from_packed_cubes(root, cutout):
+    options = {"parts": ("train",), "batch_size": 100, "augment": True, "cutout": cutout}
+    here, there = (
+        list(data_fns.get_dataloaders(root, "hard", PatchSpec("BPT"), "packed", **o)["train"])
+        for o in (options, {**options, "workers": 2})
+    )
+    assert len(here) == len(there) > 1
+    for ours, theirs in zip(here, there, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_parts_of_a_split_share_the_spectra(root):
+    loaders = data_fns.get_dataloaders(root, "hard", PatchSpec("BPT"), "packed", cutout=5)
+    stores = [loaders[part].dataset.store for part in ("train", "val")]
+    assert stores[0].spectra.data_ptr() == stores[1].spectra.data_ptr()
+
+
+@pytest.mark.parametrize("source", ["cubes", "packed"])
+def test_field_is_the_box_around_the_usable_spaxels(root, source):
+    spec = PatchSpec("logOH", 6, "spectral", 5)
+    dataset = dataset_of(root, spec, source=source, packed_type="float32")
+    for galaxy, plateifu in enumerate(dataset.samples.plateifus):
+        values, (y, x) = dataset.field(galaxy)
+        flux = data_io.read_cube(utils.cube_path(root, plateifu)).flux
+        normed = hsi_proc_fns.normalise(flux, "spectral")
+        box = normed[y : y + values.shape[3], x : x + values.shape[4]]
+        np.testing.assert_array_equal(values[0, 0].permute(1, 2, 0), box)
+        assert np.count_nonzero(box) == np.count_nonzero(normed)
+        assert box[0].any()
+        assert box[:, -1].any()
+
+
+def packings(caplog):
+    return [r.message for r in caplog.records if "packing" in r.message]
+
+
+def test_packed_file_is_kept_while_it_serves_and_made_anew_when_not(tmp_path, caplog):
+    root = mock_cubes.make_data_dir(tmp_path)
+    caplog.set_level("INFO")
+    galaxies = list(mock_cubes.PLATEIFUS[:3])
+
+    def opened(*more, norm="PCA"):
+        caplog.clear()
+        store = data_fns.open_packed(root, "hard", norm, [*galaxies, *more])
+        return store.packed, " ".join(packings(caplog))
+
+    packed, said = opened()
+    assert "there is none" in said
+    assert list(packed.rows) == galaxies
+    assert opened()[1] == ""
+    assert f"{mock_cubes.PLATEIFUS[5]} is not in it" in opened(mock_cubes.PLATEIFUS[5])[1]
+    galaxies.append(mock_cubes.PLATEIFUS[5])
+
+    path = utils.cube_path(root, galaxies[1])
+    cube = data_io.read_cube(path)
+    attrs = {**cube.attrs, "created_utc": "2026-01-01T00:00:00Z"}
+    data_io.write_cube(path, data_io.Cube(cube.flux * 2, cube.wave, attrs=attrs))
+    assert f"{path} was made anew" in opened()[1]
+
+    stats = data_io.read_stats(utils.stats_path(root, "hard"))
+    stats.mean[3] += 1
+    data_io.write_stats(utils.stats_path(root, "hard"), stats)
+    assert "the statistics are others" in opened()[1]
+    utils.cube_path(root, galaxies[0]).unlink()  # the packed file alone may be copied to a GPU
+    assert opened()[1] == ""
+
+
+def test_packed_file_is_whole_or_absent(tmp_path, monkeypatch):
+    root = mock_cubes.make_data_dir(tmp_path)
+    real, calls = data_fns.load_normed, []
+
+    def fails_at_the_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("disk full")
+        return real(*args)
+
+    monkeypatch.setattr(data_fns, "load_normed", fails_at_the_third)
+    with pytest.raises(OSError, match="disk full"):
+        data_fns.open_packed(root, "hard", "global", mock_cubes.PLATEIFUS)
+    assert list((root / "processed" / "packed").rglob("*.h5")) == []
+
+
+def test_cutouts_that_cannot_be_are_refused(root, tmp_path):
+    spec = PatchSpec("logOH")
+    assert "--source packed" in error_of(root, spec, cutout=3)
+    assert "odd" in error_of(root, spec, source="packed", cutout=4)
+    assert "odd" in error_of(root, spec, source="packed", cutout=-1)
+    other = mock_cubes.make_data_dir(tmp_path)
+    path = utils.cube_path(other, mock_cubes.PLATEIFUS[1])
+    cube = data_io.read_cube(path)
+    data_io.write_cube(path, data_io.Cube(cube.flux, cube.wave * 1.01, attrs=cube.attrs))
+    assert "another wavelength grid" in error_of(other, spec, source="packed")
+    packed = data_io.packed_path(root, "hard", "global", "float16")
+    data_fns.open_packed(root, "hard", "global", mock_cubes.PLATEIFUS[:1])
+    packed.write_bytes(b"half a file")
+    message = error_of(root, spec, source="packed")
+    assert "pack_cubes.py --overwrite" in message
+    packed.unlink()

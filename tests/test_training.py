@@ -69,13 +69,21 @@ def assert_same_run(one, other):
     assert about[0]["best"]["epoch"] == about[1]["best"]["epoch"]
 
 
-def test_four_epochs_equal_two_and_two(config, tmp_path):
-    config = replace(config, schedule="constant")
+def test_four_epochs_equal_two_and_two(any_config, tmp_path):
+    config = replace(any_config, schedule="constant")
     assert training.main(config) == 0
     parted = replace(config, run_dir=tmp_path / "parted", resume="auto")
     assert training.main(replace(parted, epochs=2)) == 0
     assert training.main(parted) == 0
     assert_same_run(config.run_dir, parted.run_dir)
+
+
+@pytest.fixture(params=["patches", "cutouts", "cutouts in half precision"])
+def any_config(config, request):
+    if request.param == "patches":
+        return config
+    amp = "bf16" if "half" in request.param else "off"
+    return replace(config, source="packed", cutout=5, amp=amp)
 
 
 def stop_after(monkeypatch, n_steps, number=signal.SIGUSR1):
@@ -93,7 +101,8 @@ def stop_after(monkeypatch, n_steps, number=signal.SIGUSR1):
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_run_stopped_by_a_signal_resumes_bit_for_bit(config, tmp_path, monkeypatch, number):
+def test_run_stopped_by_a_signal_resumes_bit_for_bit(any_config, tmp_path, monkeypatch, number):
+    config = any_config
     assert training.main(config) == 0
     stopped = replace(config, run_dir=tmp_path / "stopped", resume="auto")
     steps = training.read_checkpoint(config.run_dir)["scheduler"]["last_epoch"] // 4
@@ -197,13 +206,57 @@ def test_saved_config_repeats_the_run(config, tmp_path):
     assert_same_run(config.run_dir, tmp_path / "again")
 
 
-def test_patch_files_and_cubes_train_the_same_weights(config, root, tmp_path):
+def test_files_cubes_and_packed_cubes_train_the_same_weights(config, root, tmp_path):
     config = replace(config, epochs=2)
     mock_cubes.write_patch_files(root, "logOH", "PCA", size=5)
     training.main(config)
-    files = replace(config, source="patches", run_dir=tmp_path / "files")
-    training.main(files)
-    assert_same_run(config.run_dir, files.run_dir)
+    for source in ("patches", "packed"):
+        other = replace(
+            config, source=source, packed_type="float32", run_dir=tmp_path / f"from {source}"
+        )
+        training.main(other)
+        ours, theirs = weights_of(config.run_dir), weights_of(other.run_dir)
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+        # cubes are validated a map at a time, files patch by patch: equal but for rounding
+        pd.testing.assert_frame_equal(
+            numbers_of(config.run_dir), numbers_of(other.run_dir), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("split", ["hard", "easy"])
+@pytest.mark.parametrize("source", ["cubes", "packed"])
+def test_validation_by_maps_is_validation_by_patches(config, source, split):
+    config = replace(config, epochs=1, source=source, split_dir=split)
+    training.main(config)
+    prepared = training.set_up(config, config.run_dir)
+    training.restore(prepared)
+    loader, device = prepared.loaders["val"], prepared.device
+    maps, by_map = training.predict_fields(prepared.model, loader, device, "off")
+    patches, by_patch = training.predict_patches(prepared.model, loader, device, "off")
+    np.testing.assert_array_equal(np.sort(by_map), by_patch)
+    np.testing.assert_allclose(maps[np.argsort(by_map)], patches, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_of_cutouts_is_the_weighted_loss_of_their_patches(config):
+    """In evaluation mode, where batch statistics play no part."""
+    config = replace(config, epochs=1, source="packed", cutout=5, packed_type="float32")
+    training.main(config)
+    prepared = training.set_up(config, config.run_dir)
+    model = prepared.model.eval()
+    batch = next(iter(prepared.loaders["train"]))
+    loss, booked = training.batch_loss(model, batch, prepared.device, label_smoothing=0.1)
+    expected, hits = 0.0, 0.0
+    for cutout, classes, weights in zip(batch.patches, batch.classes, batch.weights, strict=True):
+        for y, x in np.argwhere(classes.numpy() >= 0):
+            patch = cutout[None, :, :, y : y + 5, x : x + 5]
+            logits = model(patch)[0].detach().double().log_softmax(0).numpy()
+            smooth = np.full(6, 0.1 / 6)
+            smooth[classes[y, x]] += 0.9
+            expected -= float(weights[y, x]) * (smooth @ logits)
+            hits += float(weights[y, x]) * (logits.argmax() == classes[y, x])
+    assert loss.item() == pytest.approx(expected / len(batch.patches), rel=1e-5)
+    sums = [expected, hits, float(batch.weights.sum()), float((batch.classes >= 0).sum())]
+    np.testing.assert_allclose(booked.numpy(), sums, rtol=1e-5)
 
 
 @pytest.mark.parametrize("norm", utils.PATCH_NORMS)
@@ -218,9 +271,10 @@ def test_every_task_scale_and_norm_trains(config, task, n_classes, norm):
     assert np.isfinite(numbers_of(config.run_dir).to_numpy()).all()
 
 
+@pytest.mark.parametrize("cutout", [1, 5])
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_mixed_precision_learns_and_resumes(config, amp):
-    config = replace(config, epochs=2, amp=amp, schedule="constant")
+def test_mixed_precision_learns_and_resumes(config, amp, cutout):
+    config = replace(config, epochs=2, amp=amp, schedule="constant", source="packed", cutout=cutout)
     assert training.main(config) == 0
     assert training.main(replace(config, resume="auto", epochs=3)) == 0
     losses = numbers_of(config.run_dir)["train_loss"]
@@ -228,12 +282,21 @@ def test_mixed_precision_learns_and_resumes(config, amp):
     assert next(iter(weights_of(config.run_dir).values())).dtype == torch.float32
 
 
-def test_network_learns_to_beat_the_majority_class(config):
-    config = replace(config, patch_norm="spectral", epochs=8, baselines=True)
+@pytest.mark.parametrize("cutout", [1, 5])
+def test_network_learns_to_beat_the_majority_class(config, cutout):
+    config = replace(
+        config, patch_norm="spectral", epochs=8, baselines=True, source="packed", cutout=cutout
+    )
     training.main(config)
     about = json.loads((config.run_dir / "model.json").read_text())
     assert about["best"]["val_accuracy"] > about["baselines"]["val_majority_accuracy"] + 0.25
     assert about["baselines"]["val_spectrum_accuracy"] > 0.5
+
+
+def test_loss_that_is_no_number_is_met_within_the_epoch(config, monkeypatch):
+    monkeypatch.setattr(training, "CHECK_STEPS", 3)
+    with pytest.raises(DataError, match="in epoch 1"):
+        training.main(replace(config, lr=1e25, source="packed", cutout=5, batch_size=32))
 
 
 def test_loss_that_is_no_number_stops_the_run_and_names_the_files(config, root):
