@@ -378,7 +378,8 @@ def refuse_loss(training: Training, loss: float, rows: Tensor) -> NoReturn:
 def validate(training: Training) -> dict[str, float]:
     """Loss and metrics over the validation part."""
     loader = training.loaders["val"]
-    predict = predict_patches if training.config.source == "patches" else predict_fields
+    patchwise = training.config.source == "patches"
+    predict = eval_fns.predict_logits if patchwise else predict_fields
     logits, rows = predict(training.model, loader, training.device, training.config.amp)
     classes = _dataset(loader).samples.classes[rows]
     loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(classes))
@@ -387,18 +388,11 @@ def validate(training: Training) -> dict[str, float]:
     return {"loss": float(loss), **{k: float(v) for k, v in metrics.items()}}
 
 
-def predict_patches(
-    network: SSFTT, loader: DataLoader, device: torch.device, amp: eval_fns.Amp
-) -> tuple[np.ndarray, np.ndarray]:
-    """Predict a dataset patch by patch: logits (N, classes) and rows (N,) of its samples."""
-    return eval_fns.predict_logits(network, loader, device, amp)
-
-
 @torch.inference_mode()
 def predict_fields(
     network: SSFTT, loader: DataLoader, device: torch.device, amp: eval_fns.Amp
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Do as `predict_patches`, a whole galaxy at a time: the same numbers, faster."""
+    """Do as `eval_fns.predict_logits`, a whole galaxy at a time: the same numbers, faster."""
     dataset, logits, order = _dataset(loader), [], []
     network.eval()
     for galaxy in np.unique(dataset.samples.galaxy):

@@ -232,7 +232,7 @@ def test_validation_by_maps_is_validation_by_patches(config, source, split):
     training.restore(prepared)
     loader, device = prepared.loaders["val"], prepared.device
     maps, by_map = training.predict_fields(prepared.model, loader, device, "off")
-    patches, by_patch = training.predict_patches(prepared.model, loader, device, "off")
+    patches, by_patch = eval_fns.predict_logits(prepared.model, loader, device, "off")
     np.testing.assert_array_equal(np.sort(by_map), by_patch)
     np.testing.assert_allclose(maps[np.argsort(by_map)], patches, rtol=1e-4, atol=1e-5)
 
