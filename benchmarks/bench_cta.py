@@ -72,7 +72,8 @@ def measure(
             output.unlink(missing_ok=True)
         with tempfile.TemporaryFile() as log:
             started = time.perf_counter()
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=output.parent if output else None)
+            folder = output.parent if output else None
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
             _, status, usage = os.wait4(process.pid, 0)
             seconds = time.perf_counter() - started
             process.returncode = os.waitstatus_to_exitcode(status)
