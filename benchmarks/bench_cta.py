@@ -1,5 +1,4 @@
-"""image-extractor against ctapipe-process and against eventio's bare decoding, side by side in one
-run.
+"""Measure image-extractor against ctapipe-process and eventio's bare decoding, in one run.
 
 Reads   real simtel files of ../shared/data/cta, made long by ../shared/tools/replicate_simtel.py.
 Writes  a table to the screen and {"rows": [{"name", "ours", "baseline", "ratio", "unit"}]} to
