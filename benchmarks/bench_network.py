@@ -25,7 +25,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -96,6 +96,8 @@ class Config:
     """Cutouts a step; default 4, on a GPU 64. Halved until they fit into the GPU's memory."""
     cutout: int = 31
     """Spaxels a side of a cutout (odd)."""
+    small_cutout: int = 11
+    """Spaxels a side of smaller cutouts, as many spaxels a step: more overlap, less alike."""
     map_size: int = 74
     """Spaxels a side of the galaxy that is mapped; 74 is MaNGA's largest."""
     steps: int | None = None
@@ -293,6 +295,7 @@ def training_rows(bench: Bench) -> tuple[list[Row], list[dict[str, Any]]]:
         if variant != "fiducial"
     ]
     rows.append(row("recommended_training", RECOMMENDED, True))
+    rows += small_cutout_rows(bench, steps["fiducial", False])
     if bench.config.compile:
         for variant in ("fiducial", RECOMMENDED):
             rows += compiled_rows(bench, steps[variant, True])
@@ -306,6 +309,21 @@ def training_rows(bench: Bench) -> tuple[list[Row], list[dict[str, Any]]]:
         ours, bound = entry["spaxels_per_s"], entry["bound_measured"]
         rows.append(make_row(name, ours, bound, "spaxels/s", against))
     return rows, table
+
+
+def small_cutout_rows(bench: Bench, patch_wise: Step) -> list[Row]:
+    """Compare training on small cutouts, as many spaxels a step, with patch-wise."""
+    side = bench.config.small_cutout
+    n = max(1, round(bench.cutouts * bench.config.cutout**2 / side**2))
+    small = bench._replace(config=replace(bench.config, cutout=side), cutouts=n)
+    steps = {v: fitting_step(small, v, True) for v in dict.fromkeys(("fiducial", RECOMMENDED))}
+    took = measuring.in_turn({"patch_wise": patch_wise, **steps}, bench.config.runs)
+    base = patch_wise.spaxels / took["patch_wise"]
+    against = "patch-wise, fiducial"
+    return [
+        make_row(f"small_cutouts_{v}", s.spaxels / took[v], base, "spaxels/s", against, cutout=side)
+        for v, s in steps.items()
+    ]
 
 
 def compiled_rows(bench: Bench, eager: Step) -> list[Row]:
