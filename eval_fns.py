@@ -160,11 +160,13 @@ class TrainedModel:
 
 
 def pick_device(name: str) -> torch.device:
-    """Device of a name; "auto" is the GPU if there is one."""
+    """Device of a name; "auto" is the GPU if there is one. A CPU is made ready for training."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: torch finds no GPU here; use --device cpu.")
+    if name == "cpu":
+        utils.keep_freed_memory()
     return torch.device(name)
 
 
