@@ -37,6 +37,7 @@ import torch
 from scipy.ndimage import uniform_filter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 import data_io
 import hsi_proc_fns
@@ -194,6 +195,10 @@ def load_normed(path: Path, spec: PatchSpec, stats: data_io.Stats | None) -> Nor
     return NormedCube(cut, usable, inside, cube.wave, cube.attrs)
 
 
+def _usable_in(outline: data_io.Outline) -> np.ndarray:
+    return hsi_proc_fns.is_usable(outline.measured, outline.wave.size)
+
+
 def _other_grid(path: Path) -> str:
     return (
         f"{path}: another wavelength grid than the cubes read before. Re-run "
@@ -226,10 +231,7 @@ class CubeStore:
         """Read a cube, normalise it and keep it."""
         path = utils.cube_path(self.root, plateifu)
         cube = load_normed(path, self.spec, self.stats)
-        grid = Grid.of(cube.wave)
-        self.grid = self.grid or grid
-        if grid != self.grid:
-            raise DataError(_other_grid(path))
+        self._check_grid(path, cube.wave)
         padded = hsi_proc_fns.pad_for_patches(cube.values, self.spec.patch_size)
         flat = padded.reshape(-1, padded.shape[2])
         self._bytes += flat.nbytes
@@ -237,12 +239,23 @@ class CubeStore:
         while self._bytes > self.cache_bytes and len(self._kept) > 1:
             _, (dropped, _) = self._kept.popitem(last=False)
             self._bytes -= dropped.nbytes
-        self._usable[plateifu] = cube.usable
+
+    def _check_grid(self, path: Path, wave: np.ndarray) -> None:
+        """Refuse a cube of another grid than the ones before."""
+        grid = Grid.of(wave)
+        self.grid = self.grid or grid
+        if grid != self.grid:
+            raise DataError(_other_grid(path))
 
     def usable(self, plateifu: str) -> np.ndarray:
-        """Say which spaxels of a cube are usable, (y, x) bool."""
+        """Say which spaxels of a cube are usable, (y, x) bool; its spectra are not read."""
         if plateifu not in self._usable:
-            self._load(plateifu)
+            path = utils.cube_path(self.root, plateifu)
+            outline = data_io.read_outline(path)
+            self._check_grid(path, outline.wave)
+            n_bands = len(self.stats.components) if self.stats else outline.wave.size
+            self.spec.slice_bands(n_bands, path)
+            self._usable[plateifu] = _usable_in(outline)
         return self._usable[plateifu]
 
     def spectra(self, plateifu: str) -> tuple[np.ndarray, int]:
@@ -740,7 +753,7 @@ def _why_stale(
         if plateifu not in packed.rows:
             return f"{plateifu} is not in it"
         path = utils.cube_path(root, plateifu)
-        if path.is_file() and data_io.cube_recipe(path) != packed.recipes[plateifu]:
+        if path.is_file() and data_io.recipe_of(data_io.read_cube_attrs(path)) != packed.recipes[plateifu]:
             return f"{path} was made anew"
     return ""
 
@@ -761,35 +774,36 @@ def pack_cubes(
     dtype: PackedType = "float16",
     jobs: int = 1,
 ) -> None:
-    """Normalise cubes and write their usable spectra into one file, whole or not at all.
-
-    The cubes are read twice: the file's size must be known before its first spectrum is written.
-    """
+    """Normalise cubes and write their usable spectra into one file, whole or not at all."""
     rows: dict[str, np.ndarray] = {}
     recipes: dict[str, dict[str, Any]] = {}
     n_rows, grid, wave = 1, None, np.empty(0)
+    for plateifu in plateifus:
+        cube = utils.cube_path(root, plateifu)
+        outline = data_io.read_outline(cube)
+        wave = outline.wave
+        grid = grid or Grid.of(wave)
+        if grid != Grid.of(wave):
+            raise DataError(_other_grid(cube))
+        usable = _usable_in(outline)
+        count = int(usable.sum())
+        rows[plateifu] = np.zeros(usable.shape, np.int32)
+        rows[plateifu][usable] = np.arange(n_rows, n_rows + count)
+        recipes[plateifu] = data_io.recipe_of(outline.attrs)
+        n_rows += count
+    n_bands = len(wave) if stats is None else len(stats.components)
+    spectra = np.broadcast_to(np.zeros(1, dtype), (n_rows, n_bands))
+    attrs = {
+        "patch_norm": patch_norm,
+        "stats": _stats_name(stats),
+        "code_version": utils.VERSION,
+        "created_utc": utils.utc_now(),
+    }
+    packed = data_io.Packed(spectra, rows, wave, recipes, attrs)
     with _pool(jobs) as run:
-        for plateifu, (usable, recipe, wave) in zip(
-            plateifus, run(partial(_usable_of, Path(root)), plateifus), strict=True
-        ):
-            grid = grid or Grid.of(wave)
-            if grid != Grid.of(wave):
-                raise DataError(_other_grid(utils.cube_path(root, plateifu)))
-            count = int(usable.sum())
-            rows[plateifu] = np.zeros(usable.shape, np.int32)
-            rows[plateifu][usable] = np.arange(n_rows, n_rows + count)
-            recipes[plateifu] = recipe
-            n_rows += count
-        n_bands = len(wave) if stats is None else len(stats.components)
-        spectra = np.broadcast_to(np.zeros(1, dtype), (n_rows, n_bands))
-        attrs = {
-            "patch_norm": patch_norm,
-            "stats": _stats_name(stats),
-            "code_version": utils.VERSION,
-            "created_utc": utils.utc_now(),
-        }
         normed = run(partial(_spectra_of, Path(root), patch_norm, stats, dtype), plateifus)
-        data_io.write_packed(path, data_io.Packed(spectra, rows, wave, recipes, attrs), normed)
+        bar = tqdm(normed, desc="packing", total=len(plateifus), unit="galaxy", disable=None)
+        data_io.write_packed(path, packed, bar)
 
 
 @contextmanager
@@ -807,13 +821,6 @@ def _pool(
                 yield from pool.map(work, items[start : start + 4 * jobs])
 
         yield run
-
-
-def _usable_of(root: Path, plateifu: str) -> tuple[np.ndarray, dict[str, Any], np.ndarray]:
-    """Usable spaxels (y, x), recipe and wavelengths of a cube."""
-    path = utils.cube_path(root, plateifu)
-    cube = data_io.read_cube(path, with_errors=False)
-    return hsi_proc_fns.usable_spaxels(cube.flux), data_io.cube_recipe(path), cube.wave
 
 
 def _spectra_of(
@@ -856,7 +863,8 @@ def get_samples(
     by_spaxel = {"y", "x"} <= set(table.columns)
     found: list[pd.DataFrame] = []
     missing: list[str] = []
-    for i, plateifu in enumerate(plateifus):
+    bar = tqdm(plateifus, desc="listing spaxels", unit="galaxy", leave=False, disable=None)
+    for i, plateifu in enumerate(bar):
         try:
             if source == "patches":
                 rows = data_io.read_patches(_patch_file(root, spec, plateifu))[1]

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -59,6 +59,22 @@ class Cube:
     attrs: dict[str, Any] = field(default_factory=dict)
 
 
+class Outline(NamedTuple):
+    """What a cube's file tells without its spectra."""
+
+    measured: np.ndarray
+    """(y, x) uint16, as of `measured_bins`."""
+    wave: np.ndarray
+    """(band,) float64, Angstrom."""
+    attrs: dict[str, Any]
+
+
+def measured_bins(flux: np.ndarray) -> np.ndarray:
+    """Count the measured bins of each spectrum (..., band); 0 for a spectrum of zeros alone."""
+    finite = np.isfinite(flux)
+    return finite.sum(axis=-1, dtype=np.uint16) * (finite & (flux != 0)).any(axis=-1)
+
+
 def write_cube(path: Path, cube: Cube, compression: str | None = None) -> None:
     """Write an H5 cube, whole or not at all.
 
@@ -86,6 +102,8 @@ def write_cube(path: Path, cube: Cube, compression: str | None = None) -> None:
         f.attrs.update({k: v for k, v in cube.attrs.items() if v is not None})
         wave = f.create_dataset("wave", data=cube.wave.astype("f8"))
         wave.attrs.update(unit="Angstrom (vacuum, rest frame)", axes="band")
+        measured = f.create_dataset("measured", data=measured_bins(cube.flux))
+        measured.attrs.update(unit="bins", axes="y,x")
         occupied = np.isfinite(cube.flux).any(axis=2)
         for name, data, dtype, fill, unit, options in layouts:
             if data is None:
@@ -122,6 +140,14 @@ def read_cube(path: Path, with_errors: bool = True) -> Cube:
             f[k][...] if with_errors and k in f else None for k in ("ivar", "good_fraction")
         )
         return Cube(f["cube"][...], f["wave"][...], ivar, good, dict(f.attrs))
+
+
+def read_outline(path: Path) -> Outline:
+    """Read what a cube's file tells without its spectra; raises as `read_cube` does."""
+    with _open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as f:
+        if "measured" not in f:
+            raise DataError(f"{path}: no dataset 'measured'. Re-run cube_processing.py --overwrite.")
+        return Outline(f["measured"][...], f["wave"][...], dict(f.attrs))
 
 
 def read_cube_attrs(path: Path) -> dict[str, Any]:
@@ -388,7 +414,7 @@ class Packed:
     wave : (band,) float64, Angstrom
         Of the cubes; with the norm PCA, C is not their number of bands.
     recipes : dict of plateifu -> dict
-        What each cube was made from, as `cube_recipe` tells it.
+        What each cube was made from, as `recipe_of` tells it.
     attrs : dict
         patch_norm, stats (creation of the PCA's statistics), provenance.
     """
@@ -405,9 +431,8 @@ def packed_path(root: Path, split_dir: str, patch_norm: str, dtype: str) -> Path
     return Path(root) / "processed" / "packed" / split_dir / f"{patch_norm}_{dtype}.h5"
 
 
-def cube_recipe(path: Path) -> dict[str, Any]:
-    """Tell what a cube was made from: its source's hash, options and time of making."""
-    attrs = read_cube_attrs(path)
+def recipe_of(attrs: dict[str, Any]) -> dict[str, str]:
+    """Tell from a cube's attributes what it was made from: source's hash, options, time."""
     keys = ("source_sha256", "config_json", "created_utc")
     return {k: str(attrs[k]) for k in keys if k in attrs}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_io import Stats
+from data_io import Stats, measured_bins
 from utils import PATCH_NORMS, DataError
 
 MIN_MEASURED = 0.8
@@ -34,8 +34,14 @@ def usable_spaxels(flux: np.ndarray, min_measured: float = MIN_MEASURED) -> np.n
     -------
     (y, x) bool
     """
-    measured = np.isfinite(flux)
-    return (measured.mean(axis=-1) >= min_measured) & np.any(measured & (flux != 0), axis=-1)
+    return is_usable(measured_bins(flux), flux.shape[-1], min_measured)
+
+
+def is_usable(
+    measured: np.ndarray, n_bands: int, min_measured: float = MIN_MEASURED
+) -> np.ndarray:
+    """Say of each spectrum, from the number of its measured bins, whether they are enough."""
+    return measured >= max(1, min_measured * n_bands)
 
 
 def fill_gaps(spectra: np.ndarray) -> np.ndarray:

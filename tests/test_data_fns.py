@@ -46,6 +46,14 @@ def test_cubes_and_patch_files_give_identical_tensors(root, task, norm):
         assert cubes.grid == files.grid == data_fns.Grid.of(mock_cubes.wave_grid())
 
 
+def test_samples_are_listed_without_reading_spectra(root, monkeypatch):
+    listed = dataset_of(root, PatchSpec("logOH")).samples
+    monkeypatch.setattr(data_io, "read_cube", None)
+    samples = dataset_of(root, PatchSpec("logOH")).samples
+    np.testing.assert_array_equal(samples.y, listed.y)
+    assert len(samples) > 100
+
+
 @pytest.mark.parametrize("size", [1, 4, 5, 8])
 def test_labelled_spaxel_is_at_the_centre_of_its_patch(root, size):
     dataset = dataset_of(root, PatchSpec("logOH", 6, "spectral", size))

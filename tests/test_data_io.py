@@ -34,6 +34,20 @@ def test_cube_round_trip(tmp_path, cube, compression):
         assert f["wave"].shape == (30,)
 
 
+def test_outline_counts_measured_bins(tmp_path, cube):
+    cube.flux[5, 5, :7] = np.nan
+    cube.flux[6, 6] = 0
+    cube.flux[7, 7, 1:] = 0
+    data_io.write_cube(tmp_path / "c.h5", cube)
+    outline = data_io.read_outline(tmp_path / "c.h5")
+    expected = np.full((9, 10), 30)
+    expected[:4, :5] = expected[6, 6] = 0
+    expected[5, 5] = 23
+    np.testing.assert_array_equal(outline.measured, expected)
+    np.testing.assert_array_equal(outline.wave, cube.wave)
+    assert outline.attrs["plateifu"] == "8485-1901"
+
+
 def test_empty_corners_take_no_space(tmp_path, cube):
     cube.flux[:] = np.nan
     cube.flux[8, 9] = 1
