@@ -32,7 +32,7 @@ SMALLEST_CONVOLVED = 5
 """Patches under 5x5 cannot take two 3x3 convolutions without padding; theirs are 1x1."""
 
 BLOCK_BYTES = 256 << 20
-"""Widest activation of one block of rows in dense evaluation, which takes some four times as much."""
+"""Widest activation of a block of rows in dense evaluation, of which some four are alive."""
 
 
 class ClassTokenBlock(nn.Module):
@@ -101,7 +101,7 @@ class SSFTT(nn.Module):
         bands_left = ((projection or bands) - spectral_kernel) // spectral_stride + 1
         self.widest = channels * bands_left
         """Channels between the two convolutions."""
-        self.projection = nn.Conv2d(bands, projection, 1, bias=False) if projection else None
+        self.projection = nn.Conv2d(bands, projection, 1) if projection else None
         self.spectral = nn.Sequential(
             nn.Conv3d(
                 1,
@@ -125,6 +125,21 @@ class SSFTT(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.block = ClassTokenBlock(dim, heads, mlp_dim, dropout)
         self.head = nn.Linear(dim, n_classes)
+
+    @torch.no_grad()
+    def start_projection(self, components: Tensor, mean: Tensor) -> None:
+        """Start the projection as that on given components.
+
+        Parameters
+        ----------
+        components : (projection, band)
+        mean : (band,)
+            Of the spectra; it is projected on zero.
+        """
+        assert self.projection is not None
+        assert self.projection.bias is not None
+        self.projection.weight.copy_(components[:, :, None, None])
+        self.projection.bias.copy_(-components @ mean)
 
     def features(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """Convolve: (B, 1, band, y, x) -> (B, dim, y - s, x - s), s = patch_size - window.
@@ -415,8 +430,8 @@ def get_SSFTT_model(
         Of the first convolution along the bands. 9 and 8 need an eighth of the parameters and
         about a sixteenth of the time of the fiducial 3 and 1.
     projection : int, optional
-        First project the bands on so many learned components (a 1x1 convolution without bias);
-        the spectral kernel and stride then apply to these.
+        First project the bands on so many learned components (a 1x1 convolution); the spectral
+        kernel and stride then apply to these. `SSFTT.start_projection` gives it a start.
 
     Raises
     ------

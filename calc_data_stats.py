@@ -121,27 +121,24 @@ def split_stats(
     Raises
     ------
     DataError
-        If a cube is missing, the wavelength grids differ, or fewer usable spectra than components
-        are found.
+        If a cube is missing, the cubes are of different kinds, or there are fewer usable spectra
+        than components.
     """
     from tqdm import tqdm
 
-    moments, wave = None, None
+    moments, wave, kind = None, None, None
     for plateifu in tqdm(plateifus, desc="statistics", unit="galaxy", disable=None):
         path = utils.cube_path(root, plateifu)
         cube = data_io.read_cube(path)
-        if moments is None or wave is None:
-            moments, wave = Moments(cube.wave.size), cube.wave
-        if cube.wave.shape != wave.shape or not np.allclose(cube.wave, wave, rtol=1e-9, atol=0):
-            raise DataError(
-                f"{path}: its wavelength grid differs from the other cubes'. Re-run "
-                "process_single_cube.py --overwrite with the same --wave-min --wave-max --n-band."
-            )
+        found = data_io.CubeKind.of(cube.wave, cube.attrs)
+        if moments is None or wave is None or kind is None:
+            moments, wave, kind = Moments(cube.wave.size), cube.wave, found
+        found.check(path, kind, "the cubes before")
         moments.add(usable_spectra(cube, min_snr))
     if moments is None or wave is None or moments.n <= n_components:
-        found = moments.n if moments else 0
+        n = moments.n if moments else 0
         raise DataError(
-            f"{found} usable spectra in {len(plateifus)} galaxies: {n_components} components need "
+            f"{n} usable spectra in {len(plateifus)} galaxies: {n_components} components need "
             "more. Lower --n-components or --min-snr."
         )
     components, variance, ratio = principal_components(moments, n_components)

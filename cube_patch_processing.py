@@ -195,9 +195,7 @@ def patch_galaxy(
             "plateifu": plateifu,
             "label_task": label_task,
             "mangaid": cube.attrs.get("mangaid"),
-            "wave_min": float(cube.wave[0]),
-            "wave_max": float(cube.wave[-1]),
-            "n_band": int(cube.wave.size),
+            "cubes": data_io.CubeKind.of(cube.wave, cube.attrs)._asdict(),
             "code_version": utils.VERSION,
             "created_utc": utils.utc_now(),
         }

@@ -150,20 +150,6 @@ class Samples:
         return [f"{self.plateifus[self.galaxy[i]]} y={self.y[i]} x={self.x[i]}" for i in rows]
 
 
-class Grid(NamedTuple):
-    """Wavelength grid in short; the bins are logarithmic."""
-
-    first: float
-    """Angstrom, vacuum, rest frame."""
-    last: float
-    n_bands: int
-
-    @classmethod
-    def of(cls, wave: np.ndarray) -> Grid:
-        """Describe the grid of a cube."""
-        return cls(float(wave[0]), float(wave[-1]), int(wave.size))
-
-
 class NormedCube(NamedTuple):
     """A normalised cube."""
 
@@ -199,13 +185,6 @@ def _usable_in(outline: data_io.Outline) -> np.ndarray:
     return hsi_proc_fns.is_usable(outline.measured, outline.wave.size)
 
 
-def _other_grid(path: Path) -> str:
-    return (
-        f"{path}: another wavelength grid than the cubes read before. Re-run "
-        "cube_processing.py --overwrite, so that all cubes share one grid."
-    )
-
-
 class CubeStore:
     """Normalised cubes of a data folder, each made once and kept while there is room.
 
@@ -220,8 +199,8 @@ class CubeStore:
         self._kept: OrderedDict[str, tuple[np.ndarray, int]] = OrderedDict()
         self._bytes = 0
         self._usable: dict[str, np.ndarray] = {}
-        self.grid: Grid | None = None
-        """Of all the cubes; known once one was read."""
+        self.kind: data_io.CubeKind | None = None
+        """Of all the cubes; known once one was looked at."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cubes behind: a worker reads its own."""
@@ -231,7 +210,6 @@ class CubeStore:
         """Read a cube, normalise it and keep it."""
         path = utils.cube_path(self.root, plateifu)
         cube = load_normed(path, self.spec, self.stats)
-        self._check_grid(path, cube.wave)
         padded = hsi_proc_fns.pad_for_patches(cube.values, self.spec.patch_size)
         flat = padded.reshape(-1, padded.shape[2])
         self._bytes += flat.nbytes
@@ -240,19 +218,14 @@ class CubeStore:
             _, (dropped, _) = self._kept.popitem(last=False)
             self._bytes -= dropped.nbytes
 
-    def _check_grid(self, path: Path, wave: np.ndarray) -> None:
-        """Refuse a cube of another grid than the ones before."""
-        grid = Grid.of(wave)
-        self.grid = self.grid or grid
-        if grid != self.grid:
-            raise DataError(_other_grid(path))
-
     def usable(self, plateifu: str) -> np.ndarray:
         """Say which spaxels of a cube are usable, (y, x) bool; its spectra are not read."""
         if plateifu not in self._usable:
             path = utils.cube_path(self.root, plateifu)
             outline = data_io.read_outline(path)
-            self._check_grid(path, outline.wave)
+            kind = data_io.CubeKind.of(outline.wave, outline.attrs)
+            self.kind = self.kind or kind
+            kind.check(path, self.kind, "the cubes before")
             n_bands = len(self.stats.components) if self.stats else outline.wave.size
             self.spec.slice_bands(n_bands, path)
             self._usable[plateifu] = _usable_in(outline)
@@ -286,8 +259,8 @@ class PatchDataset(Dataset):
         return self[0].patches.shape[1]
 
     @property
-    def grid(self) -> Grid | None:
-        """Wavelength grid of the cubes that the patches were cut from."""
+    def kind(self) -> data_io.CubeKind | None:
+        """Kind of the cubes that the patches were cut from."""
         raise NotImplementedError
 
     def __getitem__(self, index: int | np.integer | tuple[int, int]) -> Batch | CutoutBatch:
@@ -359,9 +332,9 @@ class CubePatchDataset(PatchDataset):
         self.store = store
 
     @property
-    def grid(self) -> Grid | None:
-        """Wavelength grid of the cubes."""
-        return self.store.grid
+    def kind(self) -> data_io.CubeKind | None:
+        """Kind of the cubes."""
+        return self.store.kind
 
     def field(self, galaxy: int) -> tuple[Tensor, tuple[int, int]]:
         """Return the usable part of a whole galaxy."""
@@ -395,12 +368,10 @@ class PatchFileDataset(PatchDataset):
         self._maps: dict[str, np.ndarray] = {}
 
     @property
-    def grid(self) -> Grid | None:
-        """Wavelength grid of the cubes, as the first patch file tells it."""
+    def kind(self) -> data_io.CubeKind | None:
+        """Kind of the cubes, as the first patch file tells it."""
         meta = data_io.read_patches(_patch_file(self.root, self.spec, self.samples.plateifus[0]))[2]
-        if "n_band" not in meta:
-            return None
-        return Grid(meta["wave_min"], meta["wave_max"], meta["n_band"])
+        return data_io.CubeKind(**meta["cubes"]) if "cubes" in meta else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the maps behind: a worker opens its own."""
@@ -525,9 +496,10 @@ class PackedDataset(PatchDataset):
             self._weights[self._centre] = torch.from_numpy(shares.astype(np.float32))
 
     @property
-    def grid(self) -> Grid | None:
-        """Wavelength grid of the packed cubes."""
-        return Grid.of(self.store.packed.wave)
+    def kind(self) -> data_io.CubeKind | None:
+        """Kind of the packed cubes."""
+        packed = self.store.packed
+        return data_io.CubeKind.of(packed.wave, packed.recipes[self.samples.plateifus[0]])
 
     def to(self, device: torch.device) -> None:
         """Hold everything on a device."""
@@ -753,7 +725,9 @@ def _why_stale(
         if plateifu not in packed.rows:
             return f"{plateifu} is not in it"
         path = utils.cube_path(root, plateifu)
-        if path.is_file() and data_io.recipe_of(data_io.read_cube_attrs(path)) != packed.recipes[plateifu]:
+        if not path.is_file():
+            continue
+        if data_io.recipe_of(data_io.read_cube_attrs(path)) != packed.recipes[plateifu]:
             return f"{path} was made anew"
     return ""
 
@@ -777,14 +751,14 @@ def pack_cubes(
     """Normalise cubes and write their usable spectra into one file, whole or not at all."""
     rows: dict[str, np.ndarray] = {}
     recipes: dict[str, dict[str, Any]] = {}
-    n_rows, grid, wave = 1, None, np.empty(0)
+    n_rows, kind, wave = 1, None, np.empty(0)
     for plateifu in plateifus:
         cube = utils.cube_path(root, plateifu)
         outline = data_io.read_outline(cube)
         wave = outline.wave
-        grid = grid or Grid.of(wave)
-        if grid != Grid.of(wave):
-            raise DataError(_other_grid(cube))
+        found = data_io.CubeKind.of(wave, outline.attrs)
+        kind = kind or found
+        found.check(cube, kind, "the cubes before")
         usable = _usable_in(outline)
         count = int(usable.sum())
         rows[plateifu] = np.zeros(usable.shape, np.int32)

@@ -59,6 +59,40 @@ class Cube:
     attrs: dict[str, Any] = field(default_factory=dict)
 
 
+class CubeKind(NamedTuple):
+    """What cubes must share to be learned from together; None: the file does not say."""
+
+    first: float
+    """Wavelength of the first bin, Angstrom, vacuum, rest frame; bins are logarithmic."""
+    last: float
+    n_bands: int
+    deredden: bool | None = None
+    """The Galaxy's reddening was undone."""
+    remove_gas_velocity: bool | None = None
+    """Spectra were shifted by their gas velocity."""
+
+    @classmethod
+    def of(cls, wave: np.ndarray, attrs: dict[str, Any]) -> CubeKind:
+        """Tell from a cube's wavelengths and attributes."""
+        made = json.loads(attrs.get("config_json", "{}"))
+        options = (made.get(name) for name in cls._fields[3:])
+        return cls(float(wave[0]), float(wave[-1]), int(wave.size), *options)
+
+    def check(self, path: Path, want: CubeKind, whose: str) -> None:
+        """Raise a DataError unless a cube of this kind is of the wanted one."""
+        remedy = "Re-run cube_processing.py (or process_single_cube.py) --overwrite"
+        if self.n_bands != want.n_bands or not np.allclose(self[:2], want[:2], rtol=1e-6):
+            found, wanted = (f"{k.n_bands} bands of {k[0]:.2f}-{k[1]:.2f} A" for k in (self, want))
+            raise DataError(f"{path}: {found}, {whose} have {wanted}. {remedy} on one grid.")
+        for name in self._fields[3:]:
+            found, wanted = getattr(self, name), getattr(want, name)
+            if found is not None and wanted is not None and found != wanted:
+                flag = f"--{'' if wanted else 'no-'}{name.replace('_', '-')}"
+                raise DataError(
+                    f"{path}: made with {name}={found}, {whose} {wanted}. {remedy} {flag}."
+                )
+
+
 class Outline(NamedTuple):
     """What a cube's file tells without its spectra."""
 
@@ -146,7 +180,9 @@ def read_outline(path: Path) -> Outline:
     """Read what a cube's file tells without its spectra; raises as `read_cube` does."""
     with _open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as f:
         if "measured" not in f:
-            raise DataError(f"{path}: no dataset 'measured'. Re-run cube_processing.py --overwrite.")
+            raise DataError(
+                f"{path}: no dataset 'measured'. Re-run cube_processing.py --overwrite."
+            )
         return Outline(f["measured"][...], f["wave"][...], dict(f.attrs))
 
 

@@ -328,7 +328,7 @@ def evaluate_cube(
     Raises
     ------
     DataError
-        If the cube is unreadable or on another wavelength grid than the training's.
+        If the cube is unreadable, or of another kind (grid, options) than the training's.
     """
     trained = model if isinstance(model, TrainedModel) else load_model(model)
     return _map_cube(trained, load_for(trained, path), path, patch_wise)
@@ -340,16 +340,12 @@ def load_for(trained: TrainedModel, path: Path) -> data_fns.NormedCube:
     Raises
     ------
     DataError
-        If the cube is unreadable or on another wavelength grid than the training's.
+        If the cube is unreadable, or of another kind (grid, options) than the training's.
     """
     cube = data_fns.load_normed(path, trained.spec, trained.stats)
-    want, found = trained.about["wave_aa"], data_fns.Grid.of(cube.wave)
-    if want and not np.allclose(list(want.values()), found, rtol=1e-6):
-        raise DataError(
-            f"{path}: {found.n_bands} bands from {found.first:.2f} to {found.last:.2f} Angstrom, "
-            f"the model was trained on {want['n_bands']} from {want['first']:.2f} to "
-            f"{want['last']:.2f}. Re-run process_single_cube.py --overwrite on that grid."
-        )
+    if trained.about["cubes"]:
+        want = data_io.CubeKind(**trained.about["cubes"])
+        data_io.CubeKind.of(cube.wave, cube.attrs).check(path, want, "the model's training cubes")
     return cube
 
 

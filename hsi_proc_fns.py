@@ -37,9 +37,7 @@ def usable_spaxels(flux: np.ndarray, min_measured: float = MIN_MEASURED) -> np.n
     return is_usable(measured_bins(flux), flux.shape[-1], min_measured)
 
 
-def is_usable(
-    measured: np.ndarray, n_bands: int, min_measured: float = MIN_MEASURED
-) -> np.ndarray:
+def is_usable(measured: np.ndarray, n_bands: int, min_measured: float = MIN_MEASURED) -> np.ndarray:
     """Say of each spectrum, from the number of its measured bins, whether they are enough."""
     return measured >= max(1, min_measured * n_bands)
 

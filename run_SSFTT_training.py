@@ -53,8 +53,9 @@ log = logging.getLogger(__name__)
 ENVIRONMENT_FILE, LOG_FILE = "environment.json", "log.txt"
 CHECKPOINT_FILE, NAN_FILE = "last.pt", "nan_batch.json"
 RUNS_FOLDER = Path("runs")
-BASELINE_SPECTRA = 10_000
-"""Spectra that the spectrum-only baseline is fitted to; more do not change its accuracy."""
+SOME_SPECTRA = 10_000
+"""Spectra that the spectrum-only baseline is fitted to (more do not change its accuracy), and that
+a learned projection starts from."""
 BASELINE_COMPONENTS = 50
 """Principal components of the spectra that the baseline sees."""
 CHECK_STEPS = 50
@@ -107,7 +108,7 @@ class TrainConfig:
     spectral_stride: int = 1
     """Its stride; kernel 9 and stride 8 train some 16 times faster on full spectra."""
     projection: int | None = None
-    """First project the bands on so many learned components."""
+    """First project the bands on so many learned components; they start as principal ones."""
     epochs: int = 30
     """Passes over the training samples."""
     samples_per_epoch: int | None = None
@@ -597,6 +598,37 @@ def _dataset(loader: DataLoader) -> PatchDataset:
     return loader.dataset
 
 
+def sample_spectra(dataset: PatchDataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw samples without replacement: rows (n,), ascending, and spectra (n, band) float64."""
+    n = len(dataset)
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(n, size=min(n, SOME_SPECTRA), replace=False))
+    return rows, dataset.centres(rows).astype(np.float64)
+
+
+def start_projection(model: SSFTT, dataset: PatchDataset, seed: int) -> None:
+    """Start a learned projection as the whitened principal components of the samples' spectra.
+
+    From random weights, training on cutouts hardly gets going (docs/science_choices.md).
+
+    Raises
+    ------
+    DataError
+        If there are fewer samples than components.
+    """
+    from sklearn.decomposition import PCA
+
+    _, spectra = sample_spectra(dataset, seed)
+    k = model.arguments["projection"]
+    if len(spectra) <= k:
+        raise DataError(f"--projection {k}: needs more than the {len(spectra)} training samples.")
+    pca = PCA(k, svd_solver="covariance_eigh").fit(spectra)
+    scale = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))[:, None]
+    parts = (pca.components_ / scale, pca.mean_)
+    device = next(model.parameters()).device
+    model.start_projection(*(torch.from_numpy(p.astype(np.float32)).to(device) for p in parts))
+
+
 def fit_spectrum_baseline(dataset: PatchDataset, seed: int) -> dict[str, Tensor]:
     """Fit a logistic regression to the samples' own spectra, without their neighbours.
 
@@ -609,10 +641,7 @@ def fit_spectrum_baseline(dataset: PatchDataset, seed: int) -> dict[str, Tensor]
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
 
-    n = len(dataset)
-    rng = np.random.default_rng(seed)
-    rows = np.sort(rng.choice(n, size=min(n, BASELINE_SPECTRA), replace=False))
-    spectra = dataset.centres(rows).astype(np.float64)
+    rows, spectra = sample_spectra(dataset, seed)
     classes = dataset.samples.classes[rows]
     n_classes, n_bands = len(dataset.spec.class_names), spectra.shape[1]
     weight = np.zeros((n_classes, n_bands))
@@ -648,7 +677,7 @@ def score_baselines(training: Training) -> dict[str, float]:
             save_file(weights, part)
         guesses = [
             eval_fns.baseline_logits(weights, val.centres(rows)).argmax(1)
-            for rows in np.array_split(np.arange(len(val)), max(1, len(val) // BASELINE_SPECTRA))
+            for rows in np.array_split(np.arange(len(val)), max(1, len(val) // SOME_SPECTRA))
         ]
         scores["val_spectrum_accuracy"] = float((truth == np.concatenate(guesses)).mean())
     return scores
@@ -680,7 +709,7 @@ def describe_model(config: TrainConfig, loader: DataLoader, model: SSFTT) -> dic
         "parameters": count_parameters(model),
         "patch": asdict(config.spec),
         "class_names": names,
-        "wave_aa": dataset.grid and dataset.grid._asdict(),
+        "cubes": dataset.kind and dataset.kind._asdict(),
         "split_dir": config.split,
         "data_dir": str(utils.data_dir(config.data_dir).resolve()),
         "training_labels": {
@@ -740,6 +769,8 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
         spectral_stride=config.spectral_stride,
         projection=config.projection,
     ).to(device)
+    if config.projection:
+        start_projection(model, _dataset(loaders["train"]), weight_seed)
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )

@@ -6,6 +6,7 @@ can learn the labels. Nothing here claims to be a galaxy: mock_manga.py makes th
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ def make_data_dir(
         labels["logOH"][4, 4], labels["BPT"][4, 4] = 8.5, 1
         flux = make_cube(labels["logOH"], labels["BPT"], rng, n_band)
         attrs = {"plateifu": plateifu, "mangaid": f"1-{i}", "redshift": 0.03}
+        attrs["config_json"] = json.dumps({"deredden": True, "remove_gas_velocity": True})
         cube = data_io.Cube(flux, wave_grid(n_band), attrs=attrs)
         data_io.write_cube(utils.cube_path(root, plateifu), cube)
         for task, values in labels.items():
@@ -138,9 +140,7 @@ def write_patch_files(root: Path, task: str, norm: str, size: int, split: str = 
         meta = {
             "patch_norm": norm,
             "patch_size": size,
-            "wave_min": float(cube.wave[0]),
-            "wave_max": float(cube.wave[-1]),
-            "n_band": cube.wave.size,
+            "cubes": data_io.CubeKind.of(cube.wave, cube.attrs)._asdict(),
         }
         index = pd.DataFrame(rows, columns=["row", "y", "x", "label"])
         out = utils.patch_path(root, task, norm, path.stem)

@@ -251,8 +251,21 @@ def test_cube_on_another_grid_is_refused(root, run_dir, tmp_path):
     cube = data_io.read_cube(utils.cube_path(root, TEST_GALAXY))
     path = utils.cube_path(tmp_path, TEST_GALAXY)
     data_io.write_cube(path, data_io.Cube(cube.flux, cube.wave + 3, attrs=cube.attrs))
-    with pytest.raises(DataError, match="the model was trained on"):
+    with pytest.raises(DataError, match=r"the model's training cubes have .* on one grid"):
         eval_fns.evaluate_cube(run_dir, path)
+
+
+def test_cube_made_with_other_options_is_refused(root, run_dir, tmp_path):
+    cube = data_io.read_cube(utils.cube_path(root, TEST_GALAXY))
+    path = utils.cube_path(tmp_path, TEST_GALAXY)
+    options = {"deredden": True, "remove_gas_velocity": False}
+    cube.attrs["config_json"] = json.dumps(options)
+    data_io.write_cube(path, cube)
+    with pytest.raises(DataError, match=r"remove_gas_velocity=False.*--remove-gas-velocity\.$"):
+        eval_fns.evaluate_cube(run_dir, path)
+    del cube.attrs["config_json"]  # a cube that does not say is taken
+    data_io.write_cube(path, cube)
+    assert eval_fns.evaluate_cube(run_dir, path).usable.any()
 
 
 def test_command_maps_a_galaxy(own_run, capsys):

@@ -371,7 +371,7 @@ def test_run_folder_says_where_it_came_from(config):
     assert environment["packages"]["torch"] == torch.__version__
     about = json.loads((config.run_dir / "model.json").read_text())
     assert about["class_names"] == list(utils.class_names("logOH", 6))
-    assert about["wave_aa"]["n_bands"] == mock_cubes.N_BAND
+    assert about["cubes"]["n_bands"] == mock_cubes.N_BAND
     log = (config.run_dir / "log.txt").read_text()
     for words in ("torch", "device cpu", "train: 4 galaxies", "val: 2 galaxies", "parameters"):
         assert words in log
