@@ -52,11 +52,6 @@ class Config:
     """Show tracebacks."""
 
 
-def default_name(label_task: str) -> str:
-    """Name a task's split by whole galaxies."""
-    return f"hard_{label_task}"
-
-
 def labelled_galaxies(root: Path, label_task: str, min_labelled: int) -> pd.DataFrame:
     """One row a galaxy with enough labels.
 
@@ -202,7 +197,7 @@ def main(config: Config) -> int:
     write_hard_split(
         utils.data_dir(config.data_dir),
         config.label_task,
-        config.split_dir or default_name(config.label_task),
+        config.split_dir or utils.hard_split(config.label_task),
         **{k: options[k] for k in ("fractions", "min_labelled", "seed", "overwrite")},
     )
     return utils.EXIT_DONE

@@ -61,7 +61,7 @@ def main(config: Config) -> int:
     if not config.splits or config.shard:
         return code
     for task in config.label_tasks:
-        name = create_data_splits.default_name(task)
+        name = utils.hard_split(task)
         if utils.split_path(root, name, "train").is_file() and not config.overwrite:
             log.info("split %s exists already and is kept (models may know it)", name)
             continue

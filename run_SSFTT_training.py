@@ -149,7 +149,7 @@ class TrainConfig:
     @property
     def split(self) -> str:
         """Name of the split."""
-        return self.split_dir or f"hard_{self.label_task}"
+        return self.split_dir or utils.hard_split(self.label_task)
 
     @property
     def spec(self) -> PatchSpec:
@@ -819,6 +819,11 @@ def main(config: TrainConfig) -> int:
             config.patch_size,
             config.patch_size,
         )
+        if config.cutout > 1 and config.patch_norm == "global" and not config.projection:
+            log.warning(
+                "cutouts of cubes normed globally hardly train: choose --patch-norm spectral or "
+                "PCA, or --cutout 1 (docs/science_choices.md)"
+            )
         if resuming:
             restore(training)
             if training.progress.finished:

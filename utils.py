@@ -222,6 +222,11 @@ def patch_path(root: Path, label_task: str, patch_norm: str, plateifu: str) -> P
     return folder / f"{plateifu}.npy"
 
 
+def hard_split(label_task: str) -> str:
+    """Name a task's split by whole galaxies; the default of all scripts."""
+    return f"hard_{label_task}"
+
+
 def split_path(root: Path, split_dir: str, part: str | None = None) -> Path:
     """Folder of a split, or the CSV of one of its parts."""
     folder = Path(root) / "splits" / split_dir
@@ -382,7 +387,7 @@ def git_state() -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Gather what a run depended on: packages, platform, git state, SLURM job, command line."""
     packages = {}
-    for name in ("numpy", "scipy", "pandas", "h5py", "astropy", "scikit-learn", "torch", "isal"):
+    for name in "numpy scipy pandas h5py astropy scikit-learn torch isal tensorly".split():
         with contextlib.suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
     torch = sys.modules.get("torch")  # never imported for this alone
