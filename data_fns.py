@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -50,6 +51,8 @@ Source = Literal["cubes", "patches", "packed"]
 PackedType = Literal["float16", "float32"]
 DEVICE_SHARE = 0.6
 """Share of a GPU's free memory that packed cubes may take to be held there."""
+FEW_CUTOUTS = 4
+"""Cutouts a step under which training is warned of."""
 N_TURNS = 8
 """Symmetries of the square: four quarter turns, each plain or mirrored; 0 leaves a patch as is."""
 
@@ -429,7 +432,9 @@ class PackedStore:
     def spectra(self) -> Tensor:
         """All spectra, (row, C), on disk until `to` moves them; row 0 is zero."""
         if self._spectra is None:
-            self._spectra = torch.from_numpy(self.packed.spectra)
+            with warnings.catch_warnings():  # that nobody may write to the map; nobody does
+                warnings.simplefilter("ignore", UserWarning)
+                self._spectra = torch.from_numpy(self.packed.spectra)
         return self._spectra
 
     def to(self, device: torch.device) -> None:
@@ -510,7 +515,9 @@ class PackedDataset(PatchDataset):
 
     def __getitems__(self, index: Sequence | np.ndarray) -> Batch | CutoutBatch:
         """Cut a whole batch at once; called by torch's loader."""
-        pairs = torch.as_tensor(np.asarray(index, np.int64)).to(self._rows.device)
+        pairs = torch.as_tensor(np.asarray(index, np.int64))
+        if self._rows.is_cuda:  # from pinned memory: else the copy waits for the step under way
+            pairs = pairs.pin_memory().to(self._rows.device, non_blocking=True)
         rows, turns = (pairs, torch.zeros_like(pairs)) if pairs.ndim == 1 else pairs.unbind(1)
         width = self._width[rows, None]
         flat = self._corner[rows, None] + self._dy[turns] * width + self._dx[turns]  # (N, S*S)
@@ -682,7 +689,7 @@ def open_packed(
     plateifus : sequence of str
         Galaxies that must be in.
     dtype : {"float16", "float32"}
-        float16 keeps 11 bits of each value, in half the memory.
+        float16 keeps 11 bits of each value (bf16 training uses 8), in half the memory.
     jobs : int
         Processes that pack.
     anew : bool
@@ -736,7 +743,8 @@ def _stats_name(stats: data_io.Stats | None) -> str | None:
     """Tell statistics from others: by their content, since a second may see two of them."""
     if stats is None:
         return None
-    return hashlib.sha256(stats.components.tobytes() + stats.mean.tobytes()).hexdigest()
+    parts = (stats.components, stats.mean, stats.explained_variance)
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
 def pack_cubes(
@@ -1015,6 +1023,16 @@ def get_dataloaders(
             each = labelled_in_a_cutout(dataset.samples, batches.probabilities, cutout)
             batches.num_samples = max(1, round(batches.num_samples / each))
             batches.batch_size = max(1, round(batch_size / each))
+            if batches.batch_size < FEW_CUTOUTS:
+                log.warning(
+                    "cutouts of %d hold %.0f labelled spaxels on average: %d a step are few "
+                    "galaxies to learn from at once. Choose a smaller --cutout, or "
+                    "--batch-size %.0f.",
+                    cutout,
+                    each,
+                    batches.batch_size,
+                    FEW_CUTOUTS * each,
+                )
         on_device = _hold_on(device, dataset)
         loaders[part] = DataLoader(
             dataset,

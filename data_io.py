@@ -452,7 +452,7 @@ class Packed:
     recipes : dict of plateifu -> dict
         What each cube was made from, as `recipe_of` tells it.
     attrs : dict
-        patch_norm, stats (creation of the PCA's statistics), provenance.
+        patch_norm, stats (hash of the PCA's statistics), provenance.
     """
 
     spectra: np.ndarray
@@ -514,5 +514,5 @@ def read_packed(path: Path) -> Packed:
         spectra, wave, attrs = f["spectra"], f["wave"][...], dict(f.attrs)
         layout = (spectra.dtype, spectra.id.get_offset(), spectra.shape)
     dtype, offset, shape = layout
-    mapped = np.memmap(path, dtype, "c", offset, shape)  # private: torch asks for writable arrays
+    mapped = np.memmap(path, dtype, "r", offset, shape)
     return Packed(mapped, rows, wave, dict(zip(names, recipes, strict=True)), attrs)

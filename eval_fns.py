@@ -160,13 +160,18 @@ class TrainedModel:
 
 
 def pick_device(name: str) -> torch.device:
-    """Device of a name; "auto" is the GPU if there is one. A CPU is made ready for training."""
+    """Device of a name; "auto" is the GPU if there is one. Settings for both are made.
+
+    On a GPU float32 convolutions keep all their bits (no TF32): --amp bf16 is there for speed.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise DataError("--device cuda: torch finds no GPU here; use --device cpu.")
     if name == "cpu":
         utils.keep_freed_memory()
+    else:
+        torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
 
 
@@ -221,7 +226,7 @@ def predict_logits(
         with torch.autocast(device.type, AMP_TYPES[amp], enabled=amp != "off"):
             logits.append(network(patches).float().cpu())
         rows.append(batch.rows)
-    return torch.cat(logits).numpy(), torch.cat(rows).numpy()
+    return torch.cat(logits).numpy(), torch.cat(rows).cpu().numpy()
 
 
 def predict(trained: TrainedModel, patches: np.ndarray | torch.Tensor) -> np.ndarray:

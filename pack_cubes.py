@@ -7,7 +7,7 @@ Reads   splits/<split_dir>/{train,val,test}.csv, processed/cubes; for the norm P
 Writes  processed/packed/<split_dir>/<patch_norm>_<dtype>.h5: the usable spectra of the galaxies
         of the training and validation parts, one a row. Layout: docs/data_formats.md#packed-cubes.
 
-    python pack_cubes.py --split-dir hard_logOH --patch-norm global --jobs 16
+    python pack_cubes.py --split-dir hard_logOH --patch-norm PCA --jobs 16
 """
 
 from __future__ import annotations

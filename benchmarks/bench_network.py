@@ -4,9 +4,9 @@ Measures in turn, in one run, on random spectra (no value changes the time):
   forward   logits of spaxels from their patches, and of a whole galaxy's from its cube
   training  forward, backward and optimiser step as run_SSFTT_training.py takes them: patch-wise,
             and on cutouts, for every stem; every spaxel labelled
-  pipeline  the same with the loader, from packed cubes, half of whose spaxels are labelled; counts
-            the labelled ones
-  map       a whole galaxy from normalised cube to class map (eval_fns.predict_map)
+  pipeline  the same with the loader, from packed cubes, a third of whose spaxels are labelled;
+            counts the labelled ones
+  map       a whole galaxy from flux to class map: normalised, and eval_fns.predict_map
   memory    what a training step adds, for as many spaxels patch-wise as dense
   roofline  the training rates against the bound that arithmetic and memory traffic set, from the
             network's shapes (`count_flops`, `count_bytes`) and this device's measured ceilings
@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, int]] = {
     "pca30": {"bands": 30},
 }
 """Arguments of get_SSFTT_model; pca30 is fed with components computed beforehand."""
-RECOMMENDED = "projection30"
+RECOMMENDED = "pca30"
 """The stem that docs/performance.md recommends."""
 
 PEAKS: dict[str, tuple[float, float]] = {
@@ -220,13 +220,14 @@ class Step:
 
 def fitting_step(bench: Bench, variant: str, dense: bool) -> Step:
     """Make steps of as many patches or cutouts as the GPU's memory takes, halving their number."""
-    n = bench.cutouts if dense else bench.patches
+    n, step = bench.cutouts if dense else bench.patches, None
     while True:
         try:
             step = Step(bench, variant, dense, n)
             step()
             return step
         except torch.cuda.OutOfMemoryError:
+            step = None  # it holds memory
             if n == 1:
                 raise DataError(
                     f"{variant}: not even one cutout of {bench.config.cutout} spaxels a side fits "
@@ -273,8 +274,17 @@ def forward_rows(bench: Bench) -> list[Row]:
     return [make_row("dense_forward", rates["dense"], rates["patch_wise"], "spaxels/s", against)]
 
 
-def training_rows(bench: Bench) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Compare training steps: patch-wise and dense, every stem; rows and the roofline's table."""
+class Trained(NamedTuple):
+    """What `training_rows` finds."""
+
+    rows: list[Row]
+    roofline: list[dict[str, Any]]
+    sizes: dict[tuple[str, bool], int]
+    """Patches or cutouts a step, by variant and face."""
+
+
+def training_rows(bench: Bench) -> Trained:
+    """Compare training steps: patch-wise and dense, every stem."""
     steps = {
         (variant, dense): fitting_step(bench, variant, dense)
         for variant in VARIANTS
@@ -307,7 +317,7 @@ def training_rows(bench: Bench) -> tuple[list[Row], list[dict[str, Any]]]:
         name, against = f"roofline_{entry['variant']}", f"bound by {entry['limit']}, as measured"
         ours, bound = entry["spaxels_per_s"], entry["bound_measured"]
         rows.append(make_row(name, ours, bound, "spaxels/s", against))
-    return rows, table
+    return Trained(rows, table, {key: step.n for key, step in steps.items()})
 
 
 def small_cutout_rows(bench: Bench, patch_wise: Step) -> list[Row]:
@@ -339,7 +349,7 @@ def compiled_rows(bench: Bench, eager: Step) -> list[Row]:
     return [make_row(name, rates["compiled"], rates["eager"], "spaxels/s", "the same, eager")]
 
 
-def pipeline_rows(bench: Bench, folder: Path) -> list[Row]:
+def pipeline_rows(bench: Bench, folder: Path, sizes: dict[tuple[str, bool], int]) -> list[Row]:
     """Compare training with its loader, from packed cubes: dense against patch-wise."""
     kinds = {"patch_wise": ("fiducial", 1)}
     kinds |= {v: (v, bench.config.cutout) for v in dict.fromkeys(("fiducial", RECOMMENDED))}
@@ -347,7 +357,8 @@ def pipeline_rows(bench: Bench, folder: Path) -> list[Row]:
     for kind, (variant, cutout) in kinds.items():
         step = Step(bench, variant, dense=False, n=1)
         bands = step.model.arguments["bands"]
-        loader = packed_loader(bench, folder / f"{bands}.h5", bands, cutout)
+        n = sizes[variant, cutout > 1]
+        loader = packed_loader(bench, folder / f"{bands}.h5", bands, cutout, n)
         works[kind] = functools.partial(one_pass, step, loader, labelled, kind)
     took = measuring.in_turn(works, bench.config.runs)
     rates = {kind: labelled[kind] / seconds for kind, seconds in took.items()}
@@ -365,8 +376,8 @@ def one_pass(step: Step, loader: DataLoader, labelled: dict[str, float], kind: s
     labelled[kind] = float(torch.stack(booked).sum(0)[3])
 
 
-def packed_loader(bench: Bench, path: Path, bands: int, cutout: int) -> DataLoader:
-    """Load `steps` batches from packed random cubes, on the device if that is a GPU.
+def packed_loader(bench: Bench, path: Path, bands: int, cutout: int, n: int) -> DataLoader:
+    """Load `steps` batches of n from packed random cubes, on the device if that is a GPU.
 
     As many cubes as cutouts a step, up to 16; a disc of a third of the cubes' spaxels is labelled.
     """
@@ -388,7 +399,6 @@ def packed_loader(bench: Bench, path: Path, bands: int, cutout: int) -> DataLoad
     ys, xs = (np.tile(a, n_cubes).astype(np.int32) for a in (y, x))
     row, values = np.full_like(galaxy, -1), np.zeros(galaxy.size, np.float32)
     samples = data_fns.Samples(plateifus, galaxy, ys, xs, row, classes, values)
-    n = bench.patches if cutout == 1 else bench.cutouts
     batches = Batches(classes, n, balance=True, augment=True, num_samples=n * bench.steps)
     spec = PatchSpec("logOH", patch_size=bench.config.patch_size)
     dataset = data_fns.PackedDataset(
@@ -404,15 +414,16 @@ def map_rows(bench: Bench) -> list[Row]:
     side, runs = bench.config.map_size, bench.config.runs
     names = dict.fromkeys(("fiducial", RECOMMENDED))
     trained = {v: trained_model(bench, v) for v in names}
-    values = {
-        v: random_spectra(1, side, side, t.network.arguments["bands"])[0, 0].permute(1, 2, 0)
-        for v, t in trained.items()
-    }
+    flux = random_spectra(1, side, side, bench.config.bands)[0, 0].permute(1, 2, 0).numpy()
+
+    def values(variant: str) -> np.ndarray:
+        model = trained[variant]
+        return hsi_proc_fns.normalise(flux, model.spec.patch_norm, model.stats)
 
     def class_map(variant: str, patch_wise: bool) -> None:
-        eval_fns.predict_map(trained[variant], values[variant].numpy(), patch_wise).argmax(2)
+        eval_fns.predict_map(trained[variant], values(variant), patch_wise).argmax(2)
 
-    held = values[RECOMMENDED].permute(2, 0, 1)[None, None].to(bench.device)
+    held = torch.from_numpy(values(RECOMMENDED)).permute(2, 0, 1)[None, None].to(bench.device)
 
     @torch.inference_mode()
     def on_device() -> None:
@@ -431,15 +442,23 @@ def map_rows(bench: Bench) -> list[Row]:
         make_row("map_latency", took["fiducial"], slow, "s", against, **more),
         make_row("map_latency_recommended", took[RECOMMENDED], slow, "s", against, **more),
     ]
-    name, against = "map_on_device_recommended", "map_latency_recommended: transfers, float32"
+    name, against = "map_on_device_recommended", "map_latency_recommended: flux on the CPU, float32"
     return [*rows, make_row(name, took["on_device"], took[RECOMMENDED], "s", against, **more)]
 
 
 def trained_model(bench: Bench, variant: str) -> eval_fns.TrainedModel:
-    """Wrap an untrained network for predict_map."""
-    spec = PatchSpec("logOH", patch_size=bench.config.patch_size)
+    """Wrap an untrained network for predict_map; components of random directions."""
+    network = make_model(bench, variant).eval()
+    n, n_bands, stats = network.arguments["bands"], bench.config.bands, None
+    if variant == "pca30":
+        components = np.random.default_rng(0).normal(size=(n, n_bands)) / np.sqrt(n_bands)
+        band, component = np.ones(n_bands), np.ones(n)
+        stats = data_io.Stats(band, band, band, components, component, component / n)
+    spec = PatchSpec(
+        "logOH", patch_norm="PCA" if stats else "global", patch_size=bench.config.patch_size
+    )
     about = {"class_names": spec.class_names}
-    return eval_fns.TrainedModel(make_model(bench, variant).eval(), spec, None, about, bench.device)
+    return eval_fns.TrainedModel(network, spec, stats, about, bench.device)
 
 
 def memory_rows(bench: Bench) -> list[Row]:
@@ -639,18 +658,25 @@ def main(config: Config) -> int:
     if config.trace:
         print_traces(bench)
         return utils.EXIT_DONE
+    out = config.results / f"bench_network_{bench.device.type}.json"
     rows = forward_rows(bench)
-    training, table = training_rows(bench)
-    rows += training
+    trained = training_rows(bench)
+    rows += trained.rows
+    sizes = {f"{v}_{'dense' if d else 'patch_wise'}": n for (v, d), n in trained.sizes.items()}
+    about = utils.config_dict(config) | {"amp": bench.amp, "a_step": sizes}
+
+    def save() -> None:  # after each part: a machine may be lent for a short time
+        measuring.write_rows(out, rows, roofline=trained.roofline, config=about)
+
+    save()
     with tempfile.TemporaryDirectory() as folder:
-        rows += pipeline_rows(bench, Path(folder))
+        rows += pipeline_rows(bench, Path(folder), trained.sizes)
     rows += map_rows(bench)
+    save()
     rows += memory_rows(bench)
     measuring.print_rows(rows)
-    print_roofline(table)
-    out = config.results / f"bench_network_{bench.device.type}.json"
-    sizes = {"amp": bench.amp, "patches": bench.patches, "cutouts": bench.cutouts}
-    measuring.write_rows(out, rows, roofline=table, config=utils.config_dict(config) | sizes)
+    print_roofline(trained.roofline)
+    save()
     return utils.EXIT_DONE
 
 

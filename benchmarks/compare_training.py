@@ -94,7 +94,7 @@ def train_entry(config: Config, root: Path, entry: str, seed: int) -> dict[str, 
     stem, _, cutout = entry.partition(":")
     if stem not in STEMS or not cutout.isdigit():
         raise DataError(f"entry {entry!r}: expected stem:cutout, the stem of {', '.join(STEMS)}.")
-    run_dir = config.work_dir / "runs" / f"{stem}_{cutout}_{seed}"
+    run_dir = config.work_dir / "runs" / f"{stem}_{cutout}_{config.epochs}epochs_{seed}"
     options = training.TrainConfig(
         data_dir=root,
         split_dir=SPLIT,
@@ -110,6 +110,9 @@ def train_entry(config: Config, root: Path, entry: str, seed: int) -> dict[str, 
         seed=seed,
         **STEMS[stem],
     )
+    saved = run_dir / eval_fns.CONFIG_FILE
+    if saved.is_file() and Path(json.loads(saved.read_text())["data_dir"]) != root:
+        raise DataError(f"{run_dir}: trained on other data. Choose another --work-dir.")
     if training.main(options) != utils.EXIT_DONE:
         raise DataError(f"{run_dir}: stopped by a signal; the same command goes on.")
     scores = {part: eval_fns.evaluate_split(run_dir, part) for part in ("val", "test")}

@@ -112,7 +112,7 @@ def test_run_stopped_by_a_signal_resumes_bit_for_bit(any_config, tmp_path, monke
         assert training.main(stopped) == utils.EXIT_AGAIN
     saved = training.read_checkpoint(stopped.run_dir)
     assert (saved["progress"]["epoch"], saved["progress"]["step"]) == (1, 2)
-    assert saved["sampler"] == {"epoch": 1, "skip": 2}
+    assert (saved["progress"]["epoch"], saved["progress"]["step"]) == (1, 2)
     assert training.main(stopped) == 0
     assert_same_run(config.run_dir, stopped.run_dir)
     assert signal.getsignal(number) is signal.SIG_DFL
@@ -329,6 +329,25 @@ def test_cosine_falls_from_the_peak_and_constant_stays():
     assert share(25) == pytest.approx((1 + training.FINAL_LR) / 2)
     assert share(50) == pytest.approx(training.FINAL_LR)
     assert training.learning_rate(TrainConfig(schedule="constant"), 5)(40) == 1
+
+
+def test_projection_starts_as_whitened_principal_components(config, tmp_path):
+    config = replace(config, patch_norm="spectral", projection=5)
+    model = training.set_up(config, tmp_path).model
+    loader = training.set_up(config, tmp_path).loaders["train"]
+    spectra = loader.dataset.centres(np.arange(len(loader.dataset)))
+    with torch.inference_mode():
+        values = model.projection(torch.from_numpy(spectra)[:, :, None, None])[..., 0, 0].numpy()
+    np.testing.assert_allclose(values.mean(0), 0, atol=1e-3)
+    np.testing.assert_allclose(np.cov(values.T), np.eye(5), atol=1e-3)
+    model.arguments["projection"] = len(spectra)
+    with pytest.raises(DataError, match="training samples"):
+        training.start_projection(model, loader.dataset, 0)
+
+
+def test_a_batch_of_one_patch_is_refused(config):
+    with pytest.raises(DataError, match="--batch-size"):
+        training.main(replace(config, batch_size=1))
 
 
 @pytest.mark.parametrize("n_classes", [1, 2, 3])
