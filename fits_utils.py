@@ -270,7 +270,7 @@ def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, b
     primary : fits.Header
     source : Path
     target : Path
-        Output, whose name holds the galaxy that is expected.
+        Output, whose name (or else the source's) holds the galaxy that is expected.
 
     Returns
     -------
@@ -283,7 +283,8 @@ def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, b
     DataError
         If the file is of another galaxy than the output.
     """
-    expected = utils.plateifu_of(target)
+    named = utils.PLATEIFU.search(target.name)
+    expected = named[0] if named else utils.plateifu_of(source)
     found = str(primary.get("PLATEIFU") or expected).strip()
     if found != expected:
         raise DataError(f"{source}: holds galaxy {found}, not {expected}. Check --plateifu.")

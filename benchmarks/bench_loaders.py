@@ -50,7 +50,7 @@ class Config:
     """Labelled spaxels of one pass."""
     batch_size: int = 256
     """Labelled spaxels a batch."""
-    cutout: int = 31
+    cutout: int = 5
     """Spaxels a side of a cutout (odd)."""
     workers: int = 2
     """Processes to compare with none."""

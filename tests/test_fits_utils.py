@@ -292,6 +292,12 @@ def test_missing_hdu_is_named_with_those_there(tmp_path, plain_arrays, name):
         process(path, tmp_path)
 
 
+def test_output_may_have_any_name(tmp_path, plain_arrays):
+    path = write_logcube(tmp_path / "8485-1901.fits", *plain_arrays)
+    assert fu.process_cube(path, tmp_path / "cube.h5", fu.CubeOptions()) == "written"
+    assert data_io.read_cube_attrs(tmp_path / "cube.h5")["plateifu"] == "8485-1901"
+
+
 def test_file_of_another_galaxy_is_refused(tmp_path, plain_arrays, line_maps):
     path = write_logcube(tmp_path / "a.fits", *plain_arrays, PLATEIFU="7443-12703")
     with pytest.raises(DataError, match="holds galaxy 7443-12703, not 8485-1901"):
