@@ -250,7 +250,7 @@ def test_patches_of_a_cutout_give_its_logits():
     model = bench_network.make_model(bench, "fiducial").eval()
     cutout = bench_network.random_spectra(1, 5, 6, TINY["bands"])
     with torch.inference_mode():
-        each = model(bench_network.patches_of(cutout, 7))
+        each = model(bench_network.patches_of(cutout, 7, 30))
         dense = model.forward_dense(cutout)[0].flatten(1).T
     torch.testing.assert_close(dense, each, rtol=1e-4, atol=1e-5)
 
@@ -258,7 +258,7 @@ def test_patches_of_a_cutout_give_its_logits():
 def test_pipeline_counts_labelled_spaxels_only(tmp_path):
     bench = bench_network.Bench.of(bench_network.Config(**TINY))
     step = bench_network.Step(bench, "fiducial", False, 1)
-    loader = bench_network.packed_loader(bench, tmp_path / "x.h5", TINY["bands"], 5)
+    loader = bench_network.packed_loader(bench, tmp_path / "x.h5", TINY["bands"], 5, 2)
     found = {}
     bench_network.one_pass(step, loader, found, "x")
     loader.batch_sampler.set_epoch(0)

@@ -285,7 +285,7 @@ def test_mixed_precision_learns_and_resumes(config, amp, cutout):
 @pytest.mark.parametrize("cutout", [1, 5])
 def test_network_learns_to_beat_the_majority_class(config, cutout):
     config = replace(
-        config, patch_norm="spectral", epochs=8, baselines=True, source="packed", cutout=cutout
+        config, patch_norm="spectral", epochs=12, baselines=True, source="packed", cutout=cutout
     )
     training.main(config)
     about = json.loads((config.run_dir / "model.json").read_text())
