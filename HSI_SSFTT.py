@@ -194,7 +194,8 @@ class SSFTT(nn.Module):
         """
         before = self.patch_size // 2
         after = self.patch_size - 1 - before
-        padded = F.pad(cutouts, (before, after, before, after))
+        sides = 0, 0, before, after, before, after  # in the usual layout, bands innermost: a copy
+        padded = F.pad(cutouts.movedim(2, -1), sides).movedim(-1, 2)
         if self.training:
             return self.forward_inner(padded)
         margin = self.patch_size - self.window
