@@ -51,7 +51,7 @@ Source = Literal["cubes", "patches", "packed"]
 PackedType = Literal["float16", "float32"]
 DEVICE_SHARE = 0.6
 """Share of a GPU's free memory that packed cubes may take to be held there."""
-FEW_CUTOUTS = 4
+FEW_CUTOUTS = 3
 """Cutouts a step under which training is warned of."""
 N_TURNS = 8
 """Symmetries of the square: four quarter turns, each plain or mirrored; 0 leaves a patch as is."""
