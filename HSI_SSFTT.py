@@ -141,18 +141,45 @@ class SSFTT(nn.Module):
         self.projection.weight.copy_(components[:, :, None, None])
         self.projection.bias.copy_(-components @ mean)
 
+    def project(self, x: Tensor) -> Tensor:
+        """Apply the learned projection, if there is one, to (B, 1, band, y, x)."""
+        if self.projection is None:
+            return x
+        with torch.autocast(x.device.type, enabled=False):  # its products nearly cancel
+            return self.projection(x.squeeze(1).to(self.projection.weight.dtype)).unsqueeze(1)
+
     def features(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """Convolve: (B, 1, band, y, x) -> (B, dim, y - s, x - s), s = patch_size - window.
 
         The weights are those of `forward_inner`.
         """
-        if self.projection is not None:
-            with torch.autocast(x.device.type, enabled=False):  # its products nearly cancel
-                x = self.projection(x.squeeze(1).to(self.projection.weight.dtype)).unsqueeze(1)
+        x = self.project(x)
         convolve, norm, activate = self.spectral
         x = activate(batch_norm(convolve(x), norm, weights)).flatten(1, 2)
         convolve, norm, activate = self.spatial
         return activate(batch_norm(convolve(x), norm, weights))
+
+    def features_by_pairs(self, x: Tensor) -> Tensor:
+        """Do as `features` in evaluation, two neighbouring bands at a time.
+
+        Twice the filters, one band longer, at twice the stride: oneDNN packs 8 channels as 16 and
+        takes long to unpack them. Pays for maps, not for patches (docs/performance.md). For an
+        even number of bands after a convolution of stride 1.
+        """
+        convolve, norm, activate = self.spectral
+        assert isinstance(convolve, nn.Conv3d)
+        assert convolve.bias is not None
+        filters, bands = convolve.out_channels, self.widest // convolve.out_channels
+        earlier, later = ((0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 1, 0))
+        pair = [F.pad(convolve.weight, sides) for sides in (earlier, later)]
+        weight, bias = torch.stack(pair, 1).flatten(0, 1), convolve.bias.repeat_interleave(2)
+        x = F.conv3d(self.project(x), weight, bias, stride=(2, 1, 1))  # (B, 2 filters, bands/2, ..)
+        x = activate(norm(x.reshape(len(x), filters, bands, *x.shape[-2:]))).flatten(1, 2)
+        convolve, norm, activate = self.spatial  # whose inputs: first the earlier, then the later
+        assert isinstance(convolve, nn.Conv2d)
+        dim, _, *kernel = convolve.weight.shape
+        weight = convolve.weight.view(dim, filters, bands // 2, 2, *kernel).transpose(2, 3)
+        return activate(norm(F.conv2d(x, weight.reshape(convolve.weight.shape), convolve.bias)))
 
     def classify(self, tokens: Tensor) -> Tensor:
         """Tokens (N, T, dim) of N spaxels -> logits (N, classes)."""
@@ -202,7 +229,12 @@ class SSFTT(nn.Module):
         row_bytes = len(padded) * self.widest * padded.shape[-1] * padded.element_size()
         step = max(1, (block_bytes // row_bytes - margin // 2) // 8 * 8 - margin // 2)
         starts = range(0, padded.shape[-2] - margin, step)
-        blocks = [self.features(padded[..., y : y + step + margin, :]) for y in starts]
+        convolve = self.spectral[0]
+        assert isinstance(convolve, nn.Conv3d)
+        even = convolve.stride[0] == 1 and self.widest // convolve.out_channels % 2 == 0
+        pairs = even and padded.device.type == "cpu"
+        features = self.features_by_pairs if pairs else self.features
+        blocks = [features(padded[..., y : y + step + margin, :]) for y in starts]
         return self.classify_windows(torch.cat(blocks, dim=2))
 
     def forward_inner(self, cutouts: Tensor, weights: Tensor | None = None) -> Tensor:

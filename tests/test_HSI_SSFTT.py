@@ -262,6 +262,19 @@ def test_tokens_are_right_where_a_map_wide_maximum_underflows(dtype, tolerance):
     np.testing.assert_allclose(found.double().numpy(), expected, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("patch_size", "kernel", "projection"), [(7, 3, None), (3, 4, 9), (5, 2, 5)]
+)
+def test_features_by_pairs_of_bands_are_the_features(patch_size, kernel, projection):
+    torch.manual_seed(0)
+    bands = 10 + kernel - 1
+    model = get_SSFTT_model(3, patch_size, bands, spectral_kernel=kernel, projection=projection)
+    model = like_trained(model)
+    x = torch.randn(2, 1, bands, 9, 11)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.features_by_pairs(x), model.features(x))
+
+
 def test_dense_map_is_right_where_logits_differ_by_hundreds():
     torch.manual_seed(0)
     model = like_trained(get_SSFTT_model(3, 7, 8))
