@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -242,7 +243,7 @@ class CubeStore:
         return self._kept[plateifu]
 
 
-class PatchDataset(Dataset):
+class PatchDataset(Dataset, ABC):
     """Samples and how their batches are put together; the subclasses know where patches lie.
 
     An index is a row of `samples`, or a pair (row, turn): see N_TURNS.
@@ -250,7 +251,6 @@ class PatchDataset(Dataset):
 
     def __init__(self, samples: Samples, spec: PatchSpec) -> None:
         self.samples, self.spec = samples, spec
-        self._turned = turned_positions(spec.patch_size)
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -262,27 +262,24 @@ class PatchDataset(Dataset):
         return self[0].patches.shape[1]
 
     @property
+    @abstractmethod
     def kind(self) -> data_io.CubeKind | None:
         """Kind of the cubes that the patches were cut from."""
-        raise NotImplementedError
 
     def __getitem__(self, index: int | np.integer | tuple[int, int]) -> Batch | CutoutBatch:
         """Cut one sample."""
         batch = self.__getitems__([index])
         return type(batch)(*(part[0] for part in batch))
 
+    @abstractmethod
     def __getitems__(self, index: Sequence | np.ndarray) -> Batch | CutoutBatch:
         """Cut a whole batch at once; called by torch's loader."""
-        pairs = np.asarray(index, np.int64)
-        rows, turns = (pairs, np.zeros_like(pairs)) if pairs.ndim == 1 else pairs.T
-        size = self.spec.patch_size
-        patches = torch.from_numpy(self._gather(rows, self._turned[turns]))
-        return Batch(
-            patches.view(rows.size, size, size, -1).permute(0, 3, 1, 2).unsqueeze(1),
-            torch.from_numpy(self.samples.classes[rows]),
-            torch.from_numpy(rows.copy()),
-        )
 
+    @abstractmethod
+    def centres(self, rows: np.ndarray) -> np.ndarray:
+        """Read the samples' own spectra, (n, band) float32."""
+
+    @abstractmethod
     def field(self, galaxy: int) -> tuple[Tensor, tuple[int, int]]:
         """Return the usable part of a whole galaxy.
 
@@ -299,10 +296,29 @@ class PatchDataset(Dataset):
 
         Raises
         ------
-        NotImplementedError
+        DataError
             For patch files, which do not hold whole galaxies.
         """
-        raise NotImplementedError
+
+
+class GatheredDataset(PatchDataset):
+    """Patches put together galaxy by galaxy."""
+
+    def __init__(self, samples: Samples, spec: PatchSpec) -> None:
+        super().__init__(samples, spec)
+        self._turned = turned_positions(spec.patch_size)
+
+    def __getitems__(self, index: Sequence | np.ndarray) -> Batch | CutoutBatch:
+        """Cut a whole batch at once; called by torch's loader."""
+        pairs = np.asarray(index, np.int64)
+        rows, turns = (pairs, np.zeros_like(pairs)) if pairs.ndim == 1 else pairs.T
+        size = self.spec.patch_size
+        patches = torch.from_numpy(self._gather(rows, self._turned[turns]))
+        return Batch(
+            patches.view(rows.size, size, size, -1).permute(0, 3, 1, 2).unsqueeze(1),
+            torch.from_numpy(self.samples.classes[rows]),
+            torch.from_numpy(rows.copy()),
+        )
 
     def centres(self, rows: np.ndarray) -> np.ndarray:
         """Read the samples' own spectra, (n, band) float32."""
@@ -322,12 +338,12 @@ class PatchDataset(Dataset):
         assert out is not None, "an empty batch"
         return out
 
+    @abstractmethod
     def _cut(self, plateifu: str, rows: np.ndarray, order: np.ndarray) -> np.ndarray:
         """Spaxels (n, k, C) of one galaxy's patches at the positions `order` (n, k)."""
-        raise NotImplementedError
 
 
-class CubePatchDataset(PatchDataset):
+class CubePatchDataset(GatheredDataset):
     """Patches cut from normalised cubes as they are asked for; no spaxel is stored twice."""
 
     def __init__(self, samples: Samples, spec: PatchSpec, store: CubeStore) -> None:
@@ -356,7 +372,7 @@ class CubePatchDataset(PatchDataset):
         return flat[first[:, None] + dy * columns + dx]
 
 
-class PatchFileDataset(PatchDataset):
+class PatchFileDataset(GatheredDataset):
     """Patches from the files of cube_patch_processing.py, read through memory maps.
 
     Files of larger patches serve too: the middle is cut out of them.
@@ -379,6 +395,10 @@ class PatchFileDataset(PatchDataset):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the maps behind: a worker opens its own."""
         return {**self.__dict__, "_maps": {}}
+
+    def field(self, galaxy: int) -> tuple[Tensor, tuple[int, int]]:
+        """Refuse: only patches are there."""
+        raise DataError("patch files hold no whole galaxies: choose --source cubes or packed.")
 
     def _cut(self, plateifu: str, rows: np.ndarray, order: np.ndarray) -> np.ndarray:
         if plateifu not in self._maps:

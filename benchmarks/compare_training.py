@@ -58,9 +58,9 @@ class Config:
     """Folder for the runs and, without --data-dir, the simulated survey."""
     data_dir: Path | None = None
     """Data folder with splits/hard_logOH and its 30 principal components."""
-    entries: tuple[str, ...] = tuple(f"{stem}:{t}" for stem in reversed(STEMS) for t in (11, 1))
-    """What to train, stem:cutout; the default takes two thirds of an hour on two cores, half of it
-    for fiducial:1."""
+    entries: tuple[str, ...] = tuple(f"{stem}:{t}" for stem in reversed(STEMS) for t in (5, 11, 1))
+    """What to train, stem:cutout; the default takes about an hour on two cores, a third of it for
+    fiducial:1."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of weights, order and dropout."""
     epochs: int = 20
