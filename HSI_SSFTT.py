@@ -142,9 +142,13 @@ class SSFTT(nn.Module):
         self.projection.bias.copy_(-components @ mean)
 
     def project(self, x: Tensor) -> Tensor:
-        """Apply the learned projection, if there is one, to (B, 1, band, y, x)."""
+        """Apply the learned projection, if there is one, to (B, 1, band, y, x).
+
+        Returns the usual layout, of which the first convolution's two passes would each make a
+        copy: loaders give the bands innermost.
+        """
         if self.projection is None:
-            return x
+            return x.contiguous()
         with torch.autocast(x.device.type, enabled=False):  # its products nearly cancel
             return self.projection(x.squeeze(1).to(self.projection.weight.dtype)).unsqueeze(1)
 
@@ -159,11 +163,18 @@ class SSFTT(nn.Module):
         convolve, norm, activate = self.spatial
         return activate(batch_norm(convolve(x), norm, weights))
 
-    def features_by_pairs(self, x: Tensor) -> Tensor:
-        """Do as `features` in evaluation, two neighbouring bands at a time.
+    def pairs_pay(self, x: Tensor) -> bool:
+        """Tell whether `features_by_pairs` can replace `features` of cutouts, and is faster."""
+        convolve = self.spectral[0]
+        assert isinstance(convolve, nn.Conv3d)
+        even = convolve.stride[0] == 1 and self.widest // convolve.out_channels % 2 == 0
+        return even and x.device.type == "cpu"
+
+    def features_by_pairs(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Do as `features`, two neighbouring bands at a time.
 
         Twice the filters, one band longer, at twice the stride: oneDNN packs 8 channels as 16 and
-        takes long to unpack them. Pays for maps, not for patches (docs/performance.md). For an
+        takes long to unpack them. Pays for cutouts, not for patches (docs/performance.md). For an
         even number of bands after a convolution of stride 1.
         """
         convolve, norm, activate = self.spectral
@@ -174,12 +185,14 @@ class SSFTT(nn.Module):
         pair = [F.pad(convolve.weight, sides) for sides in (earlier, later)]
         weight, bias = torch.stack(pair, 1).flatten(0, 1), convolve.bias.repeat_interleave(2)
         x = F.conv3d(self.project(x), weight, bias, stride=(2, 1, 1))  # (B, 2 filters, bands/2, ..)
-        x = activate(norm(x.reshape(len(x), filters, bands, *x.shape[-2:]))).flatten(1, 2)
+        x = x.reshape(len(x), filters, bands, *x.shape[-2:])
+        x = activate(batch_norm(x, norm, weights)).flatten(1, 2)
         convolve, norm, activate = self.spatial  # whose inputs: first the earlier, then the later
         assert isinstance(convolve, nn.Conv2d)
         dim, _, *kernel = convolve.weight.shape
         weight = convolve.weight.view(dim, filters, bands // 2, 2, *kernel).transpose(2, 3)
-        return activate(norm(F.conv2d(x, weight.reshape(convolve.weight.shape), convolve.bias)))
+        x = F.conv2d(x, weight.reshape(convolve.weight.shape), convolve.bias)
+        return activate(batch_norm(x, norm, weights))
 
     def classify(self, tokens: Tensor) -> Tensor:
         """Tokens (N, T, dim) of N spaxels -> logits (N, classes)."""
@@ -229,11 +242,7 @@ class SSFTT(nn.Module):
         row_bytes = len(padded) * self.widest * padded.shape[-1] * padded.element_size()
         step = max(1, (block_bytes // row_bytes - margin // 2) // 8 * 8 - margin // 2)
         starts = range(0, padded.shape[-2] - margin, step)
-        convolve = self.spectral[0]
-        assert isinstance(convolve, nn.Conv3d)
-        even = convolve.stride[0] == 1 and self.widest // convolve.out_channels % 2 == 0
-        pairs = even and padded.device.type == "cpu"
-        features = self.features_by_pairs if pairs else self.features
+        features = self.features_by_pairs if self.pairs_pay(padded) else self.features
         blocks = [features(padded[..., y : y + step + margin, :]) for y in starts]
         return self.classify_windows(torch.cat(blocks, dim=2))
 
@@ -253,7 +262,8 @@ class SSFTT(nn.Module):
         -------
         (B, classes, y, x) logits
         """
-        return self.classify_windows(self.features(cutouts, weights))
+        features = self.features_by_pairs if self.pairs_pay(cutouts) else self.features
+        return self.classify_windows(features(cutouts, weights))
 
     def classify_windows(self, features: Tensor) -> Tensor:
         """Features (B, dim, y + window - 1, x + window - 1) -> logits (B, classes, y, x)."""
@@ -301,8 +311,9 @@ def batch_norm(x: Tensor, norm: nn.Module, weights: Tensor | None) -> Tensor:
         share = counts / (counts.sum() * x[0, 0, ..., 0, 0].numel())
         mean = _channel_sum(x, share)
         shift = mean.to(x.dtype)
-        centred = x - shift.view(-1, *_ones(x))
-        variance = _channel_sum(centred.square_(), share) - (mean - shift).square()
+        centre = shift.view(-1, *_ones(x)).expand_as(x)
+        squares = F.mse_loss(x, centre, reduction="none")  # in one pass
+        variance = _channel_sum(squares, share) - (mean - shift).square()
         norm.num_batches_tracked.add_(1)
         momentum = norm.num_batches_tracked.to(dtype).reciprocal().clamp(min=norm.momentum)
         norm.running_mean.lerp_(mean, momentum)
@@ -351,11 +362,15 @@ class _Renormalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, share, weight, mean, inverse, batch_mean, batch_inverse = ctx.saved_tensors
-        axes, shape = [a for a in range(x.ndim) if a != 1], (-1, *_ones(x))
-        total = dy.sum(axes, dtype=mean.dtype)
-        with_x = (dy * x).sum(axes, dtype=mean.dtype)
-        by_u = (with_x - batch_mean * total) * batch_inverse
-        by_z = (with_x - mean * total) * inverse
+        shape = (-1, *_ones(x))
+        # the sums of dy and of dy (x - batch mean), in one pass
+        one, no_eps = torch.ones_like(mean), 0.0
+        sums = torch.ops.aten.native_batch_norm_backward(
+            dy, x, one, batch_mean, one, None, None, False, no_eps, [False, True, True]
+        )
+        _, with_centred, total = sums
+        by_u = with_centred * batch_inverse
+        by_z = (with_centred + (batch_mean - mean) * total) * inverse
         scale = weight * inverse
         slope = -scale * by_u * batch_inverse
         constant = -scale * total - slope * batch_mean

@@ -502,6 +502,7 @@ def count_flops(model: SSFTT, cutout: int, training: bool) -> int:
 
     A multiplication and an addition count as two. The backward pass takes each product twice
     (towards weights and inputs), but for the first layer, whose inputs need no gradient.
+    Products with the zeros that SSFTT.features_by_pairs adds to its filters do not count.
     """
     a, size, window = model.arguments, model.patch_size, model.window
     kernel = 3 if size >= SMALLEST_CONVOLVED else 1

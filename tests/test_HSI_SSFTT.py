@@ -275,6 +275,22 @@ def test_features_by_pairs_of_bands_are_the_features(patch_size, kernel, project
         torch.testing.assert_close(model.features_by_pairs(x), model.features(x))
 
 
+def test_features_by_pairs_train_as_the_features_do():
+    """Gradients and running statistics, with weights and in the batch's own statistics."""
+    x, grow = torch.randn(2, 1, 12, 9, 11).double(), torch.randn(2, 64, 5, 7).double()
+    for weights in (None, torch.rand(2, 3, 5).double()):
+        found = []
+        for name in ("features", "features_by_pairs"):
+            torch.manual_seed(0)
+            model = get_SSFTT_model(3, 7, 12).double().train()
+            (getattr(model, name)(x, weights) * grow).sum().backward()
+            found.append([p.grad for p in model.parameters() if p.grad is not None])
+            found[-1] += model.buffers()
+        assert len(found[0]) > 8
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 def test_dense_map_is_right_where_logits_differ_by_hundreds():
     torch.manual_seed(0)
     model = like_trained(get_SSFTT_model(3, 7, 8))

@@ -210,7 +210,7 @@ def one_batch(variant, changes, cutout, n=1):
 def test_operations_are_those_that_torch_counts(variant, changes, cutout, training):
     model, batch = one_batch(variant, changes, cutout)
     with FlopCounterMode(display=False) as counter:
-        logits = model.forward_inner(batch.patches)
+        logits = model.classify_windows(model.features(batch.patches))
         if training:
             logits.sum().backward()
     counted = bench_network.count_flops(model, cutout, training)
