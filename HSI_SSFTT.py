@@ -20,6 +20,7 @@ statistics so that they too are those of the patches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -163,36 +164,46 @@ class SSFTT(nn.Module):
         convolve, norm, activate = self.spatial
         return activate(batch_norm(convolve(x), norm, weights))
 
-    def pairs_pay(self, x: Tensor) -> bool:
-        """Tell whether `features_by_pairs` can replace `features` of cutouts, and is faster."""
+    def choose_features(self, x: Tensor) -> Callable[..., Tensor]:
+        """Pick the fastest way to convolve cutouts: `features`, or what it returns by pairs."""
         convolve = self.spectral[0]
         assert isinstance(convolve, nn.Conv3d)
         even = convolve.stride[0] == 1 and self.widest // convolve.out_channels % 2 == 0
-        return even and x.device.type == "cpu"
+        return self.features_by_pairs() if even and x.device.type == "cpu" else self.features
 
-    def features_by_pairs(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Do as `features`, two neighbouring bands at a time.
+    def features_by_pairs(self) -> Callable[..., Tensor]:
+        """Make a function that does as `features`, two neighbouring bands at a time.
 
+        For an even number of bands after a convolution of stride 1; with the weights of now.
         Twice the filters, one band longer, at twice the stride: oneDNN packs 8 channels as 16 and
-        takes long to unpack them. Pays for cutouts, not for patches (docs/performance.md). For an
-        even number of bands after a convolution of stride 1.
+        takes long to unpack them. In evaluation the filters take in the batch norms. Pays for
+        cutouts, not for patches (docs/performance.md).
         """
         convolve, norm, activate = self.spectral
-        assert isinstance(convolve, nn.Conv3d)
-        assert convolve.bias is not None
-        filters, bands = convolve.out_channels, self.widest // convolve.out_channels
+        weight, bias = _with_norm(convolve, norm)
+        filters, bands = len(weight), self.widest // len(weight)
         earlier, later = ((0, 0, 0, 0, 0, 1), (0, 0, 0, 0, 1, 0))
-        pair = [F.pad(convolve.weight, sides) for sides in (earlier, later)]
-        weight, bias = torch.stack(pair, 1).flatten(0, 1), convolve.bias.repeat_interleave(2)
-        x = F.conv3d(self.project(x), weight, bias, stride=(2, 1, 1))  # (B, 2 filters, bands/2, ..)
-        x = x.reshape(len(x), filters, bands, *x.shape[-2:])
-        x = activate(batch_norm(x, norm, weights)).flatten(1, 2)
-        convolve, norm, activate = self.spatial  # whose inputs: first the earlier, then the later
-        assert isinstance(convolve, nn.Conv2d)
-        dim, _, *kernel = convolve.weight.shape
-        weight = convolve.weight.view(dim, filters, bands // 2, 2, *kernel).transpose(2, 3)
-        x = F.conv2d(x, weight.reshape(convolve.weight.shape), convolve.bias)
-        return activate(batch_norm(x, norm, weights))
+        first = torch.stack([F.pad(weight, sides) for sides in (earlier, later)], 1).flatten(0, 1)
+        first_bias = bias.repeat_interleave(2)
+        then, then_norm, then_activate = self.spatial
+        second, second_bias = _with_norm(then, then_norm)
+        dim, _, *kernel = second.shape  # its inputs: first the earlier, then the later
+        second = second.view(dim, filters, bands // 2, 2, *kernel).transpose(2, 3)
+        second = second.reshape(dim, self.widest, *kernel)
+
+        def features(x: Tensor, weights: Tensor | None = None) -> Tensor:
+            if self.projection is None:  # a whole map copied at once reads a page for each value
+                x = torch.cat([rows.contiguous() for rows in x.split(4, dim=-2)], dim=-2)
+            x = F.conv3d(self.project(x), first, first_bias, stride=(2, 1, 1))
+            x = x.reshape(len(x), filters, bands, *x.shape[-2:])  # was (B, 2 filters, bands/2, ..)
+            if norm.training:
+                x = batch_norm(x, norm, weights)
+            x = F.conv2d(activate(x).flatten(1, 2), second, second_bias)
+            if then_norm.training:
+                x = batch_norm(x, then_norm, weights)
+            return then_activate(x)
+
+        return features
 
     def classify(self, tokens: Tensor) -> Tensor:
         """Tokens (N, T, dim) of N spaxels -> logits (N, classes)."""
@@ -242,7 +253,7 @@ class SSFTT(nn.Module):
         row_bytes = len(padded) * self.widest * padded.shape[-1] * padded.element_size()
         step = max(1, (block_bytes // row_bytes - margin // 2) // 8 * 8 - margin // 2)
         starts = range(0, padded.shape[-2] - margin, step)
-        features = self.features_by_pairs if self.pairs_pay(padded) else self.features
+        features = self.choose_features(padded)
         blocks = [features(padded[..., y : y + step + margin, :]) for y in starts]
         return self.classify_windows(torch.cat(blocks, dim=2))
 
@@ -262,8 +273,7 @@ class SSFTT(nn.Module):
         -------
         (B, classes, y, x) logits
         """
-        features = self.features_by_pairs if self.pairs_pay(cutouts) else self.features
-        return self.classify_windows(features(cutouts, weights))
+        return self.classify_windows(self.choose_features(cutouts)(cutouts, weights))
 
     def classify_windows(self, features: Tensor) -> Tensor:
         """Features (B, dim, y + window - 1, x + window - 1) -> logits (B, classes, y, x)."""
@@ -273,6 +283,20 @@ class SSFTT(nn.Module):
         b, t, d, y, x = tokens.shape
         out = self.classify(tokens.permute(0, 3, 4, 1, 2).reshape(b * y * x, t, d))
         return out.reshape(b, y, x, -1).permute(0, 3, 1, 2)
+
+
+def _with_norm(convolve: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution, in evaluation of it and the batch norm after it."""
+    assert isinstance(convolve, nn.Conv2d | nn.Conv3d)
+    assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm3d)
+    assert convolve.bias is not None
+    if norm.training:
+        return convolve.weight, convolve.bias
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = convolve.weight * scale.view(-1, *_ones(convolve.weight), 1)
+    return weight, (convolve.bias - norm.running_mean) * scale + norm.bias
 
 
 def batch_norm(x: Tensor, norm: nn.Module, weights: Tensor | None) -> Tensor:

@@ -494,7 +494,7 @@ def write_packed(path: Path, packed: Packed, cubes: Iterable[np.ndarray]) -> Non
         f["shape"] = np.array([r.shape for r in packed.rows.values()], np.int32)
         f["rows"] = np.concatenate([r.ravel() for r in packed.rows.values()])
         spectra = f.create_dataset("spectra", packed.spectra.shape, packed.spectra.dtype)
-        spectra.attrs.update(axes="row,component" if "stats" in packed.attrs else "row,band")
+        spectra.attrs.update(axes="row,component" if packed.attrs.get("stats") else "row,band")
         spectra[0] = 0
         row = 1
         for values in cubes:

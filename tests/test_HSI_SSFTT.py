@@ -272,7 +272,7 @@ def test_features_by_pairs_of_bands_are_the_features(patch_size, kernel, project
     model = like_trained(model)
     x = torch.randn(2, 1, bands, 9, 11)
     with torch.inference_mode():
-        torch.testing.assert_close(model.features_by_pairs(x), model.features(x))
+        torch.testing.assert_close(model.features_by_pairs()(x), model.features(x))
 
 
 def test_features_by_pairs_train_as_the_features_do():
@@ -280,10 +280,11 @@ def test_features_by_pairs_train_as_the_features_do():
     x, grow = torch.randn(2, 1, 12, 9, 11).double(), torch.randn(2, 64, 5, 7).double()
     for weights in (None, torch.rand(2, 3, 5).double()):
         found = []
-        for name in ("features", "features_by_pairs"):
+        for by_pairs in (False, True):
             torch.manual_seed(0)
             model = get_SSFTT_model(3, 7, 12).double().train()
-            (getattr(model, name)(x, weights) * grow).sum().backward()
+            features = model.features_by_pairs() if by_pairs else model.features
+            (features(x, weights) * grow).sum().backward()
             found.append([p.grad for p in model.parameters() if p.grad is not None])
             found[-1] += model.buffers()
         assert len(found[0]) > 8

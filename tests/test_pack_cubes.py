@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import mock_cubes
 import numpy as np
 import pytest
@@ -22,12 +23,18 @@ def root(tmp_path):
     return mock_cubes.make_data_dir(tmp_path)
 
 
+def axes_of(path):
+    with h5py.File(path) as f:
+        return f["spectra"].attrs["axes"]
+
+
 def test_command_packs_what_normalising_by_hand_gives(root):
     config = pack_cubes.Config("hard", root, patch_norm="spatial", dtype="float32", jobs=2)
     assert pack_cubes.main(config) == 0
     packed = data_io.read_packed(data_io.packed_path(root, "hard", "spatial", "float32"))
     parts, _ = data_io.read_split(utils.split_path(root, "hard"))
     assert list(packed.rows) == [*parts["train"]["plateifu"], *parts["val"]["plateifu"]]
+    assert axes_of(data_io.packed_path(root, "hard", "spatial", "float32")) == "row,band"
     np.testing.assert_array_equal(packed.wave, mock_cubes.wave_grid())
     for plateifu, rows in packed.rows.items():
         flux = data_io.read_cube(utils.cube_path(root, plateifu)).flux
@@ -42,6 +49,7 @@ def test_several_processes_write_the_same_file(root):
         pack_cubes.main(
             pack_cubes.Config("easy", root, patch_norm="PCA", jobs=jobs, overwrite=True)
         )
+        assert axes_of(path) == "row,component"
         packed = data_io.read_packed(path)
         content.append((packed.spectra.tobytes(), [r.tolist() for r in packed.rows.values()]))
     assert content[0] == content[1]
