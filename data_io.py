@@ -105,8 +105,9 @@ class Outline(NamedTuple):
 
 def measured_bins(flux: np.ndarray) -> np.ndarray:
     """Count the measured bins of each spectrum (..., band); 0 for a spectrum of zeros alone."""
-    finite = np.isfinite(flux)
-    return finite.sum(axis=-1, dtype=np.uint16) * (finite & (flux != 0)).any(axis=-1)
+    finite = np.count_nonzero(np.isfinite(flux), axis=-1)
+    none = flux.shape[-1] - finite  # these count as not zero
+    return np.where(np.count_nonzero(flux, axis=-1) > none, finite, 0).astype(np.uint16)
 
 
 def write_cube(path: Path, cube: Cube, compression: str | None = None) -> None:

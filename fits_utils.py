@@ -133,7 +133,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         ) from None
 
 
-def iterate_hdus(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Hdu]]:
+def iterate_hdus(
+    path: Path, wanted: Sequence[str], planes: slice | None = None
+) -> Iterator[tuple[str, Hdu]]:
     """Read a FITS file from its start, up to the last of the wanted HDUs, in file order.
 
     Parameters
@@ -142,6 +144,8 @@ def iterate_hdus(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Hdu]]
         Plain or gzipped.
     wanted : sequence of str
         Extension names; "PRIMARY" is the first HDU. Arrays of other HDUs are passed over.
+    planes : slice, optional
+        Of arrays with three axes, keep only these along the first.
 
     Yields
     ------
@@ -163,7 +167,7 @@ def iterate_hdus(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Hdu]]
                 )
             name = header.get("EXTNAME", "PRIMARY" if not seen else f"HDU{len(seen)}").strip()
             seen.append(name)
-            shape = tuple(header[f"NAXIS{i}"] for i in range(header["NAXIS"], 0, -1))
+            shape = shape_of(header)
             groups = header.get("GCOUNT", 1) * (
                 int(np.prod(shape, dtype=np.int64)) + header.get("PCOUNT", 0) if shape else 0
             )
@@ -172,10 +176,16 @@ def iterate_hdus(path: Path, wanted: Sequence[str]) -> Iterator[tuple[str, Hdu]]
             if name not in missing:
                 _skip(stream, padded, path, name)
                 continue
-            data = _read_array(stream, header["BITPIX"], shape, path, name) if shape else None
+            part = planes if planes and len(shape) == 3 else slice(None)
+            data = _read_array(stream, header["BITPIX"], shape, path, name, part) if shape else None
             _skip(stream, padded - n_bytes, path, name, is_padding=True)
             missing.discard(name)
             yield name, Hdu(header, data)
+
+
+def shape_of(header: fits.Header) -> tuple[int, ...]:
+    """Shape of the whole array that a header tells of, in numpy's axis order."""
+    return tuple(header[f"NAXIS{i}"] for i in range(header["NAXIS"], 0, -1))
 
 
 def read_hdus(path: Path, wanted: Sequence[str]) -> dict[str, Hdu]:
@@ -200,11 +210,14 @@ def _read_header(stream: BinaryIO, path: Path, first: bool) -> fits.Header | Non
 
 
 def _read_array(
-    stream: BinaryIO, bitpix: int, shape: tuple[int, ...], path: Path, name: str
+    stream: BinaryIO, bitpix: int, shape: tuple[int, ...], path: Path, name: str, planes: slice
 ) -> np.ndarray:
-    """Read an image into memory as it stands, big-endian."""
+    """Read planes of an image into memory as they stand, big-endian."""
     kind = f">f{-bitpix // 8}" if bitpix < 0 else f">i{bitpix // 8}" if bitpix > 8 else "u1"
-    array = np.empty(shape, kind)
+    first, stop, _ = planes.indices(shape[0])
+    array = np.empty((stop - first, *shape[1:]), kind)
+    plane = array.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+    _skip(stream, first * plane, path, name)
     view, filled = array.reshape(-1).view(np.uint8).data, 0
     while filled < len(view):
         got = stream.readinto(view[filled:])  # type: ignore[attr-defined]
@@ -214,13 +227,15 @@ def _read_array(
                 "with download_utils.py --overwrite."
             )
         filled += got
+    _skip(stream, (shape[0] - stop) * plane, path, name)
     return array
 
 
 def _skip(stream: BinaryIO, n: int, path: Path, name: str, is_padding: bool = False) -> None:
     """Read past n bytes; padding at the very end of a file may be missing."""
+    scratch = memoryview(bytearray(min(n, DECOMPRESSION_BUFFER)))
     while n > 0:
-        got = len(stream.read(min(n, DECOMPRESSION_BUFFER)))
+        got = stream.readinto(scratch[:n])  # type: ignore[attr-defined]
         if not got:
             if is_padding:
                 return
@@ -438,10 +453,7 @@ def process_cube(
             made["source_sha256"] = attrs.get("source_sha256")
             utils.check_recipe(target, made, {**recipe, "source_sha256": hashing.result()})
             return "up to date"
-        wanted = ("PRIMARY", *ESSENTIAL)
-        stream = iterate_hdus(source, (*wanted, "REDCORR") if _is_dap(source) else wanted)
-        _, first = next(stream)
-        primary = first.header
+        primary = read_hdus(source, ("PRIMARY",))["PRIMARY"].header
         plateifu, critical = vet_header(primary, source, target)
         if critical and skip_critical:
             return "skipped: CRITICAL"
@@ -461,7 +473,7 @@ def process_cube(
                 f"{source}: at redshift {z:.4f} the cube holds nothing of "
                 f"{options.wave_min:g}-{options.wave_max:g} Angstrom. Check --redshift."
             )
-        raw, header = _read_logcube(stream, source, pixels, options.deredden, primary)
+        raw, header = _read_logcube(source, pixels, options.deredden, primary)
         if options.remove_gas_velocity:
             if stretch.shape != raw.inside.shape:
                 raise DataError(f"{maps}: maps of {stretch.shape}, cube of {raw.inside.shape}.")
@@ -515,10 +527,9 @@ def _check_grid(options: CubeOptions) -> None:
         )
 
 
-def _is_dap(path: Path) -> bool:
-    """Tell a DAP model cube from a DRP cube by its primary header."""
-    header = read_hdus(path, ("PRIMARY",))["PRIMARY"].header
-    return header.get("MASKNAME", "").startswith("MANGA_DAP") or "DAPTYPE" in header
+def _is_dap(primary: fits.Header) -> bool:
+    """Tell a DAP model cube from a DRP cube."""
+    return primary.get("MASKNAME", "").startswith("MANGA_DAP") or "DAPTYPE" in primary
 
 
 def _identify(
@@ -541,18 +552,15 @@ def _identify(
 
 
 def _read_logcube(
-    stream: Iterator[tuple[str, Hdu]],
-    path: Path,
-    pixels: slice,
-    deredden: bool,
-    primary: fits.Header,
+    path: Path, pixels: slice, deredden: bool, primary: fits.Header
 ) -> tuple[RawCube, fits.Header]:
     """Read the cube arrays of a LOGCUBE and flag its bad pixels."""
     header: fits.Header | None = None
     shape: tuple[int, ...] = ()
     kept: dict[str, np.ndarray] = {}
     redcorr = None
-    for name, hdu in stream:
+    wanted = (*ESSENTIAL, "REDCORR") if _is_dap(primary) else ESSENTIAL
+    for name, hdu in iterate_hdus(path, wanted, pixels):
         data = hdu.data
         if data is None:
             raise DataError(f"{path}: HDU {name} holds no data.")
@@ -562,18 +570,18 @@ def _read_logcube(
             redcorr = native(data).astype(float)
         else:
             header = header or hdu.header
-            shape = shape or data.shape
-            if data.ndim != 3 or data.shape != shape or data.shape[0] != WAVE_N:
+            found = shape_of(hdu.header)
+            shape = shape or found
+            if len(found) != 3 or found != shape or found[0] != WAVE_N:
                 raise DataError(
-                    f"{path}: {name} has shape {data.shape}, expected ({WAVE_N}, y, x) as FLUX "
+                    f"{path}: {name} has shape {found}, expected ({WAVE_N}, y, x) as FLUX "
                     f"({shape})."
                 )
-            kept[name] = data[pixels].reshape(pixels.stop - pixels.start, -1)
+            kept[name] = native(data.reshape(len(data), -1))
             if name == "MASK":
                 flag = DAP_BAD if "DAP" in hdu.header.get("MASKNAME", "DAP") else DRP_BAD
-        del data, hdu
-    bad = (native(kept.pop("MASK")) & flag) != 0
-    flux, ivar = native(kept.pop("FLUX")), native(kept.pop("IVAR"))
+    flux, ivar = kept["FLUX"], kept["IVAR"]
+    bad = (kept.pop("MASK") & flag) != 0
     bad |= ~(ivar > 0) | ~np.isfinite(ivar) | ~np.isfinite(flux)
     inside = ~bad.all(axis=0)
     if not inside.any():

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
-from scipy.special import ndtri
 
 from utils import LABEL_NONE, DataError
 
@@ -205,13 +205,13 @@ def bpt_classes(maps: LineMaps, min_snr: float = 3.0) -> tuple[np.ndarray, np.nd
     y, y_error = y[ok], np.sqrt(y_variance[ok])
     classes = np.full(maps.shape, LABEL_NONE, np.int16)
     classes[ok] = demarcate(x, y)
-    steps = ndtri((np.arange(NOISE_NODES) + 0.5) / NOISE_NODES)
+    steps = [NormalDist().inv_cdf((i + 0.5) / NOISE_NODES) for i in range(NOISE_NODES)]
     wrong = np.zeros(x.shape)
     for dx in steps:
         for dy in steps:
             wrong += demarcate(x + dx * x_error, y + dy * y_error) != classes[ok]
     p_wrong = np.full(maps.shape, np.nan, np.float32)
-    p_wrong[ok] = wrong / steps.size**2
+    p_wrong[ok] = wrong / NOISE_NODES**2
     return classes, p_wrong
 
 

@@ -1,5 +1,6 @@
 """Benchmarks on tiny sizes: their arithmetic, their JSON, and that they run. Nothing is timed."""
 
+import gzip
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from astropy.io import fits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
@@ -141,12 +143,32 @@ def test_a_layout_that_loses_numbers_is_refused(tmp_path, monkeypatch):
 
 
 def test_process_rows_name_what_is_promised():
-    seconds = {"command": 3.0, "cube": 2.0, "igzip": 2.5, "plain": 10.0}
+    seconds = {"command": 5.0, "cube": 3.0, "igzip": 2.5, "discarding": 2.0, "plain": 10.0}
     rows = bench_process.make_rows(seconds, {"command": 0.4, "plain": 0.8})
     check_rows(rows)
     by_name = {row["name"]: row["ratio"] for row in rows}
     assert by_name["fits_to_h5_vs_igzip"] == pytest.approx(1.2)
-    assert by_name["fits_to_h5_peak_memory"] == pytest.approx(0.5)
+    assert by_name["fits_to_h5_vs_igzip_discarding"] == pytest.approx(1.5)
+    assert by_name["command_vs_igzip"] == pytest.approx(2)
+    assert by_name["command_peak_memory"] == pytest.approx(0.5)
+
+
+def test_igzip_passes_all_up_to_wave_and_keeps_what_is_needed(tmp_path):
+    path = tmp_path / "cube.fits.gz"
+    names = ("FLUX", "IVAR", "MASK", "LSF", "WAVE", "REDCORR")
+    arrays = {n: np.full((7, 30, 30), i, ">f4") for i, n in enumerate(names)}
+    hdus = [fits.PrimaryHDU(), *(fits.ImageHDU(a, name=n) for n, a in arrays.items())]
+    fits.HDUList(hdus).writeto(path)
+    spans = bench_process.array_spans(path)
+    kept = bench_process.decompress(path, spans, keep=True)
+    wanted = [arrays[n].tobytes() for n in ("FLUX", "IVAR", "MASK", "WAVE")]
+    assert [k[: len(w)] for k, w in zip(kept, wanted, strict=True)] == wanted
+    assert bench_process.decompress(path, spans, keep=False) == []
+    with gzip.open(path) as f:
+        content = f.read(sum(n for _, n in spans))
+    assert content.endswith(kept[-1])
+    with pytest.raises(AssertionError, match="shorter"):
+        bench_process.decompress(path, [*spans, (False, 10**6)], keep=False)
 
 
 # Network
