@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def measure_jobs(root: Path, n_galaxies: int, jobs: int, runs: int) -> list[Row]
 
 
 def measure_size(root: Path, plateifu: str, runs: int) -> dict[str, float]:
-    """Seconds to process one galaxy in this process, and the MB of its files."""
+    """Seconds and CPU seconds to process one galaxy in this process, and the MB of its files."""
     options = single.GalaxyOptions()
 
     def process() -> None:
@@ -122,7 +123,10 @@ def measure_size(root: Path, plateifu: str, runs: int) -> dict[str, float]:
         "labels_mb": [p for folder in labels for p in folder.glob(f"{plateifu}*")],
     }
     sizes = {k: sum(p.stat().st_size for p in paths) / 1e6 for k, paths in files.items()}
-    return {"seconds": measuring.in_turn({"": process}, runs)[""], **sizes}
+    before = time.process_time()
+    seconds = measuring.in_turn({"": process}, runs)[""]
+    cpu_seconds = (time.process_time() - before) / (runs + 1)  # of all threads
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, **sizes}
 
 
 def extrapolate(
@@ -132,7 +136,7 @@ def extrapolate(
 
     Parameters
     ----------
-    by_bundle : dict of bundle -> list of {"seconds", "..._mb"}
+    by_bundle : dict of bundle -> list of {"seconds", "cpu_seconds", "..._mb"}
     shares : dict of bundle -> share of the survey's galaxies
         Scaled to the bundles that were measured.
     survey : int
@@ -140,7 +144,8 @@ def extrapolate(
     Returns
     -------
     dict
-        core_hours, and the GB of each kind of file.
+        hours of one process, which uses more than one core, core_hours, and the GB of each kind
+        of file.
     """
     whole = sum(shares[b] for b in by_bundle)
     mean = {
@@ -150,7 +155,8 @@ def extrapolate(
         )
         for key in next(iter(by_bundle.values()))[0]
     }
-    out = {"galaxies": float(survey), "core_hours": survey * mean.pop("seconds") / 3600}
+    hours, core_hours = (survey * mean.pop(key) / 3600 for key in ("seconds", "cpu_seconds"))
+    out = {"galaxies": float(survey), "hours": hours, "core_hours": core_hours}
     return {**out, **{k.replace("_mb", "_gb"): survey * v / 1e3 for k, v in mean.items()}}
 
 
@@ -313,8 +319,9 @@ def main(config: Config) -> int:
     print_layouts(table)
     print(
         f"extrapolated from {n_galaxies} simulated galaxies to {SURVEY}, by DR17's bundle sizes: "
-        f"{survey['core_hours']:.1f} core hours; FITS {survey['fits_gb']:.0f} GB, cubes "
-        f"{survey['h5_gb']:.0f} GB, labels {survey['labels_gb']:.1f} GB"
+        f"{survey['hours']:.1f} h in one process, {survey['core_hours']:.1f} core hours; "
+        f"FITS {survey['fits_gb']:.0f} GB, cubes {survey['h5_gb']:.0f} GB, "
+        f"labels {survey['labels_gb']:.1f} GB"
     )
     out = config.results / "bench_storage.json"
     measuring.write_rows(out, rows, survey=survey, by_bundle=by_bundle, layouts=table)

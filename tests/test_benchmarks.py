@@ -93,11 +93,15 @@ def test_a_command_that_fails_is_reported_with_its_last_words():
 
 def test_extrapolation_weighs_bundles_by_their_share():
     found = {
-        19: [{"seconds": 1.0, "h5_mb": 10.0}, {"seconds": 3.0, "h5_mb": 30.0}],
-        127: [{"seconds": 8.0, "h5_mb": 50.0}],
+        19: [
+            {"seconds": 1.0, "cpu_seconds": 2.0, "h5_mb": 10.0},
+            {"seconds": 3.0, "cpu_seconds": 4.0, "h5_mb": 30.0},
+        ],
+        127: [{"seconds": 8.0, "cpu_seconds": 9.0, "h5_mb": 50.0}],
     }
     out = bench_storage.extrapolate(found, {19: 0.3, 127: 0.1, 61: 0.6}, survey=3600)
-    assert out["core_hours"] == pytest.approx(0.75 * 2 + 0.25 * 8)
+    assert out["hours"] == pytest.approx(0.75 * 2 + 0.25 * 8)
+    assert out["core_hours"] == pytest.approx(0.75 * 3 + 0.25 * 9)
     assert out["h5_gb"] == pytest.approx(3.6 * (0.75 * 20 + 0.25 * 50))
 
 
