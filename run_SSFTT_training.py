@@ -97,7 +97,8 @@ class TrainConfig:
     the one for surveys: cubes that do not fit into --cache-gb are read again every epoch."""
     cutout: int = 1
     """1: learn patch by patch. An odd number more: learn all labelled spaxels of cutouts that are
-    so many spaxels wide at once, from packed cubes: the same network and expectation, faster."""
+    so many spaxels wide at once, from packed cubes: the same network and expectation, faster. Where
+    the first layer learns from whole spectra (fiducial, --projection) with --lr 3e-4."""
     packed_type: data_fns.PackedType = "float16"
     """Numbers of packed cubes."""
     n_tokens: int = 4
