@@ -387,12 +387,12 @@ class _Renormalise(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, share, weight, mean, inverse, batch_mean, batch_inverse = ctx.saved_tensors
         shape = (-1, *_ones(x))
-        # the sums of dy and of dy (x - batch mean), in one pass
-        one, no_eps = torch.ones_like(mean), 0.0
-        sums = torch.ops.aten.native_batch_norm_backward(
-            dy, x, one, batch_mean, one, None, None, False, no_eps, [False, True, True]
+        # with a variance of 1 and no eps, the gradients of an evaluated norm's weight and bias are
+        # the sums of dy (x - batch mean) and of dy: torch takes both in one pass
+        one, wanted = torch.ones_like(mean), [False, True, True]
+        _, with_centred, total = torch.ops.aten.native_batch_norm_backward(
+            dy, x, one, batch_mean, one, None, None, False, 0.0, wanted
         )
-        _, with_centred, total = sums
         by_u = with_centred * batch_inverse
         by_z = (with_centred + (batch_mean - mean) * total) * inverse
         scale = weight * inverse

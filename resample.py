@@ -149,7 +149,7 @@ def resample_spectra(
     if len(starts) > 1:
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(fill, starts))
-    elif starts:
+    elif starts:  # resample_shifted comes here for every spaxel: no pool for one block
         fill(0)
     return flux_out, ivar_out, good_out
 
