@@ -59,6 +59,14 @@ class Cube:
     attrs: dict[str, Any] = field(default_factory=dict)
 
 
+class Rows(NamedTuple):
+    """A few neighbouring rows of a `Cube`, (rows, x, band) each."""
+
+    flux: np.ndarray
+    ivar: np.ndarray | None
+    good_fraction: np.ndarray | None
+
+
 class CubeKind(NamedTuple):
     """What cubes must share to be learned from together; None: the file does not say."""
 
@@ -105,13 +113,30 @@ class Outline(NamedTuple):
 
 def measured_bins(flux: np.ndarray) -> np.ndarray:
     """Count the measured bins of each spectrum (..., band); 0 for a spectrum of zeros alone."""
-    finite = np.count_nonzero(np.isfinite(flux), axis=-1)
-    none = flux.shape[-1] - finite  # these count as not zero
-    return np.where(np.count_nonzero(flux, axis=-1) > none, finite, 0).astype(np.uint16)
+    finite = np.isfinite(flux)
+    has_light = ((flux != 0) & finite).any(axis=-1)
+    return np.where(has_light, finite.sum(axis=-1, dtype=np.uint16), np.uint16(0))
 
 
 def write_cube(path: Path, cube: Cube, compression: str | None = None) -> None:
-    """Write an H5 cube, whole or not at all.
+    """Write an H5 cube, whole or not at all; see `write_cube_rows`."""
+    parts = (cube.flux, cube.ivar, cube.good_fraction)
+    rows = (
+        Rows(*(None if a is None else a[y : y + CHUNK_SPAXELS] for a in parts))  # type: ignore[arg-type]
+        for y in range(0, len(cube.flux), CHUNK_SPAXELS)
+    )
+    write_cube_rows(path, cube.flux.shape, cube.wave, cube.attrs, rows, compression)
+
+
+def write_cube_rows(
+    path: Path,
+    shape: tuple[int, ...],
+    wave: np.ndarray,
+    attrs: dict[str, Any],
+    blocks: Iterable[Rows],
+    compression: str | None = None,
+) -> None:
+    """Write an H5 cube row by row as its spectra are made, whole or not at all.
 
     Spaxels without a single good bin (the corners outside the hexagon) are never written: HDF5
     gives back the fill value for chunks that do not exist.
@@ -119,41 +144,46 @@ def write_cube(path: Path, cube: Cube, compression: str | None = None) -> None:
     Parameters
     ----------
     path : Path
-    cube : Cube
+    shape : (y, x, band)
+    wave : (band,) array, Angstrom
+    attrs : dict
+        Of the file; None values are left out.
+    blocks : iterable of Rows
+        From y = 0 on, CHUNK_SPAXELS rows each but for the last. An exception raised here leaves
+        no file.
     compression : {None, "gzip"}
         For flux and ivar, which are noise and hardly shrink (docs/performance.md); the good
         fraction is always compressed.
     """
-    ny, nx, n_band = cube.flux.shape
-    chunk = (min(CHUNK_SPAXELS, ny), min(CHUNK_SPAXELS, nx), n_band)
+    chunk = (min(CHUNK_SPAXELS, shape[0]), min(CHUNK_SPAXELS, shape[1]), shape[2])
     squeeze = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
-    layouts = [
-        ("cube", cube.flux, "f4", np.nan, FLUX_UNIT, squeeze if compression else {}),
-        ("ivar", cube.ivar, "f4", 0, f"({FLUX_UNIT})^-2", squeeze if compression else {}),
-        ("good_fraction", cube.good_fraction, "f2", 0, "1", squeeze),
-    ]
+    layouts = (  # of Rows
+        ("cube", "f4", np.nan, FLUX_UNIT, squeeze if compression else {}),
+        ("ivar", "f4", 0, f"({FLUX_UNIT})^-2", squeeze if compression else {}),
+        ("good_fraction", "f2", 0, "1", squeeze),
+    )
+    measured = np.zeros(shape[:2], np.uint16)
     with utils.atomic_path(path) as part, h5py.File(part, "w", libver=("earliest", "v110")) as f:
         f.attrs.update(schema=CUBE_SCHEMA, schema_version=CUBE_VERSION)
-        f.attrs.update({k: v for k, v in cube.attrs.items() if v is not None})
-        wave = f.create_dataset("wave", data=cube.wave.astype("f8"))
-        wave.attrs.update(unit="Angstrom (vacuum, rest frame)", axes="band")
-        measured = f.create_dataset("measured", data=measured_bins(cube.flux))
-        measured.attrs.update(unit="bins", axes="y,x")
-        occupied = np.isfinite(cube.flux).any(axis=2)
-        for name, data, dtype, fill, unit, options in layouts:
-            if data is None:
-                continue
-            dataset = f.create_dataset(
-                name, (ny, nx, n_band), dtype, chunks=chunk, fillvalue=fill, **options
-            )
-            dataset.attrs.update(unit=unit, axes="y,x,band")
-            for y in range(0, ny, chunk[0]):
-                rows = occupied[y : y + chunk[0]].any(axis=0)
-                if not rows.any():
+        f.attrs.update({k: v for k, v in attrs.items() if v is not None})
+        dataset = f.create_dataset("wave", data=wave.astype("f8"))
+        dataset.attrs.update(unit="Angstrom (vacuum, rest frame)", axes="band")
+        y = 0
+        for block in blocks:
+            y, start = y + len(block.flux), y
+            measured[start:y] = measured_bins(block.flux)
+            occupied = np.flatnonzero(np.isfinite(block.flux).any(axis=(0, 2)))
+            for (name, dtype, fill, unit, options), data in zip(layouts, block, strict=True):
+                if data is None:
                     continue
-                first, last = np.flatnonzero(rows)[[0, -1]]
-                x = slice(first // chunk[1] * chunk[1], last + 1)
-                dataset[y : y + chunk[0], x] = data[y : y + chunk[0], x]
+                if name not in f:
+                    f.create_dataset(name, shape, dtype, chunks=chunk, fillvalue=fill, **options)
+                    f[name].attrs.update(unit=unit, axes="y,x,band")
+                if occupied.size:
+                    x = slice(occupied[0] // chunk[1] * chunk[1], occupied[-1] + 1)
+                    f[name][start:y, x] = data[:, x]
+        dataset = f.create_dataset("measured", data=measured)
+        dataset.attrs.update(unit="bins", axes="y,x")
 
 
 def read_cube(path: Path, with_errors: bool = True) -> Cube:

@@ -13,8 +13,10 @@ kept. Line channels and HDUs go by name, so releases DR15 to DR17 and every DAPT
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,6 +41,11 @@ C_KMS = 299792.458
 
 FITS_BLOCK = 2880
 DECOMPRESSION_BUFFER = 1 << 20
+SWAP_BUFFER = 1 << 18
+THREADS = 2
+"""That resample rows of spaxels; numpy and sparse products let others run meanwhile."""
+LOOK_AHEAD = 8
+"""Rows resampled before they are asked for, so that writing and resampling overlap."""
 
 WAVE_LOG_FIRST, WAVE_LOG_STEP, WAVE_N = 3.5589, 1e-4, 4563
 """The LOGCUBE grid: pixel i is at 10**(3.5589 + 1e-4 i) Angstrom, vacuum (DAP data model)."""
@@ -102,7 +109,7 @@ class LabelOptions:
 
 @dataclass(frozen=True)
 class Hdu:
-    """Header and array (big-endian, FITS axis order) of one HDU."""
+    """Header and array (native byte order, FITS axis order) of one HDU."""
 
     header: fits.Header
     data: np.ndarray | None
@@ -212,21 +219,25 @@ def _read_header(stream: BinaryIO, path: Path, first: bool) -> fits.Header | Non
 def _read_array(
     stream: BinaryIO, bitpix: int, shape: tuple[int, ...], path: Path, name: str, planes: slice
 ) -> np.ndarray:
-    """Read planes of an image into memory as they stand, big-endian."""
-    kind = f">f{-bitpix // 8}" if bitpix < 0 else f">i{bitpix // 8}" if bitpix > 8 else "u1"
+    """Read planes of an image into memory, swapping bytes while they are in the cache."""
+    code = f">f{-bitpix // 8}" if bitpix < 0 else f">i{bitpix // 8}" if bitpix > 8 else "u1"
+    kind = np.dtype(code)
     first, stop, _ = planes.indices(shape[0])
-    array = np.empty((stop - first, *shape[1:]), kind)
-    plane = array.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+    array = np.empty((stop - first, *shape[1:]), kind.newbyteorder("="))
+    plane = kind.itemsize * int(np.prod(shape[1:], dtype=np.int64))
     _skip(stream, first * plane, path, name)
-    view, filled = array.reshape(-1).view(np.uint8).data, 0
-    while filled < len(view):
-        got = stream.readinto(view[filled:])  # type: ignore[attr-defined]
-        if not got:
+    flat, scratch, filled = array.reshape(-1), bytearray(SWAP_BUFFER), 0
+    while filled < flat.size:
+        wanted = memoryview(scratch)[: (flat.size - filled) * kind.itemsize]
+        got = stream.readinto(wanted)  # type: ignore[attr-defined]
+        if got < len(wanted):  # a buffered stream fills it unless the file ends
             raise DataError(
-                f"{path}: cut short inside {name} ({filled} of {len(view)} bytes). Fetch it again "
-                "with download_utils.py --overwrite."
+                f"{path}: cut short inside {name} ({filled * kind.itemsize + got} of "
+                f"{array.nbytes} bytes). Fetch it again with download_utils.py --overwrite."
             )
-        filled += got
+        values = np.frombuffer(wanted, kind)
+        flat[filled : filled + values.size] = values
+        filled += values.size
     _skip(stream, (shape[0] - stop) * plane, path, name)
     return array
 
@@ -241,11 +252,6 @@ def _skip(stream: BinaryIO, n: int, path: Path, name: str, is_padding: bool = Fa
                 return
             raise DataError(f"{path}: cut short inside {name}. Fetch it again.")
         n -= got
-
-
-def native(array: np.ndarray) -> np.ndarray:
-    """Return the same values in the machine's byte order."""
-    return array.astype(array.dtype.newbyteorder("="))
 
 
 # Headers
@@ -376,20 +382,30 @@ class RawCube:
 
     Attributes
     ----------
-    flux, ivar : (n, N) float32
-        Pixels `pixels` of the field's spaxels, one spectrum a column.
-    bad : (n, N) bool
-    inside : (y, x) bool
-        Spaxels with any good pixel: those N, in C order.
+    flux, ivar : (n, y, x) float
+        Pixels `pixels` of the spectra.
+    mask : (n, y, x) int
+    bad_bits : int
+        Bits of `mask` that spoil a pixel.
     redcorr : (n,) float
         Factor that undoes the Galaxy's reddening.
+    header : fits.Header
+        Of FLUX.
     """
 
     flux: np.ndarray
     ivar: np.ndarray
-    bad: np.ndarray
-    inside: np.ndarray
+    mask: np.ndarray
+    bad_bits: int
     redcorr: np.ndarray
+    header: fits.Header
+
+    def row(self, y: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Flux, ivar (n, x) and bad pixels (n, x) bool of one row of spaxels."""
+        flux, ivar, mask = self.flux[:, y], self.ivar[:, y], self.mask[:, y]
+        bad = (mask & self.bad_bits) != 0
+        bad |= ~(ivar > 0) | ~np.isfinite(ivar) | ~np.isfinite(flux)
+        return flux, ivar, bad
 
 
 def process_cube(
@@ -460,11 +476,8 @@ def process_cube(
         z, mangaid = _identify(source, primary, plateifu, redshift, catalogue)
         edges = resample.log_edges(WAVE_LOG_FIRST, WAVE_LOG_STEP, WAVE_N)
         wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
-        slack = 1.0
-        if options.remove_gas_velocity:
-            stretch = _gas_stretch(maps, source)
-            slack = float(np.max(np.abs(stretch - 1))) + 1
-        matrix = resample.overlap_matrix(edges / (1 + z), bins)
+        stretch = _gas_stretch(maps, source) if options.remove_gas_velocity else None
+        slack = 1.0 if stretch is None else float(np.max(np.abs(stretch - 1))) + 1
         pixels = resample.used_pixels(
             resample.overlap_matrix(edges / (1 + z), bins[[0, -1]] * [1 / slack, slack])
         )
@@ -473,25 +486,9 @@ def process_cube(
                 f"{source}: at redshift {z:.4f} the cube holds nothing of "
                 f"{options.wave_min:g}-{options.wave_max:g} Angstrom. Check --redshift."
             )
-        raw, header = _read_logcube(source, pixels, options.deredden, primary)
-        if options.remove_gas_velocity:
-            if stretch.shape != raw.inside.shape:
-                raise DataError(f"{maps}: maps of {stretch.shape}, cube of {raw.inside.shape}.")
-            resampled = resample.resample_shifted(
-                raw.flux,
-                raw.ivar,
-                raw.bad,
-                edges[pixels.start : pixels.stop + 1],
-                bins,
-                (1 + z) * stretch[raw.inside],
-                raw.redcorr,
-            )
-        else:
-            resampled = resample.resample_spectra(
-                raw.flux, raw.ivar, raw.bad, matrix[:, pixels], np.diff(bins), raw.redcorr * (1 + z)
-            )
-        flux, ivar, good = (_unfold(a, raw.inside) for a in resampled)
-        flux[~raw.inside] = np.nan
+        raw = _read_logcube(source, pixels, options.deredden, primary)
+        if stretch is not None and stretch.shape != raw.flux.shape[1:]:
+            raise DataError(f"{maps}: maps of {stretch.shape}, cube of {raw.flux.shape[1:]}.")
         attrs = {
             "plateifu": plateifu,
             "mangaid": mangaid,
@@ -506,15 +503,16 @@ def process_cube(
             "objdec": primary.get("OBJDEC"),
             "ebv_galactic": primary.get("EBVGAL"),
             "reff_arcsec": primary.get("REFF"),
-            "wcs_header": _celestial(header),
+            "wcs_header": _celestial(raw.header),
             "source_file": source.name,
             "source_sha256": hashing.result(),
             "config_json": json.dumps(recipe),
             "code_version": utils.VERSION,
             "created_utc": utils.utc_now(),
         }
-    cube = data_io.Cube(flux, wave, ivar, good, attrs)
-    data_io.write_cube(target, cube, compression)
+    rows = _resampled_rows(raw, edges[pixels.start : pixels.stop + 1], bins, 1 + z, stretch, source)
+    shape = (*raw.flux.shape[1:], options.n_band)
+    data_io.write_cube_rows(target, shape, wave, attrs, rows, compression)
     return "written"
 
 
@@ -551,25 +549,21 @@ def _identify(
     return redshift_of(primary, source), mangaid
 
 
-def _read_logcube(
-    path: Path, pixels: slice, deredden: bool, primary: fits.Header
-) -> tuple[RawCube, fits.Header]:
-    """Read the cube arrays of a LOGCUBE and flag its bad pixels."""
-    header: fits.Header | None = None
+def _read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Header) -> RawCube:
+    """Read the arrays of a LOGCUBE, checking that they belong together."""
     shape: tuple[int, ...] = ()
     kept: dict[str, np.ndarray] = {}
+    headers: dict[str, fits.Header] = {}
     redcorr = None
     wanted = (*ESSENTIAL, "REDCORR") if _is_dap(primary) else ESSENTIAL
     for name, hdu in iterate_hdus(path, wanted, pixels):
-        data = hdu.data
-        if data is None:
+        if hdu.data is None:
             raise DataError(f"{path}: HDU {name} holds no data.")
         if name == "WAVE":
-            _check_wave(data, path)
+            _check_wave(hdu.data, path)
         elif name == "REDCORR":
-            redcorr = native(data).astype(float)
+            redcorr = hdu.data.astype(float)
         else:
-            header = header or hdu.header
             found = shape_of(hdu.header)
             shape = shape or found
             if len(found) != 3 or found != shape or found[0] != WAVE_N:
@@ -577,29 +571,78 @@ def _read_logcube(
                     f"{path}: {name} has shape {found}, expected ({WAVE_N}, y, x) as FLUX "
                     f"({shape})."
                 )
-            kept[name] = native(data.reshape(len(data), -1))
-            if name == "MASK":
-                flag = DAP_BAD if "DAP" in hdu.header.get("MASKNAME", "DAP") else DRP_BAD
-    flux, ivar = kept["FLUX"], kept["IVAR"]
-    bad = (kept.pop("MASK") & flag) != 0
-    bad |= ~(ivar > 0) | ~np.isfinite(ivar) | ~np.isfinite(flux)
-    inside = ~bad.all(axis=0)
-    if not inside.any():
-        raise DataError(f"{path}: every pixel in the wavelength range is masked; nothing to keep.")
+            kept[name], headers[name] = hdu.data, hdu.header
     if not deredden:
         redcorr = np.ones(WAVE_N)
     elif redcorr is None:
         redcorr = galactic_correction(primary, path)
-    columns = np.flatnonzero(inside)
-    raw = RawCube(
-        flux[:, columns],
-        ivar[:, columns],
-        bad[:, columns],
-        inside.reshape(shape[1:]),
+    is_dap = "DAP" in headers["MASK"].get("MASKNAME", "DAP")
+    return RawCube(
+        kept["FLUX"],
+        kept["IVAR"],
+        kept["MASK"],
+        DAP_BAD if is_dap else DRP_BAD,
         redcorr[pixels],
+        headers["FLUX"],
     )
-    assert header is not None
-    return raw, header
+
+
+def _resampled_rows(
+    raw: RawCube,
+    edges: np.ndarray,
+    bins: np.ndarray,
+    one_plus_z: float,
+    stretch: np.ndarray | None,
+    path: Path,
+) -> Iterator[data_io.Rows]:
+    """Resample a cube, a few rows of spaxels at a time, the next ones while these are used.
+
+    Parameters
+    ----------
+    raw : RawCube
+    edges : (n + 1,) array
+        Observed edges of its pixels, Angstrom.
+    bins : (band + 1,) array
+        Rest-frame edges of the bins, Angstrom.
+    one_plus_z : float
+    stretch : (y, x) array, optional
+        1 + v/c of each spaxel, on top of `one_plus_z`.
+    path : Path
+        Of the LOGCUBE, for the message.
+
+    Raises
+    ------
+    DataError
+        In the end, if every pixel was masked.
+    """
+    ny = raw.flux.shape[1]
+    matrix = resample.overlap_matrix(edges / one_plus_z, bins)
+    widths = np.diff(bins)
+
+    def one_row(y: int) -> tuple[np.ndarray, ...]:
+        flux, ivar, bad = raw.row(y)
+        if stretch is None:
+            return resample.resample_spectra(
+                flux, ivar, bad, matrix, widths, raw.redcorr * one_plus_z
+            )
+        return resample.resample_shifted(
+            flux, ivar, bad, edges, bins, one_plus_z * stretch[y], raw.redcorr
+        )
+
+    any_good = False
+    with ThreadPoolExecutor(THREADS) as pool:
+        rows = (pool.submit(one_row, y) for y in range(ny))
+        ahead = deque(itertools.islice(rows, LOOK_AHEAD))
+        for _ in range(0, ny, data_io.CHUNK_SPAXELS):
+            block: list[tuple[np.ndarray, ...]] = []
+            while ahead and len(block) < data_io.CHUNK_SPAXELS:
+                block.append(ahead.popleft().result())
+                ahead.extend(itertools.islice(rows, 1))
+            stacked = data_io.Rows(*(np.stack(a) for a in zip(*block, strict=True)))
+            any_good = any_good or bool(np.any(stacked.good_fraction))
+            yield stacked
+    if not any_good:
+        raise DataError(f"{path}: every pixel in the wavelength range is masked; nothing to keep.")
 
 
 def _check_wave(wave: np.ndarray, path: Path) -> None:
@@ -638,16 +681,9 @@ def _gas_stretch(maps: Path | None, source: Path) -> np.ndarray:
     names = ("EMLINE_GVEL", "EMLINE_GVEL_MASK")
     hdus = read_hdus(maps, names)
     channel = line_channels(hdus["EMLINE_GVEL"].header, (line_labels.HA,), maps)[line_labels.HA]
-    velocity, mask = (native(hdus[n].data[channel]) for n in names)  # type: ignore[index]
+    velocity, mask = (hdus[n].data[channel] for n in names)  # type: ignore[index]
     is_bad = (mask & MAPS_DONOTUSE != 0) | ~np.isfinite(velocity)
     return np.where(is_bad, 1.0, 1 + velocity.astype(float) / C_KMS)
-
-
-def _unfold(spectra: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """(N, band) spectra of the spaxels inside -> (y, x, band), zero elsewhere."""
-    cube = np.zeros((*inside.shape, spectra.shape[1]), spectra.dtype)
-    cube[inside] = spectra
-    return cube
 
 
 def _celestial(header: fits.Header) -> str:
@@ -707,7 +743,7 @@ def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[line_labels.LineMa
         if array is None or array.ndim != 3 or array.shape != shape:
             found = None if array is None else array.shape
             raise DataError(f"{path}: {name} has shape {found}, expected (channel, y, x) {shape}.")
-    flux, ivar, mask = ({k: native(a[i]) for k, i in channels.items()} for a in arrays)  # type: ignore[index]
+    flux, ivar, mask = ({k: a[i] for k, i in channels.items()} for a in arrays)  # type: ignore[index]
     bad = {k: (m & MAPS_DONOTUSE) != 0 for k, m in mask.items()}
     return line_labels.LineMaps(flux, ivar, bad), hdus["PRIMARY"], hdus[quantity]
 

@@ -17,18 +17,14 @@ Axis order here: (band, spaxel) in, (spaxel, band) out. Arrays in, arrays out.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 from scipy import sparse
 
-BLOCK_SPAXELS = 64
-"""Spaxels resampled at a time: their float64 working arrays (some 5 MB) stay near the cache."""
-THREADS = 2
-"""That resample blocks of spaxels: numpy and sparse products let others run meanwhile."""
-
 MIN_GOOD_FRACTION = 1e-6
 """A bin with less good coverage than this share of its width holds nothing but rounding."""
+
+HALF_BELOW_ONE = 1 - 2.0**-12
+"""From here on the nearest float16 is 1."""
 
 
 def log_edges(log_first: float, log_step: float, n: int) -> np.ndarray:
@@ -119,38 +115,33 @@ def resample_spectra(
     good : (N, m) float16
         Share of the bin's width covered by good pixels.
     """
-    n_bin, n_spectra = matrix.shape[0], flux.shape[1]
-    scale = np.broadcast_to(factor, matrix.shape[1]).astype(float)
-    squared = matrix.power(2)
-    flux_out = np.empty((n_spectra, n_bin), np.float32)
-    ivar_out = np.empty((n_spectra, n_bin), np.float32)
-    good_out = np.empty((n_spectra, n_bin), np.float16)
-
-    def fill(start: int) -> None:
-        block = slice(start, min(start + BLOCK_SPAXELS, n_spectra))
-        is_bad = bad[:, block]
-        value = np.where(is_bad, 0.0, flux[:, block]) * scale[:, None]
-        precision = np.where(is_bad, np.inf, ivar[:, block])
-        variance = (scale**2)[:, None] / precision
-        if is_bad.any():
-            covered = matrix @ (~is_bad).astype(float)  # (m, block), Angstrom
-        else:
-            covered = np.broadcast_to(matrix.sum(axis=1)[:, None], (n_bin, is_bad.shape[1]))
-        empty = covered < MIN_GOOD_FRACTION * widths[:, None]
-        divisor = np.where(empty, np.nan, covered)
-        flux_out[block] = ((matrix @ value) / divisor).T
-        with np.errstate(divide="ignore"):
-            inverse = divisor**2 / (squared @ variance)
-        flux_ok = ~empty & np.isfinite(inverse)
-        ivar_out[block] = np.where(flux_ok, inverse, 0.0).T
-        good_out[block] = np.where(empty, 0.0, np.minimum(covered / widths[:, None], 1.0)).T
-
-    starts = range(0, n_spectra, BLOCK_SPAXELS)
-    if len(starts) > 1:
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(fill, starts))
-    elif starts:  # resample_shifted comes here for every spaxel: no pool for one block
-        fill(0)
+    shape = (flux.shape[1], matrix.shape[0])
+    flux_out = np.full(shape, np.nan, np.float32)
+    ivar_out, good_out = np.zeros(shape, np.float32), np.zeros(shape, np.float16)
+    used = np.flatnonzero(~bad.all(axis=0))
+    if not used.size:
+        return flux_out, ivar_out, good_out
+    span = slice(used[0], used[-1] + 1)
+    flux, ivar, bad = flux[:, span], ivar[:, span], bad[:, span]
+    scale = np.broadcast_to(factor, matrix.shape[1])
+    scaled = matrix.copy()
+    scaled.data *= scale[matrix.indices]
+    value = flux.astype(float)
+    value[bad] = 0.0
+    covered = matrix @ (~bad).astype(float)  # (m, N), Angstrom
+    empty = covered < MIN_GOOD_FRACTION * widths[:, None]
+    covered[empty] = np.nan
+    flux_out[span] = (scaled @ value / covered).T
+    with np.errstate(divide="ignore"):
+        variance = (1 / ivar).astype(float)
+        variance[bad] = 0.0
+        inverse = np.square(covered) / (scaled.power(2) @ variance)
+    inverse[~np.isfinite(inverse)] = 0
+    ivar_out[span] = inverse.T
+    good = covered / widths[:, None]
+    good_out[span] = 1
+    partly = ~(good >= HALF_BELOW_ONE)  # NaN too; the slow rounding to float16 for these alone
+    good_out[span].T[partly] = np.where(empty[partly], 0.0, good[partly])
     return flux_out, ivar_out, good_out
 
 
@@ -183,17 +174,14 @@ def resample_shifted(
     As `resample_spectra`.
     """
     widths = np.diff(target)
-    parts = []
-    for i, stretch in enumerate(one_plus_z):
+    shape = (flux.shape[1], widths.size)
+    flux_out = np.full(shape, np.nan, np.float32)
+    ivar_out, good_out = np.zeros(shape, np.float32), np.zeros(shape, np.float16)
+    for i in np.flatnonzero(~bad.all(axis=0)):
+        stretch, column = one_plus_z[i], slice(i, i + 1)
         matrix = overlap_matrix(source / stretch, target)
-        column = slice(i, i + 1)
         scale = np.asarray(factor) * stretch
-        parts.append(
-            resample_spectra(
-                flux[:, column], ivar[:, column], bad[:, column], matrix, widths, scale
-            )
+        flux_out[column], ivar_out[column], good_out[column] = resample_spectra(
+            flux[:, column], ivar[:, column], bad[:, column], matrix, widths, scale
         )
-    if not parts:
-        empty = np.empty((0, widths.size), np.float32)
-        return empty, empty.copy(), empty.astype(np.float16)
-    return tuple(np.concatenate(p) for p in zip(*parts, strict=True))  # type: ignore[return-value]
+    return flux_out, ivar_out, good_out

@@ -15,6 +15,7 @@ Prints a table of ratios and peak memory; writes results/bench/bench_process.jso
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -31,8 +32,6 @@ import measuring  # noqa: E402
 
 import fits_utils  # noqa: E402
 import utils  # noqa: E402
-
-CUBE_FILE = "cube.h5"
 
 
 @dataclass(frozen=True)
@@ -134,18 +133,20 @@ def measure(logcube: Path, folder: Path, runs: int) -> tuple[dict[str, float], d
     """Median seconds of each, in turn, and the peak memory (GB) of command and plain script."""
     maps = utils.sibling(logcube, "maps")
     words = [sys.executable, ROOT / "process_single_cube.py", "--fits", logcube]
-    words += ["--maps", maps, "--data-dir", folder / "out", "--overwrite"]
-    cube, plain = folder / CUBE_FILE, folder / "plain.h5"
+    words += ["--maps", maps, "--data-dir"]
+    cubes = (folder / f"cube-{i}.h5" for i in itertools.count())
+    folders = (folder / f"out-{i}" for i in itertools.count())
+    plain = folder / "plain.h5"
     options, spans = fits_utils.CubeOptions(), array_spans(logcube)
     peaks: list[float] = []
 
     def command() -> None:
-        peaks.append(max(measuring.run_watched(words)[1].values()))
+        peaks.append(max(measuring.run_watched([*words, next(folders)])[1].values()))
 
     seconds = measuring.in_turn(
         {
             "command": command,
-            "cube": lambda: fits_utils.process_cube(logcube, cube, options, overwrite=True),
+            "cube": lambda: fits_utils.process_cube(logcube, next(cubes), options),
             "igzip": lambda: decompress(logcube, spans, keep=True),
             "discarding": lambda: decompress(logcube, spans, keep=False),
             "plain": lambda: plain_process(logcube, plain),
@@ -185,7 +186,7 @@ def main(config: Config) -> int:
         logcube = config.fits or simulate(folder / "data", config.bundle)
         rows = make_rows(*measure(logcube, folder, config.runs))
         size = logcube.stat().st_size / 1e6
-        h5 = (folder / CUBE_FILE).stat().st_size / 1e6
+        h5 = next(folder.glob("cube-*.h5")).stat().st_size / 1e6
     print(f"{logcube.name}: {size:.0f} MB gz -> {h5:.0f} MB h5; median of {config.runs} runs")
     measuring.print_rows(rows)
     measuring.write_rows(config.results / "bench_process.json", rows)

@@ -160,7 +160,7 @@ def to_h5_grid(spectra, z):
 def planted_continuum(root, plateifu, z):
     """Noiseless stars of a simulated LOGCUBE (MODEL less EMLINE) on the H5 grid, (y, x, band)."""
     hdus = fu.read_hdus(utils.find_raw(root, plateifu, "LOGCUBE"), ("REDCORR", "MODEL", "EMLINE"))
-    model, lines = (fu.native(hdus[n].data).astype(float) for n in ("MODEL", "EMLINE"))
+    model, lines = (hdus[n].data.astype(float) for n in ("MODEL", "EMLINE"))
     stars = (model - lines) * hdus["REDCORR"].data[:, None, None] * (1 + z)
     return to_h5_grid(stars, z).T.reshape(*stars.shape[1:], -1)
 
