@@ -336,7 +336,8 @@ def batch_norm(x: Tensor, norm: nn.Module, weights: Tensor | None) -> Tensor:
         mean = _channel_sum(x, share)
         shift = mean.to(x.dtype)
         centre = shift.view(-1, *_ones(x)).expand_as(x)
-        squares = F.mse_loss(x, centre, reduction="none")  # in one pass
+        wide = x.float() if x.dtype == torch.float16 else x  # whose squares end at 65504
+        squares = F.mse_loss(wide, centre.to(wide.dtype), reduction="none")  # in one pass
         variance = _channel_sum(squares, share) - (mean - shift).square()
         norm.num_batches_tracked.add_(1)
         momentum = norm.num_batches_tracked.to(dtype).reciprocal().clamp(min=norm.momentum)
@@ -387,21 +388,38 @@ class _Renormalise(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, share, weight, mean, inverse, batch_mean, batch_inverse = ctx.saved_tensors
         shape = (-1, *_ones(x))
-        # with a variance of 1 and no eps, the gradients of an evaluated norm's weight and bias are
-        # the sums of dy (x - batch mean) and of dy: torch takes both in one pass
-        one, wanted = torch.ones_like(mean), [False, True, True]
-        _, with_centred, total = torch.ops.aten.native_batch_norm_backward(
-            dy, x, one, batch_mean, one, None, None, False, 0.0, wanted
-        )
+        with_centred, total = _norm_sums(x, dy, batch_mean)
         by_u = with_centred * batch_inverse
         by_z = (with_centred + (batch_mean - mean) * total) * inverse
         scale = weight * inverse
         slope = -scale * by_u * batch_inverse
-        constant = -scale * total - slope * batch_mean
+        constant = -scale * total
+        if x.dtype == mean.dtype:
+            constant -= slope * batch_mean
+        else:  # too coarse a number for a difference of large ones
+            x = x - batch_mean.view(shape).to(x.dtype)
         spread = share.view(len(x), *_ones(x)[:-1], *x.shape[-2:])
         slope, constant = ((spread * part.view(shape)).to(x.dtype) for part in (slope, constant))
         dx = torch.addcmul(constant, x, slope).addcmul_(dy, scale.view(shape).to(x.dtype))
         return dx, None, by_z, total, None, None, None, None, None
+
+
+def _norm_sums(x: Tensor, dy: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum dy (x - mean), and dy, over all but the channels of (B, C, ..., Y, X), (C,) each.
+
+    Those are the gradients of an evaluated batch norm's weight and bias if the variance is 1, and
+    torch takes both in one pass. Bands go as channels of their own: GPUs give each channel to one
+    multiprocessor.
+    """
+    bands = x[0, 0, ..., 0, 0].numel()
+    x, dy = (part.reshape(len(part), -1, *part.shape[-2:]) for part in (x, dy))
+    means = mean.repeat_interleave(bands)
+    ones = torch.ones_like(means)
+    _, *sums = torch.ops.aten.native_batch_norm_backward(  # CUDA wants both means
+        dy, x, ones, means, ones, means, ones, False, 0.0, [False, True, True]
+    )
+    with_centred, total = (part.view(-1, bands).sum(1) for part in sums)
+    return with_centred, total
 
 
 def window_tokens(logits: Tensor, values: Tensor, window: int) -> Tensor:

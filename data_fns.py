@@ -153,6 +153,13 @@ class Samples:
         """Rows in words: plateifu and spaxel."""
         return [f"{self.plateifus[self.galaxy[i]]} y={self.y[i]} x={self.x[i]}" for i in rows]
 
+    def by_galaxy(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Give the galaxies, as in `galaxy`, and their samples' numbers."""
+        order = np.argsort(self.galaxy, kind="stable")
+        starts = np.flatnonzero(np.diff(self.galaxy[order], prepend=-1))
+        for rows in np.split(order, starts[1:]) if len(order) else []:
+            yield int(self.galaxy[rows[0]]), rows
+
 
 class NormedCube(NamedTuple):
     """A normalised cube."""
@@ -579,8 +586,7 @@ def usable_box(usable: np.ndarray) -> tuple[slice, slice]:
 def chance_of_being_seen(samples: Samples, probabilities: np.ndarray, cutout: int) -> np.ndarray:
     """Sum the probabilities of all samples in the (cutout x cutout) box around each, (N,)."""
     seen = np.empty(len(samples))
-    for galaxy in np.unique(samples.galaxy):
-        here = np.flatnonzero(samples.galaxy == galaxy)
+    for _, here in samples.by_galaxy():
         y, x = samples.y[here], samples.x[here]
         drawn = np.zeros((y.max() + 1, x.max() + 1))
         drawn[y, x] = probabilities[here]
@@ -746,7 +752,7 @@ def _why_stale(
     packed: data_io.Packed, root: Path, plateifus: Sequence[str], stats: data_io.Stats | None
 ) -> str:
     """Say why a packed file does not serve; empty if it does."""
-    if packed.attrs.get("stats") != _stats_name(stats):
+    if packed.attrs.get("stats") != stats_name(stats):
         return "the statistics are others"
     for plateifu in plateifus:
         if plateifu not in packed.rows:
@@ -759,7 +765,7 @@ def _why_stale(
     return ""
 
 
-def _stats_name(stats: data_io.Stats | None) -> str | None:
+def stats_name(stats: data_io.Stats | None) -> str | None:
     """Tell statistics from others: by their content, since a second may see two of them."""
     if stats is None:
         return None
@@ -797,7 +803,7 @@ def pack_cubes(
     spectra = np.broadcast_to(np.zeros(1, dtype), (n_rows, n_bands))
     attrs = {
         "patch_norm": patch_norm,
-        "stats": _stats_name(stats),
+        "stats": stats_name(stats),
         "code_version": utils.VERSION,
         "created_utc": utils.utc_now(),
     }
@@ -830,8 +836,17 @@ def _spectra_of(
 ) -> np.ndarray:
     """Normalised spectra of a cube's usable spaxels, (n, C)."""
     spec = PatchSpec("logOH", patch_norm=patch_norm)
-    cube = load_normed(utils.cube_path(root, plateifu), spec, stats)
-    return cube.values[cube.usable].astype(dtype)
+    path = utils.cube_path(root, plateifu)
+    cube = load_normed(path, spec, stats)
+    spectra = cube.values[cube.usable]
+    with np.errstate(over="ignore"):
+        rounded = spectra.astype(dtype)
+    if not np.isfinite(rounded).all():
+        raise DataError(
+            f"{path}: values up to {np.abs(spectra).max():.3g} in the norm {patch_norm}, too large "
+            f"for {dtype}. Pack as float32: --packed-type, in pack_cubes.py --dtype."
+        )
+    return rounded
 
 
 # Samples and loaders

@@ -132,7 +132,7 @@ def resample_spectra(
     empty = covered < MIN_GOOD_FRACTION * widths[:, None]
     covered[empty] = np.nan
     flux_out[span] = (scaled @ value / covered).T
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         variance = (1 / ivar).astype(float)
         variance[bad] = 0.0
         inverse = np.square(covered) / (scaled.power(2) @ variance)

@@ -139,6 +139,9 @@ class TrainConfig:
     """Mixed precision."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    compile: bool = False
+    """Compile the training step (torch.compile): fewer launches for a GPU, after some minutes.
+    Needs a C++ compiler."""
     workers: int = 0
     """Processes that cut patches and pack cubes; 0: this one, fast enough for PCA patches."""
     cache_gb: float = 4.0
@@ -398,8 +401,7 @@ def predict_fields(
     """Do as `eval_fns.predict_logits`, a whole galaxy at a time: the same numbers, faster."""
     dataset, logits, order = _dataset(loader), [], []
     network.eval()
-    for galaxy in np.unique(dataset.samples.galaxy):
-        rows = np.flatnonzero(dataset.samples.galaxy == galaxy)
+    for galaxy, rows in dataset.samples.by_galaxy():
         field, (y, x) = dataset.field(galaxy)
         with torch.autocast(device.type, eval_fns.AMP_TYPES[amp], enabled=amp != "off"):
             dense = network.forward_dense(field.to(device, non_blocking=True))[0]
@@ -528,10 +530,33 @@ def restore(training: Training) -> None:
         and training.progress.epoch - training.progress.best_epoch >= training.config.patience
     ):
         training.progress.finished = False  # more epochs were asked for than the run had
-    training.about = json.loads((training.run_dir / eval_fns.MODEL_FILE).read_text())
+    about = json.loads((training.run_dir / eval_fns.MODEL_FILE).read_text())
+    if about["training_labels"] != training.about["training_labels"]:
+        raise DataError(
+            f"{training.run_dir}: the training labels are not those that the run began with. "
+            "Start anew with --overwrite."
+        )
+    training.about = about
     torch.set_rng_state(saved["rng"]["torch"].cpu())
-    if training.device.type == "cuda":
+    if training.device.type == "cuda" and saved["rng"]["cuda"] is not None:  # None: was on a CPU
         torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
+
+
+def check_inputs(config: TrainConfig, run_dir: Path) -> None:
+    """Raise a DataError if a run to be resumed would go on with other galaxies or statistics."""
+    root = utils.data_dir(config.data_dir)
+    folders = utils.split_path(root, config.split), run_dir / eval_fns.SPLIT_FOLDER
+    now, then = (data_io.read_split(folder)[0] for folder in folders)
+    changed = [part for part in then if not then[part].equals(now[part])]
+    if config.patch_norm == "PCA":
+        paths = utils.stats_path(root, config.split), run_dir / eval_fns.STATS_FILE
+        ours, other = (data_fns.stats_name(data_io.read_stats(path)) for path in paths)
+        changed += ["statistics"] if ours != other else []
+    if changed:
+        raise DataError(
+            f"{folders[0]}: made anew since {run_dir} began ({', '.join(changed)} differ). "
+            f"Start anew with --overwrite, or put back the split of which {folders[1]} is a copy."
+        )
 
 
 def choose_run_dir(config: TrainConfig) -> tuple[Path, bool]:
@@ -740,6 +765,7 @@ def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], 
 def set_up(config: TrainConfig, run_dir: Path) -> Training:
     """Make loaders, model and optimiser from the config and its seed."""
     device = eval_fns.pick_device(config.device)
+    torch.backends.cudnn.benchmark = True  # shapes repeat: pick convolutions by trial
     root = utils.data_dir(config.data_dir)
     sampler_seed, weight_seed = (
         int(s.generate_state(1)[0]) for s in np.random.SeedSequence(config.seed).spawn(2)
@@ -777,6 +803,8 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
     ).to(device)
     if config.projection:
         start_projection(model, _dataset(loaders["train"]), weight_seed)
+    if config.compile:
+        compile_steps(model)
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
@@ -785,6 +813,12 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     about = describe_model(config, loaders["train"], model)
     return Training(config, run_dir, device, loaders, model, optimiser, scheduler, scaler, about)
+
+
+def compile_steps(model: SSFTT) -> None:
+    """Compile what training calls; maps come in too many sizes."""
+    model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
+    model.forward_inner = torch.compile(model.forward_inner)  # type: ignore[method-assign]
 
 
 def train(training: Training, stopper: Stopper) -> int:
@@ -814,6 +848,8 @@ def main(config: TrainConfig) -> int:
     utils.setup_logging(run_dir / LOG_FILE)
     stopper = Stopper()
     with stopper.listening():
+        if resuming:
+            check_inputs(config, run_dir)
         training = set_up(config, run_dir)
         log.info("SSFTT training %s, torch %s", utils.VERSION, torch.__version__)
         log.info("device %s, %d CPUs, run folder %s", training.device, utils.cpu_count(), run_dir)

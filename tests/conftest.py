@@ -22,6 +22,16 @@ def shared_manga() -> Path:
     return folder
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """Each device in turn; skips a GPU where there is none."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return request.param
+
+
 def write_logcube(path: Path, flux, ivar, mask, drop=(), redcorr=None, wave=None, **cards) -> Path:
     """Write a DAP-like LOGCUBE from (band, y, x) arrays; a card of None is left out."""
     primary = fits.PrimaryHDU()

@@ -380,16 +380,20 @@ def test_weighted_cutouts_train_as_their_patches_each_repeated(patch_size, side)
         torch.testing.assert_close(one.running_var, other.running_var, rtol=30 / n, atol=0)
 
 
-def test_renormalisation_is_that_of_its_paper():
+def test_renormalisation_is_that_of_its_paper(device):
     """Ioffe 2017, algorithm 1, by autograd with r and d as constants."""
     torch.manual_seed(0)
-    norm = torch.nn.BatchNorm2d(5).double()
+    norm = torch.nn.BatchNorm2d(5).double().to(device)
     norm.weight.data.normal_()
     norm.bias.data.normal_()
+
+    def normal(*shape):
+        return torch.randn(shape, dtype=torch.double).to(device)
+
     for _ in range(30):  # past the first, plain averages
-        batch_norm(torch.randn(2, 5, 6, 7).double() * 2 + 1, norm, torch.rand(2, 6, 7).double())
-    x = (torch.randn(2, 5, 6, 7, dtype=torch.double) * 3).requires_grad_()
-    weights, upstream = torch.rand(2, 6, 7).double(), torch.randn(2, 5, 6, 7).double()
+        batch_norm(normal(2, 5, 6, 7) * 2 + 1, norm, normal(2, 6, 7).abs())
+    x = (normal(2, 5, 6, 7) * 3).requires_grad_()
+    weights, upstream = normal(2, 6, 7).abs(), normal(2, 5, 6, 7)
     before = norm.running_mean.clone(), norm.running_var.clone()
     y = batch_norm(x, norm, weights)
     found = torch.autograd.grad(y, (x, norm.weight, norm.bias), upstream)
@@ -411,6 +415,45 @@ def test_renormalisation_is_that_of_its_paper():
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(norm.running_mean, running_mean)
     torch.testing.assert_close(norm.running_var, running_var)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.005), (torch.float16, 0.002)], ids=["bf16", "fp16"]
+)
+def test_renormalisation_in_half_precision_bears_offsets_and_outliers(device, dtype, tolerance):
+    """Neither a mean of 30 sigma spoils the gradient nor 300**2, past fp16, the average."""
+    torch.manual_seed(0)
+    x = (torch.randn(4, 3, 5, 8, 8) + 30).to(dtype)
+    x[0, 0, 0, 0, 0] = 300
+    weights, upstream = torch.rand(4, 5, 5), torch.randn(x.shape).to(dtype)
+    norms, gradients = [], []
+    for kind in (torch.double, dtype):
+        norm = torch.nn.BatchNorm3d(3).to(device)
+        norm = norm.double() if kind is torch.double else norm
+        given = x.to(device, kind).requires_grad_()
+        y = batch_norm(given, norm, weights.to(device))
+        gradients.append(torch.autograd.grad(y, given, upstream.to(device, kind))[0].double())
+        norms.append(norm)
+    exact, found = gradients
+    assert (found - exact).norm() < tolerance * exact.norm()
+    for name in ("running_mean", "running_var"):
+        one, other = (getattr(norm, name).double() for norm in norms)
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0)
+
+
+def test_faces_agree_on_every_device(device):
+    torch.manual_seed(0)
+    model = like_trained(get_SSFTT_model(4, 7, 16)).to(device)
+    cube = torch.randn(1, 1, 16, 9, 10)
+    padded = F.pad(cube, (3,) * 4).to(device)
+    patches = (
+        padded[0, 0].unfold(1, 7, 1).unfold(2, 7, 1).permute(1, 2, 0, 3, 4).reshape(-1, 1, 16, 7, 7)
+    )
+    with torch.inference_mode():
+        one = model(patches)
+        dense = model.forward_dense(cube.to(device))[0].permute(1, 2, 0).reshape(90, 4)
+    tolerance = 1e-4 if device == "cpu" else 5e-3  # a GPU convolves float32 in TF32
+    assert (dense - one).abs().max() <= tolerance * one.abs().max()
 
 
 def test_cutouts_train_on_what_evaluation_will_normalise_by():

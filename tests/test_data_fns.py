@@ -510,3 +510,13 @@ def test_cutouts_that_cannot_be_are_refused(root, tmp_path):
     message = error_of(root, spec, source="packed")
     assert "pack_cubes.py --overwrite" in message
     packed.unlink()
+
+
+def test_samples_by_galaxy_in_any_order():
+    galaxy = np.array([2, 0, 2, 1, 0], np.int32)
+    zero = np.zeros(5, np.int32)
+    samples = data_fns.Samples(["a", "b", "c"], galaxy, zero, zero, zero, zero, zero)
+    found = {g: rows.tolist() for g, rows in samples.by_galaxy()}
+    assert found == {0: [1, 4], 1: [3], 2: [0, 2]}
+    none = data_fns.Samples([], *[zero[:0]] * 6)
+    assert list(none.by_galaxy()) == []

@@ -9,6 +9,7 @@ import mock_cubes
 import numpy as np
 import pytest
 
+import data_fns
 import data_io
 import hsi_proc_fns
 import pack_cubes
@@ -82,3 +83,18 @@ def test_command_line(root, tmp_path):
     assert done.returncode == 1
     assert "create_data_splits.py" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_values_that_float16_cannot_hold_are_refused(root, tmp_path, monkeypatch):
+    real = data_fns.load_normed
+
+    def too_large(*args):
+        cube = real(*args)
+        cube.values[cube.usable] += 7e4
+        return cube
+
+    monkeypatch.setattr(data_fns, "load_normed", too_large)
+    config = pack_cubes.Config("hard", root, patch_norm="spectral", jobs=1)
+    with pytest.raises(DataError, match=r"\.h5: values up to 7e\+04 .* Pack as float32"):
+        pack_cubes.main(config)
+    assert not data_io.packed_path(root, "hard", "spectral", "float16").exists()

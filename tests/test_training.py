@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import data_fns
+import data_io
 import eval_fns
 import run_SSFTT_training as training
 import utils
@@ -112,7 +113,6 @@ def test_run_stopped_by_a_signal_resumes_bit_for_bit(any_config, tmp_path, monke
         assert training.main(stopped) == utils.EXIT_AGAIN
     saved = training.read_checkpoint(stopped.run_dir)
     assert (saved["progress"]["epoch"], saved["progress"]["step"]) == (1, 2)
-    assert (saved["progress"]["epoch"], saved["progress"]["step"]) == (1, 2)
     assert training.main(stopped) == 0
     assert_same_run(config.run_dir, stopped.run_dir)
     assert signal.getsignal(number) is signal.SIG_DFL
@@ -162,6 +162,76 @@ def test_resuming_with_other_options_is_refused(config):
     training.main(replace(config, epochs=1))
     with pytest.raises(DataError, match="another dropout, lr"):
         training.main(replace(config, resume="auto", lr=0.5, dropout=0.3))
+
+
+def test_resuming_with_another_split_is_refused(config, root, tmp_path):
+    """Else a run would learn from the galaxies that it is tested on."""
+    config = replace(config, data_dir=shutil.copytree(root, tmp_path / "data"), epochs=1)
+    training.main(config)
+    more = replace(config, epochs=2, resume="auto")
+    split = utils.split_path(config.data_dir, "hard")
+    for one, other in (("train", "swap"), ("test", "train"), ("swap", "test")):
+        (split / f"{one}.csv").rename(split / f"{other}.csv")
+    before = weights_of(config.run_dir)
+    with pytest.raises(DataError, match=r"made anew since .* \(train, test differ\)"):
+        training.main(more)
+    assert all(torch.equal(tensor, before[k]) for k, tensor in weights_of(config.run_dir).items())
+
+
+def test_resuming_with_other_statistics_is_refused(config, root, tmp_path):
+    config = replace(config, data_dir=shutil.copytree(root, tmp_path / "data"), epochs=1)
+    training.main(config)
+    path = utils.stats_path(config.data_dir, "hard")
+    stats = data_io.read_stats(path)
+    data_io.write_stats(path, replace(stats, components=stats.components[::-1]))
+    with pytest.raises(DataError, match=r"made anew since .* \(statistics differ\)"):
+        training.main(replace(config, epochs=2, resume="auto"))
+
+
+def test_resuming_with_other_labels_is_refused(config, root, tmp_path):
+    config = replace(config, data_dir=shutil.copytree(root, tmp_path / "data"), epochs=1)
+    training.main(config)
+    for path in (config.data_dir / "processed" / "labels" / "logOH").glob("*.npy"):
+        np.save(path, np.load(path) + np.float32(0.01))
+    with pytest.raises(DataError, match="training labels are not those"):
+        training.main(replace(config, epochs=2, resume="auto"))
+
+
+def test_compiling_reaches_the_faces_that_training_calls(config, monkeypatch):
+    seen = []
+
+    def compile_(face):
+        def compiled(*args):
+            seen.append(face.__name__)
+            return face(*args)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    config = replace(config, epochs=1, samples_per_epoch=64 * 3, compile=True)
+    assert training.main(config) == 0
+    steps = len(seen)
+    assert steps == seen.count("forward") == 3
+    assert training.main(replace(config, source="packed", cutout=5, overwrite=True)) == 0
+    assert seen[steps:].count("forward_inner") == len(seen) - steps > 0
+    assert eval_fns.load_model(config.run_dir, "cpu").network.arguments["n_classes"] == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cutout", [1, 5])
+def test_a_gpu_trains_stops_and_takes_over_from_a_cpu(config, monkeypatch, cutout):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    config = replace(config, source="packed", cutout=cutout, amp="bf16", epochs=1)
+    assert training.main(config) == 0
+    on_gpu = replace(config, device="cuda", resume="auto", epochs=3)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert training.main(on_gpu) == utils.EXIT_AGAIN
+    assert training.main(on_gpu) == 0
+    numbers = numbers_of(config.run_dir)
+    assert len(numbers) == 3
+    assert numbers["train_loss"].iloc[-1] < numbers["train_loss"].iloc[0]
 
 
 def test_run_folder_is_never_overwritten_silently(config):
