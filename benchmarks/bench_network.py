@@ -47,7 +47,7 @@ import hsi_proc_fns  # noqa: E402
 import utils  # noqa: E402
 from data_fns import Batch, Batches, CutoutBatch, PatchSpec  # noqa: E402
 from HSI_SSFTT import SMALLEST_CONVOLVED, SSFTT, get_SSFTT_model  # noqa: E402
-from run_SSFTT_training import batch_loss  # noqa: E402
+from run_SSFTT_training import batch_loss, compile_steps  # noqa: E402
 from utils import DataError  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -64,13 +64,15 @@ RECOMMENDED = "pca30"
 """The stem that docs/performance.md recommends."""
 
 PEAKS: dict[str, tuple[float, float]] = {
-    "H200": (989.5e12, 4.8e12),
-    "H100": (989.5e12, 3.35e12),
-    "A100": (312e12, 2.039e12),
+    "NVIDIA H200": (989.5e12, 4.8e12),
+    "NVIDIA H100 80GB HBM3": (989.5e12, 3.35e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.039e12),
 }
-"""Dense bfloat16 FLOP/s and bytes/s by part of the device's name, of the SXM modules with the
-largest memory (NVIDIA's data sheets "H200 Tensor Core GPU", "H100 Tensor Core GPU" and "A100 80GB
-Tensor Core GPU"; the first two state twice the FLOP/s, with sparsity)."""
+"""Dense bfloat16 FLOP/s and bytes/s by the device's name, of SXM modules (NVIDIA's data sheets
+"H200 Tensor Core GPU", "H100 Tensor Core GPU" and "A100 80GB Tensor Core GPU"; the first two state
+twice the FLOP/s, with sparsity)."""
+AGREES = {"off": 0.05, "bf16": 0.15, "fp16": 0.08}
+"""How far a GPU's numbers may lie from a CPU's float32 ones, of their norm (off: TF32)."""
 SECONDS_OF_WORK = 0.2
 """At least so long is one measurement of a ceiling."""
 ADAM_BYTES = 4 * 8
@@ -129,6 +131,7 @@ class Bench(NamedTuple):
             raise DataError("--cutout must be odd, --map-size and --runs at least 1.")
         device = eval_fns.pick_device(config.device)
         on_gpu = device.type == "cuda"
+        torch.backends.cudnn.benchmark = True  # as in training
         return cls(
             config,
             device,
@@ -193,7 +196,11 @@ class Step:
     ----------
     spaxels : int
         Learned from in a call.
+    peak_gb : float or None
+        GPU memory that it took at most, with model and batch; set by `fitting_step`.
     """
+
+    peak_gb: float | None = None
 
     def __init__(self, bench: Bench, variant: str, dense: bool, n: int) -> None:
         self.bench, self.variant, self.n = bench, variant, n
@@ -221,10 +228,16 @@ class Step:
 def fitting_step(bench: Bench, variant: str, dense: bool) -> Step:
     """Make steps of as many patches or cutouts as the GPU's memory takes, halving their number."""
     n, step = bench.cutouts if dense else bench.patches, None
+    on_gpu = bench.device.type == "cuda"
     while True:
         try:
+            before = torch.cuda.memory_allocated() if on_gpu else 0
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
             step = Step(bench, variant, dense, n)
             step()
+            if on_gpu:
+                step.peak_gb = (torch.cuda.max_memory_allocated() - before) / 1e9
             return step
         except torch.cuda.OutOfMemoryError:
             step = None  # it holds memory
@@ -244,6 +257,33 @@ def patches_of(cutout: Tensor, patch_size: int, n: int) -> Tensor:
     ys, xs = np.indices(image.shape[:2]).reshape(2, -1)[:, np.arange(n) % image[..., 0].size]
     patches = hsi_proc_fns.extract_patches(image, ys, xs, patch_size)
     return torch.from_numpy(patches).permute(0, 3, 1, 2).unsqueeze(1)
+
+
+def check_device(bench: Bench) -> None:
+    """Raise a DataError if a GPU's logits or gradients are not those of the CPU.
+
+    The time of a wrong answer is worth nothing, and some releases of cuDNN gave one.
+    """
+    on_cpu = bench._replace(device=torch.device("cpu"), amp="off")
+    for amp in ("off", bench.amp):
+        found = []
+        for each in (on_cpu, bench._replace(amp=amp)):
+            step = Step(each._replace(steps=1), "fiducial", dense=True, n=1)
+            step.model.dropout.p = 0.0
+            for module in step.model.block.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            step.learn(step.batch)
+            parts = [p.grad for p in step.model.parameters() if p.grad is not None]
+            found.append(torch.cat([p.flatten().double().cpu() for p in parts]))
+        off = float((found[1] - found[0]).norm() / found[0].norm())
+        log.info("gradients of a step, %s: %.2g of their norm off a CPU's", amp, off)
+        if not off < AGREES[amp]:
+            raise DataError(
+                f"a step's gradients with amp {amp} are {off:.2g} of their norm off a CPU's, "
+                f"expected less than {AGREES[amp]}. Try another release of torch or cuDNN "
+                f"({torch.backends.cudnn.version()})."
+            )
 
 
 # Rows
@@ -274,22 +314,18 @@ def forward_rows(bench: Bench) -> list[Row]:
     return [make_row("dense_forward", rates["dense"], rates["patch_wise"], "spaxels/s", against)]
 
 
-class Trained(NamedTuple):
-    """What `training_rows` finds."""
-
-    rows: list[Row]
-    roofline: list[dict[str, Any]]
-    sizes: dict[tuple[str, bool], int]
-    """Patches or cutouts a step, by variant and face."""
+Steps = dict[tuple[str, bool], Step]
+"""By variant and whether on cutouts."""
 
 
-def training_rows(bench: Bench) -> Trained:
-    """Compare training steps: patch-wise and dense, every stem."""
-    steps = {
-        (variant, dense): fitting_step(bench, variant, dense)
-        for variant in VARIANTS
-        for dense in (False, True)
-    }
+def make_steps(bench: Bench) -> Steps:
+    """Make every variant's steps, patch-wise and on cutouts."""
+    kinds = [(variant, dense) for variant in VARIANTS for dense in (False, True)]
+    return {kind: fitting_step(bench, *kind) for kind in kinds}
+
+
+def training_rows(bench: Bench, steps: Steps) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Compare training steps: patch-wise and dense, every stem; and find their roofline."""
     took = measuring.in_turn({str(key): step for key, step in steps.items()}, bench.config.runs)
     rates = {key: step.spaxels / took[str(key)] for key, step in steps.items()}
     base, against = rates["fiducial", False], "patch-wise, fiducial"
@@ -304,10 +340,6 @@ def training_rows(bench: Bench) -> Trained:
         if variant != "fiducial"
     ]
     rows.append(row("recommended_training", RECOMMENDED, True))
-    rows += small_cutout_rows(bench, steps["fiducial", False])
-    if bench.config.compile:
-        for variant in ("fiducial", RECOMMENDED):
-            rows += compiled_rows(bench, steps[variant, True])
     ceilings = measure_ceilings(bench)
     table = [
         roofline(bench, steps[variant, True], rates[variant, True], ceilings)
@@ -317,7 +349,7 @@ def training_rows(bench: Bench) -> Trained:
         name, against = f"roofline_{entry['variant']}", f"bound by {entry['limit']}, as measured"
         ours, bound = entry["spaxels_per_s"], entry["bound_measured"]
         rows.append(make_row(name, ours, bound, "spaxels/s", against))
-    return Trained(rows, table, {key: step.n for key, step in steps.items()})
+    return rows, table
 
 
 def small_cutout_rows(bench: Bench, patch_wise: Step) -> list[Row]:
@@ -336,20 +368,16 @@ def small_cutout_rows(bench: Bench, patch_wise: Step) -> list[Row]:
 
 
 def compiled_rows(bench: Bench, eager: Step) -> list[Row]:
-    """Compare a dense step under torch.compile with itself; nothing where that does not work."""
+    """Compare a dense step under torch.compile with itself."""
     compiled = Step(bench, eager.variant, dense=True, n=eager.n)
-    compiled.model.forward_inner = torch.compile(compiled.model.forward_inner)  # type: ignore
-    try:
-        took = measuring.in_turn({"eager": eager, "compiled": compiled}, bench.config.runs)
-    except Exception as error:  # whatever the compiler's layers raise: the rest is still measured
-        log.warning("torch.compile, %s: %s", eager.variant, str(error).strip().splitlines()[-1])
-        return []
+    compile_steps(compiled.model)
+    took = measuring.in_turn({"eager": eager, "compiled": compiled}, bench.config.runs)
     rates = {name: eager.spaxels / seconds for name, seconds in took.items()}
     name = f"compiled_{eager.variant}"
     return [make_row(name, rates["compiled"], rates["eager"], "spaxels/s", "the same, eager")]
 
 
-def pipeline_rows(bench: Bench, folder: Path, sizes: dict[tuple[str, bool], int]) -> list[Row]:
+def pipeline_rows(bench: Bench, folder: Path, steps: Steps) -> list[Row]:
     """Compare training with its loader, from packed cubes: dense against patch-wise."""
     kinds = {"patch_wise": ("fiducial", 1)}
     kinds |= {v: (v, bench.config.cutout) for v in dict.fromkeys(("fiducial", RECOMMENDED))}
@@ -357,7 +385,7 @@ def pipeline_rows(bench: Bench, folder: Path, sizes: dict[tuple[str, bool], int]
     for kind, (variant, cutout) in kinds.items():
         step = Step(bench, variant, dense=False, n=1)
         bands = step.model.arguments["bands"]
-        n = sizes[variant, cutout > 1]
+        n = steps[variant, cutout > 1].n
         loader = packed_loader(bench, folder / f"{bands}.h5", bands, cutout, n)
         works[kind] = functools.partial(one_pass, step, loader, labelled, kind)
     took = measuring.in_turn(works, bench.config.runs)
@@ -423,12 +451,19 @@ def map_rows(bench: Bench) -> list[Row]:
     def class_map(variant: str, patch_wise: bool) -> None:
         eval_fns.predict_map(trained[variant], values(variant), patch_wise).argmax(2)
 
-    held = torch.from_numpy(values(RECOMMENDED)).permute(2, 0, 1)[None, None].to(bench.device)
+    held = torch.from_numpy(flux).to(bench.device)
+    network, stats = trained[RECOMMENDED].network, trained[RECOMMENDED].stats
+    assert stats is not None
+    mean, components = (
+        torch.from_numpy(a.astype(np.float32)).to(bench.device)
+        for a in (stats.mean, stats.components / np.sqrt(stats.explained_variance)[:, None])
+    )
 
     @torch.inference_mode()
     def on_device() -> None:
+        values = (held / held.abs().mean(2, keepdim=True) - mean) @ components.T  # (y, x, K)
         with bench.autocast():
-            trained[RECOMMENDED].network.forward_dense(held).argmax(1)
+            network.forward_dense(values.permute(2, 0, 1)[None, None]).argmax(1)
         bench.synchronise()
 
     works: dict[str, Callable[[], object]] = {
@@ -442,7 +477,8 @@ def map_rows(bench: Bench) -> list[Row]:
         make_row("map_latency", took["fiducial"], slow, "s", against, **more),
         make_row("map_latency_recommended", took[RECOMMENDED], slow, "s", against, **more),
     ]
-    name, against = "map_on_device_recommended", "map_latency_recommended: flux on the CPU, float32"
+    name = "map_on_device_recommended"
+    against = "map_latency_recommended: flux and gaps on the CPU, network in float32"
     return [*rows, make_row(name, took["on_device"], took[RECOMMENDED], "s", against, **more)]
 
 
@@ -577,21 +613,22 @@ def roofline(
     Returns
     -------
     dict
-        Of one spaxel: flops, bytes. bound_measured, bound_peak: spaxels/s at the measured
-        ceilings and at the data sheet's (None for devices not in PEAKS); share_measured,
-        share_peak: of these. limit: what sets the bound.
+        Of one spaxel: flops, bytes. peak_gb: GPU memory of the step (None on CPUs).
+        bound_measured, bound_peak: spaxels/s at the measured ceilings and at the data sheet's
+        (None for devices not in PEAKS); share_measured, share_peak: of these. limit: what sets
+        the bound.
     """
     spaxels = bench.config.cutout**2
     itemsize = torch.tensor([], dtype=bench.dtype).element_size()
     flops = count_flops(step.model, bench.config.cutout, training=True) / spaxels
     moved = count_bytes(step.model, bench.config.cutout, itemsize, step.n) / spaxels
-    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else ""
-    peak = next((v for k, v in PEAKS.items() if k in name), None)
+    peak = PEAKS.get(torch.cuda.get_device_name()) if bench.device.type == "cuda" else None
     bounds = [c and 1 / max(flops / c[0], moved / c[1]) for c in (ceilings, peak)]
     return {
         "variant": step.variant,
         "spaxels_per_s": rate,
         "cutouts_a_step": step.n,
+        "peak_gb": step.peak_gb,
         "flops": flops,
         "bytes": moved,
         "limit": "arithmetic" if flops / ceilings[0] > moved / ceilings[1] else "memory",
@@ -632,6 +669,8 @@ def trace_step(step: Step, lines: int = 12) -> list[tuple[str, float]]:
     field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     times = {e.key: float(getattr(e, field)) for e in found.key_averages()}
     whole = sum(times.values())
+    if not whole:
+        raise DataError("torch's profiler saw no time on the device; is it allowed to trace here?")
     ranked = sorted(times.items(), key=lambda item: -item[1])[:lines]
     return [(name, value / whole) for name, value in ranked]
 
@@ -652,6 +691,30 @@ def print_traces(bench: Bench) -> None:
     print(f"written: {out}")
 
 
+class Report:
+    """What was measured so far, saved after every part: a machine may be lent for a short time."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.rows, self.failed = bench, list[Row](), list[str]()
+        self.more: dict[str, Any] = {
+            "config": utils.config_dict(bench.config) | {"amp": bench.amp},
+            "cudnn": torch.backends.cudnn.version(),
+        }
+
+    def part(self, name: str, measure: Callable[[], list[Row]]) -> None:
+        """Add the rows of a part; one that fails is told, and leaves the others."""
+        try:
+            self.rows += measure()
+        except Exception as error:  # whatever torch, its compiler or the driver raise
+            log.warning("%s: %s", name, str(error).strip().splitlines()[-1])
+            log.debug("%s", name, exc_info=True)
+            self.failed.append(name)
+        out = self.bench.config.results / f"bench_network_{self.bench.device.type}.json"
+        measuring.write_rows(out, self.rows, failed=self.failed, **self.more)
+        if self.bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
 def main(config: Config) -> int:
     """Measure, print, write."""
     torch.set_num_threads(utils.cpu_count())
@@ -659,25 +722,35 @@ def main(config: Config) -> int:
     if config.trace:
         print_traces(bench)
         return utils.EXIT_DONE
-    out = config.results / f"bench_network_{bench.device.type}.json"
-    rows = forward_rows(bench)
-    trained = training_rows(bench)
-    rows += trained.rows
-    sizes = {f"{v}_{'dense' if d else 'patch_wise'}": n for (v, d), n in trained.sizes.items()}
-    about = utils.config_dict(config) | {"amp": bench.amp, "a_step": sizes}
+    if bench.device.type == "cuda":
+        check_device(bench)
+    report = Report(bench)
+    report.part("forward", lambda: forward_rows(bench))
+    steps = make_steps(bench)
+    report.more["a_step"] = {
+        f"{v}_{'dense' if d else 'patch_wise'}": s.n for (v, d), s in steps.items()
+    }
 
-    def save() -> None:  # after each part: a machine may be lent for a short time
-        measuring.write_rows(out, rows, roofline=trained.roofline, config=about)
+    def training() -> list[Row]:
+        rows, report.more["roofline"] = training_rows(bench, steps)
+        return rows
 
-    save()
+    report.part("training", training)
+    report.part("small cutouts", lambda: small_cutout_rows(bench, steps["fiducial", False]))
+    for variant in ("fiducial", RECOMMENDED) if config.compile else ():
+        report.part(
+            f"torch.compile, {variant}", lambda v=variant: compiled_rows(bench, steps[v, True])
+        )
     with tempfile.TemporaryDirectory() as folder:
-        rows += pipeline_rows(bench, Path(folder), trained.sizes)
-    rows += map_rows(bench)
-    save()
-    rows += memory_rows(bench)
-    measuring.print_rows(rows)
-    print_roofline(trained.roofline)
-    save()
+        report.part("pipeline", lambda: pipeline_rows(bench, Path(folder), steps))
+    steps.clear()
+    report.part("map", lambda: map_rows(bench))
+    report.part("memory", lambda: memory_rows(bench))
+    measuring.print_rows(report.rows)
+    if "roofline" in report.more:
+        print_roofline(report.more["roofline"])
+    if report.failed:
+        raise DataError(f"not measured: {', '.join(report.failed)}; see the warnings above.")
     return utils.EXIT_DONE
 
 

@@ -211,8 +211,30 @@ def test_roofline_has_every_variant_and_a_share_of_its_bound(tiny_run):
         assert row["share_peak"] is None  # no data sheet of a CPU
 
 
-def test_gpus_are_known_by_their_names():
-    assert next(v for k, v in bench_network.PEAKS.items() if k in "NVIDIA H200")[1] == 4.8e12
+def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def too_much(*args):
+        raise torch.cuda.OutOfMemoryError("first line\nno memory")
+
+    monkeypatch.setattr(bench_network, "training_rows", too_much)
+    with pytest.raises(utils.DataError, match="not measured: training;"):
+        bench_network.main(bench_network.Config(**TINY, results=tmp_path))
+    found = json.loads((tmp_path / "bench_network_cpu.json").read_text())
+    assert found["failed"] == ["training"]
+    assert {row["name"] for row in found["rows"]} >= {"dense_forward", "map_latency"}
+
+
+def test_a_device_that_reckons_wrongly_is_refused(monkeypatch):
+    bench = bench_network.Bench.of(bench_network.Config(**TINY, amp="bf16"))
+    bench_network.check_device(bench)
+    real = bench_network.batch_loss
+
+    def wrong(model, batch, device, *more):
+        loss, booked = real(model, batch, device, *more)
+        return loss * (1.5 if torch.is_autocast_enabled("cpu") else 1), booked
+
+    monkeypatch.setattr(bench_network, "batch_loss", wrong)
+    with pytest.raises(utils.DataError, match=r"amp bf16 are 0\.5"):
+        bench_network.check_device(bench)
 
 
 SHAPES = [
