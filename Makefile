@@ -2,12 +2,19 @@
 # make test   every test, MaNGA's and ImageExtractor's
 # Both set themselves up: a virtual environment in .venv from requirements*.txt, made anew when
 # those change. Another Python: make PYTHON=python3.12 demo. To use an environment of your own
-# (clusters, GPUs): make VENV=/path/to/env SETUP=no test.
+# (clusters, GPUs), which is left as it is: make VENV=/path/to/env SETUP=no test.
+# torch comes from pip's default index, which has CUDA builds for Linux on x86-64. A CPU build, much
+# smaller: make TORCH_INDEX='--index-url https://download.pytorch.org/whl/cpu' demo.
 PYTHON ?= python3
 VENV ?= .venv
 SETUP ?= yes
 python = $(VENV)/bin/python
 ready = $(VENV)/.ready
+ifneq ($(SETUP),no)
+ifneq ($(abspath $(VENV)),$(abspath .venv))
+$(error only .venv is set up here; to use $(VENV) as it is, add SETUP=no)
+endif
+endif
 STAMP = $(if $(filter no,$(SETUP)),,$(ready))
 
 .PHONY: demo test test-manga lint bench bench-gpu setup demo-cta test-cta bench-cta clean
@@ -46,5 +53,5 @@ $(ready): requirements.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) data/demo results .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv data/demo results .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	$(MAKE) -C image-extractor clean

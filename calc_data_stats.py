@@ -12,6 +12,7 @@ Writes  splits/<split_dir>/stats.h5, stats_components.png, stats_variance.png.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass, field
@@ -121,8 +122,8 @@ def split_stats(
     Raises
     ------
     DataError
-        If a cube is missing, the cubes are of different kinds, or there are fewer usable spectra
-        than components.
+        If a cube is missing, the cubes are of different kinds, there are fewer usable spectra
+        than components, or more components than bands.
     """
     from tqdm import tqdm
 
@@ -134,6 +135,8 @@ def split_stats(
         if moments is None or wave is None or kind is None:
             moments, wave, kind = Moments(cube.wave.size), cube.wave, found
         found.check(path, kind, "the cubes before")
+        if not 1 <= n_components <= kind.n_bands:
+            raise DataError(f"--n-components {n_components}: choose 1 to {kind.n_bands} (bands).")
         moments.add(usable_spectra(cube, min_snr))
     if moments is None or wave is None or moments.n <= n_components:
         n = moments.n if moments else 0
@@ -156,10 +159,13 @@ def main(config: Config) -> int:
     parts, _ = data_io.read_split(folder)
     plateifus = sorted(parts["train"]["plateifu"].unique())
     target = utils.stats_path(root, config.split_dir)
+    attrs = [data_io.read_cube_attrs(utils.cube_path(root, p)) for p in plateifus]
+    cubes = json.dumps([data_io.content_of(a) for a in attrs], sort_keys=True)
     recipe = {
         "n_components": config.n_components,
         "min_snr": config.min_snr,
         "plateifus": plateifus,
+        "cubes": hashlib.sha256(cubes.encode()).hexdigest(),
     }
     if target.is_file() and not config.overwrite:
         made = json.loads(data_io.read_stats(target).attrs["config_json"])
@@ -167,8 +173,11 @@ def main(config: Config) -> int:
         log.info("%s: up to date", target)
         return utils.EXIT_DONE
     stats = split_stats(root, plateifus, config.n_components, config.min_snr)
+    kind = data_io.CubeKind.of(stats.wave, attrs[0])._asdict()
     stats.attrs.update(
-        config_json=json.dumps(recipe), split_dir=config.split_dir, code_version=utils.VERSION
+        config_json=json.dumps({**kind, **recipe}),
+        split_dir=config.split_dir,
+        code_version=utils.VERSION,
     )
     for figure, name in (
         (vis_fns.components_figure(stats), "stats_components.png"),

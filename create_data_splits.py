@@ -44,6 +44,8 @@ class Config:
     """Shares of training, validation and test."""
     min_labelled: int = DEFAULT_MIN_LABELLED
     """Leave out galaxies with fewer labelled spaxels."""
+    skip_critical: bool = False
+    """Leave out galaxies whose quality word says CRITICAL."""
     seed: int = 0
     """Seed of the draw."""
     overwrite: bool = False
@@ -52,8 +54,10 @@ class Config:
     """Show tracebacks."""
 
 
-def labelled_galaxies(root: Path, label_task: str, min_labelled: int) -> pd.DataFrame:
-    """One row a galaxy with enough labels.
+def labelled_galaxies(
+    root: Path, label_task: str, min_labelled: int, skip_critical: bool = False
+) -> pd.DataFrame:
+    """One row a galaxy with enough labels, and not CRITICAL if those are to be left out.
 
     Returns
     -------
@@ -67,7 +71,7 @@ def labelled_galaxies(root: Path, label_task: str, min_labelled: int) -> pd.Data
         If there is no label map, or none with enough labels.
     """
     folder = Path(root) / "processed" / "labels" / label_task
-    paths = sorted(p for p in folder.glob("*.npy") if not p.stem.endswith("_err"))
+    paths = [p for p in utils.files_in(folder, "*.npy") if not p.stem.endswith("_err")]
     if not paths:
         raise DataError(f"{folder}: no label maps. Make them with cube_processing.py.")
     n_classes = len(utils.class_names(label_task))
@@ -77,10 +81,11 @@ def labelled_galaxies(root: Path, label_task: str, min_labelled: int) -> pd.Data
         classes = utils.label_classes(labels, label_task)
         has_label = classes != utils.LABEL_NONE
         count = int(has_label.sum())
-        if count < max(min_labelled, 1):
+        about = data_io.read_label_meta(path)
+        if count < max(min_labelled, 1) or (skip_critical and about.get("critical")):
             continue
         plateifu = utils.plateifu_of(path)
-        mangaid = data_io.read_label_meta(path).get("mangaid") or plateifu
+        mangaid = about.get("mangaid") or plateifu
         counts = np.bincount(classes[has_label], minlength=n_classes)
         rows.append(
             {
@@ -98,8 +103,15 @@ def labelled_galaxies(root: Path, label_task: str, min_labelled: int) -> pd.Data
         )
     left_out = len(paths) - len(rows)
     if left_out:
-        log.info("%d galaxies left out: fewer than %d labelled spaxels", left_out, min_labelled)
+        why = " or CRITICAL" if skip_critical else ""
+        log.info("%d galaxies left out: under %d labelled spaxels%s", left_out, min_labelled, why)
     return pd.DataFrame(rows)
+
+
+def check_fractions(fractions: tuple[float, float, float]) -> None:
+    """Raise a DataError unless the parts share out the whole."""
+    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise DataError(f"--fractions {fractions}: expected three positive numbers summing to 1.")
 
 
 def hard_split(
@@ -125,8 +137,7 @@ def hard_split(
     DataError
         Fractions that are none, or too few galaxies to give each part one.
     """
-    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise DataError(f"--fractions {fractions}: expected three positive numbers summing to 1.")
+    check_fractions(fractions)
     rng = np.random.default_rng(seed)
     means = galaxies.groupby("mangaid")["mean_label"].mean()
     if len(means) < 3:
@@ -145,6 +156,11 @@ def _interleave(n: int, fractions: tuple[float, ...], rng: np.random.Generator) 
     """Part of each of n sorted galaxies: each part evenly spread, in a random phase."""
     counts = np.maximum(np.round(np.array(fractions) * n).astype(int), 1)
     counts[0] = n - counts[1:].sum()
+    if counts[0] < 1:
+        raise DataError(
+            f"--fractions {fractions}: of {n} galaxies none is left for training. Choose others, "
+            "or process more galaxies."
+        )
     position = [(np.arange(c) + rng.random(c)) / c for c in counts]  # jittered, one a stratum
     part = np.repeat(np.arange(len(fractions)), counts)
     return part[np.argsort(np.concatenate(position), kind="stable")]
@@ -156,13 +172,19 @@ def write_hard_split(
     split_dir: str,
     fractions: tuple[float, float, float] = DEFAULT_FRACTIONS,
     min_labelled: int = DEFAULT_MIN_LABELLED,
+    skip_critical: bool = False,
     seed: int = 0,
     overwrite: bool = False,
 ) -> dict[str, pd.DataFrame]:
     """Make and write a split by whole galaxies; log what each part holds."""
-    galaxies = labelled_galaxies(root, label_task, min_labelled)
+    galaxies = labelled_galaxies(root, label_task, min_labelled, skip_critical)
     parts = hard_split(galaxies, fractions, seed)
-    options = {"fractions": list(fractions), "min_labelled": min_labelled, "seed": seed}
+    options = {
+        "fractions": list(fractions),
+        "min_labelled": min_labelled,
+        "skip_critical": skip_critical,
+        "seed": seed,
+    }
     meta = {"kind": "hard", "label_task": label_task, **options}
     write_checked(root, split_dir, parts, meta, overwrite)
     return parts
@@ -198,7 +220,10 @@ def main(config: Config) -> int:
         utils.data_dir(config.data_dir),
         config.label_task,
         config.split_dir or utils.hard_split(config.label_task),
-        **{k: options[k] for k in ("fractions", "min_labelled", "seed", "overwrite")},
+        **{
+            k: options[k]
+            for k in ("fractions", "min_labelled", "skip_critical", "seed", "overwrite")
+        },
     )
     return utils.EXIT_DONE
 

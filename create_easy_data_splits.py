@@ -59,7 +59,13 @@ def easy_split(
     -------
     dict of part -> DataFrame
         plateifu, mangaid, y, x.
+
+    Raises
+    ------
+    DataError
+        Fractions that are none.
     """
+    hard.check_fractions(fractions)
     rng = np.random.default_rng(seed)
     tables = []
     for plateifu, mangaid in galaxies[["plateifu", "mangaid"]].itertuples(index=False):
@@ -78,7 +84,9 @@ def easy_split(
 def main(config: Config) -> int:
     """Write the split, and say what it is."""
     root = utils.data_dir(config.data_dir)
-    galaxies = hard.labelled_galaxies(root, config.label_task, config.min_labelled)
+    galaxies = hard.labelled_galaxies(
+        root, config.label_task, config.min_labelled, config.skip_critical
+    )
     spaxels = {}
     for plateifu in galaxies["plateifu"]:
         labels = data_io.read_labels(utils.label_path(root, config.label_task, plateifu))
@@ -92,6 +100,7 @@ def main(config: Config) -> int:
         "label_task": config.label_task,
         "fractions": list(config.fractions),
         "min_labelled": config.min_labelled,
+        "skip_critical": config.skip_critical,
         "seed": config.seed,
     }
     split_dir = config.split_dir or f"easy_{config.label_task}"

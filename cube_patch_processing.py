@@ -79,7 +79,7 @@ def chosen_galaxies(choice: GalaxyChoice, available: list[str]) -> list[str]:
     Raises
     ------
     DataError
-        If a name is no plateifu, the list cannot be read, or nothing is left.
+        If a name is no plateifu, the list cannot be read or is empty, or nothing is there.
     """
     names = list(choice.plateifu)
     if choice.galaxy_list:
@@ -105,7 +105,9 @@ def read_galaxy_list(path: Path) -> list[str]:
     header = [word.strip().lower() for word in rows[0].split(",")] if rows else []
     if "plateifu" in header:
         column = header.index("plateifu")
-        return [row.split(",")[column].strip() for row in rows[1:]]
+        rows = [row.split(",")[column].strip() for row in rows[1:] if row.count(",") >= column]
+    if not rows:
+        raise DataError(f"{path}: names no galaxy; expected a plateifu a line, or a CSV column.")
     return rows
 
 
@@ -169,15 +171,13 @@ def patch_galaxy(
 
     cube_path = utils.cube_path(root, plateifu)
     label_path = utils.label_path(root, label_task, plateifu)
-    source = {
-        "cube_sha256": data_io.read_cube_attrs(cube_path).get("source_sha256"),
-        "label_options": data_io.read_label_meta(label_path).get("options"),
-    }
+    source = data_io.patch_source(cube_path, label_path)
     cube = labels = None
     for norm in options.patch_norms:
-        stats, recipe = None, {**source, "patch_norm": norm, "patch_size": options.patch_size}
+        stats: data_io.Stats | None = None
+        recipe: dict[str, Any] = {**source, "patch_norm": norm, "patch_size": options.patch_size}
         if norm == "PCA":
-            stats = data_io.read_stats(_stats_path(root, options.split_dir))
+            stats = data_io.read_split_stats(_stats_path(root, options.split_dir))
             recipe["stats"] = stats.attrs.get("created_utc")
         target = utils.patch_path(root, label_task, norm, plateifu)
         if target.is_file() and not overwrite:
@@ -186,6 +186,9 @@ def patch_galaxy(
         if cube is None or labels is None:
             cube = data_io.read_cube(cube_path, with_errors=False)
             labels = data_io.read_labels(label_path)
+        kind = data_io.CubeKind.of(cube.wave, cube.attrs)
+        if stats is not None:
+            kind.check(cube_path, stats.kind, "the split's statistics")
         patches, ys, xs = label_patches(
             cube.flux, labels, label_task, norm, options.patch_size, stats
         )
@@ -195,7 +198,7 @@ def patch_galaxy(
             "plateifu": plateifu,
             "label_task": label_task,
             "mangaid": cube.attrs.get("mangaid"),
-            "cubes": data_io.CubeKind.of(cube.wave, cube.attrs)._asdict(),
+            "cubes": kind._asdict(),
             "code_version": utils.VERSION,
             "created_utc": utils.utc_now(),
         }
@@ -223,7 +226,7 @@ def patch_all_tasks(
 def main(config: Config) -> int:
     """Cut the patches of all chosen galaxies."""
     root = utils.data_dir(config.data_dir)
-    cubes = sorted((root / "processed" / "cubes").glob("*/*.h5"))
+    cubes = utils.files_in(root / "processed" / "cubes", "*/*.h5")
     galaxies = chosen_galaxies(config, [p.stem for p in cubes])
     options = PatchOptions(config.patch_norms, config.patch_size, config.split_dir)
     work = partial(
@@ -233,7 +236,7 @@ def main(config: Config) -> int:
         options=options,
         overwrite=config.overwrite,
     )
-    failed_csv = root / "processed" / "patches" / "failed.csv"
+    failed_csv = utils.failed_path(root / "processed" / "patches", config.shard)
     outcome = utils.for_each_galaxy(work, galaxies, "patches", failed_csv, job_count(config))
     return utils.report(outcome, "patches", root / "processed" / "patches")
 

@@ -53,20 +53,24 @@ def main(config: Config) -> int:
         options=config,
         overwrite=config.overwrite,
     )
-    name = f"failed-{config.shard.replace('/', 'of')}.csv" if config.shard else "failed.csv"
-    outcome = utils.for_each_galaxy(
-        work, galaxies, "cubes", root / "processed" / name, patches.job_count(config)
-    )
+    failed_csv = utils.failed_path(root / "processed", config.shard)
+    outcome = utils.for_each_galaxy(work, galaxies, "cubes", failed_csv, patches.job_count(config))
     code = utils.report(outcome, "cubes", root / "processed")
     if not config.splits or config.shard:
         return code
     for task in config.label_tasks:
         name = utils.hard_split(task)
-        if utils.split_path(root, name, "train").is_file() and not config.overwrite:
+        if all(utils.split_path(root, name, part).is_file() for part in utils.SPLIT_PARTS):
             log.info("split %s exists already and is kept (models may know it)", name)
             continue
         try:
-            create_data_splits.write_hard_split(root, task, name, seed=config.seed, overwrite=True)
+            create_data_splits.write_hard_split(
+                root,
+                task,
+                name,
+                skip_critical=config.skip_critical,
+                seed=config.seed,
+            )
         except utils.DataError as error:  # a handful of galaxies is worth processing all the same
             log.warning("no split %s: %s", name, error)
     return code

@@ -21,15 +21,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import signal
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -135,6 +134,8 @@ class Samples:
     classes : (N,) int64
     values : (N,) float32
         Label values: 12+log(O/H) in dex, or the BPT class.
+    label_options : dict
+        How all the labels were made; empty if their files do not say.
     """
 
     plateifus: list[str]
@@ -144,6 +145,7 @@ class Samples:
     row: np.ndarray
     classes: np.ndarray
     values: np.ndarray
+    label_options: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -181,9 +183,13 @@ def load_normed(path: Path, spec: PatchSpec, stats: data_io.Stats | None) -> Nor
     Raises
     ------
     DataError
-        If the file is no cube, or has not the bands asked for.
+        If the file is no cube, has not the bands asked for, or is of another kind than those that
+        the statistics describe.
     """
     cube = data_io.read_cube(path, with_errors=False)
+    if stats is not None:
+        found = data_io.CubeKind.of(cube.wave, cube.attrs)
+        found.check(path, stats.kind, "the split's statistics")
     usable = hsi_proc_fns.usable_spaxels(cube.flux)
     values = hsi_proc_fns.normalise(cube.flux, spec.patch_norm, stats, usable)
     bands = spec.slice_bands(values.shape[2], path)
@@ -745,7 +751,9 @@ def open_packed(
 
 def _stats_for(root: Path, split_dir: str, patch_norm: str) -> data_io.Stats | None:
     """Read a split's statistics if the norm needs them."""
-    return data_io.read_stats(utils.stats_path(root, split_dir)) if patch_norm == "PCA" else None
+    if patch_norm != "PCA":
+        return None
+    return data_io.read_split_stats(utils.stats_path(root, split_dir))
 
 
 def _why_stale(
@@ -822,7 +830,7 @@ def _pool(
     if jobs <= 1:
         yield map  # type: ignore[misc]
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with utils.worker_pool(jobs, "spawn") as pool:
 
         def run(work: Callable[[str], Result], items: Sequence[str]) -> Iterator[Result]:
             for start in range(0, len(items), 4 * jobs):
@@ -874,20 +882,24 @@ def get_samples(
     Raises
     ------
     DataError
-        If files of galaxies are missing (the first one is named), or no sample is left.
+        If files of galaxies are missing or do not go together (the first one is named), or no
+        sample is left.
     """
     plateifus = list(dict.fromkeys(table["plateifu"]))
     by_spaxel = {"y", "x"} <= set(table.columns)
     found: list[pd.DataFrame] = []
     missing: list[str] = []
+    options: dict[str, Any] | None = None  # of the labels
     bar = tqdm(plateifus, desc="listing spaxels", unit="galaxy", leave=False, disable=None)
     for i, plateifu in enumerate(bar):
         try:
             if source == "patches":
-                rows = data_io.read_patches(_patch_file(root, spec, plateifu))[1]
+                rows, made = _patch_index(root, spec, plateifu)
             else:
                 assert store is not None, "samples from cubes need a store"
-                rows = _labelled_spaxels(root, spec, plateifu, store)
+                rows, made = _labelled_spaxels(root, spec, plateifu, store)
+            options = options or made
+            check_label_options(plateifu, made, options, f"those of {plateifus[0]}")
         except DataError as error:
             missing.append(str(error))
             continue
@@ -913,24 +925,53 @@ def get_samples(
             spec.label_task,
         )
     classes = utils.label_classes(whole["label"].to_numpy(), spec.label_task, spec.n_classes)
+    options = options or {}
     galaxy, y, x, row = (whole[c].to_numpy(np.int32) for c in ("galaxy", "y", "x", "row"))
     values = whole["label"].to_numpy(np.float32)
-    samples = Samples(plateifus, galaxy, y, x, row, classes.astype(np.int64), values)
+    samples = Samples(plateifus, galaxy, y, x, row, classes.astype(np.int64), values, options)
     assert (samples.classes != LABEL_NONE).all(), "a spaxel without a label became a sample"
     return samples
 
 
 def _labelled_spaxels(
     root: Path, spec: PatchSpec, plateifu: str, store: CubeStore | PackedStore
-) -> pd.DataFrame:
-    """Labelled and usable spaxels of a galaxy: row (-1), y, x, label."""
+) -> tuple[pd.DataFrame, dict[str, Any] | None]:
+    """Labelled and usable spaxels of a galaxy (row -1, y, x, label), and the labels' options."""
     path = utils.label_path(root, spec.label_task, plateifu)
     labels = data_io.read_labels(path)
     usable = store.usable(plateifu)
     check_label_shape(labels, usable, path)
     classes = utils.label_classes(labels, spec.label_task, spec.n_classes)
     y, x = np.nonzero((classes != LABEL_NONE) & usable)
-    return pd.DataFrame({"row": -1, "y": y, "x": x, "label": labels[y, x]})
+    rows = pd.DataFrame({"row": -1, "y": y, "x": x, "label": labels[y, x]})
+    return rows, data_io.read_label_meta(path).get("options")
+
+
+def _patch_index(
+    root: Path, spec: PatchSpec, plateifu: str
+) -> tuple[pd.DataFrame, dict[str, Any] | None]:
+    """Index of a patch file, and the options of its labels; refuse a file older than its source."""
+    path = _patch_file(root, spec, plateifu)
+    _, rows, meta = data_io.read_patches(path)
+    cube = utils.cube_path(root, plateifu)
+    label = utils.label_path(root, spec.label_task, plateifu)
+    if "cube" in meta and cube.is_file() and label.is_file():
+        utils.check_recipe(path, meta, data_io.patch_source(cube, label))
+    return rows, meta.get("label", {}).get("options")
+
+
+def check_label_options(
+    plateifu: str, made: dict[str, Any] | None, want: dict[str, Any] | None, whose: str
+) -> None:
+    """Raise a DataError unless labels were made with the wanted options; None: not known."""
+    if not made or not want or made == want:
+        return
+    changed = [k for k in want if made.get(k) != want[k]]
+    found, wanted = (", ".join(f"{k}={o.get(k)}" for k in changed) for o in (made, want))
+    raise DataError(
+        f"{plateifu}: labels made with {found}, {whose} with {wanted}. Re-run cube_processing.py "
+        "(or process_single_cube.py) --overwrite with one set of options."
+    )
 
 
 def check_label_shape(labels: np.ndarray, usable: np.ndarray, path: Path) -> None:
@@ -1076,6 +1117,7 @@ def get_dataloaders(
             num_workers=0 if on_device else workers,
             multiprocessing_context="spawn" if workers and not on_device else None,
             persistent_workers=workers > 0 and not on_device,
+            worker_init_fn=_leave_interrupts,
             pin_memory=pin_memory and not on_device,
             generator=torch.Generator(),  # the loader's own draws leave the global state alone
         )
@@ -1102,6 +1144,11 @@ def _hold_on(device: torch.device | None, dataset: PatchDataset) -> bool:
 def labelled_in_a_cutout(samples: Samples, probabilities: np.ndarray, cutout: int) -> float:
     """Count the samples that a cutout is expected to hold."""
     return float(probabilities @ chance_of_being_seen(samples, np.ones(len(samples)), cutout))
+
+
+def _leave_interrupts(_worker: int) -> None:
+    """Leave Ctrl-C to the process that reads: it ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(batch: Any) -> Batch:

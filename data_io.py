@@ -7,7 +7,7 @@ in classes. Needs neither astropy nor torch.
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -265,6 +265,7 @@ def write_labels(path: Path, labels: np.ndarray, error: np.ndarray, meta: dict[s
     meta : dict
         How the labels were made, as JSON values.
     """
+    path.unlink(missing_ok=True)  # a stop half-way leaves none, not old labels with new options
     utils.write_json(path.with_suffix(".json"), meta)
     _save_npy(label_error_path(path), error.astype(np.float32))
     _save_npy(path, labels)
@@ -310,6 +311,7 @@ def write_patches(path: Path, patches: np.ndarray, index: pd.DataFrame, meta: di
     meta : dict
         How the patches were made (patch_norm, patch_size, wave, ...), as JSON values.
     """
+    path.unlink(missing_ok=True)  # as in `write_labels`
     utils.write_json(path.with_suffix(".json"), meta)
     with utils.atomic_path(patch_index_path(path)) as part:
         index.to_csv(part, columns=list(PATCH_COLUMNS), index=False)
@@ -344,7 +346,9 @@ def _load_npy(path: Path, maker: str, ndim: int, mmap: bool = False) -> np.ndarr
     try:
         array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable .npy file ({error}). Re-run {maker}.") from None
+        raise DataError(
+            f"{path}: not a readable .npy file ({error}). Re-run {maker} --overwrite."
+        ) from None
     if array.ndim != ndim:
         raise DataError(f"{path}: {array.ndim} axes, expected {ndim}. Re-run {maker} --overwrite.")
     return array
@@ -367,13 +371,12 @@ def write_split(folder: Path, parts: dict[str, pd.DataFrame], meta: dict[str, An
         kind ("hard" or "easy"), seed, ...; one header line each.
     """
     check_split(parts, meta.get("kind", "hard"), str(folder))
-    for part, table in parts.items():
-        text = io.StringIO()
-        for key, value in meta.items():
-            text.write(f"# {key}: {json.dumps(value, default=str)}\n")
-        table.to_csv(text, index=False)
+    tables = {part: table.to_csv(index=False) for part, table in parts.items()}
+    whole = hashlib.sha256("".join(tables.values()).encode()).hexdigest()
+    lines = [f"# {k}: {json.dumps(v, default=str)}\n" for k, v in {**meta, "sha256": whole}.items()]
+    for part, table in tables.items():
         with utils.atomic_path(Path(folder) / f"{part}.csv") as temporary:
-            temporary.write_text(text.getvalue())
+            temporary.write_text("".join(lines) + table)
 
 
 def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
@@ -382,11 +385,13 @@ def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
     Raises
     ------
     DataError
-        If a part is missing, or a galaxy of a hard split stands in two parts.
+        If a part is missing or of another split than the others, or a galaxy of a hard split
+        stands in two parts.
     """
     import pandas as pd
 
     folder, parts, meta = Path(folder), {}, {}
+    wholes = set()  # what the parts' headers say they are parts of
     for part in utils.SPLIT_PARTS:
         path = folder / f"{part}.csv"
         if not path.is_file():
@@ -394,11 +399,17 @@ def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
         lines = path.read_text().splitlines()
         header = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
         meta = {key: json.loads(value) for key, _, value in header}
+        wholes.add(meta.pop("sha256", None))
         table = pd.read_csv(path, comment="#", dtype={"plateifu": str, "mangaid": str})
         missing = {"plateifu", "mangaid"} - set(table.columns)
         if missing:
             raise DataError(f"{path}: no column {', '.join(sorted(missing))}.")
         parts[part] = table
+    if len(wholes) > 1:
+        raise DataError(
+            f"{folder}: its files are parts of different splits. Make it anew with "
+            "create_data_splits.py --overwrite."
+        )
     check_split(parts, meta.get("kind", "hard"), str(folder))
     return parts, meta
 
@@ -435,7 +446,7 @@ class Stats:
         Principal components, orthonormal rows, by falling variance.
     explained_variance, explained_ratio : (K,) float64
     attrs : dict
-        n_spaxels, n_galaxies, split_dir, provenance.
+        n_spaxels, n_galaxies, split_dir, provenance (config_json: the cubes' options too).
     """
 
     wave: np.ndarray
@@ -445,6 +456,11 @@ class Stats:
     explained_variance: np.ndarray
     explained_ratio: np.ndarray
     attrs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> CubeKind:
+        """Kind of the cubes that they describe."""
+        return CubeKind.of(self.wave, self.attrs)
 
 
 STATS_FIELDS = ("wave", "mean", "std", "components", "explained_variance", "explained_ratio")
@@ -457,6 +473,24 @@ def write_stats(path: Path, stats: Stats) -> None:
         f.attrs.update({k: v for k, v in stats.attrs.items() if v is not None})
         for name in STATS_FIELDS:
             f[name] = getattr(stats, name)
+
+
+def read_split_stats(path: Path) -> Stats:
+    """Read the statistics that lie in a split's folder.
+
+    Raises
+    ------
+    DataError
+        If they are unreadable, or of other galaxies than the split's training part.
+    """
+    stats = read_stats(path)
+    made_of = json.loads(stats.attrs.get("config_json", "{}")).get("plateifus")
+    if made_of not in (None, sorted(set(read_split(Path(path).parent)[0]["train"]["plateifu"]))):
+        raise DataError(
+            f"{path}: of other galaxies than the split's training part. Re-run calc_data_stats.py "
+            "--overwrite."
+        )
+    return stats
 
 
 def read_stats(path: Path) -> Stats:
@@ -496,6 +530,23 @@ class Packed:
 def packed_path(root: Path, split_dir: str, patch_norm: str, dtype: str) -> Path:
     """Packed cubes of a split."""
     return Path(root) / "processed" / "packed" / split_dir / f"{patch_norm}_{dtype}.h5"
+
+
+def content_of(attrs: dict[str, Any]) -> dict[str, Any]:
+    """Tell from a cube's attributes what decides its numbers: source's hash and options."""
+    return {
+        "source_sha256": attrs.get("source_sha256"),
+        "options": json.loads(attrs.get("config_json", "{}")),
+    }
+
+
+def patch_source(cube_path: Path, label_path: Path) -> dict[str, Any]:
+    """Tell what patches of a cube and its labels are made from, as their provenance has it."""
+    label = read_label_meta(label_path)
+    return {
+        "cube": content_of(read_cube_attrs(cube_path)),
+        "label": {k: label.get(k) for k in ("source_sha256", "options")},
+    }
 
 
 def recipe_of(attrs: dict[str, Any]) -> dict[str, str]:

@@ -107,7 +107,7 @@ def main(config: Config) -> int:
     utils.write_json(path, summary)
     print(f"\n{summary['galaxies']} galaxies, {summary['patches']} labelled patches\n")
     print(table(summary))
-    figures = sorted(config.results.glob("*/figures/*.png"))
+    figures = utils.files_in(config.results, "*/figures/*.png")
     print("\nLook at:", *(f"  {p}" for p in [*figures, path]), sep="\n")
     return utils.EXIT_DONE
 

@@ -4,7 +4,8 @@ Reads   the archive over HTTPS (public, no login); its paths come from sdss_acce
 Writes  raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz, and with --catalogue
         raw/dapall-*.fits.
 A file is written beside its place as .<name>.part, its size compared with the server's and, if
-gzipped, its checksum tested, and only then named. A stopped download goes on where it stopped.
+gzipped, its checksum tested, and only then named. A stopped download goes on where it stopped; of
+several processes that want the same file one fetches it and the others wait.
 
     python download_utils.py --plateifu 8485-1901 7443-12703
     python download_utils.py --galaxy-list galaxies.txt --jobs 4 --catalogue
@@ -12,8 +13,12 @@ gzipped, its checksum tested, and only then named. A stopped download goes on wh
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
+import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,24 +144,50 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    for attempt in range(retries + 1):
+    before = _inode(path)
+    with _alone_with(part):
+        if _inode(path) != before:  # another process fetched it while this one waited
+            return path.stat().st_size
+        for attempt in range(retries + 1):
+            try:
+                size = _fetch_rest(url, part)
+                break
+            except requests.RequestException as error:
+                if attempt == retries:
+                    raise DataError(
+                        f"{url}: {error}. Run the same command again; it goes on where it stopped."
+                    ) from None
+                log.info("%s: %s; next try in %g s", path.name, error, pause_s * 2**attempt)
+                time.sleep(pause_s * 2**attempt)
         try:
-            size = _fetch_rest(url, part)
-            break
-        except requests.RequestException as error:
-            if attempt == retries:
-                raise DataError(
-                    f"{url}: {error}. Run the same command again; it goes on where it stopped."
-                ) from None
-            log.info("%s: %s; next try in %g s", path.name, error, pause_s * 2**attempt)
-            time.sleep(pause_s * 2**attempt)
-    try:
-        _check_content(part, path.name)
-    except DataError:
-        part.unlink()
-        raise
-    part.replace(path)
+            _check_content(part, path.name)
+        except DataError:
+            part.unlink()
+            raise
+        part.replace(path)
     return size
+
+
+@contextlib.contextmanager
+def _alone_with(part: Path) -> Iterator[None]:
+    """Hold the lock on a part file; other processes wait here. It does not stay if empty."""
+    while True:
+        with part.open("ab") as f:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(f, fcntl.LOCK_EX)
+            if _inode(part) != os.fstat(f.fileno()).st_ino:
+                continue  # named or removed by the process that this one waited for
+            try:
+                yield
+            finally:
+                if _inode(part) == os.fstat(f.fileno()).st_ino and part.stat().st_size == 0:
+                    part.unlink()
+            return
+
+
+def _inode(path: Path) -> int | None:
+    """Tell one file from another that takes its name; None if there is none."""
+    return path.stat().st_ino if path.exists() else None
 
 
 def _fetch_rest(url: str, part: Path) -> int:
@@ -171,7 +202,7 @@ def _fetch_rest(url: str, part: Path) -> int:
             total = int(answer.headers.get("Content-Range", "*/-1").rpartition("/")[2])
             if total == have:
                 return have
-            part.unlink()
+            os.truncate(part, 0)
             raise requests.ConnectionError(f"a part of {have} bytes, a file of {total}")
         if answer.status_code in (403, 404, 410):
             raise DataError(f"{url}: not in the archive (HTTP {answer.status_code}).")
@@ -185,7 +216,7 @@ def _fetch_rest(url: str, part: Path) -> int:
     size = part.stat().st_size
     if expected is not None and size != expected:
         if size > expected:
-            part.unlink()
+            os.truncate(part, 0)
         raise requests.ConnectionError(f"{size} of {expected} bytes came")
     return size
 
@@ -243,7 +274,7 @@ def main(config: Config) -> int:
     if not names:
         return utils.EXIT_DONE
     work = partial(fetch_galaxy, root=root, config=config)
-    failed_csv = root / "raw" / "failed.csv"
+    failed_csv = utils.failed_path(root / "raw", config.shard)
     outcome = utils.for_each_galaxy(work, names, "download", failed_csv, config.jobs)
     return utils.report(outcome, "download", root / "raw")
 

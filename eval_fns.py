@@ -3,8 +3,9 @@
 Reads   a run folder of run_SSFTT_training.py (model.json, best.safetensors, stats.h5, split/), and
         processed/cubes and processed/labels of the data folder.
 Writes  <run_dir>/<part>/: metrics.json, confusion.csv, per_class.csv, per_galaxy.csv,
-        predictions.csv.gz; with --plateifu <run_dir>/maps/<plateifu>.npy, a map of classes (y, x),
-        and <plateifu>_prob.npy (y, x, class). Trains nothing.
+        predictions.csv.gz; with --plateifu <run_dir>/maps/<plateifu>.fits (classes, probabilities
+        and, for metallicities, 12+log(O/H), with the cube's sky coordinates), and the same as
+        arrays: <plateifu>.npy, classes (y, x), and <plateifu>_prob.npy (y, x, class).
 
     python eval_fns.py --run-dir runs/demo --part test
     python eval_fns.py --run-dir runs/demo --plateifu 8485-1901
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -181,7 +183,7 @@ def load_model(run_dir: Path, device: str = "auto") -> TrainedModel:
     Raises
     ------
     DataError
-        If the folder holds no trained model, or one of another version.
+        If the folder holds no trained model, a damaged one, or one of another version.
     """
     run_dir = Path(run_dir)
     path = run_dir / MODEL_FILE
@@ -190,7 +192,13 @@ def load_model(run_dir: Path, device: str = "auto") -> TrainedModel:
             f"{run_dir}: no {MODEL_FILE} and {WEIGHTS_FILE}: not the folder of a training run that "
             "has finished an epoch (python run_SSFTT_training.py --run-dir ...)."
         )
-    about = json.loads(path.read_text())
+    try:
+        about = json.loads(path.read_text())
+        weights = load_file(run_dir / WEIGHTS_FILE)
+    except (ValueError, SafetensorError) as error:
+        raise DataError(
+            f"{run_dir}: {MODEL_FILE} or {WEIGHTS_FILE} is damaged ({error}). Train the model anew."
+        ) from None
     found = (about.get("schema"), about.get("schema_version"))
     if found != (MODEL_SCHEMA, MODEL_VERSION):
         raise DataError(
@@ -199,7 +207,7 @@ def load_model(run_dir: Path, device: str = "auto") -> TrainedModel:
         )
     chosen = pick_device(device)
     network = get_SSFTT_model(**about["model"])
-    network.load_state_dict(load_file(run_dir / WEIGHTS_FILE))
+    network.load_state_dict(weights)
     patch = about["patch"]
     spec = PatchSpec(**{**patch, "bands": patch["bands"] and tuple(patch["bands"])})
     has_stats = (run_dir / STATS_FILE).is_file()  # not if trained on patch files alone
@@ -388,6 +396,11 @@ def predict_split(
     patch_wise : bool
         As in `evaluate_cube`.
 
+    Raises
+    ------
+    DataError
+        If a cube or label map is missing, unreadable, or made otherwise than the training's.
+
     Returns
     -------
     DataFrame, one row a spaxel
@@ -401,7 +414,11 @@ def predict_split(
     groups = table.groupby("plateifu", sort=False)
     for plateifu, rows in tqdm(groups, desc="galaxies", unit="galaxy", disable=None):
         path = utils.cube_path(root, plateifu)
-        labels = data_io.read_labels(utils.label_path(root, spec.label_task, plateifu))
+        label_path = utils.label_path(root, spec.label_task, plateifu)
+        labels = data_io.read_labels(label_path)
+        made = data_io.read_label_meta(label_path).get("options")
+        want = trained.about["training_labels"].get("options")
+        data_fns.check_label_options(plateifu, made, want, "the training's")
         cube = load_for(trained, path)
         data_fns.check_label_shape(labels, cube.usable, path)
         result = _map_cube(trained, cube, path, patch_wise)
@@ -572,7 +589,8 @@ def evaluate_split(
     """Evaluate a run on a part of its own split and write the results to <run_dir>/<part>/.
 
     The split is the copy in the run folder: remaking the data folder's splits afterwards cannot
-    move training galaxies into the test.
+    move training galaxies into the test. Galaxies are mapped from their cubes; patch files serve
+    a run that learned from them where there is no cube at all.
 
     Parameters
     ----------
@@ -596,7 +614,11 @@ def evaluate_split(
     config = json.loads((run_dir / CONFIG_FILE).read_text())
     root = run_data_dir(run_dir, data_dir)
     parts, meta = data_io.read_split(run_dir / SPLIT_FOLDER)
-    if config["source"] == "patches":
+    cubes = [utils.cube_path(root, p) for p in parts[part]["plateifu"].unique()]
+    has_cubes = any(path.is_file() for path in cubes)
+    can_norm = trained.spec.patch_norm != "PCA" or trained.stats is not None
+    if config["source"] == "patches" and not (has_cubes and can_norm):
+        log.info("evaluating the patch files: %s", "no statistics" if has_cubes else "no cubes")
         frame = predict_patch_files(trained, run_dir, root, parts[part])
     else:
         frame = predict_split(trained, run_dir, root, parts[part], patch_wise)
@@ -633,6 +655,59 @@ def run_data_dir(run_dir: Path, flag: Path | None = None) -> Path:
     if flag is None and saved and Path(saved).is_dir():
         return Path(saved)
     return utils.data_dir(flag)
+
+
+def expected_value(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of 12+log(O/H) over the classes' probabilities.
+
+    Parameters
+    ----------
+    probabilities : (..., class)
+
+    Returns
+    -------
+    mean, deviation : (...) dex
+        Of the classes' representative values (`utils.class_values`): what the model cannot tell
+        apart, not the calibration's error.
+    """
+    values = utils.class_values(probabilities.shape[-1])
+    mean = probabilities @ values
+    return mean, np.sqrt(np.maximum(probabilities @ values**2 - mean**2, 0))
+
+
+def write_map_fits(path: Path, result: MapPrediction, trained: TrainedModel, run_dir: Path) -> None:
+    """Write a map as FITS, whole or not at all, with the cube's coordinates.
+
+    Extensions CLASS (y, x) int16, LABEL_NONE where there is no prediction; PROBABILITY (class, y,
+    x) float32; for metallicities LOGOH and LOGOH_SPREAD (y, x) float32, dex, of `expected_value`.
+    """
+    from astropy.io import fits
+
+    sky = fits.Header.fromstring(result.attrs.get("wcs_header", ""), sep="\n")
+    primary = fits.PrimaryHDU()
+    cards = {
+        "PLATEIFU": (result.plateifu, "galaxy"),
+        "MANGAID": (result.attrs.get("mangaid"), "galaxy, however often observed"),
+        "REDSHIFT": (result.attrs.get("redshift"), "of the cube"),
+        "TASK": (trained.spec.label_task, "label that was learned"),
+        "RUN": (run_dir.resolve().name, "folder of the training run"),
+        "EPOCH": (trained.about["best"]["epoch"], "of the weights"),
+        "VERSION": (utils.VERSION, "of the code"),
+        "DATE": (utils.utc_now().rstrip("Z"), "UTC"),
+    }
+    cards |= {f"CLASS{k}": (n, "") for k, n in enumerate(trained.about["class_names"])}
+    primary.header.update({k: v for k, v in cards.items() if v[0] is not None})
+    images = {"CLASS": result.classes, "PROBABILITY": np.moveaxis(result.probabilities, 2, 0)}
+    if trained.spec.label_task == "logOH":
+        images["LOGOH"], images["LOGOH_SPREAD"] = expected_value(result.probabilities)
+    hdus = [primary]
+    for name, image in images.items():
+        kind = np.int16 if name == "CLASS" else np.float32
+        hdus.append(fits.ImageHDU(image.astype(kind), sky, name))
+        if name.startswith("LOGOH"):
+            hdus[-1].header["BUNIT"] = "dex"
+    with utils.atomic_path(path) as part:
+        fits.HDUList(hdus).writeto(part, overwrite=True)
 
 
 def describe_result(result: dict[str, Any]) -> str:
@@ -688,7 +763,8 @@ def main(config: EvalConfig) -> int:
     for array, path in ((result_map.probabilities, probability_file), (result_map.classes, out)):
         with utils.atomic_path(path) as part:
             np.save(part, array)
-    log.info("%d spaxels predicted: %s", result_map.usable.sum(), out)
+    write_map_fits(out.with_suffix(".fits"), result_map, trained, config.run_dir)
+    log.info("%d spaxels predicted: %s (and .fits)", result_map.usable.sum(), out)
     return utils.EXIT_DONE
 
 

@@ -67,9 +67,7 @@ CRITICAL = 1 << 30
 """DRP3QUAL and DAPQUAL: the whole file is not to be trusted."""
 
 ESSENTIAL = ("FLUX", "IVAR", "MASK", "WAVE")
-CUBE_UNIT = 1e-17
-BPT_COLOURS = ((68, 119, 170), (204, 187, 68), (238, 102, 119))
-"""Star-forming, composite, AGN: Tol's colour-blind-safe 'bright' scheme."""
+SKIPPED = "skipped: CRITICAL"
 
 Diagnostic = Literal["O3N2-M13", "N2-M13", "O3N2-PP04", "N2O2-KD02"]
 
@@ -278,7 +276,7 @@ def _checked_redshift(z: float, where: str) -> float:
     """Return z if the survey could hold it."""
     if not (np.isfinite(z) and -0.01 < z < 1.0):
         raise DataError(
-            f"{where}: redshift {z} is no MaNGA galaxy's (-0.01 to 1). Give --redshift."
+            f"{where}: redshift {z} is no MaNGA galaxy's. Give --redshift, from -0.01 to 1."
         )
     return z
 
@@ -365,8 +363,11 @@ def catalogue_rows(path: Path, plateifus: Sequence[str] | None = None) -> dict[s
                         "mangaid": mangaid.strip(),
                         "redshift": good[0] if good else None,
                     }
-    except OSError as error:
-        raise DataError(f"{path}: not a readable catalogue ({error}).") from None
+    except (OSError, TypeError, ValueError) as error:  # what astropy makes of a file cut short
+        raise DataError(
+            f"{path}: not a readable catalogue ({error}). Fetch it again with download_utils.py "
+            "--catalogue."
+        ) from None
     for key in plateifus or ():
         if key not in rows:
             raise DataError(f"{path}: no galaxy {key} in the catalogue ({len(rows)} rows matched).")
@@ -468,19 +469,19 @@ def process_cube(
             made = json.loads(attrs.get("config_json", "{}"))
             made["source_sha256"] = attrs.get("source_sha256")
             utils.check_recipe(target, made, {**recipe, "source_sha256": hashing.result()})
-            return "up to date"
+            return SKIPPED if skip_critical and attrs.get("critical") else "up to date"
         primary = read_hdus(source, ("PRIMARY",))["PRIMARY"].header
         plateifu, critical = vet_header(primary, source, target)
         if critical and skip_critical:
-            return "skipped: CRITICAL"
+            return SKIPPED
         z, mangaid = _identify(source, primary, plateifu, redshift, catalogue)
         edges = resample.log_edges(WAVE_LOG_FIRST, WAVE_LOG_STEP, WAVE_N)
         wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
         stretch = _gas_stretch(maps, source) if options.remove_gas_velocity else None
-        slack = 1.0 if stretch is None else float(np.max(np.abs(stretch - 1))) + 1
-        pixels = resample.used_pixels(
-            resample.overlap_matrix(edges / (1 + z), bins[[0, -1]] * [1 / slack, slack])
-        )
+        ends = bins[[0, -1]]
+        if stretch is not None:
+            ends = ends * [min(stretch.min(), 1), max(stretch.max(), 1)]
+        pixels = resample.used_pixels(resample.overlap_matrix(edges / (1 + z), ends))
         if pixels.stop == pixels.start:
             raise DataError(
                 f"{source}: at redshift {z:.4f} the cube holds nothing of "
@@ -553,7 +554,7 @@ def _read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Heade
     """Read the arrays of a LOGCUBE, checking that they belong together."""
     shape: tuple[int, ...] = ()
     kept: dict[str, np.ndarray] = {}
-    headers: dict[str, fits.Header] = {}
+    header = primary
     redcorr = None
     wanted = (*ESSENTIAL, "REDCORR") if _is_dap(primary) else ESSENTIAL
     for name, hdu in iterate_hdus(path, wanted, pixels):
@@ -571,19 +572,19 @@ def _read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Heade
                     f"{path}: {name} has shape {found}, expected ({WAVE_N}, y, x) as FLUX "
                     f"({shape})."
                 )
-            kept[name], headers[name] = hdu.data, hdu.header
+            kept[name] = hdu.data
+            header = hdu.header if name == "FLUX" else header
     if not deredden:
         redcorr = np.ones(WAVE_N)
     elif redcorr is None:
         redcorr = galactic_correction(primary, path)
-    is_dap = "DAP" in headers["MASK"].get("MASKNAME", "DAP")
     return RawCube(
         kept["FLUX"],
         kept["IVAR"],
         kept["MASK"],
-        DAP_BAD if is_dap else DRP_BAD,
+        DAP_BAD if _is_dap(primary) else DRP_BAD,
         redcorr[pixels],
-        headers["FLUX"],
+        header,
     )
 
 
@@ -695,7 +696,7 @@ def _celestial(header: fits.Header) -> str:
             keep.append(card)
         elif key in ("PC1_1", "PC2_2", "PC1_2", "PC2_1", "CD1_1", "CD2_2", "RADESYS", "EQUINOX"):
             keep.append(card)
-    return keep.tostring(sep="\n")
+    return keep.tostring(sep="\n", endcard=False, padding=False)
 
 
 # Maps
@@ -785,10 +786,14 @@ def process_map(
     recipe = {**asdict(options), "label_task": label_task}
     sha256 = utils.sha256_of(source)
     if target.is_file() and not overwrite:
+        data_io.read_labels(target)  # a damaged one is not up to date
         made = data_io.read_label_meta(target)
+        if not made:
+            raise DataError(f"{target}: its .json is missing. Replace it with --overwrite.")
+        is_critical = made.get("critical")
         made = {**made.get("options", {}), "source_sha256": made.get("source_sha256")}
         utils.check_recipe(target, made, {**recipe, "source_sha256": sha256})
-        return "up to date"
+        return SKIPPED if skip_critical and is_critical else "up to date"
     lines = list(line_labels.BPT_LINES)
     if label_task == "logOH":
         needed = line_labels.lines_needed(options.diagnostic)
@@ -797,7 +802,7 @@ def process_map(
     primary = primary_hdu.header
     plateifu, critical = vet_header(primary, source, target)
     if critical and skip_critical:
-        return "skipped: CRITICAL"
+        return SKIPPED
     if label_task == "BPT":
         labels, error = line_labels.bpt_classes(maps, options.min_snr)
         counts = {n: int((labels == i).sum()) for i, n in enumerate(utils.BPT_CLASSES)}
@@ -834,8 +839,10 @@ def process_map(
     return "written"
 
 
-def write_label_png(path: Path, labels: np.ndarray, label_task: str, covered: np.ndarray) -> None:
-    """Draw a label map, north up and east left, with its legend.
+def write_label_png(
+    path: Path, labels: np.ndarray, label_task: str, covered: np.ndarray, note: str = ""
+) -> None:
+    """Draw a label map, north up and east left, with its legend, scale bar and compass.
 
     Parameters
     ----------
@@ -844,43 +851,56 @@ def write_label_png(path: Path, labels: np.ndarray, label_task: str, covered: np
         BPT classes or 12+log(O/H).
     label_task : {"BPT", "logOH"}
     covered : (y, x) bool
-        Spaxels in the field of view: light grey where they have no label.
+        Spaxels with a measurement: hatched where they have no label. Holes among them are grey.
+    note : str
+        How the labels were made: calibration, signal-to-noise cut.
     """
     from PIL import Image, ImageDraw, ImageFont
+    from scipy.ndimage import binary_fill_holes
 
     classes = utils.label_classes(labels, label_task, 6)
     names = utils.class_names(label_task, None if label_task == "BPT" else 6)
-    colours = BPT_COLOURS if label_task == "BPT" else tuple(map(tuple, _viridis(len(names))))
-    picture = np.full((*labels.shape, 3), 255, np.uint8)
-    picture[covered] = 225
+    colours = utils.CLASS_COLOURS[label_task, len(names)]
+    ny, nx = labels.shape
+    zoom, margin, top = max(4, 420 // max(ny, nx)), 12, 56
+    right = nx * zoom + 2 * margin
+    size = (right + 178, max(ny * zoom, 24 * (len(names) + 3)) + top + 44)
+    hatch = np.full((size[1], size[0], 3), 255, np.uint8)
+    hatch[np.add(*np.indices(size[::-1])) % 8 == 0] = 154
+
+    def blown_up(mask: np.ndarray) -> Image.Image:
+        """Put a map's mask, north up, where the picture shows the map."""
+        whole = Image.new("L", size)
+        small = Image.fromarray(mask[::-1].astype(np.uint8) * 255)
+        whole.paste(small.resize((nx * zoom, ny * zoom), Image.Resampling.NEAREST), (margin, top))
+        return whole
+
+    image, hatched = Image.new("RGB", size, "white"), Image.fromarray(hatch)
+    masked = binary_fill_holes(covered) & ~covered
+    image.paste(hatched, mask=blown_up(covered))
+    image.paste("#BDBDBD", mask=blown_up(masked))
     for k, colour in enumerate(colours):
-        picture[classes == k] = colour
-    zoom = max(4, 420 // max(labels.shape))
-    map_image = Image.fromarray(picture[::-1]).resize(
-        (labels.shape[1] * zoom, labels.shape[0] * zoom), Image.Resampling.NEAREST
-    )
-    margin, legend = 12, 190
-    height = max(map_image.height, 24 * (len(names) + 2)) + 2 * margin + 24
-    image = Image.new("RGB", (map_image.width + legend + 3 * margin, height), "white")
-    image.paste(map_image, (margin, margin + 24))
+        image.paste(colour, mask=blown_up(classes == k))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     title = "BPT class" if label_task == "BPT" else "12 + log(O/H)"
     count = int((classes >= 0).sum())
-    draw.text((margin, margin - 4), f"{path.stem}   {title}   {count} spaxels", "black", font)
-    x = map_image.width + 2 * margin
-    for k, name in enumerate([*names, "no label"]):
-        y = margin + 24 + 24 * k
-        colour = colours[k] if k < len(colours) else (225, 225, 225)
-        draw.rectangle((x, y, x + 16, y + 16), fill=colour, outline="black")
-        draw.text((x + 24, y - 1), name, "black", font)
+    draw.text((margin, 8), f"{path.stem}   {title}   {count} labelled spaxels", "black", font)
+    draw.text((margin, 30), note, "black", ImageFont.load_default(13))
+    entries: list[tuple[str, str | None]] = list(zip(names, colours, strict=True))
+    if label_task == "logOH":
+        entries.reverse()  # high above low
+    entries += [("no label", None), *([("masked", "#BDBDBD")] if masked.any() else [])]
+    for i, (name, fill) in enumerate(entries):
+        box = (right, top + 24 * i, right + 16, top + 24 * i + 16)
+        image.paste(fill or hatched.crop(box), box)
+        draw.rectangle(box, None, "black")
+        draw.text((right + 24, box[1] - 1), name, "black", font)
+    low, bar = size[1] - 14, 10 * zoom  # spaxels of 0.5 arcsec (Law et al. 2016, AJ 152, 83)
+    draw.line((margin, low, margin + bar, low), "black", 3)
+    draw.text((margin, low - 22), '5"', "black", font)
+    corner = right - margin - 4
+    draw.line((corner - 20, low, corner, low, corner, low - 20), "black", 2)
+    draw.text((corner - 34, low - 9), "E", "black", font)
+    draw.text((corner - 5, low - 38), "N", "black", font)
     with utils.atomic_path(path) as part:
         image.save(part)
-
-
-def _viridis(n: int) -> np.ndarray:
-    """(n, 3) uint8 colours along viridis, dark to light, through five of its anchors."""
-    anchors = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]])
-    at = np.linspace(0, 1, n)
-    steps = np.linspace(0, 1, len(anchors))
-    columns = [np.interp(at, steps, anchors[:, c]) for c in range(3)]
-    return np.stack(columns, axis=1).round().astype(np.uint8)

@@ -154,7 +154,15 @@ def _to_unit_range(spectra: np.ndarray, axis: int | None) -> np.ndarray:
 
 
 def pad_for_patches(cube: np.ndarray, patch_size: int) -> np.ndarray:
-    """Pad (y, x, C) with zeros so that the patch of spaxel (y, x) starts at (y, x)."""
+    """Pad (y, x, C) with zeros so that the patch of spaxel (y, x) starts at (y, x).
+
+    Raises
+    ------
+    DataError
+        If the size is under 1.
+    """
+    if patch_size < 1:
+        raise DataError(f"patch size {patch_size}: expected 1 or more.")
     before = patch_size // 2
     after = patch_size - 1 - before
     return np.pad(cube, ((before, after), (before, after), (0, 0)))

@@ -37,8 +37,6 @@ class Config:
     """Normalisation of the spectra."""
     dtype: data_fns.PackedType = "float16"
     """Numbers in the file."""
-    parts: tuple[str, ...] = ("train", "val")
-    """Parts of the split."""
     jobs: int = 0
     """Processes; 0 takes one a CPU."""
     overwrite: bool = False
@@ -51,10 +49,7 @@ def main(config: Config) -> int:
     """Pack a split."""
     root = utils.data_dir(config.data_dir)
     tables, _ = data_io.read_split(utils.split_path(root, config.split_dir))
-    unknown = set(config.parts) - set(tables)
-    if unknown:
-        raise utils.DataError(f"--parts {' '.join(sorted(unknown))}: choose of train, val, test.")
-    galaxies = pd.concat([tables[p]["plateifu"] for p in config.parts]).unique().tolist()
+    galaxies = pd.concat([tables[p]["plateifu"] for p in ("train", "val")]).unique().tolist()
     store = data_fns.open_packed(
         root,
         config.split_dir,

@@ -56,7 +56,7 @@ class Config(GalaxyOptions):
     fits: Path | None = None
     """LOGCUBE to read; default the galaxy's in <data-dir>/raw/."""
     maps: Path | None = None
-    """MAPS to read; default the galaxy's in <data-dir>/raw/."""
+    """MAPS to read; default the one beside LOGCUBE, else the galaxy's in <data-dir>/raw/."""
     redshift: float | None = None
     """Redshift to use instead of the header's or the catalogue's."""
     data_dir: Path | None = None
@@ -85,7 +85,7 @@ def process_galaxy(
         Data folder.
     options : GalaxyOptions
     logcube, maps : Path, optional
-        Default: the galaxy's files in the raw folder.
+        Default: the galaxy's files in the raw folder; MAPS first beside the LOGCUBE.
     redshift : float, optional
     overwrite : bool
 
@@ -101,7 +101,11 @@ def process_galaxy(
     logcube = logcube or utils.find_raw(root, plateifu, "LOGCUBE", options.daptype)
     needs_maps = bool(options.label_tasks) or options.remove_gas_velocity
     if needs_maps and maps is None:
-        maps = utils.find_raw(root, plateifu, "MAPS", options.daptype)
+        beside = logcube.with_name(logcube.name.replace("LOGCUBE", "MAPS"))
+        if beside != logcube and beside.is_file():
+            maps = beside
+        else:
+            maps = utils.find_raw(root, plateifu, "MAPS", options.daptype)
     words = [
         fits_utils.process_cube(
             logcube,
@@ -138,6 +142,12 @@ def main(config: Config) -> int:
     root = utils.data_dir(config.data_dir)
     if config.plateifu is None and config.fits is None:
         raise DataError("no galaxy: give --plateifu 8485-1901 or --fits FILE.")
+    for path, kind in ((config.fits, "LOGCUBE"), (config.maps, "MAPS")):
+        if path is not None and not path.is_file():
+            raise DataError(f"{path}: no such file.")
+        other = {"LOGCUBE": "-MAPS-", "MAPS": "-LOGCUBE"}[kind]
+        if path is not None and other in path.name:
+            raise DataError(f"{path}: its name says {other.strip('-')}, expected a {kind} file.")
     plateifu = config.plateifu or utils.plateifu_of(config.fits)  # type: ignore[arg-type]
     utils.split_plateifu(plateifu)
     word = process_galaxy(

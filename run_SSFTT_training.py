@@ -7,8 +7,8 @@ Writes  <run_dir>/: config.json, environment.json, split/ (a copy), log.txt, met
         epoch), last.pt (all that --resume auto needs), and all that using the model needs:
         model.json, best.safetensors, stats.h5 (PCA), baseline.safetensors (spectrum only).
 
-SIGUSR1 and SIGTERM end the run after the step at hand: last.pt is saved, the exit code is 75, and
-the same command with --resume auto goes on as if nothing had happened.
+Ctrl-C, SIGUSR1 and SIGTERM end the run after the step at hand: last.pt is saved, the exit code is
+75, and the same command with --resume auto goes on as if nothing had happened.
 
     python run_SSFTT_training.py --label-task logOH --patch-norm PCA --epochs 20
     python run_SSFTT_training.py --config configs/train_fiducial.json --resume auto
@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -35,7 +35,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -62,6 +62,16 @@ CHECK_STEPS = 50
 """Steps between two looks at the losses, for which a GPU has to wait."""
 FINAL_LR = 0.01
 """Learning rate at the end of the cosine, as a share of the peak."""
+RUN_FILES = (
+    eval_fns.CONFIG_FILE,
+    eval_fns.MODEL_FILE,
+    eval_fns.WEIGHTS_FILE,
+    eval_fns.METRICS_FILE,
+    eval_fns.STATS_FILE,
+    eval_fns.SPLIT_FOLDER,
+    *utils.SPLIT_PARTS,
+)
+"""Names in a run's folder that a new run there replaces or removes."""
 NOT_THE_RUN = ("run_dir", "resume", "overwrite", "debug")
 """Fields that say where and how to start, not what to compute."""
 MAY_CHANGE = (*NOT_THE_RUN, "epochs", "patience", "workers", "cache_gb", "data_dir", "device")
@@ -195,12 +205,11 @@ class Stopper:
         self.asked = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listen to SIGUSR1 and SIGTERM (only the main thread may)."""
+    def listening(self, *numbers: signal.Signals) -> Iterator[None]:
+        """Listen to these signals (only the main thread may)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGUSR1, signal.SIGTERM)
         before = {n: signal.signal(n, self._note) for n in numbers}
         try:
             yield
@@ -211,6 +220,8 @@ class Stopper:
     def _note(self, number: int, _frame: Any) -> None:
         log.info("%s: stopping after this step", signal.Signals(number).name)
         self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)  # a second Ctrl-C ends it at once
 
 
 @dataclass
@@ -374,10 +385,10 @@ def refuse_loss(training: Training, loss: float, rows: Tensor) -> NoReturn:
         )
         for p in plateifus
     ]
+    some = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
     raise DataError(
-        f"the loss is {loss} in epoch {progress.epoch + 1}; the batch is in {out}. Look for "
-        f"values that are not finite in {', '.join(files)}; if there are none, lower --lr "
-        f"({config.lr:g})."
+        f"the loss is {loss} in epoch {progress.epoch + 1}; the batch is in {out}. Lower --lr "
+        f"({config.lr:g}); if that does not help, look for values that are not finite in {some}."
     )
 
 
@@ -464,10 +475,15 @@ def finish_epoch(training: Training, values: dict[str, float]) -> None:
 def save_best(training: Training, row: dict[str, float]) -> None:
     """Write the weights, then the description that names them."""
     weights = {k: v.detach().cpu().contiguous() for k, v in training.model.state_dict().items()}
-    with utils.atomic_path(training.run_dir / eval_fns.WEIGHTS_FILE) as part:
-        save_file(weights, part)
+    write_tensors(training.run_dir / eval_fns.WEIGHTS_FILE, weights)
     training.about["best"] = {**row, "monitor": training.config.monitor}
     utils.write_json(training.run_dir / eval_fns.MODEL_FILE, training.about)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a .safetensors file that others may read, too (its own writer lets nobody)."""
+    with utils.atomic_path(path) as part:
+        part.write_bytes(save(tensors))
 
 
 def save_checkpoint(training: Training) -> None:
@@ -565,15 +581,17 @@ def choose_run_dir(config: TrainConfig) -> tuple[Path, bool]:
     Raises
     ------
     DataError
-        If the folder holds a run and the options do not say what to do with it.
+        If the folder holds a run and the options do not say what to do with it, or things of
+        other making that a run would replace.
     """
     if config.run_dir is None:
         if config.resume == "auto":
             mine = _comparable(utils.config_dict(config))
-            for saved in sorted(RUNS_FOLDER.glob(f"*/{eval_fns.CONFIG_FILE}"), reverse=True):
-                same = _comparable(json.loads(saved.read_text())) == mine
-                if same and (saved.parent / CHECKPOINT_FILE).is_file():
-                    return saved.parent, True
+            runs = [p.parent for p in RUNS_FOLDER.glob(f"*/{CHECKPOINT_FILE}")]
+            for run in sorted(runs, key=lambda r: -(r / CHECKPOINT_FILE).stat().st_mtime_ns):
+                saved = run / eval_fns.CONFIG_FILE
+                if saved.is_file() and _comparable(json.loads(saved.read_text())) == mine:
+                    return run, True
         name = f"{time.strftime('%Y%m%dT%H%M%S')}_{config.label_task}_{config.patch_norm}"
         return RUNS_FOLDER / name, False
     run_dir = Path(config.run_dir)
@@ -585,11 +603,48 @@ def choose_run_dir(config: TrainConfig) -> tuple[Path, bool]:
                 f"{run_dir}: holds a run. Go on with it by --resume auto, or replace it by "
                 "--overwrite."
             )
+    theirs = [name for name in RUN_FILES if (run_dir / name).exists()]
+    if theirs and not _is_run(run_dir):
+        raise DataError(
+            f"{run_dir}: holds {', '.join(theirs)}, but no run. Choose an empty or new --run-dir."
+        )
     return run_dir, False
+
+
+def _is_run(run_dir: Path) -> bool:
+    """Say whether a folder is one that this script made."""
+    try:
+        saved = json.loads((run_dir / eval_fns.CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(saved, dict) and {"label_task", "patch_norm", "split_dir"} <= set(saved)
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in NOT_THE_RUN}
+
+
+def check_options(config: TrainConfig) -> None:
+    """Raise a DataError at numbers that no training can have; before anything is written."""
+    wrong = {
+        "--lr": not 0 <= config.lr < math.inf,
+        "--weight-decay": not 0 <= config.weight_decay < math.inf,
+        "--dropout": not 0 <= config.dropout < 1,
+        "--label-smoothing": not 0 <= config.label_smoothing < 1,
+        "--cutout": config.cutout < 1 or config.cutout % 2 == 0,
+        "--patch-size": config.patch_size < 1,
+        "--epochs": config.epochs < 1,
+        "--batch-size": config.batch_size < 1,
+        "--samples-per-epoch": config.samples_per_epoch is not None
+        and config.samples_per_epoch < 1,
+        "--patience": config.patience < 0,
+        "--workers": config.workers < 0,
+        "--seed": config.seed < 0,
+    }
+    for flag, is_wrong in wrong.items():
+        if is_wrong:
+            value = getattr(config, flag[2:].replace("-", "_"))
+            raise DataError(f"{flag} {value}: out of range; --help says what it is.")
 
 
 def start_run_dir(config: TrainConfig, run_dir: Path) -> None:
@@ -610,6 +665,8 @@ def start_run_dir(config: TrainConfig, run_dir: Path) -> None:
     stats = utils.stats_path(root, config.split)
     if config.patch_norm == "PCA" and stats.is_file():
         copy_file(stats, run_dir / eval_fns.STATS_FILE)
+    start = TrainConfig()  # a copy of the options, not of where and how they were started
+    config = replace(config, **{name: getattr(start, name) for name in NOT_THE_RUN})
     utils.write_json(run_dir / eval_fns.CONFIG_FILE, utils.config_dict(config))
 
 
@@ -702,8 +759,7 @@ def score_baselines(training: Training) -> dict[str, float]:
     scores = {"val_majority_accuracy": float((truth == counts.argmax()).mean())}
     if training.config.baselines:
         weights = fit_spectrum_baseline(train, training.config.seed)
-        with utils.atomic_path(training.run_dir / eval_fns.BASELINE_FILE) as part:
-            save_file(weights, part)
+        write_tensors(training.run_dir / eval_fns.BASELINE_FILE, weights)
         guesses = [
             eval_fns.baseline_logits(weights, val.centres(rows)).argmax(1)
             for rows in np.array_split(np.arange(len(val)), max(1, len(val) // SOME_SPECTRA))
@@ -725,6 +781,9 @@ def describe_data(training: Training) -> None:
             len(samples),
             ", ".join(f"{name}: {count}" for name, count in zip(names, counts, strict=True)),
         )
+        absent = [name for name, count in zip(names, counts, strict=True) if not count]
+        if absent and part == "train":
+            log.warning("no training spaxel is %s: it will never be predicted", ", ".join(absent))
 
 
 def describe_model(config: TrainConfig, loader: DataLoader, model: SSFTT) -> dict[str, Any]:
@@ -744,6 +803,7 @@ def describe_model(config: TrainConfig, loader: DataLoader, model: SSFTT) -> dic
         "training_labels": {
             "class_counts": data_fns.class_counts(samples, len(names)).tolist(),
             "median": float(np.median(samples.values)),
+            "options": samples.label_options,
         },
         "code_version": utils.VERSION,
     }
@@ -842,12 +902,13 @@ def train(training: Training, stopper: Stopper) -> int:
 
 def main(config: TrainConfig) -> int:
     """Train as the config says; return the exit code."""
+    check_options(config)
     run_dir, resuming = choose_run_dir(config)
     if not resuming:
         start_run_dir(config, run_dir)
     utils.setup_logging(run_dir / LOG_FILE)
     stopper = Stopper()
-    with stopper.listening():
+    with stopper.listening(signal.SIGUSR1, signal.SIGTERM):
         if resuming:
             check_inputs(config, run_dir)
         training = set_up(config, run_dir)
@@ -877,7 +938,8 @@ def main(config: TrainConfig) -> int:
             training.about["baselines"] = score_baselines(training)
             log.info("without a network: %s", _in_words(training.about["baselines"]))
             utils.write_json(run_dir / eval_fns.MODEL_FILE, training.about)
-        code = train(training, stopper)
+        with stopper.listening(signal.SIGINT):
+            code = train(training, stopper)
     if code == utils.EXIT_DONE:
         report(training)
     return code

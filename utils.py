@@ -19,19 +19,26 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import errno
+import functools
 import hashlib
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
@@ -56,6 +63,22 @@ LABEL_NONE = -1
 BPT_CLASSES = ("star-forming", "composite", "AGN")
 """Below Kauffmann et al. (2003) / between / above Kewley et al. (2001); index = class."""
 
+CLASS_COLOURS: dict[tuple[str, int], tuple[str, ...]] = {
+    ("BPT", 3): ("#0072B2", "#E69F00", "#882255"),
+    ("logOH", 6): ("#440154", "#414487", "#2A788E", "#22A884", "#7AD151", "#FDE725"),
+    ("logOH", 8): (
+        "#440154",
+        "#46327E",
+        "#365C8D",
+        "#277F8E",
+        "#1FA187",
+        "#4AC16D",
+        "#A0DA39",
+        "#FDE725",
+    ),
+}
+"""Of every task and scale. BPT: Okabe & Ito's blue and orange, Tol's wine; metallicity: viridis."""
+
 LOGOH_EDGES: dict[int, tuple[float, ...]] = {
     6: (8.40, 8.44, 8.48, 8.52, 8.56),
     8: (8.34, 8.40, 8.44, 8.47, 8.50, 8.52, 8.55),
@@ -69,6 +92,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt (malloc.h)."""
 
 PLATEIFU = re.compile(r"(?<!\d)(\d{4,5})-(\d{3,5})(?!\d)")
+
+PART = re.compile(r"\..+\.(?P<host>[^.]*)\.(?P<pid>\d{1,9})\.part(\.[^.]+)?")
+"""Name of a file that `atomic_path` has not finished."""
+PART_LIFE_S = 24 * 3600
+"""A part untouched for so long has lost its writer, on whatever host that was."""
 
 
 class DataError(ValueError):
@@ -119,12 +147,14 @@ def label_classes(labels: np.ndarray, label_task: str, n_classes: int = 6) -> np
     Returns
     -------
     int16 array of the same shape, LABEL_NONE where there is no label. A value on an edge belongs
-    to the class above it.
+    to the class above it, in float32, as labels are stored.
     """
     labels = np.asarray(labels)
     if label_task == "BPT":
         return labels.astype(np.int16)
-    classes = np.digitize(labels, logoh_edges(n_classes)).astype(np.int16)
+    labels = labels.astype(np.float32)
+    edges = np.array(logoh_edges(n_classes), np.float32)
+    classes = np.digitize(labels, edges).astype(np.int16)
     classes[~np.isfinite(labels)] = LABEL_NONE
     return classes
 
@@ -244,6 +274,16 @@ def catalogue_path(root: Path) -> Path | None:
     return next(iter([*sorted(raw.glob("dapall*.fits")), *sorted(raw.glob("drpall*.fits"))]), None)
 
 
+def files_in(folder: Path, pattern: str) -> list[Path]:
+    """Files that match a pattern, sorted, without the hidden ones, which are unfinished."""
+    return sorted(p for p in Path(folder).glob(pattern) if not p.name.startswith("."))
+
+
+def failed_path(folder: Path, shard: str | None) -> Path:
+    """List of the failed galaxies of a stage; each shard has its own."""
+    return Path(folder) / (f"failed-{shard.replace('/', 'of')}.csv" if shard else "failed.csv")
+
+
 def plateifu_of(path: Path | str) -> str:
     """Plateifu that a file's name holds.
 
@@ -313,17 +353,56 @@ def sibling(
 # Writing
 
 
+_open_parts: set[Path] = set()
+"""What this process is writing."""
+
+
 @contextlib.contextmanager
 def atomic_path(out: Path | str) -> Iterator[Path]:
-    """Give a hidden neighbour to write to, renamed to `out` if all went well, else removed."""
+    """Give a hidden neighbour to write to, renamed to `out` if all went well, else removed.
+
+    It is on the disk before it gets the name, so that a power cut leaves the old file or the new.
+    """
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part{out.suffix}")
+    _sweep_parts(out.parent)
+    part = out.with_name(f".{out.name}.{_host()}.{os.getpid()}.part{out.suffix}")
+    _open_parts.add(part)
     try:
         yield part
+        with part.open("rb") as f:
+            os.fsync(f.fileno())
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
+        _open_parts.discard(part)
+
+
+def _host() -> str:
+    """Name of this host without dots, for file names."""
+    return platform.node().replace(".", "-")
+
+
+@functools.cache  # once a process: listing tens of thousands of label files takes its time
+def _sweep_parts(folder: Path) -> None:
+    """Remove what killed processes left: of this host if they are gone, else after a day."""
+    for part in folder.glob(".*.part*"):
+        match = PART.fullmatch(part.name)
+        if not match:
+            continue
+        with contextlib.suppress(OSError):  # its writer, or another sweeper, was quicker
+            is_lost = match["host"] == _host() and not _is_alive(int(match["pid"]))
+            if is_lost or time.time() - part.stat().st_mtime > PART_LIFE_S:
+                part.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    """Tell whether this host has such a process, of whatever user."""
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno != errno.ESRCH
+    return True
 
 
 def write_json(path: Path | str, content: Any) -> None:
@@ -379,8 +458,9 @@ def git_state() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except OSError:
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
+    except OSError:  # no git
         return {"commit": None, "dirty": None}
 
 
@@ -453,13 +533,14 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     """Parse the command line into a config, run `main`, and leave with the right exit code.
 
     A DataError ends the program with its one line and code 1 (with a traceback under --debug); a
-    wrong flag with code 2; Ctrl-C with 130.
+    wrong flag with code 2; Ctrl-C with 130 and SIGTERM with 143, unless `main` listens to it.
     """
     import tyro  # here, so that importing a script's functions does not need it
 
     argv = sys.argv[1:]
     debug = "--debug" in argv
     setup_logging()
+    log.setLevel(logging.DEBUG if debug else logging.NOTSET)
     try:
         words = with_config_file(argv)
         description = doc.replace("\nWrites ", "\n\nWrites ")  # else the help joins the lines
@@ -467,6 +548,7 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = main(config)
     except (DataError, OSError) as error:
@@ -474,10 +556,15 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_DATA)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("stopped; finished outputs are whole, run the same command to go on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(stop.args[0] if stop.args else 128 + signal.SIGINT)
     sys.exit(code or EXIT_DONE)
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    """Stop like Ctrl-C, with this signal's exit code."""
+    raise KeyboardInterrupt(128 + number)
 
 
 def keep_freed_memory() -> None:
@@ -544,7 +631,8 @@ def for_each_galaxy(
     stage : str
         What is being done, for the progress bar, the log and failed.csv.
     failed_csv : Path
-        Written (plateifu, stage, reason) if any galaxy failed, removed if none did.
+        Rows (plateifu, stage, reason) of these galaxies are replaced, those of others stay; without
+        rows there is no file.
     jobs : int
         Processes; 1 works in this one.
 
@@ -556,15 +644,16 @@ def for_each_galaxy(
 
     todo = list(plateifus)
     outcome: dict[str, str] = {}
-    failures: list[tuple[str, str, str]] = []
+    failures: list[tuple[str, ...]] = []
     start = time.monotonic()
     with tqdm(total=len(todo), desc=stage, unit="galaxy", disable=None) as bar:
 
-        def finish(plateifu: str, word: str, reason: str | None) -> None:
+        def finish(plateifu: str, word: str, reason: str = "", trace: str = "") -> None:
             outcome[plateifu] = word
-            if reason is not None:
+            if word == "failed":
                 failures.append((plateifu, stage, reason))
                 log.error("%s: %s failed: %s", plateifu, stage, reason)
+                log.debug("%s", trace)
             bar.update()
             done = len(outcome)
             if done % 100 == 0:
@@ -576,19 +665,9 @@ def for_each_galaxy(
             for plateifu in todo:
                 finish(plateifu, *_attempt(work, plateifu))
         else:
-            with ProcessPoolExecutor(max_workers=min(jobs, len(todo))) as pool:
-                futures = {pool.submit(_attempt, work, p): p for p in todo}
-                for future in as_completed(futures):
-                    try:
-                        word, reason = future.result()
-                    except (
-                        Exception
-                    ) as error:  # a worker that died (memory, signal) breaks the pool
-                        word, reason = "failed", f"worker died: {error!r}"
-                    finish(futures[future], word, reason)
+            _in_processes(work, todo, jobs, finish)
+    _update_failures(failed_csv, set(todo), failures)
     if failures:
-        with atomic_path(failed_csv) as part, part.open("w", newline="") as f:
-            csv.writer(f).writerows([("plateifu", "stage", "reason"), *sorted(failures)])
         log.error(
             "%s: %d of %d galaxies failed, listed in %s",
             stage,
@@ -596,20 +675,99 @@ def for_each_galaxy(
             len(todo),
             failed_csv,
         )
-    else:
-        Path(failed_csv).unlink(missing_ok=True)
     return outcome
 
 
-def _attempt(work: Callable[[str], str], plateifu: str) -> tuple[str, str | None]:
-    """Outcome and, if it failed, the reason, of one galaxy's work."""
+def _attempt(work: Callable[[str], str], plateifu: str) -> tuple[str, ...]:
+    """Outcome of one galaxy's work; if it failed, also the reason and the traceback."""
     try:
-        return work(plateifu), None
-    except (DataError, OSError) as error:
-        return "failed", str(error)
+        return (work(plateifu),)
     except Exception as error:  # a bug met on one galaxy must not stop ten thousand others
-        log.debug("%s", traceback.format_exc())
-        return "failed", f"{type(error).__name__}: {error} (a bug: run this galaxy with --debug)"
+        reason = str(error)
+        if not isinstance(error, DataError | OSError):
+            reason = f"{type(error).__name__}: {error} (a bug: run this galaxy with --debug)"
+        return "failed", reason, traceback.format_exc()
+
+
+def _in_processes(
+    work: Callable[[str], str], todo: list[str], jobs: int, finish: Callable[..., None]
+) -> None:
+    """Work in worker processes; tell `finish` each galaxy's outcome.
+
+    A worker that dies (killed, for want of memory as a rule) takes its pool with it. The galaxies
+    in flight are then tried one at a time, so that only the one that kills its worker fails.
+    """
+    waiting, suspects = deque(todo), deque[str]()
+    while waiting or suspects:
+        queue, n = (suspects, 1) if suspects else (waiting, min(jobs, len(waiting)))
+        running: dict[Future, str] = {}
+        with worker_pool(n) as pool:
+            try:
+                while queue or running:
+                    while queue and len(running) < n:
+                        running[pool.submit(_attempt, work, queue[0])] = queue[0]
+                        queue.popleft()
+                    done = wait(running, return_when=FIRST_COMPLETED).done
+                    for future in sorted(done, key=lambda f: f.exception() is not None):
+                        result = future.result()
+                        finish(running.pop(future), *result)
+            except BrokenProcessPool:
+                if n > 1:
+                    suspects.extend(running.values())
+                    continue
+                for plateifu in running.values():
+                    finish(plateifu, "failed", "its process was killed, out of memory as a rule")
+
+
+@contextlib.contextmanager
+def worker_pool(n: int, start_method: str | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Pool of n processes, stopped at once if the loop over it is."""
+    others = multiprocessing.active_children()
+    context = multiprocessing.get_context(start_method)
+    with ProcessPoolExecutor(n, context, initializer=_start_worker) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+            raise
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent; end on SIGTERM, and with the parent."""
+    _open_parts.clear()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_worker)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_worker(number: int, _frame: object) -> None:
+    """End without an exception: the pool would take it for a result, and go on."""
+    for part in _open_parts:
+        part.unlink(missing_ok=True)
+    os._exit(128 + number)
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent's end, however it comes, then end this worker."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _update_failures(failed_csv: Path, tried: set[str], failures: list[tuple[str, ...]]) -> None:
+    """Replace the rows of the galaxies tried; remove a list that is empty."""
+    rows = list(failures)
+    if failed_csv.is_file():
+        with failed_csv.open(newline="") as f:
+            rows += [tuple(row) for row in list(csv.reader(f))[1:] if row and row[0] not in tried]
+    if not rows:
+        failed_csv.unlink(missing_ok=True)
+        return
+    with atomic_path(failed_csv) as part, part.open("w", newline="") as f:
+        csv.writer(f).writerows([("plateifu", "stage", "reason"), *sorted(rows)])
 
 
 def report(outcome: dict[str, str], stage: str, where: Path) -> int:

@@ -1,11 +1,16 @@
 """Streaming moments and PCA against numpy and scikit-learn on all spectra at once."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 from sklearn.decomposition import PCA
 
 import calc_data_stats as cs
+import cube_patch_processing as patching
+import data_fns
 import data_io
 import utils
 from utils import DataError
@@ -41,13 +46,14 @@ def test_components_equal_sklearns_pca(spectra):
     np.testing.assert_allclose(components * signs[:, None], pca.components_, atol=1e-7)
 
 
-def write_galaxy(root, name, seed, wave=WAVE, noise=0.1):
+def write_galaxy(root, name, seed, wave=WAVE, noise=0.1, **options):
     rng = np.random.default_rng(seed)
     flux = (5 + rng.normal(size=(6, 6, 40)) * noise).astype("f4")
     flux[0] = np.nan
     flux[1, 1, 3] = np.nan
     ivar = np.where(np.isfinite(flux), noise**-2, 0).astype("f4")
-    data_io.write_cube(utils.cube_path(root, name), data_io.Cube(flux, wave, ivar))
+    attrs = {"source_sha256": name, "config_json": json.dumps(options)}
+    data_io.write_cube(utils.cube_path(root, name), data_io.Cube(flux, wave, ivar, attrs=attrs))
     return flux
 
 
@@ -94,6 +100,44 @@ def test_other_wavelength_grid_is_refused(survey):
     write_galaxy(root, "8001-1901", 1, wave=WAVE + 1)
     with pytest.raises(DataError, match=r"8001-1901\.h5: 40 bands of .* on one grid"):
         cs.main(cs.Config("hard", root, n_components=5))
+
+
+def test_statistics_of_cubes_since_made_anew_are_refused(survey):
+    root, _ = survey
+    config = cs.Config("hard", root, n_components=5)
+    cs.main(config)
+    for i in range(6):
+        write_galaxy(root, f"{8000 + i}-1901", i, deredden=False)
+    with pytest.raises(DataError, match=r"stats\.h5: exists, made with another cubes"):
+        cs.main(config)
+    assert cs.main(replace(config, overwrite=True)) == 0
+    assert data_io.read_stats(utils.stats_path(root, "hard")).kind.deredden is False
+
+
+@pytest.mark.parametrize("n_components", [0, 41])
+def test_impossible_numbers_of_components_are_refused(survey, n_components):
+    with pytest.raises(DataError, match="choose 1 to 40"):
+        cs.main(cs.Config("hard", survey[0], n_components=n_components))
+
+
+def test_cubes_of_another_kind_than_the_statistics_are_refused(survey):
+    """As many bands and another range, or another treatment: the components do not fit."""
+    root, _ = survey
+    cs.main(cs.Config("hard", root, n_components=5))
+    stats = data_io.read_stats(utils.stats_path(root, "hard"))
+    path = utils.cube_path(root, "8000-1901")
+    spec = data_fns.PatchSpec("logOH", patch_norm="PCA")
+    assert data_fns.load_normed(path, spec, stats).values.shape[2] == 5
+    labels = np.full((6, 6), 8.45, "f4")
+    data_io.write_labels(utils.label_path(root, "logOH", "8000-1901"), labels, labels, {})
+    options = patching.PatchOptions(("PCA",), 3, "hard")
+    write_galaxy(root, "8000-1901", 0, wave=WAVE - 400)
+    for work in (
+        lambda: data_fns.load_normed(path, spec, stats),
+        lambda: patching.patch_galaxy(root, "8000-1901", "logOH", options),
+    ):
+        with pytest.raises(DataError, match=r"40 bands of 4600.*the split's statistics have"):
+            work()
 
 
 def test_too_few_spectra_are_refused(survey):

@@ -80,6 +80,40 @@ def test_labels_round_trip(tmp_path):
     assert data_io.read_label_meta(path) == {"n": 1}
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_labels_replaced_half_way_are_absent_not_mixed(tmp_path, monkeypatch, after):
+    """The .json says what is up to date: it must never lie beside older labels."""
+    path = tmp_path / "8485-1901.npy"
+    old = np.full((2, 2), 8.4, "f4")
+    data_io.write_labels(path, old, old, {"options": "old"})
+    real, seen = data_io._save_npy, []
+
+    def stopped(where, array):
+        seen.append(where)
+        if len(seen) > after:
+            raise KeyboardInterrupt
+        real(where, array)
+
+    monkeypatch.setattr(data_io, "_save_npy", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        data_io.write_labels(path, old + 0.1, old, {"options": "new"})
+    assert not path.exists()
+
+
+def test_patches_replaced_half_way_are_absent_not_mixed(tmp_path, monkeypatch):
+    path = tmp_path / "8485-1901.npy"
+    index = pd.DataFrame({"row": [0], "y": [0], "x": [1], "label": [8.4]})
+    data_io.write_patches(path, np.zeros((1, 3, 3, 5)), index, {"patch_norm": "global"})
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(data_io, "_save_npy", full)
+    with pytest.raises(OSError, match="No space"):
+        data_io.write_patches(path, np.ones((1, 3, 3, 5)), index, {"patch_norm": "spectral"})
+    assert not path.exists()
+
+
 def test_wrong_npy_is_refused(tmp_path):
     path = tmp_path / "8485-1901.npy"
     np.save(path, np.zeros(3))

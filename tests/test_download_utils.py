@@ -2,6 +2,8 @@
 
 import gzip
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -21,10 +23,12 @@ class Archive(BaseHTTPRequestHandler):
     files: dict[str, bytes] = {}  # noqa: RUF012
     cuts: list[int] = []  # noqa: RUF012
     ranges = True
+    pause_s = 0.0
     log: list[tuple[str, str | None]] = []  # noqa: RUF012
 
     def do_GET(self):
         self.log.append((self.path, self.headers.get("Range")))
+        time.sleep(self.pause_s)
         content = self.files.get(self.path)
         if content is None:
             self.send_error(404)
@@ -52,6 +56,7 @@ class Archive(BaseHTTPRequestHandler):
 @pytest.fixture
 def archive():
     Archive.files, Archive.cuts, Archive.ranges, Archive.log = {}, [], True, []
+    Archive.pause_s = 0.0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Archive)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -110,6 +115,36 @@ def test_stopped_download_is_resumed_by_the_next_command(archive, tmp_path):
     assert archive.log[-1][1] == "bytes=65536-"
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_file_that_several_want_is_fetched_once(archive, tmp_path, is_there):
+    archive.pause_s = 0.5
+    url, path = url_of(archive), tmp_path / "a.fits.gz"
+    if is_there:
+        path.write_bytes(b"old")  # as with --overwrite
+    with ThreadPoolExecutor(3) as pool:
+        sizes = list(pool.map(lambda _: du.fetch(url, path, retries=0), range(3)))
+    assert sizes == [len(CONTENT)] * 3
+    assert path.read_bytes() == CONTENT
+    assert len(archive.log) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_those_who_wait_for_a_failing_download_go_on_with_it(archive, tmp_path):
+    archive.pause_s, archive.cuts = 0.5, [70_000]
+    url, path = url_of(archive), tmp_path / "a.fits.gz"
+
+    def fetch(_):
+        try:
+            return du.fetch(url, path, retries=0)
+        except DataError:
+            return "failed"
+
+    with ThreadPoolExecutor(3) as pool:
+        assert sorted(map(str, pool.map(fetch, range(3)))) == [str(len(CONTENT))] * 2 + ["failed"]
+    assert path.read_bytes() == CONTENT
+    assert [asked for _, asked in archive.log] == [None, "bytes=65536-"]
+
+
 def test_server_without_ranges_starts_over(archive, tmp_path):
     archive.cuts, archive.ranges = [70_000], False
     path = tmp_path / "a.fits.gz"
@@ -147,6 +182,7 @@ def test_absent_file_is_not_tried_again(archive, tmp_path):
     with pytest.raises(DataError, match="not in the archive"):
         du.fetch(f"{archive.base}/b.fits.gz", tmp_path / "b.fits.gz")
     assert len(archive.log) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_command_fetches_what_is_missing_and_goes_on_past_failures(archive, tmp_path):

@@ -11,10 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from astropy.io import fits
+from astropy.wcs import WCS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+import cube_patch_processing as patching
 import data_fns
 import data_io
 import eval_fns
@@ -191,9 +194,43 @@ def test_run_on_patch_files_is_evaluated_on_them(root, own_run, tmp_path):
     shutil.rmtree(data / "processed" / "cubes")
     ours = eval_fns.evaluate_split(run, "test", data_dir=data)
     theirs = eval_fns.evaluate_split(own_run, "test")
-    for result in (ours, theirs):
+    mapped = eval_fns.evaluate_split(run, "test")  # here there are cubes
+    for result in (ours, theirs, mapped):
         result.pop("created_utc")
-    assert ours == theirs
+    assert ours == theirs == mapped
+
+
+def test_patch_files_older_than_their_source_are_refused(root, tmp_path):
+    data = shutil.copytree(root, tmp_path / "data")
+    train_galaxy = mock_cubes.PLATEIFUS[0]
+    for plateifu in mock_cubes.PLATEIFUS:
+        options = patching.PatchOptions(("spectral",), 5)
+        patching.patch_galaxy(data, plateifu, "logOH", options)
+    run = {"source": "patches", "patch_norm": "spectral"}
+    train(data, tmp_path / "run", **run)
+    label = utils.label_path(data, "logOH", train_galaxy)
+    data_io.write_labels(label, *[data_io.read_labels(label)] * 2, {"source_sha256": "of others"})
+    with pytest.raises(DataError, match=f"{train_galaxy}.npy: exists, made with another label"):
+        train(data, tmp_path / "again", **run)
+
+
+def test_labels_of_another_calibration_than_the_trainings_are_refused(root, tmp_path):
+    data = shutil.copytree(root, tmp_path / "data")
+    labels = data / "processed" / "labels" / "logOH"
+    for name in mock_cubes.PLATEIFUS:
+        utils.write_json(labels / f"{name}.json", {"options": {"diagnostic": "O3N2-M13"}})
+    run = train(data, tmp_path / "run")
+    utils.write_json(labels / f"{TEST_GALAXY}.json", {"options": {"diagnostic": "N2-M13"}})
+    with pytest.raises(DataError, match=f"{TEST_GALAXY}: .*N2-M13, the training's with .*O3N2-M13"):
+        eval_fns.evaluate_split(run, "test")
+
+
+@pytest.mark.parametrize("name", ["model.json", "best.safetensors"])
+def test_damaged_model_is_one_clear_line(own_run, name):
+    path = own_run / name
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"best\.safetensors is damaged .*Train the model anew"):
+        eval_fns.load_model(own_run)
 
 
 def test_easy_split_is_evaluated_on_its_own_spaxels_and_says_so(root, tmp_path):
@@ -251,7 +288,9 @@ def test_cube_on_another_grid_is_refused(root, run_dir, tmp_path):
     cube = data_io.read_cube(utils.cube_path(root, TEST_GALAXY))
     path = utils.cube_path(tmp_path, TEST_GALAXY)
     data_io.write_cube(path, data_io.Cube(cube.flux, cube.wave + 3, attrs=cube.attrs))
-    with pytest.raises(DataError, match=r"the model's training cubes have .* on one grid"):
+    with pytest.raises(
+        DataError, match=r"(the model's training cubes|the split's statistics) have .* on one grid"
+    ):
         eval_fns.evaluate_cube(run_dir, path)
 
 
@@ -274,6 +313,36 @@ def test_command_maps_a_galaxy(own_run, capsys):
     probabilities = np.load(own_run / "maps" / f"{TEST_GALAXY}_prob.npy")
     usable = classes != LABEL_NONE
     np.testing.assert_array_equal(probabilities[usable].argmax(1), classes[usable])
+    with fits.open(own_run / "maps" / f"{TEST_GALAXY}.fits") as hdus:
+        np.testing.assert_array_equal(hdus["CLASS"].data, classes)
+        np.testing.assert_array_equal(hdus["PROBABILITY"].data, np.moveaxis(probabilities, 2, 0))
+        assert (hdus[0].header["PLATEIFU"], hdus[0].header["TASK"]) == (TEST_GALAXY, "logOH")
+        values = utils.class_values(6)
+        by_hand = sum(p * v for p, v in zip(np.moveaxis(probabilities, 2, 0), values, strict=True))
+        np.testing.assert_allclose(hdus["LOGOH"].data, by_hand, rtol=1e-6)
+        assert np.isnan(hdus["LOGOH"].data[~usable]).all()
+
+
+def test_map_as_fits_lies_where_the_galaxy_does(run_dir, tmp_path):
+    trained = eval_fns.load_model(run_dir, "cpu")
+    sky = WCS(naxis=2)
+    sky.wcs.ctype = "RA---TAN", "DEC--TAN"
+    sky.wcs.crval, sky.wcs.crpix, sky.wcs.cdelt = (150.0, 2.0), (4, 5), (-0.5 / 3600, 0.5 / 3600)
+    cards = sky.to_header().tostring(sep="\n", endcard=False, padding=False)
+    probabilities = np.zeros((7, 8, 6), np.float32)
+    probabilities[..., [1, 3]] = 0.25, 0.75
+    classes = probabilities.argmax(2).astype(np.int16)
+    shown = eval_fns.MapPrediction(
+        "1-1", classes, probabilities, classes > 0, {"wcs_header": cards}
+    )
+    eval_fns.write_map_fits(tmp_path / "x.fits", shown, trained, run_dir)
+    with fits.open(tmp_path / "x.fits") as hdus:
+        there = WCS(hdus["LOGOH"].header).pixel_to_world(3, 4)
+        assert (there.ra.deg, there.dec.deg) == pytest.approx((150, 2))
+        low, high = utils.class_values(6)[[1, 3]]
+        assert hdus["LOGOH"].data[0, 0] == pytest.approx(0.25 * low + 0.75 * high)
+        spread = np.sqrt(0.25 * 0.75) * (high - low)  # of a two-valued variable
+        assert hdus["LOGOH_SPREAD"].data[0, 0] == pytest.approx(spread, rel=1e-5)
 
 
 def test_command_prints_the_scores_beside_the_baselines(own_run, tmp_path):

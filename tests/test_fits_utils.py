@@ -143,6 +143,7 @@ def test_drp_cube_reads_alike(tmp_path, plain_arrays):
     mask[2200:2210, 0, 0] = 1 << 1  # LOWCOV alone is a note
     primary = fits.PrimaryHDU()
     primary.header.update(PLATEIFU="8485-1901", MANGAID="1-2", EBVGAL=0.1, DRP3QUAL=0)
+    primary.header["MASKNAME"] = "MANGA_DRP3PIXMASK"  # as in the archive's: not in MASK's header
     wave = 10 ** (3.5589 + 1e-4 * np.arange(N_WAVE))
     hdus = fits.HDUList(
         [
@@ -153,7 +154,6 @@ def test_drp_cube_reads_alike(tmp_path, plain_arrays):
             fits.ImageHDU(wave, name="WAVE"),
         ]
     )
-    hdus["MASK"].header["MASKNAME"] = "MANGA_DRP3PIXMASK"
     hdus.writeto(tmp_path / "8485-1901.fits")
     path = tmp_path / "8485-1901.fits"
     with pytest.raises(DataError, match="no redshift"):
@@ -192,6 +192,19 @@ def test_gas_velocity_is_removed_spaxel_by_spaxel(tmp_path):
     np.testing.assert_allclose(peaks, 6564.6, atol=0.05)
     with pytest.raises(DataError, match="needs the galaxy's MAPS"):
         process(path, tmp_path, shifted, overwrite=True)
+
+
+@pytest.mark.parametrize("kms", [-3000.0, 3000.0])
+def test_gas_velocity_leaves_no_bin_half_read(tmp_path, monkeypatch, kms):
+    """The first and last pixels that any spaxel's shift needs are read."""
+    ones = np.ones((N_WAVE, 1, 2))
+    path = write_logcube(tmp_path / "8485-1901.fits", ones, ones, 0 * ones)
+    stretch = np.array([[1.0, 1 + kms / fu.C_KMS]])
+    monkeypatch.setattr(fu, "_gas_stretch", lambda *_: stretch)
+    for z in np.linspace(0.02, 0.04, 30):
+        options = replace(OPTIONS, remove_gas_velocity=True)
+        _, cube = process(path, tmp_path, options, redshift=z, overwrite=True)
+        assert cube.good_fraction.min() == 1
 
 
 def test_attributes_say_where_a_cube_came_from(tmp_path, plain_arrays):
@@ -344,6 +357,8 @@ def test_critical_cube_is_warned_of_recorded_and_skippable(tmp_path, plain_array
     word, cube = process(path, tmp_path)
     assert (word, bool(cube.attrs["critical"])) == ("written", True)
     assert "DRP3QUAL says CRITICAL" in caplog.text
+    assert process(path, tmp_path)[0] == "up to date"
+    assert process(path, tmp_path, skip_critical=True)[0] == "skipped: CRITICAL"
 
 
 def write_catalogue(path, rows):
@@ -369,6 +384,16 @@ def test_redshift_from_the_catalogue(tmp_path, plain_arrays):
         fu.process_cube(path, tmp_path / "7000-100.h5", OPTIONS, catalogue=catalogue)
 
 
+@pytest.mark.filterwarnings("ignore:::astropy")  # it warns, too
+@pytest.mark.parametrize("kept", [0, 100, 6000])
+def test_catalogue_cut_short_is_one_clear_line(tmp_path, kept):
+    rows = [("8485-1901", "1-7", 0.05, 0.06)] * 50
+    catalogue = write_catalogue(tmp_path / "drpall.fits", rows)
+    catalogue.write_bytes(catalogue.read_bytes()[:kept])
+    with pytest.raises(DataError, match=r"drpall\.fits: not a readable catalogue .* Fetch it"):
+        fu.catalogue_row(catalogue, "8485-1901")
+
+
 def test_real_maps_give_the_known_bpt_map(shared_manga, tmp_path):
     source = shared_manga / "manga-7815-3702-MAPS-HYB10-GAU-MILESHC.fits.gz"
     target = tmp_path / "7815-3702.npy"
@@ -380,10 +405,50 @@ def test_real_maps_give_the_known_bpt_map(shared_manga, tmp_path):
     assert 0 < p_wrong[labels >= 0].mean() < 0.5
     with Image.open(target.with_suffix(".png")) as picture:
         colours = {c for _, c in picture.convert("RGB").getcolors(1 << 20)}
-    assert set(fu.BPT_COLOURS) <= colours
+    wanted = {tuple(bytes.fromhex(c[1:])) for c in utils.CLASS_COLOURS["BPT", 3]}
+    assert wanted <= colours
     meta = data_io.read_label_meta(target)
     assert meta["counts"] == {"star-forming": 575, "composite": 96, "AGN": 0}
     assert meta["mangaid"] == "1-113540"
+
+
+def test_label_picture_hatches_unlabelled_spaxels_and_greys_holes(tmp_path):
+    labels = np.full((40, 42), np.nan, np.float32)
+    labels[30:35, 5:12] = 8.5
+    covered = np.zeros(labels.shape, bool)
+    covered[2:38, 2:40] = True
+    covered[10:14, 20:25] = False  # a star
+    path = tmp_path / "1-1.png"
+    fu.write_label_png(path, labels, "logOH", covered, "O3N2-M13, S/N > 3")
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    zoom, left, top = 10, 12, 56
+    spaxels = pixels[top : top + 40 * zoom, left : left + 42 * zoom]
+    spaxels = spaxels.reshape(40, zoom, 42, zoom, 3).swapaxes(1, 2)[::-1]  # north is up
+    colour = tuple(bytes.fromhex(utils.CLASS_COLOURS["logOH", 6][3][1:]))
+    assert (spaxels[30:35, 5:12] == colour).all()
+    assert (spaxels[10:14, 20:25] == 0xBD).all()
+    assert (spaxels[~(covered | (utils.label_classes(labels, "logOH") >= 0))][0] == 255).all()
+    unlabelled = spaxels[20, 10]
+    assert (unlabelled == 255).any()
+    assert (unlabelled != 255).any()
+    assert (unlabelled != 0xBD).all()  # lines, of another grey than masked spaxels
+    bar = (pixels[-14, : left + 42 * zoom // 2] == 0).all(axis=-1)
+    assert bar.sum() == pytest.approx(10 * zoom, abs=2)  # 5 arcsec
+    fu.write_label_png(path, labels, "logOH", covered)
+    with Image.open(path) as picture:
+        without = np.asarray(picture.convert("RGB")).astype(int)
+    changed = np.argwhere((without != pixels).any(axis=-1))
+    assert changed.size
+    assert changed[:, 0].max() < top  # the note stands above the map
+
+
+@pytest.mark.parametrize("task", ["BPT", "logOH"])
+def test_label_picture_of_an_empty_map_can_be_drawn(tmp_path, task):
+    labels = np.full((1, 1), utils.LABEL_NONE if task == "BPT" else np.nan)
+    fu.write_label_png(tmp_path / "1-1.png", labels, task, np.zeros((1, 1), bool))
+    with Image.open(tmp_path / "1-1.png") as picture:
+        assert min(picture.size) > 100
 
 
 @pytest.mark.parametrize("diagnostic", ["O3N2-M13", "N2-M13", "O3N2-PP04", "N2O2-KD02"])
@@ -428,6 +493,20 @@ def test_map_labels_are_kept_refused_or_replaced(tmp_path, line_maps):
     with pytest.raises(DataError, match="another min_snr"):
         fu.process_map(path, target, "logOH", other)
     assert fu.process_map(path, target, "logOH", other, overwrite=True) == "written"
+
+
+def test_a_damaged_label_map_is_not_up_to_date(tmp_path, line_maps):
+    source = write_maps(tmp_path / "manga-8485-1901-MAPS-X.fits", *line_maps)
+    target = tmp_path / "8485-1901.npy"
+    fu.process_map(source, target, "BPT", fu.LabelOptions())
+    whole = target.read_bytes()
+    target.write_bytes(whole[:-10])
+    with pytest.raises(DataError, match=r"8485-1901\.npy: not a readable .* --overwrite"):
+        fu.process_map(source, target, "BPT", fu.LabelOptions())
+    target.write_bytes(whole)
+    target.with_suffix(".json").unlink()
+    with pytest.raises(DataError, match=r"its \.json is missing"):
+        fu.process_map(source, target, "BPT", fu.LabelOptions())
 
 
 def test_line_channels_ignore_their_numbers(tmp_path, line_maps):

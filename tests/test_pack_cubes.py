@@ -65,11 +65,6 @@ def test_second_run_leaves_the_file_and_overwrite_does_not(root):
     assert seen[0] == seen[1] != seen[2]
 
 
-def test_wrong_part_is_told(root):
-    with pytest.raises(DataError, match="--parts all"):
-        pack_cubes.main(pack_cubes.Config("hard", root, parts=("all",)))
-
-
 def test_command_line(root, tmp_path):
     words = [sys.executable, str(SCRIPT), "--data-dir", str(root)]
     done = subprocess.run(

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from scipy.special import erf
@@ -20,6 +21,7 @@ import fits_utils as fu
 import hsi_proc_fns
 import mock_manga
 import mock_physics
+import process_single_cube
 import resample
 import utils
 from utils import DataError
@@ -221,6 +223,36 @@ def test_patches_made_with_other_options_are_refused(survey):
         patching.patch_galaxy(survey, plateifu, "BPT", replace(options, patch_size=5))
 
 
+def test_patches_of_cubes_or_labels_since_made_anew_are_refused(survey, tmp_path):
+    plateifu = galaxies_of(survey)[1]
+    options = patching.PatchOptions(("global",), 3)
+    for kind in ("cubes", "labels"):
+        shutil.copytree(survey / "processed" / kind, tmp_path / "processed" / kind)
+    assert patching.patch_galaxy(tmp_path, plateifu, "BPT", options) == "written"
+    label = utils.label_path(tmp_path, "BPT", plateifu)
+    values, meta = data_io.read_labels(label), data_io.read_label_meta(label)
+    data_io.write_labels(label, values, values, {**meta, "source_sha256": "of other MAPS"})
+    with pytest.raises(DataError, match="made with another label"):
+        patching.patch_galaxy(tmp_path, plateifu, "BPT", options)
+    data_io.write_labels(label, values, values, meta)
+    assert patching.patch_galaxy(tmp_path, plateifu, "BPT", options) == "up to date"
+    with h5py.File(utils.cube_path(tmp_path, plateifu), "a") as f:
+        made = json.loads(f.attrs["config_json"])
+        f.attrs["config_json"] = json.dumps({**made, "deredden": False})
+    with pytest.raises(DataError, match="made with another cube"):
+        patching.patch_galaxy(tmp_path, plateifu, "BPT", options)
+
+
+def test_galaxy_lists_that_name_none_are_refused(tmp_path):
+    """Not taken for all galaxies."""
+    path = tmp_path / "galaxies.txt"
+    for text in ("# none yet\n", "", "mangaid,plateifu\n1-1\n"):
+        path.write_text(text)
+        choice = patching.GalaxyChoice(galaxy_list=path)
+        with pytest.raises(DataError, match="names no galaxy"):
+            patching.chosen_galaxies(choice, ["8000-1901"])
+
+
 def test_loop_over_galaxies_goes_on_past_bad_files(survey, tmp_path):
     galaxies = galaxies_of(survey)
     shutil.copytree(survey / "raw", tmp_path / "raw")
@@ -256,6 +288,9 @@ def test_single_galaxy_by_command(one):
     assert done.returncode == 0, done.stderr
     a, b = (data_io.read_cube(utils.cube_path(r, plateifu)) for r in (root, other))
     np.testing.assert_array_equal(a.flux, b.flux)
+    done = run_script("process_single_cube.py", "--fits", logcube, "--data-dir", root / "third")
+    assert done.returncode == 0, done.stderr  # MAPS lies beside the LOGCUBE
+    assert utils.label_path(root / "third", "BPT", plateifu).is_file()
 
 
 @pytest.mark.parametrize(
@@ -264,6 +299,7 @@ def test_single_galaxy_by_command(one):
         (("--plateifu", "1-100"), 1, "no plateifu"),
         (("--plateifu", "7000-1901"), 1, "no manga-7000-1901-LOGCUBE"),
         ((), 1, "no galaxy: give --plateifu"),
+        (("--fits", "absent-8485-1901.fits"), 1, "absent-8485-1901.fits: no such file"),
         (("--plateifu", "7000-1901", "--nband", "3"), 2, "--nband"),
         (("--plateifu", "7000-1901", "--n-band", "x"), 2, "--n-band"),
         (("--config", "absent.json"), 2, "absent.json"),
@@ -277,6 +313,14 @@ def test_bad_command_line_is_one_line_and_its_exit_code(tmp_path, words, code, e
     if code == 1:
         assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_maps_file_is_not_taken_for_a_logcube(one):
+    root, plateifu = one
+    maps = utils.find_raw(root, plateifu, "MAPS")
+    config = process_single_cube.Config(fits=maps, data_dir=root)
+    with pytest.raises(DataError, match="its name says MAPS, expected a LOGCUBE file"):
+        process_single_cube.main(config)
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -69,6 +69,49 @@ def test_fractions_that_are_none_are_refused(fractions):
         cds.hard_split(galaxies(10), fractions, 0)
 
 
+@pytest.mark.parametrize("fractions", [(0.5, 0.2, 0.2), (0.9, 0.2, 0.2)])
+def test_easy_fractions_that_are_none_are_refused(fractions):
+    spaxels = {"7000-1901": (np.arange(9), np.arange(9))}
+    with pytest.raises(DataError, match="summing to 1"):
+        easy.easy_split(galaxies(1), spaxels, fractions, 0)
+
+
+@pytest.mark.parametrize(("n", "fractions"), [(4, (0.05, 0.475, 0.475)), (3, (0.05, 0.05, 0.9))])
+def test_fractions_that_leave_no_training_galaxy_are_refused(n, fractions):
+    with pytest.raises(DataError, match=f"of {n} galaxies none is left for training"):
+        cds.hard_split(galaxies(n), fractions, 0)
+
+
+def test_split_replaced_half_way_is_refused(labelled, monkeypatch):
+    """Parts of two splits may share no galaxy and still be wrong."""
+    cds.main(cds.Config(data_dir=labelled, seed=1))
+    real, seen = utils.atomic_path, []
+
+    def stopped(path):
+        seen.append(path)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        return real(path)
+
+    monkeypatch.setattr(utils, "atomic_path", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cds.main(cds.Config(data_dir=labelled, seed=2, overwrite=True))
+    monkeypatch.undo()
+    with pytest.raises(DataError, match=r"parts of different splits.*--overwrite"):
+        data_io.read_split(utils.split_path(labelled, "hard_logOH"))
+    assert cds.main(cds.Config(data_dir=labelled, seed=2, overwrite=True)) == 0
+
+
+def test_critical_galaxies_can_be_left_out(labelled):
+    path = utils.label_path(labelled, "logOH", "8003-1901")
+    labels = data_io.read_labels(path)
+    data_io.write_labels(path, labels, labels, {"mangaid": "1-3", "critical": True})
+    for skip, n in ((False, 11), (True, 10)):
+        table = cds.labelled_galaxies(labelled, "logOH", 20, skip)
+        assert len(table) == n
+        assert ("8003-1901" in set(table["plateifu"])) is not skip
+
+
 def test_too_few_galaxies_are_refused():
     with pytest.raises(DataError, match="at least 3"):
         cds.hard_split(galaxies(2, twins=2), (0.7, 0.15, 0.15), 0)

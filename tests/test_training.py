@@ -101,7 +101,7 @@ def stop_after(monkeypatch, n_steps, number=signal.SIGUSR1):
     monkeypatch.setattr(training.F, "cross_entropy", cross_entropy)
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
 def test_run_stopped_by_a_signal_resumes_bit_for_bit(any_config, tmp_path, monkeypatch, number):
     config = any_config
     assert training.main(config) == 0
@@ -115,7 +115,23 @@ def test_run_stopped_by_a_signal_resumes_bit_for_bit(any_config, tmp_path, monke
     assert (saved["progress"]["epoch"], saved["progress"]["step"]) == (1, 2)
     assert training.main(stopped) == 0
     assert_same_run(config.run_dir, stopped.run_dir)
-    assert signal.getsignal(number) is signal.SIG_DFL
+    usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    assert signal.getsignal(number) is usual
+
+
+def test_second_interrupt_ends_a_run_at_once(config, monkeypatch):
+    stop_after(monkeypatch, 2, signal.SIGINT)
+    real = training.batch_loss
+
+    def interrupted(*args):
+        found = real(*args)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # the first was heard
+            os.kill(os.getpid(), signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(training, "batch_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.main(config)
 
 
 def test_signal_in_the_last_epochs_last_step_counts_as_finished(config, monkeypatch):
@@ -197,6 +213,84 @@ def test_resuming_with_other_labels_is_refused(config, root, tmp_path):
         training.main(replace(config, epochs=2, resume="auto"))
 
 
+def test_statistics_of_another_split_are_refused(config, root, tmp_path):
+    config = replace(config, data_dir=shutil.copytree(root, tmp_path / "data"))
+    path = utils.stats_path(config.data_dir, "hard")
+    stats = data_io.read_stats(path)
+    train = data_io.read_split(path.parent)[0]["train"]["plateifu"].tolist()
+    for plateifus in (train, [*train[1:], "1-100"]):
+        made = {"config_json": json.dumps({"plateifus": sorted(plateifus)})}
+        data_io.write_stats(path, replace(stats, attrs=made))
+        if plateifus == train:
+            training.set_up(config, config.run_dir)
+    with pytest.raises(DataError, match=r"stats\.h5: of other galaxies .*calc_data_stats"):
+        training.main(config)
+
+
+def test_labels_of_several_calibrations_are_refused(config, root, tmp_path):
+    config = replace(config, data_dir=shutil.copytree(root, tmp_path / "data"))
+    names = data_io.read_split(utils.split_path(root, "hard"))[0]["train"]["plateifu"].tolist()
+    for plateifu in names:
+        path = utils.label_path(config.data_dir, "logOH", plateifu)
+        options = {"diagnostic": "N2-M13" if plateifu == names[1] else "O3N2-M13", "min_snr": 3}
+        utils.write_json(path.with_suffix(".json"), {"options": options})
+    with pytest.raises(DataError, match=f"{names[1]}: .*diagnostic=N2-M13, those of {names[0]}"):
+        training.main(config)
+
+
+def test_a_class_that_never_occurs_is_warned_of(config, caplog):
+    path = utils.split_path(config.data_dir, "hard")
+    assert path.is_dir()
+    samples = training.set_up(config, config.run_dir)
+    classes = training._dataset(samples.loaders["train"]).samples.classes
+    classes[classes == 2] = 1
+    training.describe_data(samples)
+    assert f"no training spaxel is {config.spec.class_names[2]}" in caplog.text
+
+
+def test_a_folder_of_other_making_is_left_alone(config):
+    """A folder test/ of somebody's, or another program's config.json."""
+    thesis = config.run_dir / "test" / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("three years of work")
+    (config.run_dir / "config.json").write_text('{"editor": "vi"}')
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match=r"holds config\.json, test, but no run"):
+            training.main(replace(config, overwrite=overwrite))
+    assert thesis.read_text() == "three years of work"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"dropout": 2.0},
+        {"label_smoothing": 3.0},
+        {"seed": -1},
+        {"patch_size": 0},
+        {"epochs": 0},
+        {"cutout": 4},
+        {"batch_size": 0},
+    ],
+)
+def test_impossible_numbers_are_refused_before_anything_is_written(config, wrong):
+    name, value = next(iter(wrong.items()))
+    with pytest.raises(DataError, match=f"--{name.replace('_', '-')} {value}: out of range"):
+        training.main(replace(config, **wrong))
+    assert not config.run_dir.exists()
+
+
+def test_others_may_read_the_weights(config):
+    mask = os.umask(0o022)
+    try:
+        training.main(replace(config, epochs=1, baselines=True))
+    finally:
+        os.umask(mask)
+    for name in ("best.safetensors", "baseline.safetensors", "model.json"):
+        assert (config.run_dir / name).stat().st_mode & 0o777 == 0o644
+
+
 def test_compiling_reaches_the_faces_that_training_calls(config, monkeypatch):
     seen = []
 
@@ -256,6 +350,10 @@ def test_resume_without_a_run_dir_finds_the_newest_run_of_the_same_options(
         Path("runs") / run.name,
         True,
     )
+    other = Path("runs") / "z_started_earlier"  # a name says nothing of the time
+    shutil.copytree(run, other)
+    os.utime(other / "last.pt", (1, 1))
+    assert training.choose_run_dir(replace(config, resume="auto"))[0] == Path("runs") / run.name
     found, resuming = training.choose_run_dir(replace(config, resume="auto", seed=5))
     assert not resuming
     assert found.parent == Path("runs")
@@ -272,7 +370,8 @@ def test_saved_config_repeats_the_run(config, tmp_path):
     saved = [
         json.loads((d / "config.json").read_text()) for d in (config.run_dir, tmp_path / "again")
     ]
-    assert {k for k in saved[0] if saved[0][k] != saved[1][k]} == {"run_dir"}
+    assert saved[0] == saved[1]
+    assert saved[0]["run_dir"] is None  # else a copy would replace the run it was copied from
     assert_same_run(config.run_dir, tmp_path / "again")
 
 
@@ -378,9 +477,8 @@ def test_loss_that_is_no_number_stops_the_run_and_names_the_files(config, root):
     assert len(saved["rows"]) == 64
     assert saved["spaxels"] == samples.describe(saved["rows"])
     plateifus = {samples.plateifus[samples.galaxy[row]] for row in saved["rows"]}
-    for plateifu in plateifus:
-        assert str(utils.cube_path(root, plateifu)) in str(caught.value)
-    assert "--lr" in str(caught.value)
+    assert any(str(utils.cube_path(root, p)) in str(caught.value) for p in plateifus)
+    assert "Lower --lr" in str(caught.value)
     assert not (config.run_dir / "last.pt").exists()
 
 

@@ -1,9 +1,14 @@
 """Paths in both directions, classes, atomic writes, config files, loops that go on."""
 
+import contextlib
 import csv
 import json
+import os
+import platform
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import create_data_splits
+import cube_patch_processing
 import utils
 from utils import DataError
 
@@ -128,15 +135,58 @@ def test_crash_while_writing_leaves_the_old_file(tmp_path):
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_killed_writer_leaves_no_output(tmp_path):
-    out = tmp_path / "cube.h5"
+def write_and_die(out):
     code = (
         "import os, signal, utils\n"
         f"with utils.atomic_path({str(out)!r}) as part:\n"
         "    part.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
-    assert not out.exists()
+
+
+def test_killed_writer_leaves_no_output(tmp_path):
+    cube = utils.cube_path(tmp_path, "8485-1901")
+    label = utils.label_path(tmp_path, "BPT", "8485-1901")
+    for out in (cube, label):
+        write_and_die(out)
+        assert not out.exists()
+        assert len(list(out.parent.iterdir())) == 1  # what it had begun
+    with pytest.raises(DataError, match="no galaxy to work on"):
+        cube_patch_processing.main(cube_patch_processing.Config(data_dir=tmp_path))
+    with pytest.raises(DataError, match="no label maps"):
+        create_data_splits.labelled_galaxies(tmp_path, "BPT", 1)
+
+
+def test_next_write_in_a_folder_removes_what_lost_writers_left(tmp_path):
+    write_and_die(tmp_path / "cube.h5")
+    (litter,) = tmp_path.iterdir()
+    here, alive = platform.node().replace(".", "-"), os.getppid()
+    old = tmp_path / ".old.npy.elsewhere.77.part.npy"
+    kept = {
+        tmp_path / f".busy.npy.{here}.{alive}.part.npy",
+        tmp_path / ".new.npy.elsewhere.77.part.npy",
+        tmp_path / ".dapall-v3_1_1-3.1.0.fits.part",  # a download's: it goes on
+        tmp_path / ".hidden.npy",
+    }
+    for path in (old, *kept):
+        path.touch()
+    for path in (old, tmp_path / ".hidden.npy", tmp_path / ".dapall-v3_1_1-3.1.0.fits.part"):
+        os.utime(path, (0, 0))
+    assert litter.exists()
+    utils.write_json(tmp_path / "out.json", {})
+    assert set(tmp_path.iterdir()) == {*kept, tmp_path / "out.json"}
+
+
+def test_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    out, flushed = tmp_path / "a.txt", []
+
+    def fsync(descriptor):
+        flushed.append((os.fstat(descriptor).st_ino, out.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with utils.atomic_path(out) as part:
+        part.write_text("whole")
+    assert flushed == [(out.stat().st_ino, False)]
 
 
 @dataclass(frozen=True)
@@ -147,6 +197,7 @@ class Example:
     names: tuple[str, ...] = ()
     fast: bool = True
     where: Path | None = None
+    debug: bool = False
 
 
 def test_config_file_becomes_flags_and_later_flags_win(tmp_path):
@@ -211,6 +262,144 @@ def test_loop_goes_on_past_a_bad_galaxy_and_lists_it(tmp_path, jobs):
     assert not failed.exists()
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_debug_shows_where_a_galaxy_met_a_bug(tmp_path, jobs, monkeypatch, capsys):
+    names = ["8485-1901", "8485-1902"]
+
+    def loop(config):
+        utils.for_each_galaxy(partial(divide, by=0), names, "cubes", tmp_path / "f.csv", jobs)
+
+    run_in_process(loop, [], monkeypatch)
+    told = capsys.readouterr().err
+    assert "ZeroDivisionError" in told
+    assert "Traceback" not in told
+    run_in_process(loop, ["--debug"], monkeypatch)
+    assert "in divide" in capsys.readouterr().err
+
+
+def divide(plateifu, by):
+    return str(1 / by)
+
+
+def visit_or_die(plateifu, bad):
+    if plateifu in bad:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.01)
+    return "written"
+
+
+@pytest.mark.parametrize("bad", [("8485-1903",), ("8485-1901", "8485-1902", "8485-1912")])
+def test_killed_worker_fails_its_own_galaxy_only(tmp_path, bad):
+    names = [f"8485-{n}" for n in range(1901, 1913)]
+    failed = tmp_path / "failed.csv"
+    outcome = utils.for_each_galaxy(partial(visit_or_die, bad=bad), names, "cubes", failed, 3)
+    assert outcome == {n: "failed" if n in bad else "written" for n in names}
+    rows = list(csv.DictReader(failed.open()))
+    assert [row["plateifu"] for row in rows] == list(bad)
+    assert all("killed" in row["reason"] for row in rows)
+
+
+LOOP = """
+import sys, time
+from dataclasses import dataclass
+from pathlib import Path
+import utils
+
+OUT, JOBS = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+
+@dataclass(frozen=True)
+class Config:
+    "Nothing."
+
+def write_for_long(plateifu):
+    with utils.atomic_path(OUT / f"{plateifu}.h5") as part:
+        part.write_text("half")
+        time.sleep(60)
+    return "written"
+
+def main(config):
+    names = [f"8485-{n}" for n in range(1901, 1921)]
+    utils.for_each_galaxy(write_for_long, names, "cubes", OUT / "failed.csv", JOBS)
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, "Write for long.")
+"""
+
+
+@pytest.fixture
+def start_loop(tmp_path):
+    """Function that starts a long loop in a session of its own, which ends with the test."""
+    (tmp_path / "loop.py").write_text(LOOP)
+    (tmp_path / "out").mkdir()
+    loops = []
+
+    def start(jobs):
+        loop = subprocess.Popen(
+            [sys.executable, "loop.py", str(tmp_path / "out"), str(jobs)],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        loops.append(loop)
+        return loop
+
+    yield start
+    for loop in loops:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(loop.pid, signal.SIGKILL)
+        loop.wait()
+        loop.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "jobs", "code", "send"),
+    [
+        (signal.SIGINT, 1, 130, os.kill),
+        (signal.SIGINT, 2, 130, os.kill),
+        (signal.SIGINT, 2, 130, os.killpg),  # a terminal's Ctrl-C
+        (signal.SIGTERM, 1, 143, os.kill),
+        (signal.SIGTERM, 2, 143, os.kill),
+        (signal.SIGTERM, 2, 143, os.killpg),  # SLURM's
+        (signal.SIGKILL, 2, -9, os.kill),
+    ],
+)
+def test_stopped_loop_leaves_no_process_and_no_file(tmp_path, start_loop, number, jobs, code, send):
+    out, loop = tmp_path / "out", start_loop(jobs)
+    while len(list(out.iterdir())) < jobs:
+        assert loop.poll() is None
+        time.sleep(0.05)
+    send(loop.pid, number)
+    told = loop.communicate(timeout=10)[1]  # comes when the last process has closed the pipe
+    assert loop.returncode == code
+    assert list(out.iterdir()) == []
+    if code > 0:
+        assert told == "stopped; finished outputs are whole, run the same command to go on\n"
+
+
+def test_list_of_failures_keeps_the_galaxies_that_were_not_tried(tmp_path):
+    failed = tmp_path / "failed.csv"
+
+    def listed(names, bad):
+        utils.for_each_galaxy(partial(visit, bad=bad), names, "cubes", failed)
+        return [r["plateifu"] for r in csv.DictReader(failed.open())] if failed.exists() else []
+
+    names = ["8485-1901", "8485-1902", "8485-1903"]
+    assert listed(names, names[:2]) == names[:2]
+    assert listed(names[2:], ()) == names[:2]
+    assert listed(names[:1], ()) == names[1:2]
+    assert listed(names[2:], names[2:]) == names[1:]
+    assert listed(names[1:], ()) == []
+
+
+def test_each_shard_has_its_own_list_of_failures(tmp_path):
+    for shard in ("0/2", "1/2", None):
+        config = cube_patch_processing.Config(
+            data_dir=tmp_path, plateifu=("8485-1901", "8485-1902"), shard=shard, jobs=1
+        )
+        assert cube_patch_processing.main(config) == 1
+    lists = {p.name: p.read_text().count("\n") for p in tmp_path.rglob("failed*.csv")}
+    assert lists == {"failed-0of2.csv": 2, "failed-1of2.csv": 2, "failed.csv": 3}
+
+
 def test_shards_partition_the_list():
     items = list(range(11))
     parts = [utils.shard_of(items, f"{k}/3") for k in range(3)]
@@ -224,6 +413,11 @@ def test_environment_names_what_a_run_depended_on():
     found = json.loads(json.dumps(utils.environment()))
     assert found["packages"]["numpy"] == np.__version__
     assert {"python", "platform", "git", "command", "version"} <= set(found)
+
+
+def test_code_outside_a_checkout_has_neither_commit_nor_dirty_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
+    assert utils.git_state() == {"commit": None, "dirty": None}
 
 
 def test_other_recipe_needs_overwrite():
