@@ -834,7 +834,9 @@ def process_map(
         calibration = line_labels.CALIBRATIONS[options.diagnostic]
         meta["calibration"] = {"source": calibration.source, "scatter_dex": calibration.scatter}
     covered = np.any([maps.ivar[k] > 0 for k in maps.ivar], axis=0)
-    write_label_png(target.with_suffix(".png"), labels, label_task, covered)
+    note = f"S/N > {options.min_snr:g}"
+    note += f", {options.diagnostic}" if label_task == "logOH" else ""
+    write_label_png(target.with_suffix(".png"), labels, label_task, covered, note)
     data_io.write_labels(target, labels, error, meta)
     return "written"
 

@@ -1,9 +1,10 @@
-"""Figures: label, prediction and difference on the sky, training curves, confusion, spectra.
+"""Figures: label, prediction and difference on the sky, BPT, training curves, confusion, spectra.
 
 Every function draws into the axes it is given and returns them. Maps are shown as on the sky,
 north up and east left, in arcseconds from the field's centre.
 
-Reads   a run folder (run_SSFTT_training.py, eval_fns.py), cubes and labels of the data folder.
+Reads   a run folder (run_SSFTT_training.py, eval_fns.py), cubes and labels of the data folder and,
+        for the BPT diagram, raw MAPS.
 Writes  <run_dir>/figures/*.png.
 Only what runs a model imports torch, and only then.
 
@@ -12,8 +13,9 @@ Only what runs a model imports torch, and only then.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,16 +23,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch, PathPatch
+from matplotlib.patches import Circle, Patch, PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
 from scipy.spatial import Delaunay
 
 import data_io
+import line_labels
 import utils
 from utils import LABEL_NONE, DataError
 
@@ -42,21 +46,6 @@ log = logging.getLogger(__name__)
 FIGURES_FOLDER = "figures"
 DPI = 150
 
-CLASS_COLOURS: dict[tuple[str, int], tuple[str, ...]] = {
-    ("BPT", 3): ("#0072B2", "#E69F00", "#882255"),
-    ("logOH", 6): ("#440154", "#414487", "#2A788E", "#22A884", "#7AD151", "#FDE725"),
-    ("logOH", 8): (
-        "#440154",
-        "#46327E",
-        "#365C8D",
-        "#277F8E",
-        "#1FA187",
-        "#4AC16D",
-        "#A0DA39",
-        "#FDE725",
-    ),
-}
-"""Of every task and scale. BPT: Okabe & Ito's blue and orange, Tol's wine; metallicity: viridis."""
 MASKED_COLOUR = "#BDBDBD"
 """In the field, but without a usable spectrum."""
 NO_LABEL_HATCH = "////"
@@ -67,20 +56,24 @@ PART_COLOURS = {"train": "#0072B2", "val": "#E69F00", "test": "#882255"}
 SPAXEL_ARCSEC = 0.5
 """Side of a MaNGA spaxel (Law et al. 2016, AJ 152, 83), for cubes that carry no WCS."""
 SCALE_BAR_ARCSEC = 5.0
+SCALE_BAR_TEXT = "scale bar"
 
 EMISSION_LINES: dict[str, float] = {
-    r"H$\beta$": 4862.69,
-    "[OIII]": 4960.295,
-    "[OIII] ": 5008.240,
-    "HeI": 5877.25,
-    "[OI]": 6302.046,
-    "[NII]": 6549.86,
-    r"H$\alpha$": 6564.61,
-    "[NII] ": 6585.27,
-    "[SII]": 6718.29,
-    "[SII] ": 6732.67,
+    r"H$\beta$ 4862": 4862.69,
+    "[OIII] 4960": 4960.295,
+    "[OIII] 5008": 5008.240,
+    "HeI 5877": 5877.25,
+    "[OI] 6302": 6302.046,
+    "[NII] 6549": 6549.86,
+    r"H$\alpha$ 6564": 6564.61,
+    "[NII] 6585": 6585.27,
+    "[SII] 6718": 6718.29,
+    "[SII] 6732": 6732.67,
 }
-"""Vacuum wavelengths, Angstrom: NIST Atomic Spectra Database, version 5 (Ritz values)."""
+"""Vacuum wavelengths, Angstrom: NIST Atomic Spectra Database, version 5 (Ritz values). Names carry
+them as the DAP's do, cut to whole Angstrom."""
+
+TASK_TITLES = {"BPT": "BPT class", "logOH": "12 + log(O/H)"}
 
 
 @dataclass(frozen=True)
@@ -132,10 +125,8 @@ def sky_edges(shape: tuple[int, int], wcs_header: str | None = None) -> tuple[np
     return matrix[0, 0] * dx + matrix[0, 1] * dy, matrix[1, 0] * dx + matrix[1, 1] * dy
 
 
-def finish_sky_axes(
-    ax: Axes, inside: np.ndarray, wcs_header: str | None, title: str, decorate: bool = True
-) -> Axes:
-    """Outline the field, set limits and labels; with `decorate` a scale bar and a compass."""
+def finish_sky_axes(ax: Axes, inside: np.ndarray, wcs_header: str | None, title: str) -> Axes:
+    """Outline the field, set limits and labels, add a scale bar and a compass."""
     east, north = sky_edges((inside.shape[0], inside.shape[1]), wcs_header)
     sides = outline_segments(field_of_view(inside), east, north)
     ax.add_collection(LineCollection(list(sides), colors="k", lw=0.8))
@@ -145,20 +136,57 @@ def finish_sky_axes(
         axis.set_major_locator(MaxNLocator(5, symmetric=True, steps=[1, 2, 5, 10]))
     ax.set_xlabel("east offset (arcsec)")
     ax.set_ylabel("north offset (arcsec)")
-    if decorate:
-        bar, low = SCALE_BAR_ARCSEC if reach > SCALE_BAR_ARCSEC else 1.0, -0.94 * reach
-        ax.plot([0.94 * reach, 0.94 * reach - bar], [low, low], color="k", lw=2)
-        ax.text(0.94 * reach - bar / 2, low, f'{bar:g}"', ha="center", va="bottom", fontsize=8)
-        arrow = {"arrowstyle": "->", "lw": 0.8, "shrinkA": 0, "shrinkB": 0}
-        corner, tip = (-0.94 * reach, low), 0.1 * reach
-        for name, end in (
-            ("N", (corner[0], corner[1] + tip)),
-            ("E", (corner[0] + tip, corner[1])),
-        ):
-            ax.annotate("", xy=end, xytext=corner, arrowprops=arrow)
-            along = "bottom" if name == "N" else "center"
-            side = "center" if name == "N" else "right"
-            ax.annotate(name, end, va=along, ha=side, fontsize=8)
+    bar, low = SCALE_BAR_ARCSEC if reach > SCALE_BAR_ARCSEC else 1.0, -0.94 * reach
+    ax.plot([0.94 * reach, 0.94 * reach - bar], [low, low], color="k", lw=2)
+    ax.text(0.94 * reach, low + 0.03 * reach, f'{bar:g}"', fontsize=8, gid=SCALE_BAR_TEXT)
+    arrow = {"arrowstyle": "->", "lw": 0.8, "shrinkA": 0, "shrinkB": 0}
+    corner, tip = (-0.94 * reach, low), 0.1 * reach
+    for name, end in (("N", (corner[0], corner[1] + tip)), ("E", (corner[0] + tip, corner[1]))):
+        ax.annotate("", xy=end, xytext=corner, arrowprops=arrow)
+        along = "bottom" if name == "N" else "center"
+        side = "center" if name == "N" else "right"
+        ax.annotate(name, end, va=along, ha=side, fontsize=8)
+    return ax
+
+
+def mark_scale(ax: Axes, attrs: Mapping[str, Any]) -> Axes:
+    """Circle the effective radius and add kiloparsecs to the scale bar, where both are known.
+
+    Parameters
+    ----------
+    ax : Axes
+        Finished by `finish_sky_axes`.
+    attrs : mapping
+        Of a cube: redshift, reff_arcsec, objra, objdec, wcs_header.
+
+    Notes
+    -----
+    Kiloparsecs are proper ones in the flat LCDM cosmology of Planck 2018 (astropy's Planck18), from
+    the redshift without regard to peculiar velocities. The radius is the semi-major axis of the
+    NASA-Sloan Atlas's elliptical Petrosian photometry; a cube does not tell flattening and position
+    angle, hence the circle.
+    """
+    from astropy.cosmology import Planck18
+    from astropy.io.fits import Header
+
+    z, reff = (float(attrs.get(name) or 0) for name in ("redshift", "reff_arcsec"))
+    kpc = Planck18.kpc_proper_per_arcmin(z).value / 60 if z > 0 else 0.0  # in an arcsec
+    for text in ax.texts:
+        if kpc and text.get_gid() == SCALE_BAR_TEXT:
+            bar = text.get_text()
+            text.set_text(f"{bar} = {float(bar[:-1]) * kpc:.1f} kpc")
+    if not reff > 0:
+        return ax
+    east = north = 0.0
+    if attrs.get("wcs_header") and attrs.get("objra") is not None:
+        cards = Header.fromstring(attrs["wcs_header"], sep="\n")
+        turn = (attrs["objra"] - cards["CRVAL1"] + 180) % 360 - 180
+        east = 3600 * turn * np.cos(np.deg2rad(attrs["objdec"]))
+        north = 3600 * (attrs["objdec"] - cards["CRVAL2"])
+    for colour, width, style in (("w", 2.2, "-"), ("k", 1.0, "--")):  # seen on any colour
+        ax.add_patch(Circle((east, north), reff, fill=False, ec=colour, lw=width, ls=style))
+    size = f'$R_e$ = {reff:.1f}"' + (f" = {reff * kpc:.1f} kpc" if kpc else "")
+    ax.text(0.03, 0.97, f"- - {size}", transform=ax.transAxes, va="top", fontsize=8)
     return ax
 
 
@@ -169,7 +197,7 @@ def field_of_view(inside: np.ndarray) -> np.ndarray:
     it leave holes and dents in what was measured.
     """
     points = np.argwhere(inside)
-    if not points.size or np.ptp(points, axis=0).min() == 0:
+    if np.linalg.matrix_rank(points - points[:1]) < 2:  # no area: none, one, or all in a line
         return inside
     everywhere = np.argwhere(np.ones_like(inside))
     return (Delaunay(points).find_simplex(everywhere) >= 0).reshape(inside.shape)
@@ -198,14 +226,8 @@ def _hatch(ax: Axes, where: np.ndarray, east: np.ndarray, north: np.ndarray) -> 
         Outline(corners[[i, i, i + 1, i + 1, i], [j, j + 1, j + 1, j, j]], closed=True)
         for i, j in zip(y, x, strict=True)
     ]
-    patch = PathPatch(
-        Outline.make_compound_path(*squares),
-        facecolor="white",
-        edgecolor="#9A9A9A",
-        hatch=NO_LABEL_HATCH,
-        lw=0,
-    )
-    ax.add_patch(patch)
+    outline = Outline.make_compound_path(*squares)
+    ax.add_patch(PathPatch(outline, fc="w", ec="#9A9A9A", hatch=NO_LABEL_HATCH, lw=0))
 
 
 def plot_class_map(
@@ -217,9 +239,8 @@ def plot_class_map(
     inside: np.ndarray,
     title: str = "",
     wcs_header: str | None = None,
-    legend: bool = True,
 ) -> Axes:
-    """Draw a map of classes.
+    """Draw a map of classes, with its legend beside it.
 
     Parameters
     ----------
@@ -235,14 +256,14 @@ def plot_class_map(
     title : str
     wcs_header : str, optional
         As in `sky_edges`.
-    legend : bool
-        Classes beside the map.
     """
-    colours = ListedColormap(CLASS_COLOURS[label_task, n_classes])
+    colours = utils.CLASS_COLOURS[label_task, n_classes]
     shown = np.ma.masked_where(~usable | (classes == LABEL_NONE), classes)
-    _draw_map(ax, shown, usable, inside, wcs_header, cmap=colours, vmin=-0.5, vmax=n_classes - 0.5)
-    if legend:
-        _class_legend(ax, label_task, n_classes)
+    _, others = _draw_map(ax, shown, usable, inside, wcs_header, **_scale(colours))
+    handles = _patches(utils.class_names(label_task, n_classes), colours)
+    if label_task == "logOH":
+        handles.reverse()  # high above low, as on a colour bar
+    _legend(ax, handles + others, TASK_TITLES[label_task])
     return finish_sky_axes(ax, inside, wcs_header, title)
 
 
@@ -253,36 +274,40 @@ def _draw_map(
     inside: np.ndarray,
     wcs_header: str | None,
     **colours: Any,
-) -> QuadMesh:
-    """Draw values; grey where the spectrum is not usable, hatched where it has no value."""
+) -> tuple[QuadMesh, list[Patch]]:
+    """Draw values; grey where the spectrum is not usable, hatched where it has no value.
+
+    Also returns legend entries for whichever of the two there are.
+    """
     east, north = sky_edges((inside.shape[0], inside.shape[1]), wcs_header)
-    masked = np.ma.masked_where(usable | ~field_of_view(inside), np.zeros(inside.shape))
-    ax.pcolormesh(east, north, masked, cmap=ListedColormap([MASKED_COLOUR]), vmin=0, vmax=1)
-    _hatch(ax, usable & np.ma.getmaskarray(values), east, north)
-    return ax.pcolormesh(east, north, values, **colours)
+    masked = ~usable & field_of_view(inside)
+    no_label = usable & np.ma.getmaskarray(values)
+    grey = np.ma.masked_where(~masked, np.zeros(inside.shape))
+    ax.pcolormesh(east, north, grey, **_scale([MASKED_COLOUR]))
+    _hatch(ax, no_label, east, north)
+    others = []
+    if no_label.any():
+        others.append(Patch(fc="w", ec="#9A9A9A", hatch=NO_LABEL_HATCH, lw=0, label="no label"))
+    if masked.any():
+        others += _patches(["masked"], [MASKED_COLOUR])
+    return ax.pcolormesh(east, north, values, **colours), others
 
 
-def _class_legend(ax: Axes, label_task: str, n_classes: int) -> None:
-    """Legend of classes, "no label" and "masked" to the right of a map."""
-    names = utils.class_names(label_task, n_classes)
-    colours = CLASS_COLOURS[label_task, n_classes]
-    handles = [Patch(color=c, label=n) for c, n in zip(colours, names, strict=True)]
-    no_label = Patch(facecolor="w", edgecolor="#9A9A9A", hatch=NO_LABEL_HATCH, lw=0)
-    no_label.set_label("no label")
-    handles += [no_label, Patch(color=MASKED_COLOUR, label="masked")]
-    if label_task == "logOH":
-        handles[: len(names)] = handles[: len(names)][::-1]  # high above low, as on a colour bar
-    title = "12 + log(O/H)" if label_task == "logOH" else "BPT class"
-    ax.legend(
-        handles=handles,
-        title=title,
-        fontsize=8,
-        title_fontsize=8,
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.0),
-        alignment="left",
-        frameon=False,
-    )
+def _scale(colours: Sequence[str]) -> dict[str, Any]:
+    """Keywords that colour class k with the k-th colour."""
+    return {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(colours) - 0.5}
+
+
+def _patches(names: Iterable[str], colours: Iterable[str]) -> list[Patch]:
+    """Legend entries of filled areas."""
+    return [Patch(color=c, label=n) for n, c in zip(names, colours, strict=True)]
+
+
+def _legend(ax: Axes, handles: Sequence[Artist], title: str | None = None) -> None:
+    """Legend to the right of the axes."""
+    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+    place |= {"fontsize": 8, "title_fontsize": 8, "alignment": "left", "frameon": False}
+    ax.legend(handles=handles, title=title, **place)
 
 
 def plot_value_map(
@@ -309,13 +334,16 @@ def plot_value_map(
     title, wcs_header
         As in `plot_class_map`.
     limit : float, optional
-        Diverging colours from -limit to limit; default sequential ones over the data's range.
+        Diverging colours from -limit to limit, the bar pointed where values lie beyond; default
+        sequential ones over the data's range.
     """
+    shown = np.ma.masked_invalid(values)
     colours: dict[str, Any] = {"cmap": "cividis"}
     if limit is not None:
         colours = {"cmap": "PuOr", "vmin": -limit, "vmax": limit}
-    drawn = _draw_map(ax, np.ma.masked_invalid(values), usable, inside, wcs_header, **colours)
-    bar = ax.figure.colorbar(drawn, cax=ax.inset_axes((1.04, 0.0, 0.05, 1.0)))
+    extend = "both" if limit is not None and (np.abs(shown) > limit).any() else "neither"
+    drawn, _ = _draw_map(ax, shown, usable, inside, wcs_header, **colours)
+    bar = ax.figure.colorbar(drawn, cax=ax.inset_axes((1.04, 0.0, 0.05, 1.0)), extend=extend)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return finish_sky_axes(ax, inside, wcs_header, title)
@@ -340,29 +368,33 @@ def plot_comparison(
 
     Notes
     -----
-    The difference is the predicted class's value less the label in dex, or for BPT whether the
-    two classes agree. Its title carries the score over the spaxels that have a label.
+    The difference is the middle of the predicted class (utils.class_values) less the label in dex,
+    hence steps of a class's width where the label varies smoothly; or for BPT whether the two
+    classes agree. Its title carries the score over the spaxels that have a label.
     """
     wcs = prediction.attrs.get("wcs_header")
     true = utils.label_classes(labels, label_task, n_classes)
     inside, usable = prediction.inside, prediction.usable
     both = usable & (true != LABEL_NONE)
     shared = (label_task, n_classes, usable, inside)
-    plot_class_map(axes[0], true, *shared, f"{prediction.plateifu}: label", wcs, legend=False)
+    plot_class_map(axes[0], true, *shared, f"{prediction.plateifu}: label", wcs)
     plot_class_map(axes[1], prediction.classes, *shared, "prediction", wcs)
     agree = (prediction.classes == true)[both].mean() if both.any() else np.nan
+    score = f"{agree:.0%} in the right class" if both.any() else "no label"
     if label_task == "logOH":
         values = utils.class_values(n_classes)[prediction.classes]
         difference = np.where(both, values - labels, np.nan)
-        mae = np.nanmean(np.abs(difference)) if both.any() else np.nan
-        limit = max(0.02, float(np.nanquantile(np.abs(difference), 0.98)) if both.any() else 0.1)
-        title = f"difference: MAE {mae:.3f} dex, {agree:.0%} right"
-        plot_value_map(
-            axes[2], difference, usable, inside, "predicted - label (dex)", title, wcs, limit
-        )
+        limit = 0.1
+        if both.any():
+            limit = max(0.02, float(np.nanquantile(np.abs(difference), 0.98)))
+            score = f"MAE {np.nanmean(np.abs(difference)):.3f} dex, {score}"
+        label = "middle of predicted class - label (dex)"
+        plot_value_map(axes[2], difference, usable, inside, label, score, wcs, limit)
     else:
         agrees = np.ma.masked_where(~both, prediction.classes == true)
-        plot_agreement_map(axes[2], agrees, usable, inside, f"difference: {agree:.0%} right", wcs)
+        plot_agreement_map(axes[2], agrees, usable, inside, score, wcs)
+    for ax in axes:
+        mark_scale(ax, prediction.attrs)
     return axes
 
 
@@ -375,12 +407,10 @@ def plot_agreement_map(
     wcs_header: str | None = None,
 ) -> Axes:
     """Draw where prediction and label agree, (y, x) bool, masked where one is missing."""
-    colours = ListedColormap([WRONG_COLOUR, RIGHT_COLOUR])
-    _draw_map(ax, agrees.astype(float), usable, inside, wcs_header, cmap=colours, vmin=0, vmax=1)
-    handles = [Patch(color=RIGHT_COLOUR, label="same"), Patch(color=WRONG_COLOUR, label="other")]
-    ax.legend(
-        handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False
-    )
+    colours = _scale([WRONG_COLOUR, RIGHT_COLOUR])
+    _, others = _draw_map(ax, agrees.astype(float), usable, inside, wcs_header, **colours)
+    handles = _patches(["same", "other"], [RIGHT_COLOUR, WRONG_COLOUR])
+    _legend(ax, handles + others, "predicted class")
     return finish_sky_axes(ax, inside, wcs_header, title)
 
 
@@ -402,20 +432,68 @@ def plot_part_map(
     title, wcs_header
         As in `plot_class_map`.
     """
-    colours = ListedColormap([PART_COLOURS[part] for part in utils.SPLIT_PARTS])
+    colours = [PART_COLOURS[part] for part in utils.SPLIT_PARTS]
     shown = np.ma.masked_equal(parts, LABEL_NONE)
-    _draw_map(ax, shown, inside, inside, wcs_header, cmap=colours, vmin=-0.5, vmax=2.5)
-    handles = [Patch(color=colour, label=part) for part, colour in PART_COLOURS.items()]
-    ax.legend(
-        handles=handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False
-    )
+    _, others = _draw_map(ax, shown, inside, inside, wcs_header, **_scale(colours))
+    _legend(ax, _patches(utils.SPLIT_PARTS, colours) + others)
     return finish_sky_axes(ax, inside, wcs_header, title)
 
 
-# Curves, matrices, spectra, splits
+# Diagrams, curves, matrices, spectra, splits
 
 
-def plot_training_curves(axes: Sequence[Axes], metrics: pd.DataFrame) -> Sequence[Axes]:
+def plot_bpt(
+    ax: Axes,
+    nitrogen: np.ndarray,
+    oxygen: np.ndarray,
+    classes: np.ndarray,
+    label_task: str,
+    n_classes: int,
+    title: str = "",
+) -> Axes:
+    """Draw spaxels in the [N II] BPT plane, coloured by class, with the two demarcations.
+
+    Parameters
+    ----------
+    ax : Axes
+    nitrogen, oxygen : (N,) float
+        log([N II] 6585 / Ha) and log([O III] 5008 / Hb).
+    classes : (N,) int
+        LABEL_NONE is hollow.
+    label_task, n_classes
+        Choose names and colours.
+    title : str
+    """
+    colours = utils.CLASS_COLOURS[label_task, n_classes]
+    names = utils.class_names(label_task, n_classes)
+    points: list[Artist] = []
+    for k, name in [(LABEL_NONE, "no label"), *enumerate(names)]:
+        here = classes == k
+        face, edge = ("none", "#9A9A9A") if k == LABEL_NONE else (colours[k], "k")
+        style: dict[str, Any] = {"s": 8, "fc": face, "ec": edge, "lw": 0.5 if k < 0 else 0.15}
+        if here.any():
+            label = f"{name}: {here.sum()}"
+            points.append(ax.scatter(nitrogen[here], oxygen[here], label=label, **style))
+    if label_task == "logOH":
+        points.reverse()  # high above low, "no label" last
+    x_limits = min(-1.5, nitrogen.min(initial=0) - 0.1), max(0.6, nitrogen.max(initial=0) + 0.1)
+    y_limits = min(-1.2, oxygen.min(initial=0) - 0.1), max(1.4, oxygen.max(initial=0) + 0.1)
+    x, y = np.linspace(*x_limits, 400), np.linspace(*y_limits, 2000)
+    regions = line_labels.demarcate(x[:, None], y)
+    authors = {line_labels.COMPOSITE: "Kauffmann+ 2003", line_labels.AGN: "Kewley+ 2001"}
+    for (lowest, name), line in zip(authors.items(), ("--", "-"), strict=True):
+        above = regions >= lowest  # the curve is where that begins; right of its pole it has none
+        curve = np.where(above[:, 0], np.nan, y[above.argmax(axis=1)])
+        points += ax.plot(x, curve, line, color="k", lw=1.4, label=name)
+    _legend(ax, points, TASK_TITLES[label_task])
+    ax.set(xlim=x_limits, ylim=y_limits, title=title)
+    ax.set(xlabel=r"log([NII] 6585 / H$\alpha$)", ylabel=r"log([OIII] 5008 / H$\beta$)")
+    return ax
+
+
+def plot_training_curves(
+    axes: Sequence[Axes], metrics: pd.DataFrame, about: Mapping[str, Any] | None = None
+) -> Sequence[Axes]:
     """Draw loss and accuracy against the epoch.
 
     Parameters
@@ -423,18 +501,34 @@ def plot_training_curves(axes: Sequence[Axes], metrics: pd.DataFrame) -> Sequenc
     axes : 2 Axes
     metrics : DataFrame
         metrics.csv of a run.
+    about : mapping, optional
+        Its model.json: marks the best epoch and what the validation part gives without a network.
     """
+    about = about or {}
+    curves = {"train": ("training", OTHER_COLOUR), "val": ("validation", MODEL_COLOUR)}
+    last = int(metrics["epoch"].max())
+    ticks = np.union1d(1, np.arange(last, 0, -max(1, -(-last // 5))))
     for ax, name in zip(axes, ("loss", "accuracy"), strict=True):
-        ax.plot(metrics["epoch"], metrics[f"train_{name}"], color=OTHER_COLOUR, label="training")
-        ax.plot(metrics["epoch"], metrics[f"val_{name}"], color=MODEL_COLOUR, label="validation")
+        for part, (label, colour) in curves.items():
+            curve = metrics[f"{part}_{name}"]
+            ax.plot(metrics["epoch"], curve, "o-", ms=3, color=colour, label=label)
+        if best := about.get("best"):
+            label = f"best epoch: {best['epoch']}"
+            ax.axvline(best["epoch"], color="k", lw=0.8, ls=":", label=label)
         ax.set(xlabel="epoch", ylabel=name if name == "accuracy" else "cross entropy (nat)")
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.legend(frameon=False, loc="upper right" if name == "loss" else "lower right")
+        ax.set(xlim=(1 - 0.03 * last, 1.03 * last), xticks=ticks)
+    baselines = about.get("baselines") or {}
+    lines = {"spectrum": ("linear model", "-."), "majority": ("majority class", "--")}
+    for key, (name, line) in lines.items():
+        if (value := baselines.get(f"val_{key}_accuracy")) is not None:
+            label = f"validation, {name}"
+            axes[1].axhline(value, color=MODEL_COLOUR, lw=1, ls=line, label=label)
     axes[1].set_ylim(0, 1)
+    _legend(axes[1], axes[1].get_legend_handles_labels()[0])
     return axes
 
 
-def plot_confusion(ax: Axes, confusion: np.ndarray, names: Sequence[str]) -> Axes:
+def plot_confusion(ax: Axes, confusion: np.ndarray, names: Sequence[str], title: str = "") -> Axes:
     """Draw a confusion matrix: shares of each true class, counts below them.
 
     Parameters
@@ -442,10 +536,12 @@ def plot_confusion(ax: Axes, confusion: np.ndarray, names: Sequence[str]) -> Axe
     ax : Axes
     confusion : (true class, predicted class) int
     names : sequence of str
+    title : str
     """
     total = confusion.sum(axis=1, keepdims=True)
     shares = np.divide(confusion, total, out=np.zeros(confusion.shape), where=total > 0)
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    ax.figure.colorbar(image, ax=ax, label="share of the true class", fraction=0.05, pad=0.02)
     size = 9 if len(names) <= 4 else 7
     for i, j in np.ndindex(confusion.shape):
         colour = "white" if shares[i, j] > 0.55 else "black"
@@ -454,29 +550,23 @@ def plot_confusion(ax: Axes, confusion: np.ndarray, names: Sequence[str]) -> Axe
     ticks = range(len(names))
     ax.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(ticks, names)
-    ax.set(xlabel="predicted", ylabel="label")
+    ax.set(xlabel="predicted", ylabel="label (each row adds up to 1)", title=title)
     return ax
 
 
 def mark_lines(ax: Axes, wave_min: float, wave_max: float) -> Axes:
     """Mark the emission lines between two vacuum rest wavelengths (Angstrom)."""
     inside = {n: w for n, w in EMISSION_LINES.items() if wave_min < w < wave_max}
-    last, level = -np.inf, 0
-    room = 0.022 * (wave_max - wave_min)
-    for name, wave in sorted(inside.items(), key=lambda item: item[1]):
-        level = level + 1 if wave - last < room else 0  # neighbours' names climb
-        last = wave
-        ax.axvline(wave, color="#9A9A9A", lw=0.6, ls=":", zorder=0)
-        ax.annotate(
-            name.strip(),
-            (wave, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 2 + 9 * level),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=7,
-        )
+    waves = np.array(list(inside.values()))
+    far = np.flatnonzero(np.diff(waves) > 0.022 * (wave_max - wave_min)) + 1
+    style: dict[str, Any] = {"ha": "center", "va": "bottom", "rotation": 90, "fontsize": 7}
+    style["arrowprops"] = {"arrowstyle": "-", "lw": 0.5, "color": "#9A9A9A", "shrinkB": 0}
+    style |= {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+    for group in np.split(np.array(list(inside)), far):
+        for i, name in enumerate(group):
+            wave, shift = inside[name], 10 * (i - (len(group) - 1) / 2)  # neighbours' names spread
+            ax.axvline(wave, color="#9A9A9A", lw=0.6, ls=":", zorder=0)
+            ax.annotate(name, (wave, 1), xytext=(shift, 10), **style)
     return ax
 
 
@@ -485,9 +575,9 @@ def plot_spectrum(
     wave: np.ndarray,
     flux: np.ndarray,
     ivar: np.ndarray | None = None,
-    label: str | None = None,
+    label: str = "flux density",
 ) -> Axes:
-    """Draw a rest-frame spectrum with its emission lines and 1 sigma band.
+    """Draw a rest-frame spectrum with its emission lines and its 1 sigma error.
 
     Parameters
     ----------
@@ -495,33 +585,40 @@ def plot_spectrum(
     wave : (band,) Angstrom, vacuum
     flux, ivar : (band,) 1e-17 erg/s/cm2/Angstrom/spaxel and its inverse variance
         NaN leaves a gap.
-    label : str, optional
+    label : str
     """
-    ax.plot(wave, flux, color=MODEL_COLOUR, lw=0.8, label=label, drawstyle="steps-mid")
+    style: dict[str, Any] = {"lw": 0.8, "drawstyle": "steps-mid"}
+    ax.plot(wave, flux, color=MODEL_COLOUR, label=label, **style)
     if ivar is not None:
         sigma = np.divide(1, np.sqrt(ivar), out=np.full(ivar.shape, np.nan), where=ivar > 0)
-        ax.fill_between(
-            wave, flux - sigma, flux + sigma, color=MODEL_COLOUR, alpha=0.25, lw=0, step="mid"
-        )
+        ax.plot(wave, sigma, color=OTHER_COLOUR, label=r"1$\sigma$ error", **style)
     mark_lines(ax, wave[0], wave[-1])
     ax.set(
         xlim=(wave[0], wave[-1]),
         xlabel="rest wavelength, vacuum (Angstrom)",
-        ylabel=r"flux ($10^{-17}$ erg/s/cm$^2$/$\AA$/spaxel)",
+        ylabel="flux density\n" r"($10^{-17}$ erg/s/cm$^2$/$\AA$/spaxel)",
     )
-    if label:
-        ax.legend(frameon=False, loc="upper left", fontsize=8)
+    ax.legend(frameon=False, loc="upper right", fontsize=8)
     return ax
 
 
 def plot_explained_variance(ax: Axes, stats: data_io.Stats) -> Axes:
-    """Draw each component's share of the variance and the sum of those up to it."""
+    """Draw each component's share of the variance and the sum of those up to it.
+
+    What they leave is said in words: spread over all other directions, of which each holds little,
+    it is mostly noise.
+    """
     n = np.arange(1, stats.explained_ratio.size + 1)
+    total = np.cumsum(stats.explained_ratio)
     ax.bar(n, stats.explained_ratio, color=MODEL_COLOUR, label="one component")
-    ax.plot(n, np.cumsum(stats.explained_ratio), "o-", ms=3, color=OTHER_COLOUR, label="all so far")
-    ax.set(xlabel="component", ylabel="share of the variance", ylim=(0, 1.02))
+    ax.plot(n, total, "o-", ms=3, color=OTHER_COLOUR, label="all so far")
+    ax.set(xlabel="component", ylabel="share of the variance", ylim=(0, 1.1 * total[-1]))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False, loc="center right")
+    left, others = 1 - total[-1], stats.wave.size - n.size
+    if others > 0:
+        mean = f"{left / others:.2%} each on average"
+        ax.set_title(f"the other {others} directions: {left:.0%}, {mean}: mostly noise", fontsize=9)
     return ax
 
 
@@ -556,13 +653,13 @@ def plot_class_shares(
         label = f"{part}: {count.sum()} spaxels"
         ax.bar(at, count / max(count.sum(), 1), width, color=PART_COLOURS.get(part), label=label)
     ax.set_xticks(range(n_classes), names, rotation=30, ha="right", rotation_mode="anchor")
-    ax.set(ylabel="share of the part's spaxels", title=label_task)
+    ax.set(ylabel="share of the part's spaxels", title=TASK_TITLES[label_task])
     ax.legend(frameon=False, fontsize=8)
     return ax
 
 
 def plot_histograms(ax: Axes, values: Mapping[str, np.ndarray], label: str, bins: int = 12) -> Axes:
-    """Draw histograms of several samples, e.g. the redshifts of each part of a split.
+    """Draw histograms of several samples side by side, e.g. the redshifts of a split's parts.
 
     Parameters
     ----------
@@ -573,16 +670,13 @@ def plot_histograms(ax: Axes, values: Mapping[str, np.ndarray], label: str, bins
     bins : int
     """
     shades = list(PART_COLOURS.values())
-    edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins)
-    for i, (name, sample) in enumerate(values.items()):
-        ax.hist(
-            sample,
-            edges.tolist(),
-            label=f"{name}: {len(sample)}",
-            color=shades[i % 3],
-            histtype="step",
-            lw=1.6,
-        )
+    samples = list(values.values())
+    ax.hist(
+        samples,
+        np.histogram_bin_edges(np.concatenate(samples), bins).tolist(),
+        label=[f"{name}: {len(sample)}" for name, sample in values.items()],
+        color=[shades[i % len(shades)] for i in range(len(samples))],
+    )
     ax.set(xlabel=label, ylabel="galaxies")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False, fontsize=8)
@@ -609,27 +703,54 @@ def galaxy_figure(
     label_file = utils.label_path(root, task, plateifu)
     if label_file.is_file():
         labels = data_io.read_labels(label_file)
-        figure = Figure(figsize=(13, 4.1), layout="constrained")
+        figure = Figure(figsize=(14, 4.1), layout="constrained")
         plot_comparison(figure.subplots(1, 3), prediction, labels, task, n_classes)
         return figure, prediction
     figure = Figure(figsize=(10, 4.3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    wcs = prediction.attrs.get("wcs_header")
-    inside = prediction.inside
-    plot_class_map(
-        left,
-        prediction.classes,
-        task,
-        n_classes,
-        prediction.usable,
-        prediction.inside,
-        f"{plateifu}: prediction",
-        wcs,
-    )
+    wcs, inside, usable = prediction.attrs.get("wcs_header"), prediction.inside, prediction.usable
+    shared = (task, n_classes, usable, inside)
+    plot_class_map(left, prediction.classes, *shared, f"{plateifu}: prediction", wcs)
     surest = prediction.probabilities.max(axis=2)
-    usable = prediction.usable
     plot_value_map(right, surest, usable, inside, "probability", "probability of the class", wcs)
+    for ax in (left, right):
+        mark_scale(ax, prediction.attrs)
     return figure, prediction
+
+
+def bpt_figure(root: Path, prediction: eval_fns.MapPrediction, label_task: str) -> Figure:
+    """Make a galaxy's BPT diagrams, coloured by label and by prediction.
+
+    They show the usable spaxels whose four lines exceed the signal-to-noise cut of the labels; the
+    fluxes are those of the MAPS file that the labels were made of.
+
+    Raises
+    ------
+    DataError
+        If the galaxy has no MAPS file, or several and no label that names one.
+    """
+    import fits_utils
+
+    plateifu, n_classes = prediction.plateifu, prediction.probabilities.shape[2]
+    label_file = utils.label_path(root, label_task, plateifu)
+    meta = data_io.read_label_meta(label_file)
+    named = utils.raw_dir(root, plateifu) / meta.get("source_file", "")
+    maps_file = named if named.is_file() else utils.find_raw(root, plateifu, "MAPS")
+    maps = fits_utils.read_line_maps(maps_file, line_labels.BPT_LINES)[0]
+    snr = meta.get("options", {}).get("min_snr", fits_utils.LabelOptions.min_snr)
+    shown = line_labels.detected(maps, line_labels.BPT_LINES, snr) & prediction.usable
+    nitrogen = line_labels.log_ratio(maps, "N2")[0][shown]
+    oxygen = line_labels.log_ratio(maps, "O3N2")[0][shown] + nitrogen
+    maps_of = {"prediction": prediction.classes}
+    if label_file.is_file():
+        labels = data_io.read_labels(label_file)
+        maps_of = {"label": utils.label_classes(labels, label_task, n_classes), **maps_of}
+    figure = Figure(figsize=(5.5 * len(maps_of), 4.2), layout="constrained")
+    figure.suptitle(f"{plateifu}: {shown.sum()} spaxels with S/N > {snr:g} in all four lines")
+    axes = figure.subplots(1, len(maps_of), squeeze=False)[0]
+    for ax, (name, classes) in zip(axes, maps_of.items(), strict=True):
+        plot_bpt(ax, nitrogen, oxygen, classes[shown], label_task, n_classes, name)
+    return figure
 
 
 def spectrum_figure(root: Path, plateifu: str) -> Figure:
@@ -637,10 +758,11 @@ def spectrum_figure(root: Path, plateifu: str) -> Figure:
     cube = data_io.read_cube(utils.cube_path(root, plateifu))
     brightness = np.nan_to_num(cube.flux).mean(axis=2)
     y, x = np.unravel_index(int(brightness.argmax()), brightness.shape)
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     ivar = None if cube.ivar is None else cube.ivar[y, x]
-    label = f"{plateifu}, spaxel y={y} x={x}"
-    plot_spectrum(figure.subplots(), cube.wave, cube.flux[y, x], ivar, label)
+    plot_spectrum(figure.subplots(), cube.wave, cube.flux[y, x], ivar)
+    z = f", z = {cube.attrs['redshift']:.4f}" if "redshift" in cube.attrs else ""
+    figure.suptitle(f"{plateifu}{z}: brightest spaxel (y = {y}, x = {x})")
     return figure
 
 
@@ -660,21 +782,36 @@ def variance_figure(stats: data_io.Stats) -> Figure:
 
 
 def run_figures(run_dir: Path, part: str = "test") -> dict[str, Figure]:
-    """Make the figures of a run: curves, confusion (if evaluated), explained variance (if PCA)."""
+    """Make the figures of a run: curves, confusion (if evaluated), explained variance (if PCA).
+
+    Whatever else is missing is logged, with the command that makes it.
+    """
     import eval_fns
 
     figures = {}
     metrics = run_dir / eval_fns.METRICS_FILE
     if metrics.is_file():
-        figures["training_curves"] = Figure(figsize=(9, 3.4), layout="constrained")
+        about = json.loads((run_dir / eval_fns.MODEL_FILE).read_text())
+        figures["training_curves"] = Figure(figsize=(11, 3.4), layout="constrained")
         axes = figures["training_curves"].subplots(1, 2)
-        plot_training_curves(axes, pd.read_csv(metrics))
-    confusion = run_dir / part / eval_fns.CONFUSION_FILE
-    if confusion.is_file():
-        table = pd.read_csv(confusion, index_col="true")
-        figures[f"confusion_{part}"] = Figure(figsize=(6, 5.5), layout="constrained")
+        plot_training_curves(axes, pd.read_csv(metrics), about)
+    else:
+        command = f"python run_SSFTT_training.py --config {run_dir / eval_fns.CONFIG_FILE}"
+        log.warning("no training curves: no %s; train anew with %s --run-dir NEW", metrics, command)
+    evaluation = run_dir / part / eval_fns.RESULT_FILE
+    if evaluation.is_file():
+        result = json.loads(evaluation.read_text())
+        table = pd.read_csv(run_dir / part / eval_fns.CONFUSION_FILE, index_col="true")
+        figures[f"confusion_{part}"] = Figure(figsize=(6, 5.6), layout="constrained")
         ax = figures[f"confusion_{part}"].subplots()
-        plot_confusion(ax, table.to_numpy(), list(table.columns))
+        title = (
+            "{task}, {part} part of the {split_kind} split\n"
+            "accuracy {accuracy:.3f}: {spaxels} spaxels, {galaxies} galaxies"
+        ).format(task=TASK_TITLES[result["label_task"]], **result)
+        plot_confusion(ax, table.to_numpy(), list(table.columns), title)
+    else:
+        command = f"python eval_fns.py --run-dir {run_dir} --part {part}"
+        log.warning("no confusion matrix: no %s; make it with %s", evaluation, command)
     stats = run_dir / eval_fns.STATS_FILE
     if stats.is_file():
         figures["explained_variance"] = variance_figure(data_io.read_stats(stats))
@@ -700,11 +837,18 @@ def main(config: VisConfig) -> int:
     failed = 0
     for plateifu in config.plateifu:
         try:
-            save(galaxy_figure(trained, root, plateifu)[0], out / f"{plateifu}_maps.png")
+            figure, prediction = galaxy_figure(trained, root, plateifu)
+            save(figure, out / f"{plateifu}_maps.png")
             save(spectrum_figure(root, plateifu), out / f"{plateifu}_spectrum.png")
         except DataError as error:
             log.error("%s", error)
             failed += 1
+            continue
+        try:
+            figure = bpt_figure(root, prediction, trained.spec.label_task)
+            save(figure, out / f"{plateifu}_bpt.png")
+        except DataError as error:  # only MAPS can be missing now, and the rest is drawn
+            log.warning("no BPT diagram: %s", error)
     return utils.EXIT_DATA if failed else utils.EXIT_DONE
 
 

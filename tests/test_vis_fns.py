@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from astropy.wcs import WCS
+from conftest import write_maps
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch
+from matplotlib.patches import Circle, PathPatch
+from scipy.integrate import quad
 
 import data_io
 import eval_fns
+import line_labels
 import run_SSFTT_training as training
 import utils
 import vis_fns
@@ -45,6 +49,10 @@ def run_dir(root, tmp_path_factory):
 @pytest.fixture
 def ax():
     return Figure().subplots()
+
+
+def legend_of(ax) -> list[str]:
+    return [t.get_text() for t in ax.get_legend().get_texts()]
 
 
 def header(rotation_deg: float = 0.0) -> WCS:
@@ -86,6 +94,38 @@ def test_maps_without_wcs_have_north_up_and_east_left(ax):
     assert any('"' in t for t in texts)
 
 
+def test_radius_and_kiloparsecs_are_drawn_where_the_galaxy_is(ax):
+    """The scale by Hogg (1999, arXiv:astro-ph/9905116, eqs. 15, 18), flat, Planck 2018."""
+    z, h0, matter = 0.05, 67.66, 0.3097
+    integral = quad(lambda x: 1 / np.sqrt(matter * (1 + x) ** 3 + 1 - matter), 0, z)[0]
+    kpc = 299792.458 / h0 * integral / (1 + z) * 1e3 * np.deg2rad(1 / 3600)  # in an arcsec
+    wcs = header()
+    inside = np.ones((33, 35), bool)
+    text = wcs.to_header().tostring(sep="\n")
+    vis_fns.finish_sky_axes(ax, inside, text, "")
+    ra, dec = wcs.wcs.crval
+    attrs = {"redshift": z, "reff_arcsec": 4.0, "wcs_header": text, "objdec": dec + 1 / 3600}
+    attrs["objra"] = ra + 2 / 3600 / np.cos(np.deg2rad(dec))
+    vis_fns.mark_scale(ax, attrs)
+    texts = [t.get_text() for t in ax.texts]
+    assert f'5" = {5 * kpc:.1f} kpc' in texts
+    assert any(f'4.0" = {4 * kpc:.1f} kpc' in t for t in texts)
+    circles = [p for p in ax.patches if isinstance(p, Circle)]
+    assert circles
+    for circle in circles:
+        assert circle.get_radius() == 4.0
+        assert circle.get_center() == pytest.approx((2, 1), abs=1e-3)  # east, north
+
+
+@pytest.mark.parametrize("attrs", [{}, {"redshift": -0.001, "reff_arcsec": -9999.0}])
+def test_nothing_is_claimed_of_an_unknown_galaxy(ax, attrs):
+    vis_fns.finish_sky_axes(ax, np.ones((33, 35), bool), None, "")
+    before = [t.get_text() for t in ax.texts]
+    vis_fns.mark_scale(ax, attrs)
+    assert [t.get_text() for t in ax.texts] == before
+    assert not ax.patches
+
+
 def test_field_is_the_hull_of_what_was_measured():
     field = np.zeros((20, 20), bool)
     field[4:15, 3:17] = True
@@ -96,6 +136,14 @@ def test_field_is_the_hull_of_what_was_measured():
     thin[2] = True
     np.testing.assert_array_equal(vis_fns.field_of_view(thin), thin)
     assert not vis_fns.field_of_view(np.zeros((3, 3), bool)).any()
+
+
+@pytest.mark.parametrize("spaxels", [[], [(2, 3)], [(1, 1), (2, 2), (4, 4)], [(0, 3), (5, 3)]])
+def test_a_field_without_area_is_what_was_measured(spaxels):
+    inside = np.zeros((6, 7), bool)
+    for y, x in spaxels:
+        inside[y, x] = True
+    np.testing.assert_array_equal(vis_fns.field_of_view(inside), inside)
 
 
 def test_outline_of_a_rectangle_has_its_perimeter():
@@ -118,15 +166,17 @@ def test_classes_have_fixed_distinct_colours_and_missing_ones_none(ax, task, n):
     shown = meshes[-1]
     assert shown.get_array().mask.sum() == 40 - n
     colours = shown.to_rgba(shown.get_array())[1, :n, :3]
-    np.testing.assert_allclose(colours, [to_rgb(c) for c in vis_fns.CLASS_COLOURS[task, n]])
+    np.testing.assert_allclose(colours, [to_rgb(c) for c in utils.CLASS_COLOURS[task, n]])
     assert len(np.unique(colours.round(6), axis=0)) == n
     assert (~meshes[0].get_array().mask).sum() == 1  # the masked spaxel, grey
     hatched = [p for p in ax.patches if isinstance(p, PathPatch) and p.get_hatch()]
     assert len(hatched) == 1
     squares = hatched[0].get_path().vertices.reshape(-1, 5, 2)
     assert len(squares) == 40 - n - 1  # usable, but without a label
-    labels = [t.get_text() for t in ax.get_legend().get_texts()]
-    assert set(utils.class_names(task, n)) | {"no label", "masked"} == set(labels)
+    assert set(utils.class_names(task, n)) | {"no label", "masked"} == set(legend_of(ax))
+    everywhere = np.zeros((5, 8), int)
+    whole = vis_fns.plot_class_map(Figure().subplots(), everywhere, task, n, usable | True, usable)
+    assert set(legend_of(whole)) == set(utils.class_names(task, n))  # nothing else there
 
 
 def test_class_colours_stay_apart_for_colour_blind_readers():
@@ -136,7 +186,7 @@ def test_class_colours_stay_apart_for_colour_blind_readers():
     )
     missing_l = np.array([[0, 2.02344, -2.52581], [0, 1, 0], [0, 0, 1]])
     missing_m = np.array([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]])
-    for colours in vis_fns.CLASS_COLOURS.values():
+    for colours in utils.CLASS_COLOURS.values():
         rgb = np.array([to_rgb(c) for c in colours]) ** 2.2
         for missing in (missing_l, missing_m):
             seen = rgb @ (np.linalg.inv(rgb_to_lms) @ missing @ rgb_to_lms).T
@@ -158,30 +208,129 @@ def test_difference_map_shows_value_less_label():
     assert (~shown.mask).sum() == 2
     assert shown[2, 3] == pytest.approx(0.08, abs=1e-5)
     assert shown[4, 1] == pytest.approx(0.01, abs=1e-5)
-    assert "MAE 0.045 dex, 50% right" in axes[2].get_title()
+    assert axes[2].get_title() == "MAE 0.045 dex, 50% in the right class"
+    bar = axes[2].child_axes[0]
+    assert bar.get_ylabel() == "middle of predicted class - label (dex)"
+
+
+@pytest.mark.parametrize(("limit", "extend"), [(0.1, "both"), (0.5, "neither"), (None, "neither")])
+def test_colour_bar_is_pointed_where_values_lie_beyond(ax, limit, extend):
+    values = np.array([[-0.3, 0.05], [0.2, np.nan]])
+    inside = np.ones((2, 2), bool)
+    vis_fns.plot_value_map(ax, values, inside, inside, "x", limit=limit)
+    mesh = [c for c in ax.collections if isinstance(c, QuadMesh)][-1]
+    assert mesh.colorbar.extend == extend
+    if limit:
+        assert mesh.get_clim() == (-limit, limit)
+
+
+def test_a_galaxy_without_labels_in_common_has_no_score():
+    axes = Figure().subplots(1, 3)
+    inside = np.ones((6, 6), bool)
+    classes = np.zeros((6, 6), np.int16)
+    prediction = eval_fns.MapPrediction("1-1", classes, np.zeros((6, 6, 6)), inside, {})
+    vis_fns.plot_comparison(axes, prediction, np.full((6, 6), np.nan), "logOH", 6)
+    assert axes[2].get_title() == "no label"
+    assert "no label" in legend_of(axes[0])
+    assert "no label" not in legend_of(axes[1])
+
+
+def test_agreement_and_parts_explain_hatch_and_grey(ax):
+    inside = np.ones((6, 6), bool)
+    inside[2, 2] = False
+    parts = np.full((6, 6), utils.LABEL_NONE)
+    parts[:2] = 1
+    vis_fns.plot_part_map(ax, parts, inside)
+    assert legend_of(ax) == ["train", "val", "test", "no label", "masked"]
+    agrees = np.ma.masked_array(parts == 1, parts != 1)
+    other = vis_fns.plot_agreement_map(Figure().subplots(), agrees, inside, inside)
+    assert legend_of(other) == ["same", "other", "no label", "masked"]
+
+
+def test_bpt_curves_are_kauffmanns_and_kewleys_and_part_the_points(ax):
+    rng = np.random.default_rng(0)
+    x, y = rng.uniform(-1.2, 0.4, 300), rng.uniform(-1, 1.2, 300)
+    classes = line_labels.demarcate(x, y)
+    classes[:20] = utils.LABEL_NONE
+    vis_fns.plot_bpt(ax, x, y, classes, "BPT", 3, "title")
+    by_name = {line.get_label(): line.get_xydata() for line in ax.lines}
+    for name, pole, top in (("Kauffmann+ 2003", 0.05, 1.3), ("Kewley+ 2001", 0.47, 1.19)):
+        curve = by_name[name]
+        drawn = curve[np.isfinite(curve[:, 1]) & (curve[:, 0] > -1.2)]  # they cross left of that
+        assert drawn[:, 0].max() < pole
+        np.testing.assert_allclose(drawn[:, 1], 0.61 / (drawn[:, 0] - pole) + top, atol=2e-3)
+    counts = {n: int((classes == k).sum()) for k, n in enumerate(utils.BPT_CLASSES)}
+    assert {"no label: 20", *(f"{n}: {c}" for n, c in counts.items())} <= set(legend_of(ax))
+    drawn = {c.get_label().split(":")[0]: c for c in ax.collections}
+    for k, name in enumerate(utils.BPT_CLASSES):
+        np.testing.assert_allclose(drawn[name].get_offsets()[:, 0], x[classes == k])
+        np.testing.assert_allclose(
+            drawn[name].get_facecolor()[0, :3], to_rgb(utils.CLASS_COLOURS["BPT", 3][k])
+        )
+    assert drawn["no label"].get_facecolor().size == 0  # hollow
+    assert "6585" in ax.get_xlabel()
+    assert "5008" in ax.get_ylabel()
+
+
+def test_bpt_figure_shows_the_lines_of_the_maps_that_the_labels_were_made_of(tmp_path):
+    plateifu, shape = "8000-101", (4, 5)
+    flux = np.random.default_rng(1).uniform(1, 5, (4, *shape))
+    ivar = np.full(flux.shape, 100.0)
+    ivar[0, 0, 0] = 0.01  # below the cut
+    raw = utils.raw_dir(tmp_path, plateifu)
+    for kind, steps in (("HYB10", 1), ("SPX", 7)):  # two analyses: the labels say which
+        scaled = steps ** np.arange(4)[:, None, None] * flux
+        maps = [dict(zip(line_labels.BPT_LINES, a, strict=True)) for a in (scaled, ivar, 0 * flux)]
+        name = f"manga-{plateifu}-MAPS-{kind}.fits"
+        write_maps(raw / name, *maps, lines=line_labels.BPT_LINES)
+    label_file = utils.label_path(tmp_path, "BPT", plateifu)
+    meta = {"source_file": f"manga-{plateifu}-MAPS-HYB10.fits", "options": {"min_snr": 2.0}}
+    labels = np.ones(shape, np.int16)
+    data_io.write_labels(label_file, labels, np.zeros(shape), meta)
+    usable = np.zeros(shape, np.int16)
+    usable[3, 3] = utils.LABEL_NONE
+    prediction = eval_fns.MapPrediction(plateifu, usable, np.zeros((*shape, 3)), usable == 0, {})
+    figure = vis_fns.bpt_figure(tmp_path, prediction, "BPT")
+    assert figure.get_suptitle() == f"{plateifu}: 18 spaxels with S/N > 2 in all four lines"
+    left, right = figure.axes
+    assert "composite: 18" in legend_of(left)
+    assert "star-forming: 18" in legend_of(right)
+    keep = np.ones(shape, bool)
+    keep[0, 0] = keep[3, 3] = False
+    ha, hb, nii, oiii = flux[:, keep]
+    wanted = np.log10([nii / ha, oiii / hb]).T
+    for ax in (left, right):
+        np.testing.assert_allclose(ax.collections[0].get_offsets(), wanted, atol=1e-5)
+    data_io.write_labels(label_file, labels, np.zeros(shape), {})
+    with pytest.raises(utils.DataError, match="2 MAPS files"):
+        vis_fns.bpt_figure(tmp_path, prediction, "BPT")
 
 
 def test_confusion_shows_shares_of_the_true_class(ax):
     confusion = np.array([[8, 2, 0], [1, 4, 0], [0, 0, 0]])
-    vis_fns.plot_confusion(ax, confusion, ["a", "b", "c"])
+    vis_fns.plot_confusion(ax, confusion, ["a", "b", "c"], "title")
     texts = [t.get_text() for t in ax.texts]
     assert texts[:5] == ["0.80\n8", "0.20\n2", "0.00\n0", "0.20\n1", "0.80\n4"]
     np.testing.assert_allclose(ax.images[0].get_array()[0], [0.8, 0.2, 0.0])
-    assert ax.get_ylabel() == "label"
+    assert ax.get_ylabel() == "label (each row adds up to 1)"
+    assert ax.images[0].colorbar.ax.get_ylabel() == "share of the true class"
+    assert ax.get_title() == "title"
 
 
 def test_lines_are_at_vacuum_wavelengths():
     """Standard-air wavelengths (NIST) through Morton (2000, ApJS 130, 403, eq. 8)."""
     air = {
-        r"H$\beta$": 4861.35, "[OIII]": 4958.911, "[OIII] ": 5006.843, "HeI": 5875.62,
-        "[OI]": 6300.304, "[NII]": 6548.05, r"H$\alpha$": 6562.79, "[NII] ": 6583.45,
-        "[SII]": 6716.44, "[SII] ": 6730.816,
+        r"H$\beta$ 4862": 4861.35, "[OIII] 4960": 4958.911, "[OIII] 5008": 5006.843,
+        "HeI 5877": 5875.62, "[OI] 6302": 6300.304, "[NII] 6549": 6548.05,
+        r"H$\alpha$ 6564": 6562.79, "[NII] 6585": 6583.45, "[SII] 6718": 6716.44,
+        "[SII] 6732": 6730.816,
     }  # fmt: skip
     assert air.keys() == vis_fns.EMISSION_LINES.keys()
     for name, wave in air.items():
         s2 = (1e4 / wave) ** 2
         index = 1 + 8.34254e-5 + 2.406147e-2 / (130 - s2) + 1.5998e-4 / (38.9 - s2)
         assert vis_fns.EMISSION_LINES[name] == pytest.approx(wave * index, abs=0.05)
+        assert name.split()[-1] == str(int(vis_fns.EMISSION_LINES[name]))
 
 
 def test_only_lines_inside_the_spectrum_are_marked(ax):
@@ -189,10 +338,48 @@ def test_only_lines_inside_the_spectrum_are_marked(ax):
     flux = np.ones(50)
     flux[3] = np.nan
     vis_fns.plot_spectrum(ax, wave, flux, np.full(50, 4.0))
-    marked = {t.get_text() for t in ax.texts}
-    assert marked == {"[NII]", r"H$\alpha$"}
-    band = ax.collections[0].get_paths()[0].vertices[:, 1]
-    assert band.max() == pytest.approx(1.5)  # one sigma of 1/sqrt(4)
+    marked = [t.get_text() for t in ax.texts]
+    assert marked == ["[NII] 6549", r"H$\alpha$ 6564", "[NII] 6585"]
+    wide = vis_fns.mark_lines(Figure().subplots(), 5000, 8000)
+    shifts = {t.get_text(): t.xyann[0] for t in wide.texts}
+    assert np.diff([shifts[name] for name in marked]).min() >= 10  # points: none covers another
+    assert legend_of(ax) == ["flux density", r"1$\sigma$ error"]
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), 0.5)  # 1/sqrt(4)
+    assert ax.get_ylabel().startswith("flux density")
+
+
+def test_spectrum_figure_names_galaxy_redshift_and_spaxel(root):
+    figure = vis_fns.spectrum_figure(root, mock_cubes.PLATEIFUS[0])
+    title = figure.get_suptitle()
+    assert title.startswith(f"{mock_cubes.PLATEIFUS[0]}, z = 0.0300: brightest spaxel (y = ")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "ticks"), [(1, [1]), (2, [1, 2]), (7, [1, 3, 5, 7]), (20, [1, 4, 8, 12, 16, 20])]
+)
+def test_training_curves_show_every_epoch_the_best_and_the_baselines(epochs, ticks):
+    names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy")
+    metrics = pd.DataFrame({"epoch": range(1, epochs + 1), **{n: 0.5 for n in names}})
+    baselines = {"val_majority_accuracy": 0.2, "val_spectrum_accuracy": 0.6}
+    axes = Figure().subplots(1, 2)
+    vis_fns.plot_training_curves(axes, metrics, {"best": {"epoch": 1}, "baselines": baselines})
+    for ax in axes:
+        assert ax.get_xticks().tolist() == ticks
+        low, high = ax.get_xlim()
+        assert low < 1 <= epochs < high
+        assert ax.lines[0].get_marker() == "o"  # a line alone does not show one epoch
+    drawn = {line.get_label(): line for line in axes[1].lines}
+    assert set(drawn["best epoch: 1"].get_xdata()) == {1}
+    assert set(drawn["validation, linear model"].get_ydata()) == {0.6}
+    assert set(drawn["validation, majority class"].get_ydata()) == {0.2}
+    assert legend_of(axes[1]) == list(drawn)
+
+
+def test_training_curves_need_nothing_but_the_metrics():
+    names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy")
+    metrics = pd.DataFrame({"epoch": [1, 2], **{n: 0.5 for n in names}})
+    axes = vis_fns.plot_training_curves(Figure().subplots(1, 2), metrics)
+    assert legend_of(axes[1]) == ["training", "validation"]
 
 
 def test_run_figures_show_what_the_run_has(run_dir):
@@ -205,6 +392,35 @@ def test_run_figures_show_what_the_run_has(run_dir):
     stats = data_io.read_stats(run_dir / "stats.h5")
     heights = [b.get_height() for b in figures["explained_variance"].axes[0].patches]
     np.testing.assert_allclose(heights, stats.explained_ratio)
+    result = json.loads((run_dir / "test" / "metrics.json").read_text())
+    title = figures["confusion_test"].axes[0].get_title()
+    assert title.startswith("12 + log(O/H), test part of the hard split")
+    assert f"accuracy {result['accuracy']:.3f}: {result['spaxels']} spaxels, 2 galaxies" in title
+    about = json.loads((run_dir / "model.json").read_text())
+    legend = legend_of(figures["training_curves"].axes[1])
+    assert f"best epoch: {about['best']['epoch']}" in legend
+    assert {"validation, majority class", "validation, linear model"} < set(legend)
+
+
+def test_what_a_run_lacks_is_named_with_the_command_that_makes_it(run_dir, caplog):
+    metrics = run_dir / "metrics.csv"
+    hidden = metrics.rename(run_dir / "metrics.hidden")
+    try:
+        assert set(vis_fns.run_figures(run_dir, "val")) == {"explained_variance"}
+    finally:
+        hidden.rename(metrics)
+    assert f"no {metrics}" in caplog.text
+    assert f"run_SSFTT_training.py --config {run_dir / 'config.json'}" in caplog.text
+    assert f"python eval_fns.py --run-dir {run_dir} --part val" in caplog.text
+
+
+def test_explained_variance_fills_its_axes_and_says_what_is_left(ax):
+    n = 100
+    ratio = np.array([0.2, 0.05, 0.03])
+    stats = data_io.Stats(np.arange(n), np.zeros(n), np.ones(n), np.zeros((3, n)), ratio, ratio)
+    vis_fns.plot_explained_variance(ax, stats)
+    assert ax.get_ylim() == pytest.approx((0, 0.308))
+    assert ax.get_title() == "the other 97 directions: 72%, 0.74% each on average: mostly noise"
 
 
 def test_components_and_shares_and_histograms_show_their_numbers(run_dir, ax):
@@ -216,9 +432,15 @@ def test_components_and_shares_and_histograms_show_their_numbers(run_dir, ax):
     counts = {"train": np.array([6, 3, 1]), "test": np.array([0, 0, 0])}
     vis_fns.plot_class_shares(ax, counts, "BPT", 3)
     np.testing.assert_allclose([b.get_height() for b in ax.patches], [0.6, 0.3, 0.1, 0, 0, 0])
+    assert ax.get_title() == "BPT class"
     other = Figure().subplots()
     vis_fns.plot_histograms(other, {"train": np.arange(10), "val": np.arange(4)}, "redshift")
-    assert [t.get_text() for t in other.get_legend().get_texts()] == ["train: 10", "val: 4"]
+    assert legend_of(other) == ["train: 10", "val: 4"]
+    train, val = ([(b.get_x(), b.get_width(), b.get_height()) for b in c] for c in other.containers)
+    assert sum(h for _, _, h in train) == 10
+    assert sum(h for _, _, h in val) == 4
+    for (left, width, _), (right, _, _) in zip(train, val, strict=True):
+        assert left + width <= right + 1e-9  # side by side
 
 
 def test_command_draws_labelled_and_unlabelled_galaxies_and_reports_missing_ones(
@@ -233,6 +455,7 @@ def test_command_draws_labelled_and_unlabelled_galaxies_and_reports_missing_ones
     finally:
         hidden.rename(label_file)
     assert "7777-101.h5" in caplog.text
+    assert f"no BPT diagram: {labelled}: no manga-{labelled}-MAPS" in caplog.text
     names = {p.name for p in (run_dir / "figures").iterdir()}
     for plateifu in (labelled, unlabelled):
         assert {f"{plateifu}_maps.png", f"{plateifu}_spectrum.png"} <= names

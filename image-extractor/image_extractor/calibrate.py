@@ -265,10 +265,11 @@ class Calibrator:
             samples = self._samples(adc)
         else:
             samples = np.asarray(adc.parse())[:, :, np.newaxis]
-        if samples.shape[:2] != pedestal.shape:
+        shapes = [a.shape for a in (pedestal, factor, time_shift) if a is not None]
+        if {*shapes, samples.shape[:2]} != {(len(pedestal), self.telescope.camera.n_pixels)}:
             raise Corrupt(
                 f"telescope {self.telescope.tel_id}: waveforms of shape {samples.shape}, "
-                f"pedestals of shape {pedestal.shape}"
+                f"pedestals and gains of shapes {shapes}"
             )
         if samples.shape[2] == 1:
             charge, peak_time = self._sums(samples, pedestal, factor)

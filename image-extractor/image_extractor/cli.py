@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,12 @@ def _extract_parser() -> argparse.ArgumentParser:
         type=Path,
         help="the same, as an option",
     )
-    add("--max_events", "--max-events", type=_count, help="events to write from each file, at most")
+    add(
+        "--max_events",
+        "--max-events",
+        type=_whole_number(1),
+        help="events to take from each file, at most, those already in the output included",
+    )
     add("--shuffle", action="store_true", help="put the events in random order")
     add(
         "--split",
@@ -137,9 +143,12 @@ def _extract_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="give each part of --split its share of every particle class",
     )
-    add("--seed", type=int, default=0, help="of shuffle and split (default: 0)")
+    add("--seed", type=_whole_number(0), default=0, help="of shuffle and split (default: 0)")
     add(
-        "--jobs", type=_count, default=1, help="processes, each working on whole files (default: 1)"
+        "--jobs",
+        type=_whole_number(1),
+        default=1,
+        help="processes, each working on whole files (default: 1)",
     )
     add("--overwrite", action="store_true", help="replace the output instead of appending to it")
     add(
@@ -153,11 +162,13 @@ def _extract_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return number
+def _whole_number(low: int) -> Callable[[str], int]:
+    def check(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text}: write a whole number, {low} or more")
+        return int(text)
+
+    return check
 
 
 def _fractions(text: str) -> dict[str, float]:
@@ -198,17 +209,22 @@ def _extract(args: argparse.Namespace) -> int:
     files = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if not Path(p).is_dir()]
     if not files and Path(pattern).is_file():  # a name with brackets in it
         files = [Path(pattern)]
+    if not files and Path(pattern).is_dir():
+        raise UsageError(f'{pattern}: is a folder. Name its files: "{pattern}/*.simtel.gz".')
     if not files:
         raise UsageError(
             f'{args.path_to_simtel_files}: no such file. Quote patterns: "/data/*.simtel.gz".'
         )
     if any(p.resolve() == args.output_file.resolve() for p in files):
         raise UsageError(f"{args.output_file}: is also an input file.")
+    if args.summary and (args.summary.is_dir() or not args.summary.parent.is_dir()):
+        raise UsageError(f"{args.summary}: is a folder, or in a folder that does not exist.")
 
     from tqdm import tqdm
 
     from . import __version__, image_extractor, layout
     from .cuts import load_cuts
+    from .transaction import write_whole
 
     cuts = load_cuts(given[0]) if given and settings.use_pkl_dict else None
     log.info("image_extractor %s: %d file(s) to %s", __version__, len(files), args.output_file)
@@ -249,7 +265,7 @@ def _extract(args: argparse.Namespace) -> int:
     summary = image_extractor.summary(reports, args.output_file, time.perf_counter() - started)
     print(summary_text(summary, layout.CHARGE_UNIT_PE, settings.dtype))
     if args.summary:
-        args.summary.write_text(json.dumps(summary, indent=1) + "\n")
+        write_whole(args.summary, (json.dumps(summary, indent=1) + "\n").encode())
     return 1 if summary["files_failed"] or summary["files_incomplete"] else 0
 
 
@@ -326,7 +342,10 @@ def _plot_parser() -> argparse.ArgumentParser:
         "--run", type=int, default=None, help="run_number, if several runs have that event"
     )
     parser.add_argument(
-        "--max-images", type=_count, default=4, help="brightest images to draw (default: 4)"
+        "--max-images",
+        type=_whole_number(1),
+        default=4,
+        help="brightest images to draw (default: 4)",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("event.png"), help="PNG file (default: event.png)"

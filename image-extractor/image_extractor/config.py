@@ -572,7 +572,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.file}: exists. Give --overwrite to replace it.", file=sys.stderr)
             return 2
         try:
-            _write_whole(args.file, as_text())
+            write_whole(args.file, as_text().encode())
         except OSError as error:
             print(f"{args.file}: cannot be written ({error.strerror}).", file=sys.stderr)
             return 1
@@ -587,11 +587,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file by way of a hidden neighbour; devices such as /dev/stdout directly."""
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    path = path.resolve()  # of a symbolic link, the file is replaced
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
+        with os.fdopen(handle, "wb") as f:
+            f.write(data)
         Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(path)
     except BaseException:

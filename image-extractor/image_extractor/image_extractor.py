@@ -17,6 +17,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ from .errors import DataError, UsageError
 from .instrument import Telescope, describe_array, select_telescopes
 from .mapping import Mapping as CameraMapping
 from .mapping import camera_mapping
-from .simtel import Corrupt, Event, SimtelFile
+from .simtel import Corrupt, Event, SimtelFile, guarded
 from .transaction import OutputTransaction
 
 log = logging.getLogger(__name__)
@@ -200,26 +202,26 @@ class _ImageCuts:
 
 
 class _Array:
-    """The selected telescopes of a file with what is computed once for them."""
+    """The selected telescopes of a file with what is computed once for them; raises DataError."""
 
     def __init__(self, simtel: SimtelFile, settings: Settings) -> None:
-        try:
-            self.telescopes = select_telescopes(describe_array(simtel), settings.type_mode)
-        except DataError as error:
-            raise DataError(f"{simtel.path}: {error}") from error
         cache: dict[str, CameraMapping] = {}
         self.mappings: dict[int, CameraMapping] = {}
-        for telescope in self.telescopes:
-            camera = telescope.camera
-            if camera.fingerprint not in cache:
-                try:
-                    cache[camera.fingerprint] = camera_mapping(
-                        camera.pixel_x, camera.pixel_y, settings.mapping
-                    )
-                except DataError as error:
-                    raise DataError(f"{simtel.path}: camera {camera.name}: {error}") from error
-            self.mappings[telescope.tel_id] = cache[camera.fingerprint]
+        where = str(simtel.path)
+        try:
+            described = guarded(lambda: describe_array(simtel), "array description")
+            self.telescopes = select_telescopes(described, settings.type_mode)
+            for telescope in self.telescopes:
+                camera = telescope.camera
+                where = f"{simtel.path}: camera {camera.name}"
+                if camera.fingerprint not in cache:
+                    make = partial(camera_mapping, camera.pixel_x, camera.pixel_y, settings.mapping)
+                    cache[camera.fingerprint] = guarded(make, "pixel positions")
+                self.mappings[telescope.tel_id] = cache[camera.fingerprint]
+        except (Corrupt, DataError) as error:
+            raise DataError(f"{where}: {error}") from error
         self.by_id = {t.tel_id: t for t in self.telescopes}
+        self.kinds = list(dict.fromkeys(t.camera.telescope_type for t in self.telescopes))
         self.calibrators: dict[int, Calibrator] = {}
 
     def images(
@@ -230,7 +232,9 @@ class _Array:
         for tel_id, adc in event.telescopes.items():
             telescope = self.by_id[tel_id]
             if tel_id not in self.calibrators:
-                self.calibrators[tel_id] = Calibrator(telescope)
+                self.calibrators[tel_id] = guarded(
+                    partial(Calibrator, telescope), f"telescope {tel_id}"
+                )
             if tel_id not in simtel.monitoring:
                 raise Corrupt(f"telescope {tel_id}: no pedestals or gains before its data")
             charge, peak_time = self.calibrators[tel_id](adc, simtel.monitoring[tel_id])
@@ -262,7 +266,7 @@ class ImageExtractor:
         "gzip", "none", "blosc-lz4" or "blosc-zstd".
     shuffle, split, stratify, seed
         See `layout.rearrange`; done when the output is closed. `split` maps part names to
-        fractions.
+        fractions. `seed` is 0 or more.
     **options
         Fields of Settings, e.g. storage_mode, image_mode, scale_factor, type_mode (or
         telescope_type).
@@ -308,9 +312,17 @@ class ImageExtractor:
             raise UsageError(
                 f"compression {compression!r}: choose one of {', '.join(layout.COMPRESSIONS)}."
             )
+        if not isinstance(seed, int) or seed < 0:
+            raise UsageError(f"seed {seed!r}: must be a whole number, 0 or more.")
+        if split and not (
+            all(name.isidentifier() and 0 <= part <= 1 for name, part in split.items())
+            and math.isclose(sum(split.values()), 1, abs_tol=1e-6)
+        ):
+            raise UsageError(f"split {split}: needs names and fractions that add up to 1.")
         self.overwrite, self.compression, self.command = overwrite, compression, command
         self.shuffle, self.split, self.stratify, self.seed = shuffle, split, stratify, seed
-        self.reports: list[FileReport] = []
+        self._has_committed = False
+        self._per_event: list[int] = []  # of the last file, see _count_images
         self._image_cuts = _ImageCuts(self.settings)
         self._transaction: OutputTransaction | None = None
         self._writer: layout.Writer | None = None
@@ -338,7 +350,7 @@ class ImageExtractor:
         ----------
         data_file : str or Path
         max_events : int, optional
-            Stop after this many events have been written.
+            Stop after this many events have passed, whether or not the output had them already.
         progress : callable, optional
             Called with the number of events read since the last call.
 
@@ -417,7 +429,7 @@ class ImageExtractor:
         assert self._transaction is not None
         context = multiprocessing.get_context("spawn")
         others = set(multiprocessing.active_children())
-        waiting: list[tuple[Path, Path, Future[FileReport]]] = []
+        waiting: list[tuple[Path, Path, Future[tuple[FileReport, list[int]]]]] = []
         todo = [(path, self._transaction.part(f"{i:05d}")) for i, path in enumerate(files)]
         arguments = (self.settings, self.cuts, self.compression, self.command)
         with ProcessPoolExecutor(jobs, context, _start_worker, arguments) as pool:
@@ -429,10 +441,10 @@ class ImageExtractor:
                             (path, part, pool.submit(_extract_part, path, part, max_events))
                         )
                     path, part, future = waiting.pop(0)
-                    report = future.result()
+                    report, per_event = future.result()
                     if not report.failed:
                         try:
-                            self._merge(path, part, report)
+                            self._merge(path, part, report, per_event)
                         except DataError as error:
                             report = FileReport(
                                 str(path), problem=_without_path(error, path), failed=True
@@ -453,17 +465,19 @@ class ImageExtractor:
                     child.terminate()
                 raise
 
-    def _merge(self, path: Path, part: Path, report: FileReport) -> None:
+    def _merge(self, path: Path, part: Path, report: FileReport, per_event: list[int]) -> None:
         with SimtelFile(path) as simtel:
             array = _Array(simtel, self.settings)
             self._ensure_writer(simtel, array)
         assert self._writer is not None
-        report.duplicates += self._writer.merge(part)
-        report.events_written = report.events_passed - report.duplicates
+        is_new = self._writer.merge(part)
+        report.duplicates += int((~is_new).sum())
+        report.events_written = int(is_new.sum())
+        _count_images(report, array.kinds, per_event, is_new)
         self._say(report)
 
     def _begin(self) -> None:
-        append = not self.overwrite or bool(self.reports)
+        append = not self.overwrite or self._has_committed
         self._transaction = OutputTransaction(self.output_path, append)
 
     def _end(self, commit: bool) -> None:
@@ -471,7 +485,7 @@ class ImageExtractor:
         self._writer = self._transaction = None
         assert transaction is not None
         try:
-            if writer is not None and commit:
+            if commit and writer is not None and (writer.is_changed or self.shuffle or self.split):
                 with self._naming_output():
                     writer.close()
                     if self.shuffle or self.split:
@@ -490,6 +504,7 @@ class ImageExtractor:
                             f"{self.output_path}: could not be written ({error})"
                         ) from error
                     transaction.commit()
+                    self._has_committed = True
         finally:
             if writer is not None:
                 writer.abandon()
@@ -541,21 +556,21 @@ class ImageExtractor:
     ) -> FileReport:
         started = time.perf_counter()
         report = FileReport(str(path))
+        self._per_event = []
         with SimtelFile(path) as simtel:
             report.run_number = simtel.run_number
             array = _Array(simtel, self.settings)
             writer = self._ensure_writer(simtel, array)
-            stopped = False
             try:
-                stopped = self._extract(simtel, array, writer, report, max_events, progress)
+                self._extract(simtel, array, writer, report, max_events, progress)
             except Corrupt as error:
                 simtel.problem = str(error)
+            _count_images(report, array.kinds, self._per_event)
             report.events_read = simtel.events_read
             report.calibration_events = simtel.calibration_events
             report.problem = simtel.problem
             report.seconds = time.perf_counter() - started
-            writer.add_run(_runs_row(simtel, report, "" if stopped else simtel.sha256))
-        self.reports.append(report)
+            writer.add_run(_runs_row(simtel, report))
         self._say(report)
         return report
 
@@ -583,8 +598,8 @@ class ImageExtractor:
         report: FileReport,
         max_events: int | None,
         progress: Callable[[int], Any] | None,
-    ) -> bool:
-        """Write the events of a file; True if `max_events` stopped it before the end."""
+    ) -> None:
+        """Write the events of a file."""
         settings, cuts = self.settings, self.cuts
         edges = (
             settings.energy_bins if settings.mode == "gh_class" else settings.energy_recon_bins
@@ -592,8 +607,8 @@ class ImageExtractor:
         wanted = None if cuts is None else lambda run, event: cuts.get(run, event) is not None
         told = 0
         for event in simtel.events(array.by_id.keys(), wanted):
-            if max_events is not None and report.events_written >= max_events:
-                return True
+            if max_events is not None and report.events_passed >= max_events:
+                return
             if progress and simtel.events_read - told >= 10:
                 progress(simtel.events_read - told)
                 told = simtel.events_read
@@ -629,13 +644,10 @@ class ImageExtractor:
                 values["energy_reconstruction_bin_label"], group = energy_bin, 0
             writer.add(group, values, images)
             report.events_written += 1
-            report.saturated_pixels += saturated
-            for tel_id in images:
-                kind = array.by_id[tel_id].camera.telescope_type
-                report.images[kind] = report.images.get(kind, 0) + 1
+            kinds = [array.by_id[tel_id].camera.telescope_type for tel_id in images]
+            self._per_event.extend([*map(kinds.count, array.kinds), saturated])
         if progress:
             progress(simtel.events_read - told)
-        return False
 
 
 def _event_values(event: Event, entry: tuple[int, float] | None) -> dict[str, Any]:
@@ -661,12 +673,27 @@ def _event_values(event: Event, entry: tuple[int, float] | None) -> dict[str, An
     }
 
 
-def _runs_row(simtel: SimtelFile, report: FileReport, sha256: str) -> np.ndarray:
+def _count_images(
+    report: FileReport,
+    kinds: list[str],
+    per_event: list[int],
+    chosen: np.ndarray | slice = slice(None),
+) -> None:
+    """Fill in images and saturated pixels from the numbers of each written event (or the chosen).
+
+    `per_event` has len(kinds) + 1 numbers an event: images of each kind, saturated pixels.
+    """
+    numbers = np.array(per_event, np.int64).reshape(-1, len(kinds) + 1)[chosen]
+    *images, report.saturated_pixels = numbers.sum(axis=0).tolist()
+    report.images = {kind: n for kind, n in zip(kinds, images, strict=True) if n}
+
+
+def _runs_row(simtel: SimtelFile, report: FileReport) -> np.ndarray:
     row = np.zeros(1, layout.RUNS_DTYPE)
     mc = simtel.mc_run_header
     values = {
         "file": simtel.path.name.encode()[-256:],
-        "sha256": sha256.encode(),
+        "sha256": simtel.sha256.encode(),
         "run_number": report.run_number,
         "events_read": report.events_read,
         "events_passed": report.events_passed,
@@ -739,12 +766,13 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _extract_part(path: Path, part: Path, max_events: int | None) -> FileReport:
-    """Extract one file to a part file, in a worker process."""
+def _extract_part(path: Path, part: Path, max_events: int | None) -> tuple[FileReport, list[int]]:
+    """Extract one file to a part file, in a worker process; also give the numbers of each event."""
+    extractor = ImageExtractor(part, overwrite=True, **_worker)
     try:
-        return ImageExtractor(part, overwrite=True, **_worker).process_data(path, max_events)
+        return extractor.process_data(path, max_events), extractor._per_event
     except DataError as error:
-        return FileReport(str(path), problem=_without_path(error, path), failed=True)
+        return FileReport(str(path), problem=_without_path(error, path), failed=True), []
 
 
 def summary(reports: list[FileReport], output: Path, seconds: float) -> dict[str, Any]:

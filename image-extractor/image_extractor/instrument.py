@@ -75,7 +75,7 @@ def describe_array(simtel: SimtelFile) -> dict[int, Telescope]:
     tel_ids = simtel.header["tel_id"].tolist()
     for tel_id, parts in simtel.telescopes.items():
         if tel_id not in tel_ids:
-            raise DataError(f"{simtel.path}: telescope {tel_id} is described but has no position.")
+            raise DataError(f"telescope {tel_id} is described but has no position.")
         named = _named_telescope(simtel.meta.get(tel_id, {}))
         key = (
             id(parts["camera_settings"]),
@@ -92,23 +92,24 @@ def describe_array(simtel: SimtelFile) -> dict[int, Telescope]:
     return telescopes
 
 
-def _named_telescope(meta: dict[bytes, bytes]) -> tuple[str, str, int] | None:
-    """Read optics name, camera name and mirror class from the metadata, if all are there."""
-    values = [meta.get(k) for k in (b"OPTICS_CONFIG_NAME", b"CAMERA_CONFIG_NAME", b"MIRROR_CLASS")]
-    if any(v is None for v in values):
+def _named_telescope(meta: dict[bytes, bytes]) -> tuple[str, str] | None:
+    """Read optics and camera name from the metadata; like ctapipe, only if there is a mirror class
+    too.
+    """
+    optics, camera = meta.get(b"OPTICS_CONFIG_NAME"), meta.get(b"CAMERA_CONFIG_NAME")
+    if optics is None or camera is None or b"MIRROR_CLASS" not in meta:
         return None
-    optics, camera, mirror_class = (v.decode("utf-8", "replace") for v in values if v is not None)
-    return optics, camera, int(mirror_class)
+    return optics.decode("utf-8", "replace"), camera.decode("utf-8", "replace")
 
 
-def _camera(parts: dict[str, Any], named: tuple[str, str, int] | None) -> Camera:
+def _camera(parts: dict[str, Any], named: tuple[str, str] | None) -> Camera:
     settings, pixels = parts["camera_settings"], parts["pixel_settings"]
     organization = parts["camera_organization"]
     n_pixels = int(settings["n_pixels"])
     focal_length = u.Quantity(settings["focal_length"], u.m)
     mirror_area = u.Quantity(settings["mirror_area"], u.m**2)
     if named is not None:
-        optics_name, camera_name, _ = named
+        optics_name, camera_name = named
         size = type_from_mirror_area(mirror_area)
     else:
         try:

@@ -290,7 +290,9 @@ class Writer:
         self.written = 0  # events in the file, those appended to included
         self._blank = np.zeros(1, self.dtype)
         self._index: list[tuple[int, int, int]] = []
+        self._listed: set[tuple[bytes, int, bytes]] = set()  # file, run, sha256 of Runs
         is_new = not path.exists()
+        self.is_changed = is_new  # whether there is anything that the file did not hold before
         self.compression = compression
         try:
             self._h5 = tables.open_file(str(path), "w" if is_new else "a")
@@ -348,7 +350,8 @@ class Writer:
         for i, group_path in enumerate(group_paths(settings)):
             if group_path != "/":
                 group = h5.create_group("/", group_path[1:])
-                exponents = np.log10(edges.edges_tev()[i : i + 2])
+                with np.errstate(divide="ignore"):  # a linear bin may begin at 0: ten to the -inf
+                    exponents = np.log10(edges.edges_tev()[i : i + 2])
                 if edges.scale == "log10":
                     exponents = np.array(edges.edges()[i : i + 2])
                 group._v_attrs.min_energy, group._v_attrs.max_energy = map(float, exponents)
@@ -423,6 +426,8 @@ class Writer:
         for row in h5.get_node(f"/{METADATA}/{INDEX}").iterrows():
             self.seen.add(int(row["run_number"]), int(row["event_number"]))
             self.written += 1
+        for run in h5.get_node(f"/{METADATA}/{RUNS}").read():
+            self._is_listed(run)
 
     def _open_group(self, path: str) -> _Group:
         prefix = "" if path == "/" else path
@@ -500,22 +505,33 @@ class Writer:
             self._index.clear()
 
     def add_run(self, row: np.ndarray) -> None:
-        """Append one input file's row (RUNS_DTYPE, shape (1,))."""
-        self._h5.get_node(f"/{METADATA}/{RUNS}").append(row)
+        """Append one input file's row (RUNS_DTYPE, shape (1,)), unless it says nothing new."""
+        if not self._is_listed(row[0]) or row["events_written"][0]:
+            self._h5.get_node(f"/{METADATA}/{RUNS}").append(row)
+            self.is_changed = True
 
-    def merge(self, part: Path) -> int:
-        """Append everything of a part file written with the same settings; return the duplicates
-        left out.
+    def _is_listed(self, run: np.void) -> bool:
+        """Whether Runs has that file, as whole as it is now; from now on it has."""
+        key = (bytes(run["file"]), int(run["run_number"]))
+        was_listed = (*key, bytes(run["sha256"])) in self._listed
+        self._listed |= {(*key, bytes(run["sha256"])), (*key, b"")}
+        return was_listed
+
+    def merge(self, part: Path) -> np.ndarray:
+        """Append what is new of a part file written with the same settings.
 
         Images are copied as compressed chunks.
+
+        Returns
+        -------
+        (n_events,) bool array
+            Which of the part's events were new, in the order in which they were written.
         """
-        duplicates = 0
         with tables.open_file(str(part)) as source:
             index = source.get_node(f"/{METADATA}/{INDEX}").read()
             keep = np.array(
                 [self.seen.add(int(r["run_number"]), int(r["event_number"])) for r in index], bool
             )
-            duplicates = int((~keep).sum())
             for g, group in enumerate(self.groups):
                 chosen = keep[index["group"] == g]
                 prefix = "" if group.path == "/" else group.path
@@ -530,10 +546,10 @@ class Writer:
             for row in index[keep].tolist():
                 self._note(*row)
             runs = source.get_node(f"/{METADATA}/{RUNS}").read()
-        runs["duplicates"] += duplicates
-        runs["events_written"] -= duplicates
+        runs["duplicates"] += np.uint32((~keep).sum())
+        runs["events_written"] = keep.sum()
         self.add_run(runs)
-        return duplicates
+        return keep
 
     def _merge_mapped(
         self,

@@ -7,6 +7,7 @@ Writes  a PNG (plot).
 from __future__ import annotations
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import tables
 
 from . import layout
 from .errors import DataError
+from .transaction import write_whole
 
 
 def inspect(path: str | Path) -> str:
@@ -95,7 +97,7 @@ def _energy_range(table: tables.Table) -> str:
     group = table._v_parent._v_attrs
     if "min_energy" not in group:
         return ""
-    return f", 10^{group.min_energy:g} to 10^{group.max_energy:g} {group.units}"
+    return f", {10**group.min_energy:.3g} to {10**group.max_energy:.3g} {group.units}"
 
 
 def _labels(table: tables.Table) -> str:
@@ -266,7 +268,7 @@ def plot(
     Raises
     ------
     DataError
-        If the event is not in the file.
+        If the event is not in the file, or the picture cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -333,7 +335,9 @@ def plot(
             f"{values['mc_energy']:.3g} TeV, {len(images)} images"
         )
         figure.suptitle(title)
-        figure.savefig(output, dpi=90)
+        drawn = BytesIO()
+        figure.savefig(drawn, format=Path(output).suffix[1:] or "png", dpi=90)
+    write_whole(Path(output), drawn.getvalue())
     return f"{title}: {len(chosen)} drawn to {output}"
 
 

@@ -33,6 +33,7 @@ METHODS = ("auto", "square", "axial", "oversampling", "rebin", "nearest", "bilin
 CONSERVING = ("square", "axial", "oversampling", "rebin", "none")
 REBIN_POINTS = 12  # sample points along a pixel's width when sharing its area
 SAME_LEVEL = 0.2  # of the pixel spacing: coordinates closer than this are one row or column
+SPARSEST = 16  # times the area of its pixels is the most that a camera's picture may cover
 ALIGNED_DEG = 0.5  # lattices turned by less than this count as aligned with the axes
 
 
@@ -88,9 +89,13 @@ def camera_mapping(pixel_x: np.ndarray, pixel_y: np.ndarray, method: str = "auto
     x, y = np.asarray(pixel_x, np.float64), np.asarray(pixel_y, np.float64)
     if method not in METHODS:
         raise DataError(f"mapping method {method!r}: choose one of {', '.join(METHODS)}.")
+    if not np.isfinite([x, y]).all():
+        raise DataError("a pixel position is not a number: the description is damaged.")
     if method == "none":
         return _one_cell_each("none", np.arange(x.size), (x.size,))
     spacing = _spacing(x, y)
+    if np.ptp(x) * np.ptp(y) > SPARSEST * x.size * spacing**2:
+        raise DataError("the pixels lie too far apart for a camera: the description is damaged.")
     is_hexagonal = lattice_neighbors(x, y) == 6
     if method == "auto":
         method = "axial" if is_hexagonal else "square"

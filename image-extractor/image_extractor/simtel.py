@@ -97,7 +97,7 @@ def _gzip_blocks(raw: Iterator[bytes]) -> Iterator[bytes]:
             while data:
                 if engine.eof:
                     if not data.strip(b"\0"):  # zero padding after the last member is legal
-                        return
+                        break
                     engine, fresh = isal_zlib.decompressobj(wbits=31), True
                 piece = engine.decompress(data, BLOCK)
                 fresh = False
@@ -139,10 +139,12 @@ class ByteStream:
     Attributes
     ----------
     sha256 : str
-        Of the file as stored; complete when the whole file has been read.
+        Of the file as stored; "" until its end has been read.
     """
 
     def __init__(self, path: Path) -> None:
+        self.sha256 = ""
+        self._is_read = False
         self._hash = hashlib.sha256()
         self._queue: queue.Queue[bytes | Exception | None] = queue.Queue(QUEUE_BLOCKS)
         self._closing = threading.Event()
@@ -163,6 +165,7 @@ class ByteStream:
         while data := self._file.read(RAW_BLOCK):
             self._hash.update(data)
             yield data
+        self._is_read = True
 
     def _put(self, item: bytes | Exception | None) -> None:
         while not self._closing.is_set():
@@ -185,16 +188,14 @@ class ByteStream:
         except _Stop:
             pass
 
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
     def next_block(self) -> bytes:
         """Return the next bytes, b"" at the end; raises Corrupt or OSError where it breaks."""
         item = self._queue.get()
         if isinstance(item, bytes):
             return item
         self._queue.put(item)  # the end stays the end
+        if self._is_read:  # not where the decompression broke down before the end
+            self.sha256 = self._hash.hexdigest()
         if item is None:
             return b""
         raise item
@@ -223,13 +224,15 @@ class RawObject:
         cls = KNOWN_OBJECTS.get(self.type)
         if cls is None:
             raise Corrupt(f"unknown object type {self.type}")
-        return _guarded(lambda: cls(header, BytesIO(self.payload)).parse(), cls.__name__)
+        return guarded(lambda: cls(header, BytesIO(self.payload)).parse(), cls.__name__)
 
 
-def _guarded(parse: Callable[[], Any], what: str) -> Any:
-    """Run a parser of third-party code on untrusted bytes."""
+def guarded(parse: Callable[[], Any], what: str) -> Any:
+    """Run code that untrusted bytes may upset; whatever it raises, but DataError, is Corrupt."""
     try:
         return parse()
+    except DataError:
+        raise
     except NotImplementedError as error:
         raise Corrupt(f"{what}: a format version that eventio cannot read ({error})") from error
     # eventio has no error type of its own for damaged bytes: IndexError, ValueError, struct.error,
@@ -434,7 +437,7 @@ class SimtelFile:
 
     @property
     def sha256(self) -> str:
-        """Checksum of the stored file; of a part of it if reading stopped early."""
+        """Checksum of the stored file; "" if reading stopped before its end."""
         return self._stream.sha256
 
     @property
@@ -566,6 +569,8 @@ class SimtelFile:
         # Old files number the array event otherwise than the MC event; the trigger has the right
         # number.
         event_id = trigger.id if trigger.id != 0 else array_event.id
+        if event_id < 0:
+            raise Corrupt(f"an event has the number {event_id}")
         triggered: set[int] | None = None
         telescopes: dict[int, RawObject] = {}
         n_telescopes = 0

@@ -3,18 +3,21 @@
 The writer works on a hidden neighbour, `.NAME.partial`; `commit` flushes it to the disk and renames
 it over NAME. Appending works on a copy, so that whatever happens, the old file stays readable until
 the new one is whole. A killed run leaves the hidden neighbours behind; the next run of the same
-output removes them.
+output removes them. A file that is replaced passes on its mode bits; of a symbolic link, the file
+that it points to is replaced.
 
 The writer holds an flock on `.NAME.lock`, which the system drops with the process, however it ends.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 from pathlib import Path
 
+from . import config
 from .errors import DataError
 
 
@@ -36,22 +39,22 @@ class OutputTransaction:
     Raises
     ------
     DataError
-        If another process is writing `output`, or the folder or the copy fails.
+        If another process is writing `output`, or the folder, the lock or the copy fails.
     """
 
     def __init__(self, output: Path, append: bool) -> None:
-        self.output = output
+        self.output = output = output.resolve()
         self.path = output.with_name(f".{output.name}.partial")
         self._lock_path = output.with_name(f".{output.name}.lock")
         if not output.parent.is_dir():
             raise DataError(f"{output}: its folder does not exist. Create {output.parent} first.")
-        if output.is_dir():
-            raise DataError(f"{output}: is a folder; give a file name.")
+        if output.exists() and not output.is_file():
+            raise DataError(f"{output}: is a folder or a device; give a file name.")
         self._lock = self._acquire()
         try:
             self._remove_leftovers()
             if append and output.exists():
-                shutil.copyfile(output, self.path)
+                shutil.copy(output, self.path)
         except OSError as error:
             self._release()
             raise DataError(f"{output}: cannot be prepared ({error.strerror}).") from error
@@ -64,12 +67,17 @@ class OutputTransaction:
                 raise DataError(f"{self.output}: cannot be written ({error.strerror}).") from error
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
                 os.close(handle)
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise DataError(
+                        f"{self.output}: another process is writing it. Wait "
+                        "for it, or choose another output."
+                    ) from None
                 raise DataError(
-                    f"{self.output}: another process is writing it. Wait "
-                    "for it, or choose another output."
-                ) from None
+                    f"{self.output}: its file system gives no lock ({error.strerror}). "
+                    "Write to a local disk and move the file."
+                ) from error
             # The holder removes the file when done: a lock on a removed file locks nothing.
             try:
                 if self._lock_path.stat().st_ino == os.fstat(handle).st_ino:
@@ -90,6 +98,8 @@ class OutputTransaction:
 
     def commit(self) -> None:
         """Make the temporary file the output."""
+        if self.output.exists():
+            shutil.copymode(self.output, self.path)
         with self.path.open("rb") as f:
             os.fsync(f.fileno())
         self.path.replace(self.output)
@@ -113,6 +123,14 @@ class OutputTransaction:
             pattern = f"{dots}{_glob_safe(self.output.name)}.partial*"
             for leftover in self.output.parent.glob(pattern):
                 leftover.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file, whole or not at all. Raises DataError."""
+    try:
+        config.write_whole(path, data)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}).") from error
 
 
 def _glob_safe(name: str) -> str:

@@ -1,9 +1,11 @@
 """Real files, the ctapipe reference, and small helpers for every test."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SHARED = PACKAGE.parent.parent / "shared"
@@ -23,6 +25,14 @@ def real_file(key: str) -> Path:
         if (folder / NAMES[key]).is_file():
             return folder / NAMES[key]
     pytest.skip(f"{NAMES[key]} is absent: neither ../shared/data/cta nor build/demo-data has it")
+
+
+def decompressed(path: Path) -> bytes:
+    """Content of a compressed file."""
+    raw = path.read_bytes()
+    if path.suffix == ".zst":
+        return zstandard.ZstdDecompressor().stream_reader(raw).read()
+    return gzip.decompress(raw)
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,17 @@ def test_cut_waveforms_are_refused(keep):
             Calibrator(telescopes[tel_id])(cut, simtel.monitoring[tel_id])
 
 
+def test_gains_of_another_camera_are_refused():
+    with SimtelFile(real_file("proton")) as simtel:
+        telescopes = describe_array(simtel)
+        tel_id, adc = next(iter(next(simtel.events()).telescopes.items()))
+        monitoring = simtel.monitoring[tel_id]
+        values = monitoring.refresh()
+        values["calib"] = values["calib"][:, :-5]
+        with pytest.raises(Corrupt, match=f"telescope {tel_id}: .* pedestals and gains of shapes"):
+            Calibrator(telescopes[tel_id])(adc, monitoring)
+
+
 def test_disabled_pixels_take_their_neighbours_mean():
     with SimtelFile(real_file("proton")) as simtel:
         telescopes = describe_array(simtel)

@@ -11,7 +11,9 @@ import pytest
 import tables
 from conftest import PACKAGE, all_images, real_file
 
-from image_extractor import cli
+from image_extractor import cli, config
+from image_extractor.errors import DataError
+from image_extractor.transaction import write_whole
 
 BIN = Path(sys.executable).parent
 NO_TRAINING = {"PYTHONWARNINGS": "ignore"}
@@ -113,6 +115,9 @@ def test_exit_codes_and_one_line_messages(folder, monkeypatch, capsys):
         ),
         (2, [source, "o.h5", config, "--stratify"], "--stratify needs --split"),
         (2, [source, source, config], "also an input"),
+        (2, ["simtel", "o.h5", config], 'simtel: is a folder. Name its files: "simtel/*.'),
+        (2, [source, "o.h5", config, "--summary", "none/s.json"], "folder that does not exist"),
+        (2, [source, "o.h5", config, "--summary", "simtel"], "simtel: is a folder"),
         (1, [source, "o.h5", config, "absent.pkl"], "absent.pkl"),
         (1, [source, "o.h5", "none.config"], "no telescope 'LST' in the array (70 SST DigiCam)"),
         (1, ["none.simtel.gz", "o.h5", config], "not a whole simtel header"),
@@ -130,11 +135,49 @@ def test_exit_codes_and_one_line_messages(folder, monkeypatch, capsys):
         ["x", "o.h5"],
         [source, "o.h5", config, "--colour"],
         [source, "o.h5", config, "--max_events", "0"],
+        [source, "o.h5", config, "--shuffle", "--seed", "-1"],
+        [source, "o.h5", config, "--jobs", "two"],
         [source, "o.h5", config, "--split-fractions", "a=0.5"],
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(words)
         assert stop.value.code == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_summary_that_fails_is_one_line_and_the_data_stand(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(config, "write_whole", _full)
+    words = ["simtel/*.gz", "o.h5", "configuration_settings.config", "--summary", "s.json"]
+    assert cli.main([*words, "--max_events", "3"]) == 1
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1] == "s.json: cannot be written (No space left on device)."
+    assert len(all_images(folder / "o.h5")) == 3
+
+
+def _full(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_small_files_are_whole_or_absent(tmp_path, monkeypatch):
+    (tmp_path / "s.json").write_text("old")
+    monkeypatch.setattr(os, "fdopen", _full)
+    with pytest.raises(DataError, match=r"s\.json: cannot be written .No space"):
+        write_whole(tmp_path / "s.json", b"new")
+    assert (tmp_path / "s.json").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
+
+
+def test_small_files_keep_links_and_devices(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_whole(tmp_path / "link", b"text")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"text"
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDWR | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", b"text")
+    assert os.read(pipe, 9) == b"text"
+    os.close(pipe)
 
 
 def test_a_dictionary_with_more_bins_than_the_config_is_refused_at_once(

@@ -1,7 +1,10 @@
 """Data sets against ctapipe's images, in every layout; appending, merging, shuffling, locking."""
 
+import errno
 import json
+import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -9,7 +12,16 @@ import time
 import numpy as np
 import pytest
 import tables
-from conftest import PACKAGE, SHARED, all_images, extract, real_file, settings, stored
+from conftest import (
+    PACKAGE,
+    SHARED,
+    all_images,
+    decompressed,
+    extract,
+    real_file,
+    settings,
+    stored,
+)
 
 from image_extractor import layout
 from image_extractor.config import EnergyBins
@@ -644,6 +656,202 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert peaks[1] < 800
 
 
-def test_an_output_keeps_its_mode_bits(tmp_path):
-    extract("header", tmp_path / "o.h5")
-    assert (tmp_path / "o.h5").stat().st_mode & 0o600 == 0o600
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_overwrite_replaces_what_was_there_but_not_what_it_wrote_itself(jobs, tmp_path):
+    out = tmp_path / "o.h5"
+    extract("sst", out)
+    extractor = ImageExtractor(out, settings=settings(), overwrite=True)
+    extractor.process_files([real_file("sst")], 7, jobs)
+    assert len(all_images(out)) == 7
+    extractor.process_files([real_file("sst")], 5, jobs)
+    assert len(all_images(out)) == 7
+
+
+def test_overwrite_still_holds_after_a_failure(tmp_path, monkeypatch):
+    out = tmp_path / "o.h5"
+    extract("sst", out, dtype="int32")  # another configuration
+    extractor = ImageExtractor(out, settings=settings(), overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "verify", _fail)
+        with pytest.raises(DataError, match="could not be written"):
+            extractor.process_data(real_file("sst"), 3)
+    extractor.process_data(real_file("sst"), 3)
+    assert len(all_images(out)) == 3
+
+
+def _fail(*_):
+    raise DataError("as if the disk were full")
+
+
+@pytest.mark.parametrize(("storage", "max_events"), [("mapped", 3), ("all", None)])
+def test_a_second_time_changes_nothing_and_counts_nothing(storage, max_events, tmp_path):
+    """With one process and with two, which count alike."""
+    (tmp_path / "in").mkdir()
+    files = [tmp_path / "in" / name for name in ("a", "b")]  # "b" is another name of "a"
+    for path in files:
+        path.symlink_to(real_file("proton"))
+    first, second = {}, {}
+    for jobs in (1, 2):
+        out = tmp_path / f"{jobs}.h5"
+        for reports in (first, second):
+            before = out.read_bytes() if out.exists() else None
+            extractor = ImageExtractor(out, settings=settings(storage_mode=storage))
+            reports[jobs] = [
+                (r.duplicates, r.events_written, sum(r.images.values()), r.saturated_pixels)
+                for r in extractor.process_files(files, max_events, jobs)
+            ]
+        assert out.read_bytes() == before
+        images = [image for _, images in all_images(out).values() for image in images.values()]
+        n, saturated = max_events or 6, sum(int((i[..., 0] == 65535).sum()) for i in images)
+        assert saturated > 0
+        assert first[jobs] == [(0, n, len(images), saturated), (n, 0, 0, 0)]
+        assert second[jobs] == [(n, 0, 0, 0)] * 2
+        assert validate(out) == []
+    assert first[1] == first[2]
+
+
+def test_a_files_row_in_runs_is_written_when_there_is_something_new(tmp_path):
+    """Nothing new gives no row; more events, or the file whole at last, do."""
+    out, part, whole = tmp_path / "o.h5", tmp_path / "x.gz", real_file("sst").read_bytes()
+
+    def rows():
+        with layout.open_layout(out) as h5:
+            runs = layout.runs_table(h5)
+        return list(zip(runs["events_written"].tolist(), runs["complete"].tolist(), strict=True))
+
+    part.write_bytes(whole[:-100])
+    for _ in range(2):
+        n = len(all_images(out)) if extract(part, out) else 0
+        assert rows() == [(n, 0)]
+    part.write_bytes(whole)
+    extract(part, out)
+    extract(part, out, max_events=2)
+    extract(part, out)
+    assert rows() == [(n, 0), (31 - n, 1)]
+
+
+def test_the_checksum_is_that_of_the_file_or_none(tmp_path):
+    """A stream that breaks down, or is left, before its end has none."""
+    import hashlib
+
+    raw = real_file("sst").read_bytes()
+    damaged = bytearray(raw)
+    damaged[len(raw) // 8] ^= 0xFF
+    for name, content, max_events, is_known in (
+        ("whole", raw, None, True),
+        ("padded", raw + b"\0" * 5_000_000, None, True),
+        ("cut", raw[:5_000_000], None, True),
+        ("damaged", bytes(damaged), None, False),
+        ("left", raw, 2, False),
+    ):
+        path, out = tmp_path / f"{name}.simtel.gz", tmp_path / f"{name}.h5"
+        path.write_bytes(content)
+        extract(path, out, max_events)
+        with layout.open_layout(out) as h5:
+            stored_sum = layout.runs_table(h5)["sha256"][0].decode()
+        assert stored_sum == (hashlib.sha256(content).hexdigest() if is_known else ""), name
+
+
+def test_a_file_system_without_locks_is_told_from_another_writer(tmp_path, monkeypatch):
+    from image_extractor import transaction
+
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(transaction.fcntl, "flock", no_lock)
+    with pytest.raises(DataError, match=r"o\.h5: its file system gives no lock .*local disk"):
+        extract("header", tmp_path / "o.h5")
+    # The lock file stays: where locks fail only now and then, another process may hold it.
+    assert [p.name for p in tmp_path.iterdir()] == [".o.h5.lock"]
+
+
+@pytest.mark.parametrize("options", [{}, {"overwrite": True}, {"storage_mode": "all"}])
+def test_an_output_keeps_its_mode_bits(options, tmp_path):
+    out = tmp_path / "o.h5"
+    extract("header", out, storage_mode=options.get("storage_mode", "mapped"))
+    for mode in (0o600, 0o664):
+        out.chmod(mode)
+        extract("header", out, shuffle=True, **options)
+        assert stat.S_IMODE(out.stat().st_mode) == mode
+
+
+def test_a_symbolic_link_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    real, link = tmp_path / "disk" / "real.h5", tmp_path / "o.h5"
+    link.symlink_to(real)
+    extract("sst", link, max_events=3)
+    extract("sst", link, max_events=5)
+    assert link.is_symlink()
+    assert len(all_images(real)) == 5
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["disk", "o.h5", "real.h5"]
+
+
+def test_a_device_is_no_output(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="is a folder or a device"):
+        extract("header", tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"seed": -1}, {"seed": 1.5}, {"split": {"A": 0.5, "B": 0.6}}, {"split": {"A/B": 1.0}}],
+)
+def test_a_bad_seed_or_split_is_refused_before_the_work(options, tmp_path):
+    with pytest.raises(UsageError, match=next(iter(options))):
+        ImageExtractor(tmp_path / "o.h5", shuffle=True, **options)
+
+
+def test_linear_bins_may_begin_at_zero(tmp_path, recwarn):
+    from image_extractor.look import inspect
+
+    bins = EnergyBins(scale="linear", min=0.0, max=20.0, bin_size=10.0)
+    extract("proton", tmp_path / "o.h5", energy_bins=bins)
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+    with tables.open_file(str(tmp_path / "o.h5")) as h5:
+        attrs = h5.root.E0._v_attrs
+        assert (10**attrs.min_energy, attrs.max_energy) == (0, 1)
+        assert h5.root.E0.Events.nrows > 0
+    assert "events, 0 to 10 TeV" in inspect(tmp_path / "o.h5")
+    assert validate(tmp_path / "o.h5") == []
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize(
+    ("value", "message"), [(np.nan, "is not a number"), (1e30, "lie too far apart")]
+)
+def test_a_damaged_description_is_one_bad_file(value, message, jobs, tmp_path):
+    """The good file after it is extracted."""
+    bad, good, out = tmp_path / "a.simtel", real_file("proton"), tmp_path / "o.h5"
+    raw = bytearray(decompressed(good))
+    with SimtelFile(good) as simtel:
+        x = next(iter(simtel.telescopes.values()))["camera_settings"]["pixel_x"]
+    at = raw.index(np.asarray(x, "<f4").tobytes()) + 40
+    raw[at : at + 4] = np.float32(value).tobytes()
+    bad.write_bytes(raw)
+    extractor = ImageExtractor(out, settings=settings(mapping="rebin"))
+    reports = extractor.process_files([bad, good], jobs=jobs)
+    assert [r.failed for r in reports] == [True, False]
+    assert reports[0].problem.startswith("camera LSTCam: ")
+    assert message in reports[0].problem
+    assert len(all_images(out)) == 6
+
+
+def test_a_telescope_that_cannot_be_calibrated_is_noticed(tmp_path, monkeypatch):
+    """Such as one whose disabled pixels are more than it has."""
+
+    def broken(_):
+        raise IndexError("index 1855 is out of bounds")
+
+    monkeypatch.setattr("image_extractor.image_extractor.Calibrator", broken)
+    report = extract("proton", tmp_path / "o.h5")
+    assert "unreadable (IndexError: index 1855 is out of bounds)" in report.problem
+    assert validate(tmp_path / "o.h5") == []
+
+
+def test_a_strange_mirror_class_does_no_harm(tmp_path):
+    path = tmp_path / "a.simtel"
+    raw = decompressed(real_file("header"))
+    assert raw.count(b"MIRROR_CLASS\x020 ") > 0
+    path.write_bytes(raw.replace(b"MIRROR_CLASS\x020 ", b"MIRROR_CLASS\x02x "))
+    assert extract(path, tmp_path / "o.h5").problem == ""
+    extract("header", tmp_path / "o.h5")  # the same array, so that it may be appended

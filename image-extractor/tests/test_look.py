@@ -1,6 +1,7 @@
 """Inspect, validate, plot."""
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,29 @@ def test_inspect_says_what_is_in_it(data_set, capsys):
         "type_mode = ALL",
     ):
         assert words in text
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(data_set, tmp_path, capsys):
+    output = tmp_path / "none" / "p.png"
+    assert cli.main(["plot", str(data_set), "--output", str(output)]) == 1
+    err = capsys.readouterr().err
+    assert err == f"{output}: cannot be written (No such file or directory).\n"
+
+
+def test_a_picture_is_whole_or_absent(data_set, tmp_path, monkeypatch):
+    (tmp_path / "p.png").write_text("old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", _half_a_picture)
+    with pytest.raises(OSError, match="No space"):
+        look.plot(data_set, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
+
+
+def _half_a_picture(_, file, **__):
+    """Write as matplotlib does, to a path or an open file, and break down."""
+    with file if hasattr(file, "write") else Path(file).open("wb") as f:
+        f.write(b"half")
+    raise OSError(28, "No space left on device")
 
 
 def damage(path, how):
