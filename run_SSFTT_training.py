@@ -206,11 +206,12 @@ class Stopper:
 
     @contextmanager
     def listening(self, *numbers: signal.Signals) -> Iterator[None]:
-        """Listen to these signals (only the main thread may)."""
+        """Listen to these signals (only the main thread may), unless they are to be ignored."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {n: signal.signal(n, self._note) for n in numbers}
+        heard = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {n: signal.signal(n, self._note) for n in heard}
         try:
             yield
         finally:
