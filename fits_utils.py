@@ -459,17 +459,20 @@ def process_cube(
     if not source.is_file():
         raise DataError(f"{source}: no such file.")
     _check_grid(options)
+    recipe: dict[str, Any] = {**asdict(options), "redshift": redshift}
+    if options.remove_gas_velocity and maps is not None and maps.is_file():
+        recipe["maps_sha256"] = utils.sha256_of(maps)
+    stamp = utils.file_stamp(source)
+    if target.is_file() and not overwrite:
+        attrs = data_io.read_cube_attrs(target)
+        made = json.loads(attrs.get("config_json", "{}"))
+        made["source_sha256"] = attrs.get("source_sha256")
+        is_same = attrs.get("source_stamp") == stamp  # else a survey is read to see it is done
+        sha256 = made["source_sha256"] if is_same else utils.sha256_of(source)
+        utils.check_recipe(target, made, {**recipe, "source_sha256": sha256})
+        return SKIPPED if skip_critical and attrs.get("critical") else "up to date"
     with ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(utils.sha256_of, source)
-        recipe: dict[str, Any] = {**asdict(options), "redshift": redshift}
-        if options.remove_gas_velocity and maps is not None and maps.is_file():
-            recipe["maps_sha256"] = utils.sha256_of(maps)
-        if target.is_file() and not overwrite:
-            attrs = data_io.read_cube_attrs(target)
-            made = json.loads(attrs.get("config_json", "{}"))
-            made["source_sha256"] = attrs.get("source_sha256")
-            utils.check_recipe(target, made, {**recipe, "source_sha256": hashing.result()})
-            return SKIPPED if skip_critical and attrs.get("critical") else "up to date"
         primary = read_hdus(source, ("PRIMARY",))["PRIMARY"].header
         plateifu, critical = vet_header(primary, source, target)
         if critical and skip_critical:
@@ -507,6 +510,7 @@ def process_cube(
             "wcs_header": _celestial(raw.header),
             "source_file": source.name,
             "source_sha256": hashing.result(),
+            "source_stamp": stamp,
             "config_json": json.dumps(recipe),
             "code_version": utils.VERSION,
             "created_utc": utils.utc_now(),

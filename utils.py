@@ -258,7 +258,15 @@ def hard_split(label_task: str) -> str:
 
 
 def split_path(root: Path, split_dir: str, part: str | None = None) -> Path:
-    """Folder of a split, or the CSV of one of its parts."""
+    """Folder of a split, or the CSV of one of its parts.
+
+    Raises
+    ------
+    DataError
+        If the name is none of a folder in `splits`.
+    """
+    if split_dir in ("", "..") or Path(split_dir).name != split_dir:
+        raise DataError(f"split {split_dir!r}: expected the plain name of a folder in splits/.")
     folder = Path(root) / "splits" / split_dir
     return folder / f"{part}.csv" if part else folder
 
@@ -411,6 +419,12 @@ def write_json(path: Path | str, content: Any) -> None:
         part.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
+def file_stamp(path: Path) -> str:
+    """Size and time of a file: as long as they stay, so does its content (for `make`, too)."""
+    stat = Path(path).stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with Path(path).open("rb") as f:
@@ -551,6 +565,9 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = main(config)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (DataError, OSError) as error:
         if debug:
             traceback.print_exc()

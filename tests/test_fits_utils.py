@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -229,6 +230,18 @@ def test_existing_cube_is_kept_refused_or_replaced(tmp_path, plain_arrays):
     write_logcube(path, *plain_arrays, EBVGAL=0.3)
     with pytest.raises(DataError, match="another source_sha256"):
         process(path, tmp_path, other)
+
+
+def test_an_untouched_source_is_not_read_again(tmp_path, plain_arrays, monkeypatch):
+    path = write_logcube(tmp_path / "8485-1901.fits", *plain_arrays)
+    process(path, tmp_path)
+    real, read = utils.sha256_of, []
+    monkeypatch.setattr(utils, "sha256_of", lambda p: read.append(p) or real(p))
+    assert process(path, tmp_path)[0] == "up to date"
+    assert read == []
+    os.utime(path, (1, 1))  # a copy, say
+    assert process(path, tmp_path)[0] == "up to date"
+    assert read == [path]
 
 
 def gzipped(path):

@@ -375,6 +375,32 @@ def test_stopped_loop_leaves_no_process_and_no_file(tmp_path, start_loop, number
         assert told == "stopped; finished outputs are whole, run the same command to go on\n"
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    script = tmp_path / "talk.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(utils.__file__).parent)!r})\n"
+        "import dataclasses, utils\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Config:\n"
+        "    debug: bool = False\n"
+        "utils.run_command(lambda config: print('x\\n' * 10**6), Config, 'Talk.')\n"
+    )
+    talk = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    talk.stdout.readline()
+    talk.stdout.close()
+    assert talk.stderr.read() == b""
+    talk.stderr.close()
+    assert talk.wait(10) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../elsewhere", "a/b", "/tmp"])
+def test_a_split_stays_in_the_data_folder(name):
+    with pytest.raises(DataError, match="expected the plain name"):
+        utils.split_path(Path("data"), name)
+
+
 def test_list_of_failures_keeps_the_galaxies_that_were_not_tried(tmp_path):
     failed = tmp_path / "failed.csv"
 
