@@ -69,6 +69,14 @@ CRITICAL = 1 << 30
 ESSENTIAL = ("FLUX", "IVAR", "MASK", "WAVE")
 SKIPPED = "skipped: CRITICAL"
 
+SIDES = (
+    (0, np.s_[:]),
+    (0, np.s_[::-1]),
+    (1, np.s_[:]),
+    (1, np.s_[:, ::-1]),
+)
+"""Axis and turn that bring each of a map's four sides to the front."""
+
 Diagnostic = Literal["O3N2-M13", "N2-M13", "O3N2-PP04", "N2O2-KD02"]
 
 
@@ -857,12 +865,12 @@ def write_label_png(
         BPT classes or 12+log(O/H).
     label_task : {"BPT", "logOH"}
     covered : (y, x) bool
-        Spaxels with a measurement: hatched where they have no label. Holes among them are grey.
+        Spaxels with a measurement: hatched where they have no label. Others are grey if there are
+        such spaxels on all four sides of them.
     note : str
         How the labels were made: calibration, signal-to-noise cut.
     """
     from PIL import Image, ImageDraw, ImageFont
-    from scipy.ndimage import binary_fill_holes
 
     classes = utils.label_classes(labels, label_task, 6)
     names = utils.class_names(label_task, None if label_task == "BPT" else 6)
@@ -882,7 +890,9 @@ def write_label_png(
         return whole
 
     image, hatched = Image.new("RGB", size, "white"), Image.fromarray(hatch)
-    masked = binary_fill_holes(covered) & ~covered
+    masked = ~covered & np.logical_and.reduce(
+        [np.logical_or.accumulate(covered[turn], axis)[turn] for axis, turn in SIDES]
+    )
     image.paste(hatched, mask=blown_up(covered))
     image.paste("#BDBDBD", mask=blown_up(masked))
     for k, colour in enumerate(colours):
