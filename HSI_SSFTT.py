@@ -335,9 +335,9 @@ def batch_norm(x: Tensor, norm: nn.Module, weights: Tensor | None) -> Tensor:
         share = counts / (counts.sum() * x[0, 0, ..., 0, 0].numel())
         mean = _channel_sum(x, share)
         shift = mean.to(x.dtype)
-        centre = shift.view(-1, *_ones(x)).expand_as(x)
         wide = x.float() if x.dtype == torch.float16 else x  # whose squares end at 65504
-        squares = F.mse_loss(wide, centre.to(wide.dtype), reduction="none")  # in one pass
+        centre = shift.to(wide.dtype).view(-1, *_ones(x)).expand_as(x)
+        squares = F.mse_loss(wide, centre, reduction="none")  # in one pass
         variance = _channel_sum(squares, share) - (mean - shift).square()
         norm.num_batches_tracked.add_(1)
         momentum = norm.num_batches_tracked.to(dtype).reciprocal().clamp(min=norm.momentum)

@@ -204,7 +204,8 @@ def write_checked(
         is_same = all(
             existing[p]["plateifu"].tolist() == parts[p]["plateifu"].tolist() for p in parts
         )
-        utils.check_recipe(folder, {**made, "galaxies": is_same}, {**meta, "galaxies": True})
+        made = {"skip_critical": False, **made, "galaxies": is_same}  # the first: older splits
+        utils.check_recipe(folder, made, {**meta, "galaxies": True})
     data_io.write_split(folder, parts, {**meta, "created_utc": utils.utc_now()})
     for name, table in parts.items():
         count = f"{table['plateifu'].nunique()} galaxies"

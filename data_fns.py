@@ -889,7 +889,9 @@ def get_samples(
     by_spaxel = {"y", "x"} <= set(table.columns)
     found: list[pd.DataFrame] = []
     missing: list[str] = []
-    options: dict[str, Any] | None = None  # of the labels
+    options: dict[str, Any] = {}  # of the labels
+    whose = ""
+    chosen = dict(list(table.groupby("plateifu")[["y", "x"]])) if by_spaxel else {}
     bar = tqdm(plateifus, desc="listing spaxels", unit="galaxy", leave=False, disable=None)
     for i, plateifu in enumerate(bar):
         try:
@@ -898,13 +900,14 @@ def get_samples(
             else:
                 assert store is not None, "samples from cubes need a store"
                 rows, made = _labelled_spaxels(root, spec, plateifu, store)
-            options = options or made
-            check_label_options(plateifu, made, options, f"those of {plateifus[0]}")
+            if made and not options:
+                options, whose = made, f"those of {plateifu}"
+            check_label_options(plateifu, made, options, whose)
         except DataError as error:
             missing.append(str(error))
             continue
         if by_spaxel:
-            rows = rows.merge(table.loc[table["plateifu"] == plateifu, ["y", "x"]], on=["y", "x"])
+            rows = rows.merge(chosen[plateifu], on=["y", "x"])
         found.append(rows.sort_values(["y", "x"]).assign(galaxy=i))
     if missing:
         raise DataError(
@@ -925,7 +928,6 @@ def get_samples(
             spec.label_task,
         )
     classes = utils.label_classes(whole["label"].to_numpy(), spec.label_task, spec.n_classes)
-    options = options or {}
     galaxy, y, x, row = (whole[c].to_numpy(np.int32) for c in ("galaxy", "y", "x", "row"))
     values = whole["label"].to_numpy(np.float32)
     samples = Samples(plateifus, galaxy, y, x, row, classes.astype(np.int64), values, options)
@@ -955,8 +957,13 @@ def _patch_index(
     _, rows, meta = data_io.read_patches(path)
     cube = utils.cube_path(root, plateifu)
     label = utils.label_path(root, spec.label_task, plateifu)
-    if "cube" in meta and cube.is_file() and label.is_file():
-        utils.check_recipe(path, meta, data_io.patch_source(cube, label))
+    if cube.is_file() and label.is_file():
+        source = data_io.patch_source(cube, label)
+        if any(meta.get(key) != value for key, value in source.items()):
+            raise DataError(
+                f"{path}: made of another cube or label map than those there now. Re-run "
+                "cube_patch_processing.py --overwrite."
+            )
     return rows, meta.get("label", {}).get("options")
 
 
@@ -966,7 +973,7 @@ def check_label_options(
     """Raise a DataError unless labels were made with the wanted options; None: not known."""
     if not made or not want or made == want:
         return
-    changed = [k for k in want if made.get(k) != want[k]]
+    changed = [k for k in {**want, **made} if made.get(k) != want.get(k)]
     found, wanted = (", ".join(f"{k}={o.get(k)}" for k in changed) for o in (made, want))
     raise DataError(
         f"{plateifu}: labels made with {found}, {whose} with {wanted}. Re-run cube_processing.py "
@@ -1080,10 +1087,14 @@ def get_dataloaders(
     if source == "packed":
         galaxies = pd.concat([tables[part]["plateifu"] for part in parts]).unique().tolist()
         store = open_packed(root, split_dir, spec.patch_norm, galaxies, packed_type, workers)
-    loaders = {}
+    loaders: dict[str, DataLoader] = {}
     for part in parts:
         train = part == "train"
         dataset = get_dataset(root, tables[part], spec, source, stats, store)
+        for other, loader in loaders.items():
+            theirs = loader.dataset.samples.label_options  # type: ignore[attr-defined]
+            mine = dataset.samples.label_options
+            check_label_options(f"{part} part", mine, theirs, f"those of the {other} part")
         batches = Batches(
             dataset.samples.classes,
             batch_size,
@@ -1117,7 +1128,7 @@ def get_dataloaders(
             num_workers=0 if on_device else workers,
             multiprocessing_context="spawn" if workers and not on_device else None,
             persistent_workers=workers > 0 and not on_device,
-            worker_init_fn=_leave_interrupts,
+            worker_init_fn=_leave_signals,
             pin_memory=pin_memory and not on_device,
             generator=torch.Generator(),  # the loader's own draws leave the global state alone
         )
@@ -1146,9 +1157,10 @@ def labelled_in_a_cutout(samples: Samples, probabilities: np.ndarray, cutout: in
     return float(probabilities @ chance_of_being_seen(samples, np.ones(len(samples)), cutout))
 
 
-def _leave_interrupts(_worker: int) -> None:
-    """Leave Ctrl-C to the process that reads: it ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals(_worker: int) -> None:
+    """Leave signals to the process that reads: it ends the workers, and they notice its end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(batch: Any) -> Batch:

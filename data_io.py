@@ -7,7 +7,9 @@ in classes. Needs neither astropy nor torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -396,8 +398,9 @@ def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
         path = folder / f"{part}.csv"
         if not path.is_file():
             raise DataError(f"{path}: no such file. Make the split with create_data_splits.py.")
-        lines = path.read_text().splitlines()
-        header = [line[2:].partition(": ") for line in lines if line.startswith("# ")]
+        with path.open() as f:
+            lines = itertools.takewhile(lambda line: line.startswith("# "), f)
+            header = [line[2:].partition(": ") for line in lines]
         meta = {key: json.loads(value) for key, _, value in header}
         wholes.add(meta.pop("sha256", None))
         table = pd.read_csv(path, comment="#", dtype={"plateifu": str, "mangaid": str})
@@ -406,9 +409,10 @@ def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
             raise DataError(f"{path}: no column {', '.join(sorted(missing))}.")
         parts[part] = table
     if len(wholes) > 1:
+        maker = f"create_{'easy_' if meta.get('kind') == 'easy' else ''}data_splits.py"
         raise DataError(
-            f"{folder}: its files are parts of different splits. Make it anew with "
-            "create_data_splits.py --overwrite."
+            f"{folder}: its files are parts of different splits. Make it anew with {maker} "
+            f"--split-dir {folder.name} --overwrite."
         )
     check_split(parts, meta.get("kind", "hard"), str(folder))
     return parts, meta
@@ -483,14 +487,22 @@ def read_split_stats(path: Path) -> Stats:
     DataError
         If they are unreadable, or of other galaxies than the split's training part.
     """
-    stats = read_stats(path)
+    stats, train = read_stats(path), Path(path).with_name("train.csv")
     made_of = json.loads(stats.attrs.get("config_json", "{}")).get("plateifus")
-    if made_of not in (None, sorted(set(read_split(Path(path).parent)[0]["train"]["plateifu"]))):
+    if made_of not in (None, _galaxies_of(train, utils.file_stamp(train))):
         raise DataError(
             f"{path}: of other galaxies than the split's training part. Re-run calc_data_stats.py "
             "--overwrite."
         )
     return stats
+
+
+@functools.lru_cache(maxsize=8)  # loops over galaxies ask for the same one
+def _galaxies_of(csv: Path, _stamp: str) -> list[str]:
+    """Plateifus of one part of a split, sorted."""
+    import pandas as pd
+
+    return sorted(pd.read_csv(csv, comment="#", usecols=["plateifu"], dtype=str).plateifu.unique())
 
 
 def read_stats(path: Path) -> Stats:

@@ -164,6 +164,7 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
         except DataError:
             part.unlink()
             raise
+        utils.flush(part)
         part.replace(path)
     return size
 
@@ -187,7 +188,10 @@ def _alone_with(part: Path) -> Iterator[None]:
 
 def _inode(path: Path) -> int | None:
     """Tell one file from another that takes its name; None if there is none."""
-    return path.stat().st_ino if path.exists() else None
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _fetch_rest(url: str, part: Path) -> int:

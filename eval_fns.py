@@ -210,8 +210,7 @@ def load_model(run_dir: Path, device: str = "auto") -> TrainedModel:
     network.load_state_dict(weights)
     patch = about["patch"]
     spec = PatchSpec(**{**patch, "bands": patch["bands"] and tuple(patch["bands"])})
-    has_stats = (run_dir / STATS_FILE).is_file()  # not if trained on patch files alone
-    stats = data_io.read_stats(run_dir / STATS_FILE) if has_stats else None
+    stats = data_io.read_stats(run_dir / STATS_FILE) if spec.patch_norm == "PCA" else None
     return TrainedModel(network.to(chosen).eval(), spec, stats, about, chosen)
 
 
@@ -615,10 +614,8 @@ def evaluate_split(
     root = run_data_dir(run_dir, data_dir)
     parts, meta = data_io.read_split(run_dir / SPLIT_FOLDER)
     cubes = [utils.cube_path(root, p) for p in parts[part]["plateifu"].unique()]
-    has_cubes = any(path.is_file() for path in cubes)
-    can_norm = trained.spec.patch_norm != "PCA" or trained.stats is not None
-    if config["source"] == "patches" and not (has_cubes and can_norm):
-        log.info("evaluating the patch files: %s", "no statistics" if has_cubes else "no cubes")
+    if config["source"] == "patches" and not any(path.is_file() for path in cubes):
+        log.info("evaluating the patch files: there is no cube")
         frame = predict_patch_files(trained, run_dir, root, parts[part])
     else:
         frame = predict_split(trained, run_dir, root, parts[part], patch_wise)

@@ -259,6 +259,7 @@ class Training:
 
 def train_epoch(training: Training, stopper: Stopper) -> bool:
     """Take the steps of the epoch that are left; False if a signal ended it early."""
+    torch.backends.cudnn.benchmark = True  # shapes repeat: pick convolutions by trial
     config, progress = training.config, training.progress
     model, device, scaler = training.model.train(), training.device, training.scaler
     training.batches.set_epoch(progress.epoch, skip=progress.step)
@@ -395,6 +396,7 @@ def refuse_loss(training: Training, loss: float, rows: Tensor) -> NoReturn:
 
 def validate(training: Training) -> dict[str, float]:
     """Loss and metrics over the validation part."""
+    torch.backends.cudnn.benchmark = False  # every galaxy has a shape of its own
     loader = training.loaders["val"]
     patchwise = training.config.source == "patches"
     predict = eval_fns.predict_logits if patchwise else predict_fields
@@ -530,7 +532,8 @@ def restore(training: Training) -> None:
     """
     saved = read_checkpoint(training.run_dir, training.device)
     now = utils.config_dict(training.config)
-    changed = [k for k in now if k not in MAY_CHANGE and saved["config"].get(k) != now[k]]
+    then = {**utils.config_dict(TrainConfig()), **saved["config"]}  # older runs lack new options
+    changed = [k for k in now if k not in MAY_CHANGE and then[k] != now[k]]
     if changed:
         raise DataError(
             f"{training.run_dir}: the run was made with another {', '.join(changed)}. Give it the "
@@ -548,7 +551,8 @@ def restore(training: Training) -> None:
     ):
         training.progress.finished = False  # more epochs were asked for than the run had
     about = json.loads((training.run_dir / eval_fns.MODEL_FILE).read_text())
-    if about["training_labels"] != training.about["training_labels"]:
+    labels = training.about["training_labels"]
+    if any(labels[key] != value for key, value in about["training_labels"].items()):
         raise DataError(
             f"{training.run_dir}: the training labels are not those that the run began with. "
             "Start anew with --overwrite."
@@ -652,6 +656,9 @@ def start_run_dir(config: TrainConfig, run_dir: Path) -> None:
     """Make the folder and write all that is known before the first step."""
     root = utils.data_dir(config.data_dir)
     data_io.read_split(utils.split_path(root, config.split))  # first: no folder without a split
+    start = TrainConfig()  # a copy of the options, not of where and how they were started
+    config = replace(config, **{name: getattr(start, name) for name in NOT_THE_RUN})
+    utils.write_json(run_dir / eval_fns.CONFIG_FILE, utils.config_dict(config))
     for name in (eval_fns.WEIGHTS_FILE, eval_fns.MODEL_FILE, eval_fns.BASELINE_FILE, NAN_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for name in (CHECKPOINT_FILE, eval_fns.METRICS_FILE, eval_fns.STATS_FILE):
@@ -666,9 +673,6 @@ def start_run_dir(config: TrainConfig, run_dir: Path) -> None:
     stats = utils.stats_path(root, config.split)
     if config.patch_norm == "PCA" and stats.is_file():
         copy_file(stats, run_dir / eval_fns.STATS_FILE)
-    start = TrainConfig()  # a copy of the options, not of where and how they were started
-    config = replace(config, **{name: getattr(start, name) for name in NOT_THE_RUN})
-    utils.write_json(run_dir / eval_fns.CONFIG_FILE, utils.config_dict(config))
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -826,7 +830,6 @@ def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], 
 def set_up(config: TrainConfig, run_dir: Path) -> Training:
     """Make loaders, model and optimiser from the config and its seed."""
     device = eval_fns.pick_device(config.device)
-    torch.backends.cudnn.benchmark = True  # shapes repeat: pick convolutions by trial
     root = utils.data_dir(config.data_dir)
     sampler_seed, weight_seed = (
         int(s.generate_state(1)[0]) for s in np.random.SeedSequence(config.seed).spawn(2)
@@ -905,14 +908,14 @@ def main(config: TrainConfig) -> int:
     """Train as the config says; return the exit code."""
     check_options(config)
     run_dir, resuming = choose_run_dir(config)
-    if not resuming:
-        start_run_dir(config, run_dir)
-    utils.setup_logging(run_dir / LOG_FILE)
     stopper = Stopper()
     with stopper.listening(signal.SIGUSR1, signal.SIGTERM):
         if resuming:
             check_inputs(config, run_dir)
         training = set_up(config, run_dir)
+        if not resuming:  # now that everything is there, and not before: it replaces a run
+            start_run_dir(config, run_dir)
+        utils.setup_logging(run_dir / LOG_FILE)
         log.info("SSFTT training %s, torch %s", utils.VERSION, torch.__version__)
         log.info("device %s, %d CPUs, run folder %s", training.device, utils.cpu_count(), run_dir)
         describe_data(training)

@@ -378,12 +378,17 @@ def atomic_path(out: Path | str) -> Iterator[Path]:
     _open_parts.add(part)
     try:
         yield part
-        with part.open("rb") as f:
-            os.fsync(f.fileno())
+        flush(part)
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
         _open_parts.discard(part)
+
+
+def flush(path: Path) -> None:
+    """Have the system write a file to the disk."""
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
 
 
 def _host() -> str:
@@ -562,7 +567,7 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = main(config)
     except BrokenPipeError:  # the reader, such as head, has seen enough
@@ -576,6 +581,8 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     except KeyboardInterrupt as stop:
         print("stopped; finished outputs are whole, run the same command to go on", file=sys.stderr)
         sys.exit(stop.args[0] if stop.args else 128 + signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code or EXIT_DONE)
 
 
@@ -775,16 +782,20 @@ def _end_with_parent() -> None:
 
 
 def _update_failures(failed_csv: Path, tried: set[str], failures: list[tuple[str, ...]]) -> None:
-    """Replace the rows of the galaxies tried; remove a list that is empty."""
-    rows = list(failures)
-    if failed_csv.is_file():
-        with failed_csv.open(newline="") as f:
-            rows += [tuple(row) for row in list(csv.reader(f))[1:] if row and row[0] not in tried]
-    if not rows:
-        failed_csv.unlink(missing_ok=True)
-        return
-    with atomic_path(failed_csv) as part, part.open("w", newline="") as f:
-        csv.writer(f).writerows([("plateifu", "stage", "reason"), *sorted(rows)])
+    """Replace the rows of the galaxies tried, also in other shards' lists; remove empty lists."""
+    failed_csv = Path(failed_csv)
+    for path in {failed_csv, *files_in(failed_csv.parent, "failed*.csv")}:
+        rows: list[tuple[str, ...]] = []
+        if path.is_file():
+            with path.open(newline="") as f:
+                rows = [tuple(row) for row in list(csv.reader(f))[1:] if row]
+        kept = [row for row in rows if row[0] not in tried]
+        kept += failures if path == failed_csv else []
+        if kept and sorted(kept) != sorted(rows):
+            with atomic_path(path) as part, part.open("w", newline="") as f:
+                csv.writer(f).writerows([("plateifu", "stage", "reason"), *sorted(kept)])
+        elif not kept:
+            path.unlink(missing_ok=True)
 
 
 def report(outcome: dict[str, str], stage: str, where: Path) -> int:

@@ -21,6 +21,7 @@ larger batches. --trace prints instead where the time of a step goes, by torch's
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import sys
 import tempfile
@@ -318,12 +319,6 @@ Steps = dict[tuple[str, bool], Step]
 """By variant and whether on cutouts."""
 
 
-def make_steps(bench: Bench) -> Steps:
-    """Make every variant's steps, patch-wise and on cutouts."""
-    kinds = [(variant, dense) for variant in VARIANTS for dense in (False, True)]
-    return {kind: fitting_step(bench, *kind) for kind in kinds}
-
-
 def training_rows(bench: Bench, steps: Steps) -> tuple[list[Row], list[dict[str, Any]]]:
     """Compare training steps: patch-wise and dense, every stem; and find their roofline."""
     took = measuring.in_turn({str(key): step for key, step in steps.items()}, bench.config.runs)
@@ -343,7 +338,8 @@ def training_rows(bench: Bench, steps: Steps) -> tuple[list[Row], list[dict[str,
     ceilings = measure_ceilings(bench)
     table = [
         roofline(bench, steps[variant, True], rates[variant, True], ceilings)
-        for variant in VARIANTS
+        for variant, dense in steps
+        if dense
     ]
     for entry in table:
         name, against = f"roofline_{entry['variant']}", f"bound by {entry['limit']}, as measured"
@@ -726,9 +722,17 @@ def main(config: Config) -> int:
         check_device(bench)
     report = Report(bench)
     report.part("forward", lambda: forward_rows(bench))
-    steps = make_steps(bench)
+    steps: Steps = {}
+
+    def make(variant: str, dense: bool) -> list[Row]:
+        steps[variant, dense] = fitting_step(bench, variant, dense)
+        return []
+
+    for variant, dense in itertools.product(VARIANTS, (False, True)):
+        face = "dense" if dense else "patch_wise"
+        report.part(f"{variant}, {face}", functools.partial(make, variant, dense))
     report.more["a_step"] = {
-        f"{v}_{'dense' if d else 'patch_wise'}": s.n for (v, d), s in steps.items()
+        f"{v}_{'dense' if d else 'patch_wise'}": step.n for (v, d), step in steps.items()
     }
 
     def training() -> list[Row]:

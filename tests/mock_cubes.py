@@ -141,6 +141,7 @@ def write_patch_files(root: Path, task: str, norm: str, size: int, split: str = 
             "patch_norm": norm,
             "patch_size": size,
             "cubes": data_io.CubeKind.of(cube.wave, cube.attrs)._asdict(),
+            **data_io.patch_source(path, utils.label_path(root, task, path.stem)),
         }
         index = pd.DataFrame(rows, columns=["row", "y", "x", "label"])
         out = utils.patch_path(root, task, norm, path.stem)

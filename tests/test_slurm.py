@@ -36,10 +36,12 @@ def batch(tmp_path):
             (bin_dir / "srun").unlink()
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SRUN"))}
         plain.pop("PYTHON", None)
-        path = f"{bin_dir}:/usr/bin:/bin"
+        for tool in ("bash", "sh", "dirname"):  # and no srun of the machine's
+            link = bin_dir / tool
+            link.is_symlink() or link.symlink_to(shutil.which(tool))
         return subprocess.run(
             ["bash", str(script or ROOT / "slurm" / f"{name}.sbatch"), *words],
-            cwd=cwd, env={**plain, "PATH": path, **variables},
+            cwd=cwd, env={**plain, "PATH": str(bin_dir), **variables},
             capture_output=True, text=True, check=False,
         )  # fmt: skip
 
@@ -84,6 +86,7 @@ def test_srun_is_told_no_cpus_where_none_were_asked(batch, name):
         ((5, 5, 5, 1), None, None),
         ((7, 3, 7, 2), None, None),
         ((1, 1, 100, 100), None, None),
+        ((3, 0, 9, 10), "5", None),  # fewer than the array has
         ((2, 0, 8, 5), None, None),
     ],
 )

@@ -236,6 +236,14 @@ def test_labels_of_several_calibrations_are_refused(config, root, tmp_path):
         utils.write_json(path.with_suffix(".json"), {"options": options})
     with pytest.raises(DataError, match=f"{names[1]}: .*diagnostic=N2-M13, those of {names[0]}"):
         training.main(config)
+    for plateifu in names:
+        path = utils.label_path(config.data_dir, "logOH", plateifu).with_suffix(".json")
+        utils.write_json(path, {"options": {"diagnostic": "N2-M13", "min_snr": 3}})
+    val = data_io.read_split(utils.split_path(root, "hard"))[0]["val"]["plateifu"][0]
+    path = utils.label_path(config.data_dir, "logOH", val).with_suffix(".json")
+    utils.write_json(path, {"options": {"diagnostic": "N2-M13", "min_snr": 5}})
+    with pytest.raises(DataError, match=r"val part: .*min_snr=5, those of the train part"):
+        training.main(config)
 
 
 def test_a_class_that_never_occurs_is_warned_of(config, caplog):
@@ -246,6 +254,40 @@ def test_a_class_that_never_occurs_is_warned_of(config, caplog):
     classes[classes == 2] = 1
     training.describe_data(samples)
     assert f"no training spaxel is {config.spec.class_names[2]}" in caplog.text
+
+
+def test_a_run_is_replaced_only_once_its_successor_has_its_data(config, root, tmp_path):
+    config = replace(config, data_dir=shutil.copytree(root, tmp_path / "data"), epochs=1)
+    training.main(config)
+    before = (config.run_dir / "last.pt").read_bytes()
+    utils.stats_path(config.data_dir, "hard").unlink()
+    with pytest.raises(DataError, match=r"stats\.h5: no such file"):
+        training.main(replace(config, overwrite=True))
+    assert (config.run_dir / "last.pt").read_bytes() == before
+
+
+def test_a_run_stopped_while_it_starts_can_be_started_again(config, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "copy_file", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            training.main(replace(config, epochs=1))
+    assert training.main(replace(config, epochs=1, resume="auto")) == 0
+
+
+def test_runs_of_older_versions_resume(config):
+    """They know nothing of options, or facts of the labels, that came later."""
+    training.main(replace(config, epochs=1))
+    path = config.run_dir / "last.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["config"]["compile"]
+    torch.save(saved, path)
+    about = json.loads((config.run_dir / "model.json").read_text())
+    del about["training_labels"]["options"]
+    utils.write_json(config.run_dir / "model.json", about)
+    assert training.main(replace(config, epochs=2, resume="auto")) == 0
 
 
 def test_a_folder_of_other_making_is_left_alone(config):

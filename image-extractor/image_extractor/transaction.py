@@ -54,7 +54,7 @@ class OutputTransaction:
         try:
             self._remove_leftovers()
             if append and output.exists():
-                shutil.copy(output, self.path)
+                shutil.copyfile(output, self.path)
         except OSError as error:
             self._release()
             raise DataError(f"{output}: cannot be prepared ({error.strerror}).") from error
