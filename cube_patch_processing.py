@@ -188,7 +188,7 @@ def patch_galaxy(
             labels = data_io.read_labels(label_path)
         kind = data_io.CubeKind.of(cube.wave, cube.attrs)
         if stats is not None:
-            kind.check(cube_path, stats.kind, "the split's statistics")
+            kind.check(cube_path, stats.kind, "the statistics")
         patches, ys, xs = label_patches(
             cube.flux, labels, label_task, norm, options.patch_size, stats
         )

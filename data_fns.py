@@ -51,6 +51,8 @@ Source = Literal["cubes", "patches", "packed"]
 PackedType = Literal["float16", "float32"]
 DEVICE_SHARE = 0.6
 """Share of a GPU's free memory that packed cubes may take to be held there."""
+FEW_OF_PLANNED = 0.5
+"""Share of the labelled spaxels that a split counts, below which training warns."""
 FEW_CUTOUTS = 3
 """Cutouts a step under which training is warned of."""
 N_TURNS = 8
@@ -189,7 +191,7 @@ def load_normed(path: Path, spec: PatchSpec, stats: data_io.Stats | None) -> Nor
     cube = data_io.read_cube(path, with_errors=False)
     if stats is not None:
         found = data_io.CubeKind.of(cube.wave, cube.attrs)
-        found.check(path, stats.kind, "the split's statistics")
+        found.check(path, stats.kind, "the statistics")
     usable = hsi_proc_fns.usable_spaxels(cube.flux)
     values = hsi_proc_fns.normalise(cube.flux, spec.patch_norm, stats, usable)
     bands = spec.slice_bands(values.shape[2], path)
@@ -891,12 +893,13 @@ def get_samples(
     missing: list[str] = []
     options: dict[str, Any] = {}  # of the labels
     whose = ""
+    kinds: list[data_io.CubeKind] = []
     chosen = dict(list(table.groupby("plateifu")[["y", "x"]])) if by_spaxel else {}
     bar = tqdm(plateifus, desc="listing spaxels", unit="galaxy", leave=False, disable=None)
     for i, plateifu in enumerate(bar):
         try:
             if source == "patches":
-                rows, made = _patch_index(root, spec, plateifu)
+                rows, made = _patch_index(root, spec, plateifu, kinds)
             else:
                 assert store is not None, "samples from cubes need a store"
                 rows, made = _labelled_spaxels(root, spec, plateifu, store)
@@ -912,13 +915,21 @@ def get_samples(
     if missing:
         raise DataError(
             f"{missing[0]} {len(missing)} of the split's {len(plateifus)} galaxies have such a "
-            "problem: process them, or make a split without them (create_data_splits.py)."
+            "problem: process them, or remove their label maps and make the split anew."
         )
     whole = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
     if whole.empty:
         raise DataError(
             f"{root}: no labelled {spec.label_task} spaxel in {len(plateifus)} galaxies of the "
             "split. Look at the label maps (processed/labels), or choose another split."
+        )
+    planned = table["n_labelled"].sum() if "n_labelled" in table else 0
+    if len(whole) < FEW_OF_PLANNED * planned:
+        log.warning(
+            "%d labelled and usable spaxels, the split counts %d labelled: were the labels made "
+            "anew? Then make the split anew (create_data_splits.py --overwrite).",
+            len(whole),
+            planned,
         )
     if by_spaxel and len(whole) < len(table):
         log.warning(
@@ -950,9 +961,12 @@ def _labelled_spaxels(
 
 
 def _patch_index(
-    root: Path, spec: PatchSpec, plateifu: str
+    root: Path, spec: PatchSpec, plateifu: str, kinds: list[data_io.CubeKind]
 ) -> tuple[pd.DataFrame, dict[str, Any] | None]:
-    """Index of a patch file, and the options of its labels; refuse a file older than its source."""
+    """Index of a patch file, and the options of its labels.
+
+    Refuses a file older than its source, or of another kind of cubes than the first's (`kinds`).
+    """
     path = _patch_file(root, spec, plateifu)
     _, rows, meta = data_io.read_patches(path)
     cube = utils.cube_path(root, plateifu)
@@ -964,6 +978,9 @@ def _patch_index(
                 f"{path}: made of another cube or label map than those there now. Re-run "
                 "cube_patch_processing.py --overwrite."
             )
+    if "cubes" in meta:
+        kinds.append(data_io.CubeKind(**meta["cubes"]))
+        kinds[-1].check(path, kinds[0], "the patch files before")
     return rows, meta.get("label", {}).get("options")
 
 

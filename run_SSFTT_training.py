@@ -557,6 +557,10 @@ def restore(training: Training) -> None:
             f"{training.run_dir}: the training labels are not those that the run began with. "
             "Start anew with --overwrite."
         )
+    if about["cubes"] and training.about["cubes"]:
+        where = utils.data_dir(training.config.data_dir) / "processed" / "cubes"
+        found, want = (data_io.CubeKind(**a["cubes"]) for a in (training.about, about))
+        found.check(where, want, "those that the run began with")
     training.about = about
     torch.set_rng_state(saved["rng"]["torch"].cpu())
     if training.device.type == "cuda" and saved["rng"]["cuda"] is not None:  # None: was on a CPU
@@ -663,8 +667,8 @@ def start_run_dir(config: TrainConfig, run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
     for name in (CHECKPOINT_FILE, eval_fns.METRICS_FILE, eval_fns.STATS_FILE):
         (run_dir / name).unlink(missing_ok=True)
-    for part in utils.SPLIT_PARTS:
-        shutil.rmtree(run_dir / part, ignore_errors=True)
+    for results in (*utils.SPLIT_PARTS, eval_fns.MAPS_FOLDER, eval_fns.FIGURES_FOLDER):
+        shutil.rmtree(run_dir / results, ignore_errors=True)
     for part in utils.SPLIT_PARTS:
         copy_file(
             utils.split_path(root, config.split, part),

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FIGURES_FOLDER = "figures"
 DPI = 150
 
 MASKED_COLOUR = "#BDBDBD"
@@ -694,8 +693,9 @@ def galaxy_figure(
     Raises
     ------
     DataError
-        If the galaxy has no cube.
+        If the galaxy has no cube, or labels made otherwise than the training's.
     """
+    import data_fns
     import eval_fns
 
     prediction = eval_fns.evaluate_cube(trained, utils.cube_path(root, plateifu))
@@ -703,6 +703,9 @@ def galaxy_figure(
     label_file = utils.label_path(root, task, plateifu)
     if label_file.is_file():
         labels = data_io.read_labels(label_file)
+        made = data_io.read_label_meta(label_file).get("options")
+        want = trained.about["training_labels"].get("options")
+        data_fns.check_label_options(plateifu, made, want, "the training's")
         figure = Figure(figsize=(14, 4.1), layout="constrained")
         plot_comparison(figure.subplots(1, 3), prediction, labels, task, n_classes)
         return figure, prediction
@@ -801,6 +804,11 @@ def run_figures(run_dir: Path, part: str = "test") -> dict[str, Figure]:
     evaluation = run_dir / part / eval_fns.RESULT_FILE
     if evaluation.is_file():
         result = json.loads(evaluation.read_text())
+        best = json.loads((run_dir / eval_fns.MODEL_FILE).read_text())["best"]["epoch"]
+        if result["best_epoch"] != best:
+            log.warning(
+                "%s is of epoch %d, the model of epoch %d", evaluation, result["best_epoch"], best
+            )
         table = pd.read_csv(run_dir / part / eval_fns.CONFUSION_FILE, index_col="true")
         figures[f"confusion_{part}"] = Figure(figsize=(6, 5.6), layout="constrained")
         ax = figures[f"confusion_{part}"].subplots()
@@ -831,7 +839,7 @@ def main(config: VisConfig) -> int:
 
     trained = eval_fns.load_model(config.run_dir, config.device)
     root = eval_fns.run_data_dir(config.run_dir, config.data_dir)
-    out = config.run_dir / FIGURES_FOLDER
+    out = config.run_dir / eval_fns.FIGURES_FOLDER
     for name, figure in run_figures(config.run_dir, config.part).items():
         save(figure, out / f"{name}.png")
     failed = 0

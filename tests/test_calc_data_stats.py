@@ -136,7 +136,7 @@ def test_cubes_of_another_kind_than_the_statistics_are_refused(survey):
         lambda: data_fns.load_normed(path, spec, stats),
         lambda: patching.patch_galaxy(root, "8000-1901", "logOH", options),
     ):
-        with pytest.raises(DataError, match=r"40 bands of 4600.*the split's statistics have"):
+        with pytest.raises(DataError, match=r"40 bands of 4600.*the statistics have"):
             work()
 
 

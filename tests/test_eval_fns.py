@@ -225,6 +225,16 @@ def test_labels_of_another_calibration_than_the_trainings_are_refused(root, tmp_
         eval_fns.evaluate_split(run, "test")
 
 
+def test_patch_files_of_several_kinds_of_cubes_are_refused(root, tmp_path):
+    data = shutil.copytree(root, tmp_path / "data")
+    mock_cubes.write_patch_files(data, "logOH", "global", size=5)
+    path = utils.patch_path(data, "logOH", "global", mock_cubes.PLATEIFUS[1]).with_suffix(".json")
+    meta = json.loads(path.read_text())
+    utils.write_json(path, {**meta, "cubes": {**meta["cubes"], "remove_gas_velocity": False}})
+    with pytest.raises(DataError, match="remove_gas_velocity=False, the patch files before True"):
+        train(data, tmp_path / "run", source="patches", patch_norm="global")
+
+
 @pytest.mark.parametrize("name", ["model.json", "best.safetensors"])
 def test_damaged_model_is_one_clear_line(own_run, name):
     path = own_run / name
@@ -289,7 +299,7 @@ def test_cube_on_another_grid_is_refused(root, run_dir, tmp_path):
     path = utils.cube_path(tmp_path, TEST_GALAXY)
     data_io.write_cube(path, data_io.Cube(cube.flux, cube.wave + 3, attrs=cube.attrs))
     with pytest.raises(
-        DataError, match=r"(the model's training cubes|the split's statistics) have .* on one grid"
+        DataError, match=r"(the model's training cubes|the statistics) have .* on one grid"
     ):
         eval_fns.evaluate_cube(run_dir, path)
 

@@ -246,6 +246,27 @@ def test_labels_of_several_calibrations_are_refused(config, root, tmp_path):
         training.main(config)
 
 
+def test_resuming_with_cubes_made_otherwise_is_refused(config, root, tmp_path):
+    data = shutil.copytree(root, tmp_path / "data")
+    config = replace(config, data_dir=data, patch_norm="spectral", epochs=1)
+    training.main(config)
+    for path in (data / "processed" / "cubes").glob("*/*.h5"):
+        cube = data_io.read_cube(path)
+        cube.attrs["config_json"] = json.dumps({"deredden": True, "remove_gas_velocity": False})
+        data_io.write_cube(path, cube)
+    with pytest.raises(DataError, match="remove_gas_velocity=False, those that the run began with"):
+        training.main(replace(config, epochs=2, resume="auto"))
+
+
+def test_few_labels_of_a_split_are_warned_of(config, root, tmp_path, caplog):
+    data = shutil.copytree(root, tmp_path / "data")
+    parts, meta = data_io.read_split(utils.split_path(data, "hard"))
+    parts = {k: t.assign(n_labelled=1000) for k, t in parts.items()}
+    data_io.write_split(utils.split_path(data, "hard"), parts, meta)
+    training.set_up(replace(config, data_dir=data), config.run_dir)
+    assert "the split counts 4000 labelled: were the labels made anew?" in caplog.text
+
+
 def test_a_class_that_never_occurs_is_warned_of(config, caplog):
     path = utils.split_path(config.data_dir, "hard")
     assert path.is_dir()

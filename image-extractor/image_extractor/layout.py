@@ -39,6 +39,8 @@ from .mapping import CONSERVING, Mapping
 
 SCHEMA = "cta-image-extractor"
 SCHEMA_VERSION = 1
+BIN_SOURCES = {"dictionary": "a bins_cuts_dict", "mc_energy": "their true energy"}
+"""What `energy_bin_source` may be, in words."""
 CHARGE_UNIT_PE = 0.01
 TEL_TABLE, EVENTS, METADATA, RUNS, INDEX, CAMERAS = (
     "Tel_Table",
@@ -304,7 +306,7 @@ class Writer:
             if is_new:
                 self._create(mappings, direction, attributes)
             else:
-                self._check()
+                self._check(attributes)
             self.groups = [self._open_group(p) for p in group_paths(settings)]
         except BaseException:
             self._h5.close()
@@ -404,7 +406,7 @@ class Writer:
             row["focal_length"], row["mirror_area"] = camera.focal_length_m, camera.mirror_area_m2
         self._h5.create_table("/", TEL_TABLE, rows)
 
-    def _check(self) -> None:
+    def _check(self, attributes: dict[str, Any]) -> None:
         h5 = self._h5
         attrs = check_schema(h5)
         if "split" in attrs:
@@ -421,6 +423,12 @@ class Writer:
             raise DataError(
                 f"the output was written with another configuration (now {'; '.join(lines)}). "
                 "Give another output, or --overwrite."
+            )
+        now, then = attributes["energy_bin_source"], str(attrs["energy_bin_source"])
+        if now != then:
+            raise DataError(
+                f"the output's events were chosen and binned by {BIN_SOURCES[then]}, these by "
+                f"{BIN_SOURCES[now]}. Give another output, or --overwrite."
             )
         self.compression = str(attrs["compression"])
         for row in h5.get_node(f"/{METADATA}/{INDEX}").iterrows():

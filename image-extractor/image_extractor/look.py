@@ -133,7 +133,7 @@ def validate(path: str | Path) -> list[str]:
 
     Every image of a telescope array must belong to exactly one event, every event number must be
     unique and in the index, bins and labels in range, energies finite and in their bin, runs and
-    counts consistent.
+    counts consistent, and everything readable.
     """
     problems: list[str] = []
     with layout.open_layout(path) as h5:
@@ -165,6 +165,7 @@ def validate(path: str | Path) -> list[str]:
         if is_mapped:
             problems += _check_indices(h5, used)
         problems += _check_keys(keys, index, runs)
+        problems += _check_readable(h5)
     return list(dict.fromkeys(problems))
 
 
@@ -222,6 +223,18 @@ def _check_indices(h5: tables.File, used: dict[str, dict[int, list[np.ndarray]]]
                     f"{node._v_pathname}: has {node.nrows} images, tel_map "
                     f"names {indices.size}; not one to one"
                 )
+    return found
+
+
+def _check_readable(h5: tables.File) -> list[str]:
+    found = []
+    for node in h5.walk_nodes("/", "Leaf"):
+        step = max(1, layout.BATCH_BYTES // max(1, node.size_in_memory // max(1, node.nrows)))
+        try:
+            for start in range(0, int(node.nrows), step):
+                node.read(start, start + step)
+        except tables.HDF5ExtError:
+            found.append(f"{node._v_pathname}: cannot be read, the file is damaged")
     return found
 
 

@@ -276,6 +276,15 @@ def test_the_dictionary_chooses_events_bins_and_energies(tmp_path):
     assert ignored.events_written == 31
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_events_with_and_without_a_dictionary_do_not_mix(tmp_path, first):
+    """Those have reconstructed energies and bins, these true ones."""
+    chosen = {(102, 301): (1, 0.7)}
+    extract("sst", tmp_path / "o.h5", bins_cuts_dict=chosen if first else None)
+    with pytest.raises(DataError, match=r"chosen and binned by .* Give another output"):
+        extract("sst", tmp_path / "o.h5", bins_cuts_dict=None if first else chosen)
+
+
 def test_image_cuts_are_ctapipes(tmp_path, dl1):
     from ctapipe.image import leakage_parameters, tailcuts_clean
 

@@ -96,6 +96,18 @@ def test_validate_finds_each_damage(data_set, tmp_path, how, message):
     assert cli.main(["validate", str(path)]) == 1
 
 
+def test_validate_reads_every_image(data_set, tmp_path):
+    """One byte of a compressed chunk: every table is whole."""
+    path = tmp_path / "flipped.h5"
+    content = bytearray(data_set.read_bytes())
+    with tables.open_file(str(data_set)) as h5:
+        node = max(h5.walk_nodes("/", "EArray"), key=lambda n: n.size_on_disk)
+        name, chunk = node._v_pathname, node.chunk_info((0,) * node.ndim)
+    content[chunk.offset + chunk.size // 2] ^= 0xFF
+    path.write_bytes(content)
+    assert look.validate(path) == [f"{name}: cannot be read, the file is damaged"]
+
+
 def test_a_damaged_file_is_one_line(data_set, tmp_path, capsys):
     path = tmp_path / "cut.h5"
     path.write_bytes(data_set.read_bytes()[:-2000])
