@@ -1109,9 +1109,12 @@ def get_dataloaders(
         train = part == "train"
         dataset = get_dataset(root, tables[part], spec, source, stats, store)
         for other, loader in loaders.items():
-            theirs = loader.dataset.samples.label_options  # type: ignore[attr-defined]
-            mine = dataset.samples.label_options
-            check_label_options(f"{part} part", mine, theirs, f"those of the {other} part")
+            theirs, whose = loader.dataset, f"those of the {other} part"
+            assert isinstance(theirs, PatchDataset)
+            options = dataset.samples.label_options, theirs.samples.label_options
+            check_label_options(f"{part} part", *options, whose)
+            if dataset.kind and theirs.kind:
+                dataset.kind.check(Path(f"{part} part"), theirs.kind, whose)
         batches = Batches(
             dataset.samples.classes,
             batch_size,

@@ -755,6 +755,7 @@ def _start_worker(
 ) -> None:
     _worker.update(settings=settings, bins_cuts_dict=cuts, compression=compression, command=command)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    logging.disable(logging.WARNING)  # it says it, too
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
