@@ -582,12 +582,16 @@ class ImageExtractor:
                 report.problem,
                 report.events_read,
             )
+        assert self._writer is not None
         if report.duplicates:
             log.warning(
-                "%s: %d events of run %d are in the output already and were skipped.",
+                "%s: %d events of run %d are in the output already and were skipped.%s",
                 report.file,
                 report.duplicates,
                 report.run_number,
+                " They may come from a damaged file: make the output anew with --overwrite."
+                if report.run_number in self._writer.incomplete
+                else "",
             )
 
     def _extract(

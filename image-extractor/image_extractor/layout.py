@@ -293,6 +293,7 @@ class Writer:
         self._blank = np.zeros(1, self.dtype)
         self._index: list[tuple[int, int, int]] = []
         self._listed: set[tuple[bytes, int, bytes]] = set()  # file, run, sha256 of Runs
+        self.incomplete: set[int] = set()  # runs of which an incomplete file was read
         is_new = not path.exists()
         self.is_changed = is_new  # whether there is anything that the file did not hold before
         self.compression = compression
@@ -523,6 +524,8 @@ class Writer:
         key = (bytes(run["file"]), int(run["run_number"]))
         was_listed = (*key, bytes(run["sha256"])) in self._listed
         self._listed |= {(*key, bytes(run["sha256"])), (*key, b"")}
+        if not run["complete"]:
+            self.incomplete.add(key[1])
         return was_listed
 
     def merge(self, part: Path) -> np.ndarray:

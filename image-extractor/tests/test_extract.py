@@ -845,6 +845,19 @@ def test_a_damaged_description_is_one_bad_file(value, message, jobs, tmp_path):
     assert len(all_images(out)) == 6
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_events_that_a_damaged_file_may_have_given_are_told(tmp_path, caplog, jobs):
+    """The whole file does not replace them."""
+    cut, whole = tmp_path / "a.simtel", real_file("sst")
+    raw = decompressed(whole)
+    cut.write_bytes(raw[: int(0.9 * len(raw))])
+    extractor = ImageExtractor(tmp_path / "o.h5", settings=settings())
+    for files, is_told in (([cut], False), ([whole], True)):
+        caplog.clear()
+        extractor.process_files(files, jobs=jobs)
+        assert ("They may come from a damaged file" in caplog.text) is is_told
+
+
 def test_a_cut_file_is_told_once(tmp_path, capfd, caplog):
     cut = tmp_path / "cut.simtel"
     raw = decompressed(real_file("sst"))
