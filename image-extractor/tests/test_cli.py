@@ -72,6 +72,26 @@ def test_the_readmes_command_word_for_word(folder):
     assert n == [round(0.9 * sum(n)), sum(n) - round(0.9 * sum(n)), 0]
 
 
+def test_a_cut_file_is_told_once(folder):
+    """By the process that the user started, not by its workers, too."""
+    raw = (folder / "simtel" / "a.simtel.gz").read_bytes()
+    for name in ("a", "b"):
+        (folder / "simtel" / f"{name}.simtel.gz").write_bytes(raw[: int(0.9 * len(raw))])
+    done = run(
+        installed("image_extractor.py"),
+        f"{folder}/simtel/*.simtel.gz",
+        "./dataset.h5",
+        "./configuration_settings.config",
+        "./bins_cuts_dict.pkl",
+        "--jobs",
+        "2",
+        cwd=folder,
+    )
+    assert done.returncode == 1
+    for name in ("a", "b"):
+        assert done.stderr.count(f"{name}.simtel.gz: incomplete") == 1
+
+
 @pytest.mark.parametrize("flag", ["--bins_cuts_dict", "--bins_cuts_dict_file", "--bins-cuts-dict"])
 def test_the_dictionary_as_an_option(folder, flag, monkeypatch, capsys):
     monkeypatch.chdir(folder)

@@ -858,16 +858,6 @@ def test_events_that_a_damaged_file_may_have_given_are_told(tmp_path, caplog, jo
         assert ("They may come from a damaged file" in caplog.text) is is_told
 
 
-def test_a_cut_file_is_told_once(tmp_path, capfd, caplog):
-    cut = tmp_path / "cut.simtel"
-    raw = decompressed(real_file("sst"))
-    cut.write_bytes(raw[: int(0.9 * len(raw))])
-    extractor = ImageExtractor(tmp_path / "o.h5", settings=settings())
-    extractor.process_files([cut, real_file("proton")], jobs=2)
-    assert caplog.text.count("incomplete") == 1
-    assert "incomplete" not in capfd.readouterr().err  # where workers speak
-
-
 def test_a_telescope_that_cannot_be_calibrated_is_noticed(tmp_path, monkeypatch):
     """Such as one whose disabled pixels are more than it has."""
 
