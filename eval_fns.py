@@ -361,6 +361,20 @@ def load_for(trained: TrainedModel, path: Path) -> data_fns.NormedCube:
     return cube
 
 
+def read_labels_for(trained: TrainedModel, path: Path) -> np.ndarray:
+    """Read a label map that a model may be compared with, (y, x).
+
+    Raises
+    ------
+    DataError
+        If it is unreadable, or made with other options than the training's.
+    """
+    made = data_io.read_label_meta(path).get("options")
+    want = trained.about["training_labels"].get("options")
+    data_fns.check_label_options(utils.plateifu_of(path), made, want, "the training's")
+    return data_io.read_labels(path)
+
+
 def _map_cube(
     trained: TrainedModel, cube: data_fns.NormedCube, path: Path, patch_wise: bool
 ) -> MapPrediction:
@@ -414,10 +428,7 @@ def predict_split(
     for plateifu, rows in tqdm(groups, desc="galaxies", unit="galaxy", disable=None):
         path = utils.cube_path(root, plateifu)
         label_path = utils.label_path(root, spec.label_task, plateifu)
-        labels = data_io.read_labels(label_path)
-        made = data_io.read_label_meta(label_path).get("options")
-        want = trained.about["training_labels"].get("options")
-        data_fns.check_label_options(plateifu, made, want, "the training's")
+        labels = read_labels_for(trained, label_path)
         cube = load_for(trained, path)
         data_fns.check_label_shape(labels, cube.usable, path)
         result = _map_cube(trained, cube, path, patch_wise)

@@ -29,6 +29,7 @@ import multiprocessing
 import os
 import platform
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -570,10 +571,9 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = main(config)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
     except (DataError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            sys.exit(128 + signal.SIGPIPE)
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
@@ -584,6 +584,19 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     finally:
         signal.signal(signal.SIGTERM, before)
     sys.exit(code or EXIT_DONE)
+
+
+def _reader_has_left() -> bool:
+    """Say whether what reads our output, such as head, has seen enough; then write to nobody."""
+    stdout = select.poll()
+    try:
+        stdout.register(sys.stdout.fileno(), 0)
+    except OSError:  # no file, as in a notebook
+        return False
+    has_left = any(event & select.POLLERR for _, event in stdout.poll(0))
+    if has_left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return has_left
 
 
 def _interrupt(number: int, _frame: object) -> None:

@@ -604,8 +604,7 @@ def plot_spectrum(
 def plot_explained_variance(ax: Axes, stats: data_io.Stats) -> Axes:
     """Draw each component's share of the variance and the sum of those up to it.
 
-    What they leave is said in words: spread over all other directions, of which each holds little,
-    it is mostly noise.
+    What they leave, spread over all other directions, is said in words.
     """
     n = np.arange(1, stats.explained_ratio.size + 1)
     total = np.cumsum(stats.explained_ratio)
@@ -617,7 +616,7 @@ def plot_explained_variance(ax: Axes, stats: data_io.Stats) -> Axes:
     left, others = 1 - total[-1], stats.wave.size - n.size
     if others > 0:
         mean = f"{left / others:.2%} each on average"
-        ax.set_title(f"the other {others} directions: {left:.0%}, {mean}: mostly noise", fontsize=9)
+        ax.set_title(f"the other {others} directions: {left:.0%}, {mean}", fontsize=9)
     return ax
 
 
@@ -695,17 +694,13 @@ def galaxy_figure(
     DataError
         If the galaxy has no cube, or labels made otherwise than the training's.
     """
-    import data_fns
     import eval_fns
 
     prediction = eval_fns.evaluate_cube(trained, utils.cube_path(root, plateifu))
     task, n_classes = trained.spec.label_task, len(trained.about["class_names"])
     label_file = utils.label_path(root, task, plateifu)
     if label_file.is_file():
-        labels = data_io.read_labels(label_file)
-        made = data_io.read_label_meta(label_file).get("options")
-        want = trained.about["training_labels"].get("options")
-        data_fns.check_label_options(plateifu, made, want, "the training's")
+        labels = eval_fns.read_labels_for(trained, label_file)
         figure = Figure(figsize=(14, 4.1), layout="constrained")
         plot_comparison(figure.subplots(1, 3), prediction, labels, task, n_classes)
         return figure, prediction

@@ -395,6 +395,14 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     assert talk.wait(10) == 128 + signal.SIGPIPE
 
 
+def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
+    def broken(config):
+        raise BrokenPipeError("the archive closed the connection")
+
+    assert run_in_process(broken, [], monkeypatch) == 1
+    assert capsys.readouterr().err.strip() == "error: the archive closed the connection"
+
+
 @pytest.mark.parametrize("name", ["", "..", "../../elsewhere", "a/b", "/tmp"])
 def test_a_split_stays_in_the_data_folder(name):
     with pytest.raises(DataError, match="expected the plain name"):

@@ -420,7 +420,7 @@ def test_explained_variance_fills_its_axes_and_says_what_is_left(ax):
     stats = data_io.Stats(np.arange(n), np.zeros(n), np.ones(n), np.zeros((3, n)), ratio, ratio)
     vis_fns.plot_explained_variance(ax, stats)
     assert ax.get_ylim() == pytest.approx((0, 0.308))
-    assert ax.get_title() == "the other 97 directions: 72%, 0.74% each on average: mostly noise"
+    assert ax.get_title() == "the other 97 directions: 72%, 0.74% each on average"
 
 
 def test_components_and_shares_and_histograms_show_their_numbers(run_dir, ax):

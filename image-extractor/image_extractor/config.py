@@ -572,7 +572,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.file}: exists. Give --overwrite to replace it.", file=sys.stderr)
             return 2
         try:
-            write_whole(args.file, as_text().encode())
+            write_atomically(args.file, as_text().encode())
         except OSError as error:
             print(f"{args.file}: cannot be written ({error.strerror}).", file=sys.stderr)
             return 1
@@ -587,7 +587,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file by way of a hidden neighbour; devices such as /dev/stdout directly."""
     if path.exists() and not path.is_file():
         path.write_bytes(data)

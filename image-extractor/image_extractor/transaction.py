@@ -128,7 +128,7 @@ class OutputTransaction:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file, whole or not at all. Raises DataError."""
     try:
-        config.write_whole(path, data)
+        config.write_atomically(path, data)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}).") from error
 

@@ -50,17 +50,20 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_the_readmes_command_word_for_word(folder):
-    done = run(
+def readmes_command(folder, *options):
+    return run(
         installed("image_extractor.py"),
         f"{folder}/simtel/*.simtel.gz",
         "./dataset.h5",
         "./configuration_settings.config",
         "./bins_cuts_dict.pkl",
-        "--shuffle",
-        "--split",
+        *options,
         cwd=folder,
     )
+
+
+def test_the_readmes_command_word_for_word(folder):
+    done = readmes_command(folder, "--shuffle", "--split")
     assert done.returncode == 0, done.stderr
     assert "events written" in done.stdout
     with tables.open_file(str(folder / "dataset.h5")) as h5:
@@ -77,16 +80,7 @@ def test_a_cut_file_is_told_once(folder):
     raw = (folder / "simtel" / "a.simtel.gz").read_bytes()
     for name in ("a", "b"):
         (folder / "simtel" / f"{name}.simtel.gz").write_bytes(raw[: int(0.9 * len(raw))])
-    done = run(
-        installed("image_extractor.py"),
-        f"{folder}/simtel/*.simtel.gz",
-        "./dataset.h5",
-        "./configuration_settings.config",
-        "./bins_cuts_dict.pkl",
-        "--jobs",
-        "2",
-        cwd=folder,
-    )
+    done = readmes_command(folder, "--jobs", "2")
     assert done.returncode == 1
     for name in ("a", "b"):
         assert done.stderr.count(f"{name}.simtel.gz: incomplete") == 1
@@ -167,7 +161,7 @@ def test_exit_codes_and_one_line_messages(folder, monkeypatch, capsys):
 
 def test_a_summary_that_fails_is_one_line_and_the_data_stand(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(config, "write_whole", _full)
+    monkeypatch.setattr(config, "write_atomically", _full)
     words = ["simtel/*.gz", "o.h5", "configuration_settings.config", "--summary", "s.json"]
     assert cli.main([*words, "--max_events", "3"]) == 1
     err = capsys.readouterr().err
