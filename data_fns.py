@@ -25,12 +25,12 @@ import signal
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -700,8 +700,6 @@ class Batches(Sampler):
 
 # Packed cubes
 
-Result = TypeVar("Result")
-
 
 def open_packed(
     root: Path,
@@ -818,27 +816,11 @@ def pack_cubes(
         "created_utc": utils.utc_now(),
     }
     packed = data_io.Packed(spectra, rows, wave, recipes, attrs)
-    with _pool(jobs) as run:
-        normed = run(partial(_spectra_of, Path(root), patch_norm, stats, dtype), plateifus)
+    work = partial(_spectra_of, Path(root), patch_norm, stats, dtype)
+    with utils.worker_pool(jobs, "spawn") if jobs > 1 else ThreadPoolExecutor(1) as pool:
+        normed = utils.in_order(pool, work, plateifus, 2 * jobs)
         bar = tqdm(normed, desc="packing", total=len(plateifus), unit="galaxy", disable=None)
         data_io.write_packed(path, packed, bar)
-
-
-@contextmanager
-def _pool(
-    jobs: int,
-) -> Iterator[Callable[[Callable[[str], Result], Sequence[str]], Iterator[Result]]]:
-    """Give a `map` that works in several processes and never runs far ahead of its reader."""
-    if jobs <= 1:
-        yield map  # type: ignore[misc]
-        return
-    with utils.worker_pool(jobs, "spawn") as pool:
-
-        def run(work: Callable[[str], Result], items: Sequence[str]) -> Iterator[Result]:
-            for start in range(0, len(items), 4 * jobs):
-                yield from pool.map(work, items[start : start + 4 * jobs])
-
-        yield run
 
 
 def _spectra_of(

@@ -3,12 +3,9 @@
 Reads   a run folder of run_SSFTT_training.py (model.json, best.safetensors, stats.h5, split/), and
         processed/cubes and processed/labels of the data folder.
 Writes  <run_dir>/<part>/: metrics.json, confusion.csv, per_class.csv, per_galaxy.csv,
-        predictions.csv.gz; with --plateifu <run_dir>/maps/<plateifu>.fits (classes, probabilities
-        and, for metallicities, 12+log(O/H), with the cube's sky coordinates), and the same as
-        arrays: <plateifu>.npy, classes (y, x), and <plateifu>_prob.npy (y, x, class).
+        predictions.csv.gz. (Maps of whole galaxies: map_galaxies.py.)
 
     python eval_fns.py --run-dir runs/demo --part test
-    python eval_fns.py --run-dir runs/demo --plateifu 8485-1901
 """
 
 from __future__ import annotations
@@ -62,8 +59,6 @@ class EvalConfig:
     """Folder of a training run."""
     part: Literal["train", "val", "test"] = "test"
     """Part of the run's split to evaluate."""
-    plateifu: str | None = None
-    """Map this galaxy instead; it needs a cube, no label."""
     data_dir: Path | None = None
     """Data folder; default the run's, else MANGA_DATA_DIR, else ./data/manga."""
     patch_wise: bool = False
@@ -343,7 +338,7 @@ def evaluate_cube(
         If the cube is unreadable, or of another kind (grid, options) than the training's.
     """
     trained = model if isinstance(model, TrainedModel) else load_model(model)
-    return _map_cube(trained, load_for(trained, path), path, patch_wise)
+    return map_cube(trained, load_for(trained, path), utils.plateifu_of(path), patch_wise)
 
 
 def load_for(trained: TrainedModel, path: Path) -> data_fns.NormedCube:
@@ -375,14 +370,15 @@ def read_labels_for(trained: TrainedModel, path: Path) -> np.ndarray:
     return data_io.read_labels(path)
 
 
-def _map_cube(
-    trained: TrainedModel, cube: data_fns.NormedCube, path: Path, patch_wise: bool
+def map_cube(
+    trained: TrainedModel, cube: data_fns.NormedCube, plateifu: str, patch_wise: bool = False
 ) -> MapPrediction:
+    """Run a trained model on a cube of `load_for`; see `evaluate_cube`."""
     probabilities = predict_map(trained, cube.values, patch_wise)
     classes = probabilities.argmax(2).astype(np.int16)
     classes[~cube.usable] = LABEL_NONE
     probabilities[~cube.usable] = np.nan
-    return MapPrediction(utils.plateifu_of(path), classes, probabilities, cube.inside, cube.attrs)
+    return MapPrediction(plateifu, classes, probabilities, cube.inside, cube.attrs)
 
 
 # Splits
@@ -431,7 +427,7 @@ def predict_split(
         labels = read_labels_for(trained, label_path)
         cube = load_for(trained, path)
         data_fns.check_label_shape(labels, cube.usable, path)
-        result = _map_cube(trained, cube, path, patch_wise)
+        result = map_cube(trained, cube, plateifu, patch_wise)
         classes = utils.label_classes(labels, spec.label_task, spec.n_classes)
         wanted = (classes != LABEL_NONE) & cube.usable
         if {"y", "x"} <= set(rows.columns):
@@ -683,41 +679,6 @@ def expected_value(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(np.maximum(probabilities @ values**2 - mean**2, 0))
 
 
-def write_map_fits(path: Path, result: MapPrediction, trained: TrainedModel, run_dir: Path) -> None:
-    """Write a map as FITS, whole or not at all, with the cube's coordinates.
-
-    Extensions CLASS (y, x) int16, LABEL_NONE where there is no prediction; PROBABILITY (class, y,
-    x) float32; for metallicities LOGOH and LOGOH_SPREAD (y, x) float32, dex, of `expected_value`.
-    """
-    from astropy.io import fits
-
-    sky = fits.Header.fromstring(result.attrs.get("wcs_header", ""), sep="\n")
-    primary = fits.PrimaryHDU()
-    cards = {
-        "PLATEIFU": (result.plateifu, "galaxy"),
-        "MANGAID": (result.attrs.get("mangaid"), "galaxy, however often observed"),
-        "REDSHIFT": (result.attrs.get("redshift"), "of the cube"),
-        "TASK": (trained.spec.label_task, "label that was learned"),
-        "RUN": (run_dir.resolve().name, "folder of the training run"),
-        "EPOCH": (trained.about["best"]["epoch"], "of the weights"),
-        "VERSION": (utils.VERSION, "of the code"),
-        "DATE": (utils.utc_now().rstrip("Z"), "UTC"),
-    }
-    cards |= {f"CLASS{k}": (n, "") for k, n in enumerate(trained.about["class_names"])}
-    primary.header.update({k: v for k, v in cards.items() if v[0] is not None})
-    images = {"CLASS": result.classes, "PROBABILITY": np.moveaxis(result.probabilities, 2, 0)}
-    if trained.spec.label_task == "logOH":
-        images["LOGOH"], images["LOGOH_SPREAD"] = expected_value(result.probabilities)
-    hdus = [primary]
-    for name, image in images.items():
-        kind = np.int16 if name == "CLASS" else np.float32
-        hdus.append(fits.ImageHDU(image.astype(kind), sky, name))
-        if name.startswith("LOGOH"):
-            hdus[-1].header["BUNIT"] = "dex"
-    with utils.atomic_path(path) as part:
-        fits.HDUList(hdus).writeto(part, overwrite=True)
-
-
 def describe_result(result: dict[str, Any]) -> str:
     """Put the scores of `evaluate_split` into a few lines."""
     intervals = result["intervals"]
@@ -749,30 +710,17 @@ def describe_result(result: dict[str, Any]) -> str:
 
 
 def main(config: EvalConfig) -> int:
-    """Evaluate a part of a split, or map one galaxy."""
-    if config.plateifu is None:
-        result = evaluate_split(
-            config.run_dir,
-            config.part,
-            config.data_dir,
-            config.patch_wise,
-            config.device,
-            config.seed,
-        )
-        print(describe_result(result))
-        log.info("results in %s", config.run_dir / config.part)
-        return utils.EXIT_DONE
-    trained = load_model(config.run_dir, config.device)
-    root = run_data_dir(config.run_dir, config.data_dir)
-    cube = utils.cube_path(root, config.plateifu)
-    result_map = evaluate_cube(trained, cube, config.patch_wise)
-    out = config.run_dir / MAPS_FOLDER / f"{config.plateifu}.npy"
-    probability_file = out.with_name(f"{config.plateifu}_prob.npy")
-    for array, path in ((result_map.probabilities, probability_file), (result_map.classes, out)):
-        with utils.atomic_path(path) as part:
-            np.save(part, array)
-    write_map_fits(out.with_suffix(".fits"), result_map, trained, config.run_dir)
-    log.info("%d spaxels predicted: %s (and .fits)", result_map.usable.sum(), out)
+    """Evaluate a part of the run's split."""
+    result = evaluate_split(
+        config.run_dir,
+        config.part,
+        config.data_dir,
+        config.patch_wise,
+        config.device,
+        config.seed,
+    )
+    print(describe_result(result))
+    log.info("results in %s", config.run_dir / config.part)
     return utils.EXIT_DONE
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -644,13 +643,8 @@ def _resampled_rows(
 
     any_good = False
     with ThreadPoolExecutor(THREADS) as pool:
-        rows = (pool.submit(one_row, y) for y in range(ny))
-        ahead = deque(itertools.islice(rows, LOOK_AHEAD))
-        for _ in range(0, ny, data_io.CHUNK_SPAXELS):
-            block: list[tuple[np.ndarray, ...]] = []
-            while ahead and len(block) < data_io.CHUNK_SPAXELS:
-                block.append(ahead.popleft().result())
-                ahead.extend(itertools.islice(rows, 1))
+        rows = utils.in_order(pool, one_row, range(ny), LOOK_AHEAD)
+        while block := list(itertools.islice(rows, data_io.CHUNK_SPAXELS)):
             stacked = data_io.Rows(*(np.stack(a) for a in zip(*block, strict=True)))
             any_good = any_good or bool(np.any(stacked.good_fraction))
             yield stacked

@@ -38,7 +38,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -809,6 +809,32 @@ def _update_failures(failed_csv: Path, tried: set[str], failures: list[tuple[str
                 csv.writer(f).writerows([("plateifu", "stage", "reason"), *sorted(kept)])
         elif not kept:
             path.unlink(missing_ok=True)
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_order(
+    pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Yield the results of `work` in the items' order, a few made ahead of their reader.
+
+    Parameters
+    ----------
+    pool : Executor
+        Threads or processes.
+    work : function of an item
+    items : iterable
+    ahead : int
+        Results that are there or being made before they are asked for: so many are in memory.
+    """
+    waiting = iter(items)
+    running = deque(pool.submit(work, item) for item in itertools.islice(waiting, max(ahead, 1)))
+    while running:
+        result = running.popleft().result()
+        running.extend(pool.submit(work, item) for item in itertools.islice(waiting, 1))
+        yield result
 
 
 def report(outcome: dict[str, str], stage: str, where: Path) -> int:

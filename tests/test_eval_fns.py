@@ -11,8 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from astropy.io import fits
-from astropy.wcs import WCS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
@@ -23,7 +21,6 @@ import data_io
 import eval_fns
 import run_SSFTT_training as training
 import utils
-from eval_fns import EvalConfig
 from run_SSFTT_training import TrainConfig
 from utils import LABEL_NONE, DataError
 
@@ -315,44 +312,6 @@ def test_cube_made_with_other_options_is_refused(root, run_dir, tmp_path):
     del cube.attrs["config_json"]  # a cube that does not say is taken
     data_io.write_cube(path, cube)
     assert eval_fns.evaluate_cube(run_dir, path).usable.any()
-
-
-def test_command_maps_a_galaxy(own_run, capsys):
-    assert eval_fns.main(EvalConfig(own_run, plateifu=TEST_GALAXY, device="cpu")) == 0
-    classes = data_io.read_labels(own_run / "maps" / f"{TEST_GALAXY}.npy")
-    probabilities = np.load(own_run / "maps" / f"{TEST_GALAXY}_prob.npy")
-    usable = classes != LABEL_NONE
-    np.testing.assert_array_equal(probabilities[usable].argmax(1), classes[usable])
-    with fits.open(own_run / "maps" / f"{TEST_GALAXY}.fits") as hdus:
-        np.testing.assert_array_equal(hdus["CLASS"].data, classes)
-        np.testing.assert_array_equal(hdus["PROBABILITY"].data, np.moveaxis(probabilities, 2, 0))
-        assert (hdus[0].header["PLATEIFU"], hdus[0].header["TASK"]) == (TEST_GALAXY, "logOH")
-        values = utils.class_values(6)
-        by_hand = sum(p * v for p, v in zip(np.moveaxis(probabilities, 2, 0), values, strict=True))
-        np.testing.assert_allclose(hdus["LOGOH"].data, by_hand, rtol=1e-6)
-        assert np.isnan(hdus["LOGOH"].data[~usable]).all()
-
-
-def test_map_as_fits_lies_where_the_galaxy_does(run_dir, tmp_path):
-    trained = eval_fns.load_model(run_dir, "cpu")
-    sky = WCS(naxis=2)
-    sky.wcs.ctype = "RA---TAN", "DEC--TAN"
-    sky.wcs.crval, sky.wcs.crpix, sky.wcs.cdelt = (150.0, 2.0), (4, 5), (-0.5 / 3600, 0.5 / 3600)
-    cards = sky.to_header().tostring(sep="\n", endcard=False, padding=False)
-    probabilities = np.zeros((7, 8, 6), np.float32)
-    probabilities[..., [1, 3]] = 0.25, 0.75
-    classes = probabilities.argmax(2).astype(np.int16)
-    shown = eval_fns.MapPrediction(
-        "1-1", classes, probabilities, classes > 0, {"wcs_header": cards}
-    )
-    eval_fns.write_map_fits(tmp_path / "x.fits", shown, trained, run_dir)
-    with fits.open(tmp_path / "x.fits") as hdus:
-        there = WCS(hdus["LOGOH"].header).pixel_to_world(3, 4)
-        assert (there.ra.deg, there.dec.deg) == pytest.approx((150, 2))
-        low, high = utils.class_values(6)[[1, 3]]
-        assert hdus["LOGOH"].data[0, 0] == pytest.approx(0.25 * low + 0.75 * high)
-        spread = np.sqrt(0.25 * 0.75) * (high - low)  # of a two-valued variable
-        assert hdus["LOGOH_SPREAD"].data[0, 0] == pytest.approx(spread, rel=1e-5)
 
 
 def test_command_prints_the_scores_beside_the_baselines(own_run, tmp_path):

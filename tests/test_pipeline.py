@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     "process_single_cube.py cube_processing.py cube_patch_processing.py calc_data_stats.py "
     "create_data_splits.py create_easy_data_splits.py download_utils.py mock_manga.py "
-    "run_SSFTT_training.py eval_fns.py vis_fns.py demo_summary.py"
+    "run_SSFTT_training.py eval_fns.py map_galaxies.py vis_fns.py demo_summary.py"
 ).split()
 LINES_FITTED = {
     "NII-6549": 6549.86,
@@ -40,7 +40,7 @@ LINES_FITTED = {
     "SII-6732": 6732.67,
 }
 """Vacuum wavelengths, Angstrom, as the DAP fits them."""
-NEED_TORCH = {"run_SSFTT_training.py", "eval_fns.py"}
+NEED_TORCH = {"run_SSFTT_training.py", "eval_fns.py", "map_galaxies.py"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,239 @@
+"""Map galaxies with a trained model: the class of every spaxel, and its 12+log(O/H).
+
+Reads   a run folder of run_SSFTT_training.py; processed/cubes/<plate>/<plateifu>.h5. No label is
+        needed: these may be galaxies that nobody has labelled.
+Writes  <run_dir>/maps/<plateifu>.fits, classes, probabilities and, for metallicities, 12+log(O/H),
+        with the cube's sky coordinates; <run_dir>/maps/galaxies.csv, a line a galaxy.
+Layouts: docs/data_formats.md. Every usable spaxel gets a class, star-forming or not. Maps that
+this model made of these cubes are left alone; others are made anew.
+
+    python map_galaxies.py --run-dir runs/demo                          # every cube there is
+    python map_galaxies.py --run-dir runs/demo --plateifu 8485-1901 7815-3702
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from astropy.io import fits
+
+import cube_patch_processing as patches
+import data_io
+import eval_fns
+import utils
+from data_fns import NormedCube
+
+log = logging.getLogger(__name__)
+
+TABLE_FILE = "galaxies.csv"
+READERS = 8
+"""Threads that read cubes at most: HDF5 lets one of them read at a time, the rest is numpy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(patches.GalaxyChoice):
+    """Map galaxies with a trained model."""
+
+    run_dir: Path
+    """Folder of a training run."""
+    data_dir: Path | None = None
+    """Data folder; default the run's, else MANGA_DATA_DIR, else ./data/manga."""
+    jobs: int = 0
+    """Threads that read cubes ahead of the network; 0 takes one a CPU, up to 8."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    overwrite: bool = False
+    """Also replace maps that are up to date."""
+
+
+def parts_of_split(run_dir: Path) -> dict[str, str]:
+    """Part of the run's split in which a galaxy is, by mangaid; training's word counts most."""
+    parts, _ = data_io.read_split(run_dir / eval_fns.SPLIT_FOLDER)
+    return {m: part for part in reversed(utils.SPLIT_PARTS) for m in parts[part]["mangaid"]}
+
+
+def recipe_of(weights_sha256: str, attrs: dict[str, Any]) -> str:
+    """Tell what a map is made from in 16 characters: the model's weights, the cube's content."""
+    made_from = json.dumps([weights_sha256, data_io.content_of(attrs)], sort_keys=True)
+    return hashlib.sha256(made_from.encode()).hexdigest()[:16]
+
+
+def read_map_header(path: Path) -> fits.Header:
+    """Primary header of a map; an empty one if there is no readable map."""
+    try:
+        return fits.getheader(path)
+    except OSError:
+        return fits.Header()
+
+
+def write_map(
+    path: Path, result: eval_fns.MapPrediction, trained: eval_fns.TrainedModel, cards: dict
+) -> None:
+    """Write a map as FITS, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+    result : MapPrediction
+    trained : TrainedModel
+    cards : dict
+        More cards for the primary header; None values are left out.
+    """
+    names = trained.about["class_names"]
+    images = {"CLASS": result.classes, "PROBABILITY": np.moveaxis(result.probabilities, 2, 0)}
+    median = None
+    if trained.spec.label_task == "logOH":
+        images["LOGOH"], images["LOGOH_SPREAD"] = eval_fns.expected_value(result.probabilities)
+        median = float(np.median(images["LOGOH"][result.usable])) if result.usable.any() else None
+    counts = np.bincount(result.classes[result.usable], minlength=len(names))
+    cards = {
+        "PLATEIFU": (result.plateifu, "galaxy"),
+        "MANGAID": (result.attrs.get("mangaid"), "galaxy, however often observed"),
+        "REDSHIFT": (result.attrs.get("redshift"), "of the cube"),
+        "TASK": (trained.spec.label_task, "label that was learned"),
+        "EPOCH": (trained.about["best"]["epoch"], "of the weights"),
+        **cards,
+        "SPAXELS": (int(result.usable.sum()), "with a prediction"),
+        "MEDIAN": (median, "12+log(O/H) of those spaxels, dex"),
+        **{f"CLASS{k}": (name, "") for k, name in enumerate(names)},
+        **{f"COUNT{k}": (int(n), "spaxels of the class") for k, n in enumerate(counts)},
+        "VERSION": (utils.VERSION, "of the code"),
+        "DATE": (utils.utc_now().rstrip("Z"), "UTC"),
+    }
+    primary = fits.PrimaryHDU()
+    primary.header.update({k: v for k, v in cards.items() if v[0] is not None})
+    sky = fits.Header.fromstring(result.attrs.get("wcs_header", ""), sep="\n")
+    hdus = [primary]
+    for name, image in images.items():
+        kind = np.int16 if name == "CLASS" else np.float32
+        hdus.append(fits.ImageHDU(image.astype(kind), sky, name))
+        if name.startswith("LOGOH"):
+            hdus[-1].header["BUNIT"] = "dex"
+    with utils.atomic_path(path) as part:
+        fits.HDUList(hdus).writeto(part, overwrite=True)
+
+
+def tabulate_maps(folder: Path) -> pd.DataFrame:
+    """Table of all maps in a folder, a line a galaxy, from their headers.
+
+    Returns
+    -------
+    DataFrame
+        plateifu, mangaid, redshift, part (of the run's split; empty if in none), spaxels, for
+        metallicities median_logoh (dex), and the number of spaxels of each class.
+    """
+    rows = []
+    for path in utils.files_in(folder, "*.fits"):
+        header = read_map_header(path)
+        row = {k: header.get(k.upper()) for k in ("plateifu", "mangaid", "redshift", "part")}
+        row["spaxels"] = header.get("SPAXELS")
+        if header.get("TASK") == "logOH":
+            row["median_logoh"] = header.get("MEDIAN")
+        row |= {header[f"CLASS{k}"]: n for k, n in enumerate(header["COUNT*"].values())}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def map_galaxies(
+    trained: eval_fns.TrainedModel,
+    run_dir: Path,
+    root: Path,
+    plateifus: Sequence[str],
+    failed_csv: Path,
+    readers: int = 1,
+    overwrite: bool = False,
+) -> dict[str, str]:
+    """Map galaxies, reading the next cubes while the network works.
+
+    Parameters
+    ----------
+    trained : TrainedModel
+    run_dir : Path
+        Folder of its run, in whose `maps` they are written.
+    root : Path
+        Data folder.
+    plateifus : sequence of str
+    failed_csv : Path
+        As in `utils.for_each_galaxy`.
+    readers : int
+        Threads that read.
+    overwrite : bool
+        Also replace maps that are up to date.
+
+    Returns
+    -------
+    dict of plateifu -> {"written", "up to date", "failed"}
+    """
+    folder = run_dir / eval_fns.MAPS_FOLDER
+    weights = utils.sha256_of(run_dir / eval_fns.WEIGHTS_FILE)
+    parts = parts_of_split(run_dir)
+
+    def read(plateifu: str) -> NormedCube | Exception | None:
+        path = utils.cube_path(root, plateifu)
+        try:
+            recipe = recipe_of(weights, data_io.read_cube_attrs(path))
+            made = read_map_header(folder / f"{plateifu}.fits").get("RECIPE")
+            return None if made == recipe and not overwrite else eval_fns.load_for(trained, path)
+        except Exception as error:  # raised when its galaxy's turn comes
+            return error
+
+    with ThreadPoolExecutor(readers) as pool:
+        cubes = utils.in_order(pool, read, plateifus, 2 * readers)
+
+        def work(plateifu: str) -> str:
+            cube = next(cubes)
+            if isinstance(cube, Exception):
+                raise cube
+            if cube is None:
+                return "up to date"
+            result = eval_fns.map_cube(trained, cube, plateifu)
+            cards = {
+                "RUN": (run_dir.resolve().name, "folder of the training run"),
+                "PART": (parts.get(cube.attrs.get("mangaid", ""), ""), "of the run's split"),
+                "RECIPE": (recipe_of(weights, cube.attrs), "hash of the weights and the cube"),
+            }
+            write_map(folder / f"{plateifu}.fits", result, trained, cards)
+            return "written"
+
+        return utils.for_each_galaxy(work, plateifus, "maps", failed_csv)
+
+
+def main(config: Config) -> int:
+    """Map the chosen galaxies and tabulate all maps of the run."""
+    trained = eval_fns.load_model(config.run_dir, config.device)
+    root = eval_fns.run_data_dir(config.run_dir, config.data_dir)
+    available = [p.stem for p in utils.files_in(root / "processed" / "cubes", "*/*.h5")]
+    galaxies = patches.chosen_galaxies(config, available)
+    folder = config.run_dir / eval_fns.MAPS_FOLDER
+    readers = config.jobs or min(utils.cpu_count(), READERS)
+    failed_csv = utils.failed_path(folder, config.shard)
+    outcome = map_galaxies(
+        trained, config.run_dir, root, galaxies, failed_csv, readers, config.overwrite
+    )
+    table = tabulate_maps(folder)
+    if len(table):
+        with utils.atomic_path(folder / TABLE_FILE) as part:
+            table.to_csv(part, index=False)
+        shown = (table["part"] == "train") & table["plateifu"].isin(galaxies)
+        if shown.any():
+            log.warning(
+                "%d of these galaxies (%s%s) were trained on: their maps do not show how well the "
+                "model does on new ones",
+                shown.sum(),
+                ", ".join(table["plateifu"][shown][:3]),
+                ", ..." if shown.sum() > 3 else "",
+            )
+    return utils.report(outcome, "maps", folder)
+
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, __doc__)

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import logging
+import shutil
+
+import mock_cubes
+import numpy as np
+import pandas as pd
+import pytest
+from astropy.io import fits
+from astropy.wcs import WCS
+from safetensors.torch import load_file, save_file
+
+import data_io
+import eval_fns
+import map_galaxies
+import run_SSFTT_training as training
+import utils
+from utils import LABEL_NONE
+
+TEST_GALAXY = mock_cubes.PLATEIFUS[-1]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return mock_cubes.make_data_dir(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def trained_run(root, tmp_path_factory):
+    config = training.TrainConfig(
+        data_dir=root, split_dir="hard", run_dir=tmp_path_factory.mktemp("runs") / "logOH",
+        patch_norm="PCA", patch_size=5, epochs=2, batch_size=64, device="cpu", baselines=False,
+    )  # fmt: skip
+    assert training.main(config) == 0
+    return config.run_dir
+
+
+@pytest.fixture
+def run(trained_run, tmp_path):
+    return shutil.copytree(trained_run, tmp_path / "run")
+
+
+def map_them(run, root, *plateifus, **options):
+    config = map_galaxies.Config(
+        run_dir=run, data_dir=root, plateifu=plateifus, device="cpu", **options
+    )
+    return map_galaxies.main(config)
+
+
+def test_map_holds_what_the_model_says(root, run):
+    assert map_them(run, root, TEST_GALAXY) == 0
+    expected = eval_fns.evaluate_cube(run, utils.cube_path(root, TEST_GALAXY))
+    usable = expected.classes != LABEL_NONE
+    with fits.open(run / "maps" / f"{TEST_GALAXY}.fits") as hdus:
+        np.testing.assert_array_equal(hdus["CLASS"].data, expected.classes)
+        probabilities = hdus["PROBABILITY"].data
+        np.testing.assert_array_equal(probabilities, np.moveaxis(expected.probabilities, 2, 0))
+        by_hand = sum(p * v for p, v in zip(probabilities, utils.class_values(6), strict=True))
+        np.testing.assert_allclose(hdus["LOGOH"].data, by_hand, rtol=1e-6)
+        assert np.isnan(hdus["LOGOH"].data[~usable]).all()
+        header = hdus[0].header
+    assert (header["PLATEIFU"], header["TASK"], header["PART"]) == (TEST_GALAXY, "logOH", "test")
+    assert header["SPAXELS"] == usable.sum() == sum(header["COUNT*"].values())
+    assert header["MEDIAN"] == pytest.approx(np.median(by_hand[usable]), rel=1e-6)
+
+
+def test_map_lies_where_the_galaxy_does(run, tmp_path):
+    trained = eval_fns.load_model(run, "cpu")
+    sky = WCS(naxis=2)
+    sky.wcs.ctype = "RA---TAN", "DEC--TAN"
+    sky.wcs.crval, sky.wcs.crpix, sky.wcs.cdelt = (150.0, 2.0), (4, 5), (-0.5 / 3600, 0.5 / 3600)
+    cards = sky.to_header().tostring(sep="\n", endcard=False, padding=False)
+    probabilities = np.zeros((7, 8, 6), np.float32)
+    probabilities[..., [1, 3]] = 0.25, 0.75
+    classes = probabilities.argmax(2).astype(np.int16)
+    shown = eval_fns.MapPrediction(
+        "1-1", classes, probabilities, classes > 0, {"wcs_header": cards}
+    )
+    map_galaxies.write_map(tmp_path / "x.fits", shown, trained, {})
+    with fits.open(tmp_path / "x.fits") as hdus:
+        there = WCS(hdus["LOGOH"].header).pixel_to_world(3, 4)
+        assert (there.ra.deg, there.dec.deg) == pytest.approx((150, 2))
+        low, high = utils.class_values(6)[[1, 3]]
+        assert hdus["LOGOH"].data[0, 0] == pytest.approx(0.25 * low + 0.75 * high)
+        spread = np.sqrt(0.25 * 0.75) * (high - low)  # of a two-valued variable
+        assert hdus["LOGOH_SPREAD"].data[0, 0] == pytest.approx(spread, rel=1e-5)
+
+
+def test_every_cube_is_mapped_once_and_tabulated(root, run, caplog):
+    parts, _ = data_io.read_split(run / "split")
+    part_of = {p: part for part, table in parts.items() for p in table["plateifu"]}
+    with caplog.at_level(logging.INFO):
+        assert map_them(run, root) == 0
+    assert f"{sum(p == 'train' for p in part_of.values())} of these galaxies" in caplog.text
+    table = pd.read_csv(run / "maps" / "galaxies.csv", keep_default_na=False).set_index("plateifu")
+    assert set(table.index) == set(mock_cubes.PLATEIFUS)
+    assert table["part"].to_dict() == {p: part_of.get(p, "") for p in table.index}
+    classes = list(utils.class_names("logOH", 6))
+    assert (table[classes].sum(axis=1) == table["spaxels"]).all()
+    assert table["median_logoh"].astype(float).between(8.3, 8.7).all()
+    before = {p: p.stat().st_mtime_ns for p in (run / "maps").glob("*.fits")}
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert map_them(run, root) == 0
+    assert f"{len(before)} up to date" in caplog.text
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_map_of_another_cube_or_model_is_made_anew(root, run, tmp_path):
+    root = shutil.copytree(root, tmp_path / "data")
+    path = utils.cube_path(root, TEST_GALAXY)
+    made = run / "maps" / f"{TEST_GALAXY}.fits"
+
+    def recipe():
+        assert map_them(run, root, TEST_GALAXY) == 0
+        return fits.getheader(made)["RECIPE"]
+
+    first = recipe()
+    cube = data_io.read_cube(path)
+    cube.attrs["source_sha256"] = "of another file"
+    data_io.write_cube(path, cube)
+    second = recipe()
+    weights = load_file(run / eval_fns.WEIGHTS_FILE)
+    next(iter(weights.values())).add_(1)
+    save_file(weights, run / eval_fns.WEIGHTS_FILE)
+    assert len({first, second, recipe()}) == 3
+    made.write_bytes(b"")  # not a FITS file any more
+    assert recipe() == fits.getheader(made)["RECIPE"]
+
+
+def test_one_bad_cube_does_not_stop_the_others(root, run, tmp_path, caplog):
+    root = shutil.copytree(root, tmp_path / "data")
+    bad, *good = mock_cubes.PLATEIFUS[:3]
+    utils.cube_path(root, bad).write_bytes(b"no HDF5")
+    assert map_them(run, root, bad, *good) == utils.EXIT_DATA
+    assert {p.stem for p in (run / "maps").glob("*.fits")} == set(good)
+    failed = pd.read_csv(run / "maps" / "failed.csv")
+    assert failed["plateifu"].tolist() == [bad]
+    assert "not a readable HDF5 file" in failed["reason"][0]
