@@ -25,6 +25,7 @@ import numpy as np
 
 import data_io
 import hsi_proc_fns
+import loops
 import utils
 from utils import DataError
 
@@ -44,76 +45,13 @@ class PatchOptions:
 
 
 @dataclass(frozen=True)
-class GalaxyChoice:
-    """Which galaxies to work on, and how."""
-
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
-    plateifu: tuple[str, ...] = ()
-    """Galaxies, e.g. 8485-1901; default all that are there."""
-    galaxy_list: Path | None = None
-    """File with a plateifu a line, or a CSV with a column plateifu."""
-    shard: str | None = None
-    """Work on items k, k+n, ... only: k/n, e.g. 0/4 (for job arrays)."""
-    jobs: int = 0
-    """Processes; 0 takes one a CPU."""
-    overwrite: bool = False
-    """Replace existing outputs."""
-    debug: bool = False
-    """Show tracebacks."""
-
-
-@dataclass(frozen=True)
-class Config(PatchOptions, GalaxyChoice):
+class Config(PatchOptions, loops.GalaxyChoice):
     """Cut processed cubes into labelled patches."""
 
     patch_norms: tuple[utils.PatchNorm, ...] = ("global",)
     """Normalisations to write patch files for (global spatial spectral PCA)."""
     label_tasks: tuple[utils.LabelTask, ...] = utils.LABEL_TASKS  # type: ignore[assignment]
     """Labels to cut patches for."""
-
-
-def chosen_galaxies(choice: GalaxyChoice, available: list[str]) -> list[str]:
-    """Galaxies named by flag or file, else the available ones; then this shard's.
-
-    Raises
-    ------
-    DataError
-        If a name is no plateifu, the list cannot be read or is empty, or nothing is there.
-    """
-    names = list(choice.plateifu)
-    if choice.galaxy_list:
-        names += read_galaxy_list(choice.galaxy_list)
-    for name in names:
-        utils.split_plateifu(name)
-    names = list(dict.fromkeys(names)) or available
-    if not names:
-        root = utils.data_dir(choice.data_dir)
-        raise DataError(
-            f"{root}: no galaxy to work on. The data folder comes from --data-dir, "
-            "MANGA_DATA_DIR or ./data/manga; fill it with download_utils.py or mock_manga.py."
-        )
-    return utils.shard_of(names, choice.shard)
-
-
-def read_galaxy_list(path: Path) -> list[str]:
-    """Plateifus in a text file (one a line) or in a CSV's column plateifu; # starts a comment."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such galaxy list.")
-    rows = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
-    rows = [row for row in rows if row]
-    header = [word.strip().lower() for word in rows[0].split(",")] if rows else []
-    if "plateifu" in header:
-        column = header.index("plateifu")
-        rows = [row.split(",")[column].strip() for row in rows[1:] if row.count(",") >= column]
-    if not rows:
-        raise DataError(f"{path}: names no galaxy; expected a plateifu a line, or a CSV column.")
-    return rows
-
-
-def job_count(choice: GalaxyChoice) -> int:
-    """Choose how many processes work."""
-    return choice.jobs or utils.cpu_count()
 
 
 def label_patches(
@@ -227,7 +165,7 @@ def main(config: Config) -> int:
     """Cut the patches of all chosen galaxies."""
     root = utils.data_dir(config.data_dir)
     cubes = utils.files_in(root / "processed" / "cubes", "*/*.h5")
-    galaxies = chosen_galaxies(config, [p.stem for p in cubes])
+    galaxies = loops.chosen_galaxies(config, [p.stem for p in cubes])
     options = PatchOptions(config.patch_norms, config.patch_size, config.split_dir)
     work = partial(
         patch_all_tasks,
@@ -236,9 +174,9 @@ def main(config: Config) -> int:
         options=options,
         overwrite=config.overwrite,
     )
-    failed_csv = utils.failed_path(root / "processed" / "patches", config.shard)
-    outcome = utils.for_each_galaxy(work, galaxies, "patches", failed_csv, job_count(config))
-    return utils.report(outcome, "patches", root / "processed" / "patches")
+    failed_csv = loops.failed_path(root / "processed" / "patches", config.shard)
+    outcome = loops.for_each_galaxy(work, galaxies, "patches", failed_csv, config.jobs)
+    return loops.report(outcome, "patches", root / "processed" / "patches")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import create_data_splits
-import cube_patch_processing as patches
+import loops
 import process_single_cube as single
 import utils
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Config(single.GalaxyOptions, patches.GalaxyChoice):
+class Config(single.GalaxyOptions, loops.GalaxyChoice):
     """Process a whole set of galaxies."""
 
     splits: bool = True
@@ -46,16 +46,16 @@ def galaxies_with_files(config: Config) -> list[str]:
 def main(config: Config) -> int:
     """Process all chosen galaxies, then split them."""
     root = utils.data_dir(config.data_dir)
-    galaxies = patches.chosen_galaxies(config, galaxies_with_files(config))
+    galaxies = loops.chosen_galaxies(config, galaxies_with_files(config))
     work = partial(
         single.process_galaxy,
         root=root,
         options=config,
         overwrite=config.overwrite,
     )
-    failed_csv = utils.failed_path(root / "processed", config.shard)
-    outcome = utils.for_each_galaxy(work, galaxies, "cubes", failed_csv, patches.job_count(config))
-    code = utils.report(outcome, "cubes", root / "processed")
+    failed_csv = loops.failed_path(root / "processed", config.shard)
+    outcome = loops.for_each_galaxy(work, galaxies, "cubes", failed_csv, config.jobs)
+    code = loops.report(outcome, "cubes", root / "processed")
     if not config.splits or config.shard:
         return code
     for task in config.label_tasks:

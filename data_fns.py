@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 import data_io
 import hsi_proc_fns
+import loops
 import utils
 from utils import LABEL_NONE, DataError, LabelTask, PatchNorm
 
@@ -817,8 +818,8 @@ def pack_cubes(
     }
     packed = data_io.Packed(spectra, rows, wave, recipes, attrs)
     work = partial(_spectra_of, Path(root), patch_norm, stats, dtype)
-    with utils.worker_pool(jobs, "spawn") if jobs > 1 else ThreadPoolExecutor(1) as pool:
-        normed = utils.in_order(pool, work, plateifus, 2 * jobs)
+    with loops.worker_pool(jobs, "spawn") if jobs > 1 else ThreadPoolExecutor(1) as pool:
+        normed = loops.in_order(pool, work, plateifus, 2 * jobs)
         bar = tqdm(normed, desc="packing", total=len(plateifus), unit="galaxy", disable=None)
         data_io.write_packed(path, packed, bar)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import os
 import time
@@ -24,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import loops
 import utils
 from utils import DataError
 
@@ -40,23 +42,17 @@ FileKind = Literal["LOGCUBE", "MAPS", "DRPCUBE"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(loops.GalaxyChoice):
     """Fetch missing files of galaxies from the SDSS archive."""
 
     plateifu: tuple[str, ...] = ()
     """Galaxies, e.g. 8485-1901."""
-    galaxy_list: Path | None = None
-    """File with a plateifu a line, or a CSV with a column plateifu."""
     kinds: tuple[FileKind, ...] = ("MAPS", "LOGCUBE")
     """Files to fetch: the DAP's maps, its model cube, the DRP's cube."""
     daptype: str = DEFAULT_DAPTYPE
     """DAP analysis."""
     catalogue: bool = False
     """Also fetch the dapall catalogue (redshifts, identities, quality of all galaxies)."""
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
-    shard: str | None = None
-    """Fetch for items k, k+n, ... only: k/n."""
     jobs: int = 2
     """Galaxies fetched at a time; please stay polite."""
     retries: int = 4
@@ -67,8 +63,6 @@ class Config:
     """Only list what is missing, with its URL."""
     overwrite: bool = False
     """Fetch again what is already there."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 def archive_url(kind: str, plateifu: str | None, daptype: str, base_url: str = ARCHIVE) -> str:
@@ -106,10 +100,13 @@ def local_path(root: Path, url: str, plateifu: str | None) -> Path:
     return folder / url.rpartition("/")[2]
 
 
-def missing_files(root: Path, plateifu: str, config: Config) -> list[tuple[str, Path]]:
-    """URL and place of each file of a galaxy that is not there yet (or is empty)."""
+def missing_files(root: Path, plateifu: str | None, config: Config) -> list[tuple[str, Path]]:
+    """URL and place of each file of a galaxy that is not there yet (or is empty).
+
+    Without a galaxy: of the catalogue.
+    """
     wanted = []
-    for kind in config.kinds:
+    for kind in config.kinds if plateifu else ("dapall",):
         url = archive_url(kind, plateifu, config.daptype, config.base_url)
         path = local_path(root, url, plateifu)
         if config.overwrite or not path.is_file() or path.stat().st_size == 0:
@@ -252,35 +249,26 @@ def fetch_galaxy(plateifu: str, root: Path, config: Config) -> str:
 
 def main(config: Config) -> int:
     """Fetch, or list, what is missing."""
-    import cube_patch_processing as patches
-
     root = utils.data_dir(config.data_dir)
-    names = list(config.plateifu)
-    if config.galaxy_list:
-        names += patches.read_galaxy_list(config.galaxy_list)
-    if not names and not config.catalogue:
+    is_named = config.plateifu or config.galaxy_list
+    if not is_named and not config.catalogue:
         raise DataError("nothing to fetch: give --plateifu, --galaxy-list or --catalogue.")
-    for name in names:
-        utils.split_plateifu(name)
-    names = utils.shard_of(list(dict.fromkeys(names)), config.shard)
-    if config.catalogue:
-        url = archive_url("dapall", None, config.daptype, config.base_url)
-        path = local_path(root, url, None)
-        if config.dry_run:
-            print(url, path)
-        elif config.overwrite or not path.is_file():
-            log.info("%s: %.1f MB", path.name, fetch(url, path, config.retries) / 1e6)
+    names = loops.chosen_galaxies(config, []) if is_named else []
+    catalogue = missing_files(root, None, config) if config.catalogue else []
     if config.dry_run:
-        for name in names:
-            for url, path in missing_files(root, name, config):
-                print(url, path)
+        for url, path in itertools.chain(
+            catalogue, *(missing_files(root, name, config) for name in names)
+        ):
+            print(url, path)
         return utils.EXIT_DONE
+    for url, path in catalogue:
+        log.info("%s: %.1f MB", path.name, fetch(url, path, config.retries) / 1e6)
     if not names:
         return utils.EXIT_DONE
     work = partial(fetch_galaxy, root=root, config=config)
-    failed_csv = utils.failed_path(root / "raw", config.shard)
-    outcome = utils.for_each_galaxy(work, names, "download", failed_csv, config.jobs)
-    return utils.report(outcome, "download", root / "raw")
+    failed_csv = loops.failed_path(root / "raw", config.shard)
+    outcome = loops.for_each_galaxy(work, names, "download", failed_csv, config.jobs)
+    return loops.report(outcome, "download", root / "raw")
 
 
 if __name__ == "__main__":

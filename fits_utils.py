@@ -29,6 +29,7 @@ from isal import igzip_threaded, isal_zlib
 
 import data_io
 import line_labels
+import loops
 import resample
 import utils
 from utils import DataError
@@ -643,7 +644,7 @@ def _resampled_rows(
 
     any_good = False
     with ThreadPoolExecutor(THREADS) as pool:
-        rows = utils.in_order(pool, one_row, range(ny), LOOK_AHEAD)
+        rows = loops.in_order(pool, one_row, range(ny), LOOK_AHEAD)
         while block := list(itertools.islice(rows, data_io.CHUNK_SPAXELS)):
             stacked = data_io.Rows(*(np.stack(a) for a in zip(*block, strict=True)))
             any_good = any_good or bool(np.any(stacked.good_fraction))

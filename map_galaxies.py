@@ -26,9 +26,9 @@ import numpy as np
 import pandas as pd
 from astropy.io import fits
 
-import cube_patch_processing as patches
 import data_io
 import eval_fns
+import loops
 import utils
 from data_fns import NormedCube
 
@@ -40,7 +40,7 @@ READERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(patches.GalaxyChoice):
+class Config(loops.GalaxyChoice):
     """Map galaxies with a trained model."""
 
     run_dir: Path
@@ -163,7 +163,7 @@ def map_galaxies(
         Data folder.
     plateifus : sequence of str
     failed_csv : Path
-        As in `utils.for_each_galaxy`.
+        As in `loops.for_each_galaxy`.
     readers : int
         Threads that read.
     overwrite : bool
@@ -187,7 +187,7 @@ def map_galaxies(
             return error
 
     with ThreadPoolExecutor(readers) as pool:
-        cubes = utils.in_order(pool, read, plateifus, 2 * readers)
+        cubes = loops.in_order(pool, read, plateifus, 2 * readers)
 
         def work(plateifu: str) -> str:
             cube = next(cubes)
@@ -204,7 +204,7 @@ def map_galaxies(
             write_map(folder / f"{plateifu}.fits", result, trained, cards)
             return "written"
 
-        return utils.for_each_galaxy(work, plateifus, "maps", failed_csv)
+        return loops.for_each_galaxy(work, plateifus, "maps", failed_csv)
 
 
 def main(config: Config) -> int:
@@ -212,10 +212,10 @@ def main(config: Config) -> int:
     trained = eval_fns.load_model(config.run_dir, config.device)
     root = eval_fns.run_data_dir(config.run_dir, config.data_dir)
     available = [p.stem for p in utils.files_in(root / "processed" / "cubes", "*/*.h5")]
-    galaxies = patches.chosen_galaxies(config, available)
+    galaxies = loops.chosen_galaxies(config, available)
     folder = config.run_dir / eval_fns.MAPS_FOLDER
     readers = config.jobs or min(utils.cpu_count(), READERS)
-    failed_csv = utils.failed_path(folder, config.shard)
+    failed_csv = loops.failed_path(folder, config.shard)
     outcome = map_galaxies(
         trained, config.run_dir, root, galaxies, failed_csv, readers, config.overwrite
     )
@@ -232,7 +232,7 @@ def main(config: Config) -> int:
                 ", ".join(table["plateifu"][shown][:3]),
                 ", ..." if shown.sum() > 3 else "",
             )
-    return utils.report(outcome, "maps", folder)
+    return loops.report(outcome, "maps", folder)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+import loops
 import utils
 from mock_physics import (
     C_KMS,
@@ -882,7 +883,7 @@ def simulate_survey(config: MockConfig) -> dict[str, str]:
         params={p.plateifu: p for p in galaxies},
         overwrite=config.overwrite,
     )
-    outcome = utils.for_each_galaxy(
+    outcome = loops.for_each_galaxy(
         work, [p.plateifu for p in galaxies], "simulate", root / "failed_mock.csv", config.jobs
     )
     write_catalogue(root, [p for p in galaxies if outcome[p.plateifu] != "failed"])

@@ -19,6 +19,7 @@ import cube_processing
 import data_io
 import fits_utils as fu
 import hsi_proc_fns
+import loops
 import mock_manga
 import mock_physics
 import process_single_cube
@@ -248,9 +249,9 @@ def test_galaxy_lists_that_name_none_are_refused(tmp_path):
     path = tmp_path / "galaxies.txt"
     for text in ("# none yet\n", "", "mangaid,plateifu\n1-1\n"):
         path.write_text(text)
-        choice = patching.GalaxyChoice(galaxy_list=path)
+        choice = loops.GalaxyChoice(galaxy_list=path)
         with pytest.raises(DataError, match="names no galaxy"):
-            patching.chosen_galaxies(choice, ["8000-1901"])
+            loops.chosen_galaxies(choice, ["8000-1901"])
 
 
 def test_loop_over_galaxies_goes_on_past_bad_files(survey, tmp_path):

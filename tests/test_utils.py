@@ -1,16 +1,12 @@
-"""Paths in both directions, classes, atomic writes, config files, loops that go on."""
+"""Paths in both directions, classes, atomic writes, config files, exit codes."""
 
-import contextlib
-import csv
 import json
 import os
 import platform
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -240,141 +236,6 @@ def test_exit_codes(monkeypatch, capsys):
     assert "--rte" in capsys.readouterr().err
 
 
-def visit(plateifu, bad=()):
-    if plateifu in bad:
-        raise DataError(f"{plateifu}: broken")
-    return "written"
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_loop_goes_on_past_a_bad_galaxy_and_lists_it(tmp_path, jobs):
-    names = [f"8485-{n}" for n in (1901, 1902, 1903)]
-    failed = tmp_path / "failed.csv"
-    outcome = utils.for_each_galaxy(
-        partial(visit, bad=("8485-1902",)), names, "cubes", failed, jobs
-    )
-    assert outcome == {"8485-1901": "written", "8485-1902": "failed", "8485-1903": "written"}
-    rows = list(csv.DictReader(failed.open()))
-    assert rows == [{"plateifu": "8485-1902", "stage": "cubes", "reason": "8485-1902: broken"}]
-    assert utils.report(outcome, "cubes", tmp_path) == 1
-    outcome = utils.for_each_galaxy(visit, names, "cubes", failed, jobs)
-    assert utils.report(outcome, "cubes", tmp_path) == 0
-    assert not failed.exists()
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_debug_shows_where_a_galaxy_met_a_bug(tmp_path, jobs, monkeypatch, capsys):
-    names = ["8485-1901", "8485-1902"]
-
-    def loop(config):
-        utils.for_each_galaxy(partial(divide, by=0), names, "cubes", tmp_path / "f.csv", jobs)
-
-    run_in_process(loop, [], monkeypatch)
-    told = capsys.readouterr().err
-    assert "ZeroDivisionError" in told
-    assert "Traceback" not in told
-    run_in_process(loop, ["--debug"], monkeypatch)
-    assert "in divide" in capsys.readouterr().err
-
-
-def divide(plateifu, by):
-    return str(1 / by)
-
-
-def visit_or_die(plateifu, bad):
-    if plateifu in bad:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.01)
-    return "written"
-
-
-@pytest.mark.parametrize("bad", [("8485-1903",), ("8485-1901", "8485-1902", "8485-1912")])
-def test_killed_worker_fails_its_own_galaxy_only(tmp_path, bad):
-    names = [f"8485-{n}" for n in range(1901, 1913)]
-    failed = tmp_path / "failed.csv"
-    outcome = utils.for_each_galaxy(partial(visit_or_die, bad=bad), names, "cubes", failed, 3)
-    assert outcome == {n: "failed" if n in bad else "written" for n in names}
-    rows = list(csv.DictReader(failed.open()))
-    assert [row["plateifu"] for row in rows] == list(bad)
-    assert all("killed" in row["reason"] for row in rows)
-
-
-LOOP = """
-import sys, time
-from dataclasses import dataclass
-from pathlib import Path
-import utils
-
-OUT, JOBS = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
-
-@dataclass(frozen=True)
-class Config:
-    "Nothing."
-
-def write_for_long(plateifu):
-    with utils.atomic_path(OUT / f"{plateifu}.h5") as part:
-        part.write_text("half")
-        time.sleep(60)
-    return "written"
-
-def main(config):
-    names = [f"8485-{n}" for n in range(1901, 1921)]
-    utils.for_each_galaxy(write_for_long, names, "cubes", OUT / "failed.csv", JOBS)
-
-if __name__ == "__main__":
-    utils.run_command(main, Config, "Write for long.")
-"""
-
-
-@pytest.fixture
-def start_loop(tmp_path):
-    """Function that starts a long loop in a session of its own, which ends with the test."""
-    (tmp_path / "loop.py").write_text(LOOP)
-    (tmp_path / "out").mkdir()
-    loops = []
-
-    def start(jobs):
-        loop = subprocess.Popen(
-            [sys.executable, "loop.py", str(tmp_path / "out"), str(jobs)],
-            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        loops.append(loop)
-        return loop
-
-    yield start
-    for loop in loops:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(loop.pid, signal.SIGKILL)
-        loop.wait()
-        loop.stderr.close()
-
-
-@pytest.mark.parametrize(
-    ("number", "jobs", "code", "send"),
-    [
-        (signal.SIGINT, 1, 130, os.kill),
-        (signal.SIGINT, 2, 130, os.kill),
-        (signal.SIGINT, 2, 130, os.killpg),  # a terminal's Ctrl-C
-        (signal.SIGTERM, 1, 143, os.kill),
-        (signal.SIGTERM, 2, 143, os.kill),
-        (signal.SIGTERM, 2, 143, os.killpg),  # SLURM's
-        (signal.SIGKILL, 2, -9, os.kill),
-    ],
-)
-def test_stopped_loop_leaves_no_process_and_no_file(tmp_path, start_loop, number, jobs, code, send):
-    out, loop = tmp_path / "out", start_loop(jobs)
-    while len(list(out.iterdir())) < jobs:
-        assert loop.poll() is None
-        time.sleep(0.05)
-    send(loop.pid, number)
-    told = loop.communicate(timeout=10)[1]  # comes when the last process has closed the pipe
-    assert loop.returncode == code
-    assert list(out.iterdir()) == []
-    if code > 0:
-        assert told == "stopped; finished outputs are whole, run the same command to go on\n"
-
-
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     script = tmp_path / "talk.py"
     script.write_text(
@@ -407,42 +268,6 @@ def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
 def test_a_split_stays_in_the_data_folder(name):
     with pytest.raises(DataError, match="expected the plain name"):
         utils.split_path(Path("data"), name)
-
-
-def test_list_of_failures_keeps_the_galaxies_that_were_not_tried(tmp_path):
-    failed = tmp_path / "failed.csv"
-
-    def listed(names, bad):
-        utils.for_each_galaxy(partial(visit, bad=bad), names, "cubes", failed)
-        return [r["plateifu"] for r in csv.DictReader(failed.open())] if failed.exists() else []
-
-    names = ["8485-1901", "8485-1902", "8485-1903"]
-    assert listed(names, names[:2]) == names[:2]
-    assert listed(names[2:], ()) == names[:2]
-    assert listed(names[:1], ()) == names[1:2]
-    assert listed(names[2:], names[2:]) == names[1:]
-    assert listed(names[1:], ()) == []
-
-
-def test_each_shard_has_its_own_list_of_failures(tmp_path):
-    found = []
-    for shard in ("0/2", "1/2", None):
-        config = cube_patch_processing.Config(
-            data_dir=tmp_path, plateifu=("8485-1901", "8485-1902"), shard=shard, jobs=1
-        )
-        assert cube_patch_processing.main(config) == 1
-        found.append({p.name: p.read_text().count("\n") for p in tmp_path.rglob("failed*.csv")})
-    assert found[1] == {"failed-0of2.csv": 2, "failed-1of2.csv": 2}
-    assert found[2] == {"failed.csv": 3}  # it tried what they list
-
-
-def test_shards_partition_the_list():
-    items = list(range(11))
-    parts = [utils.shard_of(items, f"{k}/3") for k in range(3)]
-    assert sorted(i for part in parts for i in part) == items
-    for bad in ("3/3", "a/b", "1"):
-        with pytest.raises(DataError, match="--shard"):
-            utils.shard_of(items, bad)
 
 
 def test_environment_names_what_a_run_depended_on():

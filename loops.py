@@ -1,0 +1,307 @@
+"""Loops over galaxies: which ones, in how many processes, and what failed.
+
+One galaxy that fails, or kills its process, is reported in failed.csv and the loop goes on.
+
+    >>> galaxies = chosen_galaxies(choice, available)
+    >>> outcome = for_each_galaxy(work, galaxies, "cubes", failed_path(folder, choice.shard), jobs)
+    >>> return report(outcome, "cubes", folder)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import itertools
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import utils
+from utils import DataError
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class GalaxyChoice:
+    """Which galaxies to work on, and how."""
+
+    data_dir: Path | None = None
+    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
+    plateifu: tuple[str, ...] = ()
+    """Galaxies, e.g. 8485-1901; default all that are there."""
+    galaxy_list: Path | None = None
+    """File with a plateifu a line, or a CSV with a column plateifu."""
+    shard: str | None = None
+    """Work on items k, k+n, ... only: k/n, e.g. 0/4 (for job arrays)."""
+    jobs: int = 0
+    """Processes; 0 takes one a CPU."""
+    overwrite: bool = False
+    """Replace existing outputs."""
+    debug: bool = False
+    """Show tracebacks."""
+
+
+# Which galaxies
+
+
+def chosen_galaxies(choice: GalaxyChoice, available: list[str]) -> list[str]:
+    """Galaxies named by flag or file, else the available ones; then this shard's.
+
+    Raises
+    ------
+    DataError
+        If a name is no plateifu, the list cannot be read or is empty, or nothing is there.
+    """
+    names = list(choice.plateifu)
+    if choice.galaxy_list:
+        names += read_galaxy_list(choice.galaxy_list)
+    for name in names:
+        utils.split_plateifu(name)
+    names = list(dict.fromkeys(names)) or available
+    if not names:
+        root = utils.data_dir(choice.data_dir)
+        raise DataError(
+            f"{root}: no galaxy to work on. The data folder comes from --data-dir, "
+            "MANGA_DATA_DIR or ./data/manga; fill it with download_utils.py or mock_manga.py."
+        )
+    return shard_of(names, choice.shard)
+
+
+def read_galaxy_list(path: Path) -> list[str]:
+    """Plateifus in a text file (one a line) or in a CSV's column plateifu; # starts a comment."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such galaxy list.")
+    rows = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    rows = [row for row in rows if row]
+    header = [word.strip().lower() for word in rows[0].split(",")] if rows else []
+    if "plateifu" in header:
+        column = header.index("plateifu")
+        rows = [row.split(",")[column].strip() for row in rows[1:] if row.count(",") >= column]
+    if not rows:
+        raise DataError(f"{path}: names no galaxy; expected a plateifu a line, or a CSV column.")
+    return rows
+
+
+def shard_of(items: Sequence[Any], shard: str | None) -> list[Any]:
+    """Items k, k+n, ... for shard "k/n" (k from 0); all of them without a shard."""
+    if not shard:
+        return list(items)
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if not match or int(match[1]) >= int(match[2]):
+        raise DataError(f"--shard {shard}: expected k/n with 0 <= k < n, e.g. 0/4.")
+    return list(items[int(match[1]) :: int(match[2])])
+
+
+def failed_path(folder: Path, shard: str | None) -> Path:
+    """List of the failed galaxies of a stage; each shard has its own."""
+    return Path(folder) / (f"failed-{shard.replace('/', 'of')}.csv" if shard else "failed.csv")
+
+
+# Work on each
+
+
+def for_each_galaxy(
+    work: Callable[[str], str],
+    plateifus: Iterable[str],
+    stage: str,
+    failed_csv: Path,
+    jobs: int = 1,
+) -> dict[str, str]:
+    """Run `work` on every galaxy; one that fails is reported and the loop goes on.
+
+    Parameters
+    ----------
+    work : function of a plateifu, picklable
+        Returns a word on what it did ("written", "skipped"). A DataError or OSError fails its
+        galaxy only.
+    plateifus : iterable of str
+    stage : str
+        What is being done, for the progress bar, the log and failed.csv.
+    failed_csv : Path
+        Rows (plateifu, stage, reason) of these galaxies are replaced, those of others stay; without
+        rows there is no file.
+    jobs : int
+        Processes; 1 works in this one, 0 takes one a CPU.
+
+    Returns
+    -------
+    dict of plateifu -> word, "failed" for the failed ones.
+    """
+    from tqdm import tqdm  # only loops need it
+
+    todo, jobs = list(plateifus), jobs or utils.cpu_count()
+    outcome: dict[str, str] = {}
+    failures: list[tuple[str, ...]] = []
+    start = time.monotonic()
+    with tqdm(total=len(todo), desc=stage, unit="galaxy", disable=None) as bar:
+
+        def finish(plateifu: str, word: str, reason: str = "", trace: str = "") -> None:
+            outcome[plateifu] = word
+            if word == "failed":
+                failures.append((plateifu, stage, reason))
+                log.error("%s: %s failed: %s", plateifu, stage, reason)
+                log.debug("%s", trace)
+            bar.update()
+            done = len(outcome)
+            if done % 100 == 0:
+                rate = done / (time.monotonic() - start)
+                left = (len(todo) - done) / rate / 60
+                log.info("%s: %d of %d, %.1f/s, %.0f min left", stage, done, len(todo), rate, left)
+
+        if jobs == 1 or len(todo) < 2:
+            for plateifu in todo:
+                finish(plateifu, *_attempt(work, plateifu))
+        else:
+            _in_processes(work, todo, jobs, finish)
+    _update_failures(failed_csv, set(todo), failures)
+    if failures:
+        log.error(
+            "%s: %d of %d galaxies failed, listed in %s",
+            stage,
+            len(failures),
+            len(todo),
+            failed_csv,
+        )
+    return outcome
+
+
+def _attempt(work: Callable[[str], str], plateifu: str) -> tuple[str, ...]:
+    """Outcome of one galaxy's work; if it failed, also the reason and the traceback."""
+    try:
+        return (work(plateifu),)
+    except Exception as error:  # a bug met on one galaxy must not stop ten thousand others
+        reason = str(error)
+        if not isinstance(error, DataError | OSError):
+            reason = f"{type(error).__name__}: {error} (a bug: run this galaxy with --debug)"
+        return "failed", reason, traceback.format_exc()
+
+
+def _in_processes(
+    work: Callable[[str], str], todo: list[str], jobs: int, finish: Callable[..., None]
+) -> None:
+    """Work in worker processes; tell `finish` each galaxy's outcome.
+
+    A worker that dies (killed, for want of memory as a rule) takes its pool with it. The galaxies
+    in flight are then tried one at a time, so that only the one that kills its worker fails.
+    """
+    waiting, suspects = deque(todo), deque[str]()
+    while waiting or suspects:
+        queue, n = (suspects, 1) if suspects else (waiting, min(jobs, len(waiting)))
+        running: dict[Future, str] = {}
+        with worker_pool(n) as pool:
+            try:
+                while queue or running:
+                    while queue and len(running) < n:
+                        running[pool.submit(_attempt, work, queue[0])] = queue[0]
+                        queue.popleft()
+                    done = wait(running, return_when=FIRST_COMPLETED).done
+                    for future in sorted(done, key=lambda f: f.exception() is not None):
+                        result = future.result()
+                        finish(running.pop(future), *result)
+            except BrokenProcessPool:
+                if n > 1:
+                    suspects.extend(running.values())
+                    continue
+                for plateifu in running.values():
+                    finish(plateifu, "failed", "its process was killed, out of memory as a rule")
+
+
+@contextlib.contextmanager
+def worker_pool(n: int, start_method: str | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Pool of n processes, stopped at once if the loop over it is."""
+    others = multiprocessing.active_children()
+    context = multiprocessing.get_context(start_method)
+    with ProcessPoolExecutor(n, context, initializer=_start_worker) as pool:
+        try:
+            yield pool
+        except BaseException:
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+            raise
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent; end on SIGTERM, and with the parent."""
+    utils.open_parts.clear()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_worker)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_worker(number: int, _frame: object) -> None:
+    """End without an exception: the pool would take it for a result, and go on."""
+    for part in utils.open_parts:
+        part.unlink(missing_ok=True)
+    os._exit(128 + number)
+
+
+def _end_with_parent() -> None:
+    """Wait for the parent's end, however it comes, then end this worker."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _update_failures(failed_csv: Path, tried: set[str], failures: list[tuple[str, ...]]) -> None:
+    """Replace the rows of the galaxies tried, also in other shards' lists; remove empty lists."""
+    failed_csv = Path(failed_csv)
+    for path in {failed_csv, *utils.files_in(failed_csv.parent, "failed*.csv")}:
+        rows: list[tuple[str, ...]] = []
+        if path.is_file():
+            with path.open(newline="") as f:
+                rows = [tuple(row) for row in list(csv.reader(f))[1:] if row]
+        kept = [row for row in rows if row[0] not in tried]
+        kept += failures if path == failed_csv else []
+        if kept and sorted(kept) != sorted(rows):
+            with utils.atomic_path(path) as part, part.open("w", newline="") as f:
+                csv.writer(f).writerows([("plateifu", "stage", "reason"), *sorted(kept)])
+        elif not kept:
+            path.unlink(missing_ok=True)
+
+
+def in_order(
+    pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Result]:
+    """Yield the results of `work` in the items' order, a few made ahead of their reader.
+
+    Parameters
+    ----------
+    pool : Executor
+        Threads or processes.
+    work : function of an item
+    items : iterable
+    ahead : int
+        Results that are there or being made before they are asked for: so many are in memory.
+    """
+    waiting = iter(items)
+    running = deque(pool.submit(work, item) for item in itertools.islice(waiting, max(ahead, 1)))
+    while running:
+        result = running.popleft().result()
+        running.extend(pool.submit(work, item) for item in itertools.islice(waiting, 1))
+        yield result
+
+
+def report(outcome: dict[str, str], stage: str, where: Path) -> int:
+    """Log how many galaxies ended how, and where the results lie; return the exit code."""
+    words = sorted(set(outcome.values()))
+    counts = ", ".join(f"{sum(v == w for v in outcome.values())} {w}" for w in words)
+    log.info("%s: %d galaxies: %s. Results: %s", stage, len(outcome), counts or "none", where)
+    return utils.EXIT_DATA if "failed" in words else utils.EXIT_DONE

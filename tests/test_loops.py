@@ -1,0 +1,229 @@
+"""Loops over galaxies go on past failures, in one process or several, and stop cleanly."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import cube_patch_processing
+import loops
+import utils
+from utils import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """Config of a script without options."""
+
+    debug: bool = False
+
+
+def visit(plateifu, bad=()):
+    if plateifu in bad:
+        raise DataError(f"{plateifu}: broken")
+    return "written"
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_loop_goes_on_past_a_bad_galaxy_and_lists_it(tmp_path, jobs):
+    names = [f"8485-{n}" for n in (1901, 1902, 1903)]
+    failed = tmp_path / "failed.csv"
+    outcome = loops.for_each_galaxy(
+        partial(visit, bad=("8485-1902",)), names, "cubes", failed, jobs
+    )
+    assert outcome == {"8485-1901": "written", "8485-1902": "failed", "8485-1903": "written"}
+    rows = list(csv.DictReader(failed.open()))
+    assert rows == [{"plateifu": "8485-1902", "stage": "cubes", "reason": "8485-1902: broken"}]
+    assert loops.report(outcome, "cubes", tmp_path) == 1
+    outcome = loops.for_each_galaxy(visit, names, "cubes", failed, jobs)
+    assert loops.report(outcome, "cubes", tmp_path) == 0
+    assert not failed.exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_debug_shows_where_a_galaxy_met_a_bug(tmp_path, jobs, monkeypatch, capsys):
+    names = ["8485-1901", "8485-1902"]
+
+    def told(*argv):
+        def loop(config):
+            loops.for_each_galaxy(partial(divide, by=0), names, "cubes", tmp_path / "f.csv", jobs)
+
+        monkeypatch.setattr(sys, "argv", ["script", *argv])
+        with pytest.raises(SystemExit):
+            utils.run_command(loop, Nothing, "doc")
+        return capsys.readouterr().err
+
+    assert "ZeroDivisionError" in told()
+    assert "Traceback" not in told()
+    assert "in divide" in told("--debug")
+
+
+def divide(plateifu, by):
+    return str(1 / by)
+
+
+def visit_or_die(plateifu, bad):
+    if plateifu in bad:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.01)
+    return "written"
+
+
+@pytest.mark.parametrize("bad", [("8485-1903",), ("8485-1901", "8485-1902", "8485-1912")])
+def test_killed_worker_fails_its_own_galaxy_only(tmp_path, bad):
+    names = [f"8485-{n}" for n in range(1901, 1913)]
+    failed = tmp_path / "failed.csv"
+    outcome = loops.for_each_galaxy(partial(visit_or_die, bad=bad), names, "cubes", failed, 3)
+    assert outcome == {n: "failed" if n in bad else "written" for n in names}
+    rows = list(csv.DictReader(failed.open()))
+    assert [row["plateifu"] for row in rows] == list(bad)
+    assert all("killed" in row["reason"] for row in rows)
+
+
+LOOP = """
+import sys, time
+from dataclasses import dataclass
+from pathlib import Path
+import loops, utils
+
+OUT, JOBS = Path(sys.argv.pop(1)), int(sys.argv.pop(1))
+
+@dataclass(frozen=True)
+class Config:
+    "Nothing."
+
+def write_for_long(plateifu):
+    with utils.atomic_path(OUT / f"{plateifu}.h5") as part:
+        part.write_text("half")
+        time.sleep(60)
+    return "written"
+
+def main(config):
+    names = [f"8485-{n}" for n in range(1901, 1921)]
+    loops.for_each_galaxy(write_for_long, names, "cubes", OUT / "failed.csv", JOBS)
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, "Write for long.")
+"""
+
+
+@pytest.fixture
+def start_loop(tmp_path):
+    """Function that starts a long loop in a session of its own, which ends with the test."""
+    (tmp_path / "loop.py").write_text(LOOP)
+    (tmp_path / "out").mkdir()
+    started = []
+
+    def start(jobs):
+        loop = subprocess.Popen(
+            [sys.executable, "loop.py", str(tmp_path / "out"), str(jobs)],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(loop)
+        return loop
+
+    yield start
+    for loop in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(loop.pid, signal.SIGKILL)
+        loop.wait()
+        loop.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "jobs", "code", "send"),
+    [
+        (signal.SIGINT, 1, 130, os.kill),
+        (signal.SIGINT, 2, 130, os.kill),
+        (signal.SIGINT, 2, 130, os.killpg),  # a terminal's Ctrl-C
+        (signal.SIGTERM, 1, 143, os.kill),
+        (signal.SIGTERM, 2, 143, os.kill),
+        (signal.SIGTERM, 2, 143, os.killpg),  # SLURM's
+        (signal.SIGKILL, 2, -9, os.kill),
+    ],
+)
+def test_stopped_loop_leaves_no_process_and_no_file(tmp_path, start_loop, number, jobs, code, send):
+    out, loop = tmp_path / "out", start_loop(jobs)
+    while len(list(out.iterdir())) < jobs:
+        assert loop.poll() is None
+        time.sleep(0.05)
+    send(loop.pid, number)
+    told = loop.communicate(timeout=10)[1]  # comes when the last process has closed the pipe
+    assert loop.returncode == code
+    assert list(out.iterdir()) == []
+    if code > 0:
+        assert told == "stopped; finished outputs are whole, run the same command to go on\n"
+
+
+def test_list_of_failures_keeps_the_galaxies_that_were_not_tried(tmp_path):
+    failed = tmp_path / "failed.csv"
+
+    def listed(names, bad):
+        loops.for_each_galaxy(partial(visit, bad=bad), names, "cubes", failed)
+        return [r["plateifu"] for r in csv.DictReader(failed.open())] if failed.exists() else []
+
+    names = ["8485-1901", "8485-1902", "8485-1903"]
+    assert listed(names, names[:2]) == names[:2]
+    assert listed(names[2:], ()) == names[:2]
+    assert listed(names[:1], ()) == names[1:2]
+    assert listed(names[2:], names[2:]) == names[1:]
+    assert listed(names[1:], ()) == []
+
+
+def test_each_shard_has_its_own_list_of_failures(tmp_path):
+    found = []
+    for shard in ("0/2", "1/2", None):
+        config = cube_patch_processing.Config(
+            data_dir=tmp_path, plateifu=("8485-1901", "8485-1902"), shard=shard, jobs=1
+        )
+        assert cube_patch_processing.main(config) == 1
+        found.append({p.name: p.read_text().count("\n") for p in tmp_path.rglob("failed*.csv")})
+    assert found[1] == {"failed-0of2.csv": 2, "failed-1of2.csv": 2}
+    assert found[2] == {"failed.csv": 3}  # it tried what they list
+
+
+def test_shards_partition_the_list():
+    items = list(range(11))
+    parts = [loops.shard_of(items, f"{k}/3") for k in range(3)]
+    assert sorted(i for part in parts for i in part) == items
+    for bad in ("3/3", "a/b", "1"):
+        with pytest.raises(DataError, match="--shard"):
+            loops.shard_of(items, bad)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 99])
+def test_results_come_in_order_and_few_are_ahead(ahead):
+    begun = []
+
+    def work(i):
+        begun.append(i)
+        time.sleep(0.01 if i % 3 else 0.03)
+        return i * i
+
+    with ThreadPoolExecutor(4) as pool:
+        for i, result in enumerate(loops.in_order(pool, work, range(12), ahead)):
+            assert result == i * i
+            assert len(begun) <= i + 1 + max(ahead, 1)
+    assert len(begun) == 12
+
+
+def test_an_error_comes_in_its_turn():
+    with ThreadPoolExecutor(2) as pool:
+        results = loops.in_order(pool, lambda i: 1 // i, [1, 1, 0], 3)
+        assert [next(results), next(results)] == [1, 1]
+        with pytest.raises(ZeroDivisionError):
+            next(results)
