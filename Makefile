@@ -32,6 +32,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/codespell
 	$(VENV)/bin/mypy
+	$(MAKE) -C image-extractor lint PYTHON=$(PYTHON)
 
 bench: $(STAMP)
 	$(python) benchmarks/run_all.py

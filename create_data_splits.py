@@ -13,7 +13,7 @@ Writes  splits/<split_dir>/{train,val,test}.csv: plateifu, mangaid, n_labelled, 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,6 @@ from utils import DataError
 
 log = logging.getLogger(__name__)
 
-DEFAULT_FRACTIONS = (0.7, 0.15, 0.15)
-DEFAULT_MIN_LABELLED = 20
-
 
 @dataclass(frozen=True)
 class Config:
@@ -40,9 +37,9 @@ class Config:
     """Name of the split; default hard_<label_task>."""
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
-    fractions: tuple[float, float, float] = DEFAULT_FRACTIONS
+    fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
     """Shares of training, validation and test."""
-    min_labelled: int = DEFAULT_MIN_LABELLED
+    min_labelled: int = 20
     """Leave out galaxies with fewer labelled spaxels."""
     skip_critical: bool = False
     """Leave out galaxies whose quality word says CRITICAL."""
@@ -70,10 +67,11 @@ def labelled_galaxies(
     DataError
         If there is no label map, or none with enough labels.
     """
-    folder = Path(root) / "processed" / "labels" / label_task
-    paths = [p for p in utils.files_in(folder, "*.npy") if not p.stem.endswith("_err")]
+    paths = utils.label_maps(root, label_task)
     if not paths:
-        raise DataError(f"{folder}: no label maps. Make them with cube_processing.py.")
+        raise DataError(
+            f"{root}: no label maps of {label_task}. Make them with cube_processing.py."
+        )
     n_classes = len(utils.class_names(label_task))
     rows = []
     for path in paths:
@@ -98,8 +96,8 @@ def labelled_galaxies(
         )
     if not rows:
         raise DataError(
-            f"{folder}: none of {len(paths)} galaxies has {min_labelled} labelled spaxels; lower "
-            "--min-labelled."
+            f"{paths[0].parent}: none of {len(paths)} galaxies has {min_labelled} labelled "
+            "spaxels; lower --min-labelled."
         )
     left_out = len(paths) - len(rows)
     if left_out:
@@ -166,30 +164,6 @@ def _interleave(n: int, fractions: tuple[float, ...], rng: np.random.Generator) 
     return part[np.argsort(np.concatenate(position), kind="stable")]
 
 
-def write_hard_split(
-    root: Path,
-    label_task: str,
-    split_dir: str,
-    fractions: tuple[float, float, float] = DEFAULT_FRACTIONS,
-    min_labelled: int = DEFAULT_MIN_LABELLED,
-    skip_critical: bool = False,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> dict[str, pd.DataFrame]:
-    """Make and write a split by whole galaxies; log what each part holds."""
-    galaxies = labelled_galaxies(root, label_task, min_labelled, skip_critical)
-    parts = hard_split(galaxies, fractions, seed)
-    options = {
-        "fractions": list(fractions),
-        "min_labelled": min_labelled,
-        "skip_critical": skip_critical,
-        "seed": seed,
-    }
-    meta = {"kind": "hard", "label_task": label_task, **options}
-    write_checked(root, split_dir, parts, meta, overwrite)
-    return parts
-
-
 def write_checked(
     root: Path,
     split_dir: str,
@@ -200,12 +174,11 @@ def write_checked(
     """Write a split unless another one stands in its place; log what each part holds."""
     folder = utils.split_path(root, split_dir)
     if not overwrite and all(utils.split_path(root, split_dir, p).is_file() for p in parts):
-        existing, made = data_io.read_split(folder)
-        is_same = all(
-            existing[p]["plateifu"].tolist() == parts[p]["plateifu"].tolist() for p in parts
-        )
-        made = {"skip_critical": False, **made, "galaxies": is_same}  # the first: older splits
-        utils.check_recipe(folder, made, {**meta, "galaxies": True})
+        made = {"skip_critical": False, **data_io.read_split(folder)[1]}  # older ones do not say
+        made["labels"] = made.get("sha256") == data_io.split_sha256(parts)
+        utils.check_recipe(folder, made, {**meta, "labels": True})
+        log.info("Split: %s, up to date", folder)
+        return
     data_io.write_split(folder, parts, {**meta, "created_utc": utils.utc_now()})
     for name, table in parts.items():
         count = f"{table['plateifu'].nunique()} galaxies"
@@ -214,18 +187,20 @@ def write_checked(
     log.info("Split: %s", folder)
 
 
+def meta_of(config: Config, kind: str) -> dict[str, Any]:
+    """Tell what decides a split, besides the labels."""
+    options = ("label_task", "fractions", "min_labelled", "skip_critical", "seed")
+    return {"kind": kind, **{name: getattr(config, name) for name in options}}
+
+
 def main(config: Config) -> int:
     """Write the split."""
-    options = asdict(config)
-    write_hard_split(
-        utils.data_dir(config.data_dir),
-        config.label_task,
-        config.split_dir or utils.hard_split(config.label_task),
-        **{
-            k: options[k]
-            for k in ("fractions", "min_labelled", "skip_critical", "seed", "overwrite")
-        },
-    )
+    root = utils.data_dir(config.data_dir)
+    task = config.label_task
+    galaxies = labelled_galaxies(root, task, config.min_labelled, config.skip_critical)
+    parts = hard_split(galaxies, config.fractions, config.seed)
+    split_dir = config.split_dir or utils.hard_split(task)
+    write_checked(root, split_dir, parts, meta_of(config, "hard"), config.overwrite)
     return utils.EXIT_DONE
 
 

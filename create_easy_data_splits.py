@@ -94,15 +94,7 @@ def main(config: Config) -> int:
         ys, xs = np.nonzero(classes != utils.LABEL_NONE)
         spaxels[plateifu] = ys, xs
     parts = easy_split(galaxies, spaxels, config.fractions, config.seed)
-    meta = {
-        "kind": "easy",
-        "warning": WARNING,
-        "label_task": config.label_task,
-        "fractions": list(config.fractions),
-        "min_labelled": config.min_labelled,
-        "skip_critical": config.skip_critical,
-        "seed": config.seed,
-    }
+    meta = {**hard.meta_of(config, "easy"), "warning": WARNING}
     split_dir = config.split_dir or f"easy_{config.label_task}"
     hard.write_checked(root, split_dir, parts, meta, config.overwrite)
     log.warning(WARNING)

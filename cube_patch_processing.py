@@ -116,7 +116,7 @@ def patch_galaxy(
         recipe: dict[str, Any] = {**source, "patch_norm": norm, "patch_size": options.patch_size}
         if norm == "PCA":
             stats = data_io.read_split_stats(_stats_path(root, options.split_dir))
-            recipe["stats"] = stats.attrs.get("created_utc")
+            recipe["stats"] = stats.sha256
         target = utils.patch_path(root, label_task, norm, plateifu)
         if target.is_file() and not overwrite:
             utils.check_recipe(target, data_io.read_patches(target)[2], recipe)
@@ -164,7 +164,7 @@ def patch_all_tasks(
 def main(config: Config) -> int:
     """Cut the patches of all chosen galaxies."""
     root = utils.data_dir(config.data_dir)
-    cubes = utils.files_in(root / "processed" / "cubes", "*/*.h5")
+    cubes = utils.processed_cubes(root)
     galaxies = loops.chosen_galaxies(config, [p.stem for p in cubes])
     options = PatchOptions(config.patch_norms, config.patch_size, config.split_dir)
     work = partial(

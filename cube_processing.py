@@ -64,12 +64,10 @@ def main(config: Config) -> int:
             log.info("split %s exists already and is kept (models may know it)", name)
             continue
         try:
-            create_data_splits.write_hard_split(
-                root,
-                task,
-                name,
-                skip_critical=config.skip_critical,
-                seed=config.seed,
+            create_data_splits.main(
+                create_data_splits.Config(
+                    task, data_dir=root, skip_critical=config.skip_critical, seed=config.seed
+                )
             )
         except utils.DataError as error:  # a handful of galaxies is worth processing all the same
             log.warning("no split %s: %s", name, error)

@@ -19,7 +19,6 @@ held on the GPU, where batches are then cut, turned and mirrored.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import signal
 import warnings
@@ -399,7 +398,7 @@ class PatchFileDataset(GatheredDataset):
     ) -> None:
         super().__init__(samples, spec)
         self.root = Path(root)
-        self.stats_made = stats and stats.attrs.get("created_utc")
+        self.stats_sha256 = stats.sha256 if stats else None
         self._maps: dict[str, np.ndarray] = {}
 
     @property
@@ -427,10 +426,10 @@ class PatchFileDataset(GatheredDataset):
         """Map a galaxy's patches, cut to the size and the bands asked for."""
         path = _patch_file(self.root, self.spec, plateifu)
         patches, _, meta = data_io.read_patches(path)
-        if self.stats_made and meta.get("stats") not in (None, self.stats_made):
+        if self.stats_sha256 and meta.get("stats") not in (None, self.stats_sha256):
             raise DataError(
-                f"{path}: projected on components of {meta['stats']}, the split's statistics are "
-                f"of {self.stats_made}. Re-run cube_patch_processing.py --overwrite with the split."
+                f"{path}: projected on other components than those of the split's statistics. "
+                "Re-run cube_patch_processing.py --overwrite with the split."
             )
         stored, size = patches.shape[1], self.spec.patch_size
         if stored < size:
@@ -761,7 +760,7 @@ def _why_stale(
     packed: data_io.Packed, root: Path, plateifus: Sequence[str], stats: data_io.Stats | None
 ) -> str:
     """Say why a packed file does not serve; empty if it does."""
-    if packed.attrs.get("stats") != stats_name(stats):
+    if packed.attrs.get("stats") != (stats.sha256 if stats else None):
         return "the statistics are others"
     for plateifu in plateifus:
         if plateifu not in packed.rows:
@@ -772,14 +771,6 @@ def _why_stale(
         if data_io.recipe_of(data_io.read_cube_attrs(path)) != packed.recipes[plateifu]:
             return f"{path} was made anew"
     return ""
-
-
-def stats_name(stats: data_io.Stats | None) -> str | None:
-    """Tell statistics from others: by their content, since a second may see two of them."""
-    if stats is None:
-        return None
-    parts = (stats.components, stats.mean, stats.explained_variance)
-    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
 def pack_cubes(
@@ -812,7 +803,7 @@ def pack_cubes(
     spectra = np.broadcast_to(np.zeros(1, dtype), (n_rows, n_bands))
     attrs = {
         "patch_norm": patch_norm,
-        "stats": stats_name(stats),
+        "stats": stats.sha256 if stats else None,
         "code_version": utils.VERSION,
         "created_utc": utils.utc_now(),
     }
@@ -837,7 +828,7 @@ def _spectra_of(
     if not np.isfinite(rounded).all():
         raise DataError(
             f"{path}: values up to {np.abs(spectra).max():.3g} in the norm {patch_norm}, too large "
-            f"for {dtype}. Pack as float32: --packed-type, in pack_cubes.py --dtype."
+            f"for {dtype}. Use --packed-type float32."
         )
     return rounded
 

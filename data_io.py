@@ -373,12 +373,17 @@ def write_split(folder: Path, parts: dict[str, pd.DataFrame], meta: dict[str, An
         kind ("hard" or "easy"), seed, ...; one header line each.
     """
     check_split(parts, meta.get("kind", "hard"), str(folder))
-    tables = {part: table.to_csv(index=False) for part, table in parts.items()}
-    whole = hashlib.sha256("".join(tables.values()).encode()).hexdigest()
-    lines = [f"# {k}: {json.dumps(v, default=str)}\n" for k, v in {**meta, "sha256": whole}.items()]
-    for part, table in tables.items():
+    meta = {**meta, "sha256": split_sha256(parts)}
+    lines = [f"# {k}: {json.dumps(v, default=str)}\n" for k, v in meta.items()]
+    for part, table in parts.items():
         with utils.atomic_path(Path(folder) / f"{part}.csv") as temporary:
-            temporary.write_text("".join(lines) + table)
+            temporary.write_text("".join(lines) + table.to_csv(index=False))
+
+
+def split_sha256(parts: dict[str, pd.DataFrame]) -> str:
+    """Name of a split's content, which the header of each part holds."""
+    whole = "".join(table.to_csv(index=False) for table in parts.values())
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
@@ -402,7 +407,7 @@ def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
             lines = itertools.takewhile(lambda line: line.startswith("# "), f)
             header = [line[2:].partition(": ") for line in lines]
         meta = {key: json.loads(value) for key, _, value in header}
-        wholes.add(meta.pop("sha256", None))
+        wholes.add(meta.get("sha256"))
         table = pd.read_csv(path, comment="#", dtype={"plateifu": str, "mangaid": str})
         missing = {"plateifu", "mangaid"} - set(table.columns)
         if missing:
@@ -465,6 +470,12 @@ class Stats:
     def kind(self) -> CubeKind:
         """Kind of the cubes that they describe."""
         return CubeKind.of(self.wave, self.attrs)
+
+    @property
+    def sha256(self) -> str:
+        """Name of the components: by content, since one second may see two of them made."""
+        parts = (self.components, self.mean, self.explained_variance)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
 
 
 STATS_FIELDS = ("wave", "mean", "std", "components", "explained_variance", "explained_ratio")

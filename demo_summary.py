@@ -48,7 +48,7 @@ def summarise(root: Path, results: Path, seconds: float | None) -> dict[str, Any
     """Flat summary of the demo: what there was, and how well it went."""
     found = {name: read_metrics(results / name) for name in RUNS}
     logoh, easy, bpt = (found[name] for name in RUNS)
-    maps = sorted((root / "processed" / "labels" / "logOH").glob("*[0-9].npy"))
+    maps = utils.label_maps(root, "logOH")
     parts, _ = data_io.read_split(results / "logOH_hard" / "split")
     patches = int(pd.concat(parts.values())["n_labelled"].sum())
     return {

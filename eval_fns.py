@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -189,7 +189,10 @@ def load_model(run_dir: Path, device: str = "auto") -> TrainedModel:
         )
     try:
         about = json.loads(path.read_text())
-        weights = load_file(run_dir / WEIGHTS_FILE)
+        with safe_open(run_dir / WEIGHTS_FILE, "pt") as f:
+            weights = {name: f.get_tensor(name) for name in f.keys()}
+            if f.metadata():  # a stop may have come between the two files
+                about["best"] = json.loads(f.metadata()["best"])
     except (ValueError, SafetensorError) as error:
         raise DataError(
             f"{run_dir}: {MODEL_FILE} or {WEIGHTS_FILE} is damaged ({error}). Train the model anew."
@@ -356,18 +359,27 @@ def load_for(trained: TrainedModel, path: Path) -> data_fns.NormedCube:
     return cube
 
 
-def read_labels_for(trained: TrainedModel, path: Path) -> np.ndarray:
+def read_labels_for(trained: TrainedModel, path: Path, usable: np.ndarray) -> np.ndarray:
     """Read a label map that a model may be compared with, (y, x).
+
+    Parameters
+    ----------
+    trained : TrainedModel
+    path : Path
+    usable : (y, x) bool
+        Usable spaxels of the galaxy's cube.
 
     Raises
     ------
     DataError
-        If it is unreadable, or made with other options than the training's.
+        If it is unreadable, made with other options than the training's, or of another shape.
     """
     made = data_io.read_label_meta(path).get("options")
     want = trained.about["training_labels"].get("options")
     data_fns.check_label_options(utils.plateifu_of(path), made, want, "the training's")
-    return data_io.read_labels(path)
+    labels = data_io.read_labels(path)
+    data_fns.check_label_shape(labels, usable, path)
+    return labels
 
 
 def map_cube(
@@ -423,10 +435,9 @@ def predict_split(
     groups = table.groupby("plateifu", sort=False)
     for plateifu, rows in tqdm(groups, desc="galaxies", unit="galaxy", disable=None):
         path = utils.cube_path(root, plateifu)
-        label_path = utils.label_path(root, spec.label_task, plateifu)
-        labels = read_labels_for(trained, label_path)
         cube = load_for(trained, path)
-        data_fns.check_label_shape(labels, cube.usable, path)
+        label_path = utils.label_path(root, spec.label_task, plateifu)
+        labels = read_labels_for(trained, label_path, cube.usable)
         result = map_cube(trained, cube, plateifu, patch_wise)
         classes = utils.label_classes(labels, spec.label_task, spec.n_classes)
         wanted = (classes != LABEL_NONE) & cube.usable
@@ -450,7 +461,7 @@ def predict_split(
         if baseline is not None:
             frame["spectrum_only"] = baseline_logits(baseline, cube.values[y, x]).argmax(1)
         frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
 def predict_patch_files(

@@ -474,6 +474,8 @@ def process_cube(
     if target.is_file() and not overwrite:
         attrs = data_io.read_cube_attrs(target)
         made = json.loads(attrs.get("config_json", "{}"))
+        if "catalogue_sha256" in made and redshift is None:  # the redshift came from there
+            recipe["catalogue_sha256"] = catalogue and utils.sha256_of(catalogue)
         made["source_sha256"] = attrs.get("source_sha256")
         is_same = attrs.get("source_stamp") == stamp  # else a survey is read to see it is done
         sha256 = made["source_sha256"] if is_same else utils.sha256_of(source)
@@ -485,6 +487,8 @@ def process_cube(
         plateifu, critical = vet_header(primary, source, target)
         if critical and skip_critical:
             return SKIPPED
+        if redshift is None and primary.get("SCINPVEL") is None and catalogue is not None:
+            recipe["catalogue_sha256"] = utils.sha256_of(catalogue)
         z, mangaid = _identify(source, primary, plateifu, redshift, catalogue)
         edges = resample.log_edges(WAVE_LOG_FIRST, WAVE_LOG_STEP, WAVE_N)
         wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
@@ -710,19 +714,19 @@ def _celestial(header: fits.Header) -> str:
 
 
 def line_channels(header: fits.Header, lines: Sequence[str], path: Path) -> dict[str, int]:
-    """Index of each line's channel, from the header cards C01.. (C1.. where there are few).
+    """Index of every line's channel, from the header cards C01.. (C1.. where there are few).
 
     Raises
     ------
     DataError
-        If a line is not there; the message lists those that are.
+        If one of `lines` is not there; the message lists those that are.
     """
     cards = ((k[1:], v) for k, v in header.items() if k[:1] == "C" and k[1:].isdigit())
     channels = {str(value).strip(): int(number) - 1 for number, value in cards}
     unknown = [line for line in lines if line not in channels]
     if unknown:
         raise DataError(f"{path}: no channel {', '.join(unknown)}; it holds {', '.join(channels)}.")
-    return {line: channels[line] for line in lines}
+    return channels
 
 
 def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[line_labels.LineMaps, Hdu, Hdu]:
@@ -751,7 +755,7 @@ def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[line_labels.LineMa
         if array is None or array.ndim != 3 or array.shape != shape:
             found = None if array is None else array.shape
             raise DataError(f"{path}: {name} has shape {found}, expected (channel, y, x) {shape}.")
-    flux, ivar, mask = ({k: a[i] for k, i in channels.items()} for a in arrays)  # type: ignore[index]
+    flux, ivar, mask = ({k: a[channels[k]] for k in lines} for a in arrays)  # type: ignore[index]
     bad = {k: (m & MAPS_DONOTUSE) != 0 for k, m in mask.items()}
     return line_labels.LineMaps(flux, ivar, bad), hdus["PRIMARY"], hdus[quantity]
 

@@ -16,6 +16,9 @@ import numpy as np
 from data_io import Stats, measured_bins
 from utils import PATCH_NORMS, DataError
 
+LEAST_VARIANCE = 1e-12
+"""Of a component; a smaller one is rounding, and must not be divided by."""
+
 MIN_MEASURED = 0.8
 """Share of bins a spectrum needs to be usable, as the DAP asks of its spectra (header FSPCOV)."""
 
@@ -138,10 +141,14 @@ def project_pca(spectra: np.ndarray, stats: Stats | None) -> np.ndarray:
             f"PCA of {stats.mean.size} bands, cube of {spectra.shape[1]}: run calc_data_stats.py "
             "on cubes of this wavelength grid."
         )
-    scale = np.sqrt(np.maximum(stats.explained_variance, 1e-12))
-    matrix = (stats.components / scale[:, None]).astype(np.float32)  # (K, band)
+    matrix = whitening(stats.components, stats.explained_variance).astype(np.float32)
     centred = unit_mean(spectra) - stats.mean.astype(np.float32)
     return centred.astype(np.float32) @ matrix.T
+
+
+def whitening(components: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """Scale principal components (K, band) so that projections on them have unit variance."""
+    return components / np.sqrt(np.maximum(variance, LEAST_VARIANCE))[:, None]
 
 
 def _to_unit_range(spectra: np.ndarray, axis: int | None) -> np.ndarray:

@@ -63,7 +63,7 @@ def parts_of_split(run_dir: Path) -> dict[str, str]:
 
 def recipe_of(weights_sha256: str, attrs: dict[str, Any]) -> str:
     """Tell what a map is made from in 16 characters: the model's weights, the cube's content."""
-    made_from = json.dumps([weights_sha256, data_io.content_of(attrs)], sort_keys=True)
+    made_from = json.dumps([weights_sha256, data_io.recipe_of(attrs)], sort_keys=True)
     return hashlib.sha256(made_from.encode()).hexdigest()[:16]
 
 
@@ -211,7 +211,7 @@ def main(config: Config) -> int:
     """Map the chosen galaxies and tabulate all maps of the run."""
     trained = eval_fns.load_model(config.run_dir, config.device)
     root = eval_fns.run_data_dir(config.run_dir, config.data_dir)
-    available = [p.stem for p in utils.files_in(root / "processed" / "cubes", "*/*.h5")]
+    available = [p.stem for p in utils.processed_cubes(root)]
     galaxies = loops.chosen_galaxies(config, available)
     folder = config.run_dir / eval_fns.MAPS_FOLDER
     readers = config.jobs or min(utils.cpu_count(), READERS)

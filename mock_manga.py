@@ -28,12 +28,9 @@ indices are not measured: all their values are masked NOVALUE|DONOTUSE.
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import logging
 import shutil
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -95,6 +92,8 @@ DAPTYPES = (
     "VOR10-MILESHC-MASTARSSP",
 )
 DAPALL = "dapall-v3_1_1-3.1.0.fits"
+FIRST_PLATE = 13001
+"""Of the simulated galaxies; the survey's end below."""
 TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 1
 BUNDLES: dict[int, tuple[int, int, float]] = {
     19: (2, 34, 0.117),
@@ -190,8 +189,8 @@ class GalaxyParams:
 
 
 def plateifu_of_index(index: int, bundle: int) -> str:
-    """Name of the mock galaxy: plates from 13001 on, which the survey never had."""
-    return f"{13001 + index // 2}-{bundle}{1 + index % 2:02d}"
+    """Name of the mock galaxy, on a plate that the survey never had."""
+    return f"{FIRST_PLATE + index // 2}-{bundle}{1 + index % 2:02d}"
 
 
 def twin_index(index: int) -> int:
@@ -548,12 +547,9 @@ def read_maps_scene(path: Path) -> Scene:
     import mock_fits as head
 
     path = Path(path)
-    primary, hdus = _read_maps(path)
+    primary, hdus, row = _read_maps(path)
     size = hdus["SPX_MFLUX"].shape[0]
     z = float(primary["SCINPVEL"]) / C_KMS
-    row = {name: i for i, name in enumerate(hdus["channels"])}
-    if "Ha-6564" not in row:
-        raise DataError(f"{path}: no channel Ha-6564 in EMLINE_GFLUX; is this a DAP MAPS file?")
     line_bad = (hdus["EMLINE_GFLUX_MASK"] & DONOTUSE) != 0
     field_bits = np.bitwise_and.reduce(hdus["EMLINE_GFLUX_MASK"], axis=0)
     bits = (field_bits & (NOCOV | LOWCOV | DEADFIBER | FORESTAR)).astype(np.int32)
@@ -580,11 +576,10 @@ def read_maps_scene(path: Path) -> Scene:
     weights = population_weights(log_age, np.full_like(log_age, -0.1))
     templates = stellar_templates(z, star_sigma)
     shape = mix_templates(templates, weights, star_v, np.eye(size), ys, xs)
-    known = EMLINES
     lines = {
         name: np.where(line_bad[i], 0, hdus["EMLINE_GFLUX"][i])[ys, xs].astype(float)
         for name, i in row.items()
-        if name in known
+        if name in EMLINES
     }
     cards = {key: primary[key] for key, _, _ in head.PRIMARY if key in primary}
     for key in ("CHECKSUM", "DATASUM", "DAPFRMT", "MASKNAME"):
@@ -631,35 +626,19 @@ MAPS_NEEDED = (
 CARDS_NEEDED = "PLATEIFU SCINPVEL EBVGAL OBJRA OBJDEC DAPTYPE REFF ECOOPA ECOOELL".split()
 
 
-def _read_maps(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Primary header, and the arrays that a scene needs, of a MAPS file; channel names beside."""
-    from astropy.io import fits
+def _read_maps(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    """Primary header, the arrays that a scene needs, and the line channels of a MAPS file."""
+    import fits_utils
 
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. --from-maps needs a DAP MAPS file.")
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":  # all of it: astropy takes a broken off file for a short one
-            content = gzip.decompress(content)
-        with fits.open(io.BytesIO(content), memmap=False) as f:
-            primary = dict(f[0].header)
-            absent = [name for name in MAPS_NEEDED if name not in f]
-            absent += [card for card in CARDS_NEEDED if card not in primary]
-            if absent:
-                raise DataError(
-                    f"{path}: no {', '.join(absent)}; expected a DAP MAPS file of DR15 to DR17."
-                )
-            hdus: dict[str, Any] = {name: np.asarray(f[name].data) for name in MAPS_NEEDED}
-            header = f["EMLINE_GFLUX"].header
-            n = len(hdus["EMLINE_GFLUX"])
-            keys = [f"C{i:0{len(str(n))}d}" for i in range(1, n + 1)]
-            hdus["channels"] = [str(header.get(k, header.get(f"C{i}", ""))).strip()
-                                for i, k in enumerate(keys, 1)]  # fmt: skip
-    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: not a readable FITS file ({error}). Fetch it again.") from None
-    return primary, hdus
+    hdus = fits_utils.read_hdus(path, ("PRIMARY", *MAPS_NEEDED))
+    primary = dict(hdus.pop("PRIMARY").header)
+    absent = [card for card in CARDS_NEEDED if card not in primary]
+    if absent:
+        raise DataError(
+            f"{path}: no {', '.join(absent)}; expected a DAP MAPS file of DR15 to DR17."
+        )
+    channels = fits_utils.line_channels(hdus["EMLINE_GFLUX"].header, ("Ha-6564",), path)
+    return primary, {name: hdu.data for name, hdu in hdus.items()}, channels
 
 
 def resynthesise(data_dir: Path, maps: Path, seed: int, overwrite: bool = False) -> list[Path]:
@@ -810,6 +789,42 @@ def write_galaxy(data_dir: Path, galaxy: Galaxy) -> list[Path]:
     return out
 
 
+def check_folder(root: Path, galaxies: Sequence[GalaxyParams]) -> None:
+    """Raise a DataError if these galaxies would mix with real ones, or with another survey's."""
+    import fits_utils  # here and below: --help does not need astropy
+
+    catalogue = root / "raw" / DAPALL
+    if catalogue.is_file():
+        named = fits_utils.catalogue_rows(catalogue)
+        real = [name for name in named if int(utils.split_plateifu(name)[0]) < FIRST_PLATE]
+        if real:
+            raise DataError(
+                f"{catalogue}: holds real galaxies ({real[0]}, ...), and the simulated ones' would "
+                "replace it. Choose another --data-dir."
+            )
+    wanted = {_place(p.plateifu): p.plateifu for p in galaxies}
+    for path in utils.files_in(root / "truth", "*.h5"):
+        ours = wanted.get(_place(path.stem), path.stem)
+        if ours != path.stem:
+            raise DataError(
+                f"{path}: lies in the place of {ours}, with a bundle of another size. Give "
+                "the same --bundles, or choose another --data-dir."
+            )
+
+
+def _place(plateifu: str) -> tuple[str, str]:
+    """Place of a galaxy in its survey: plate and number on it, whatever the bundle."""
+    plate, ifu = utils.split_plateifu(plateifu)
+    return plate, ifu[-2:]
+
+
+def galaxies_there(root: Path) -> list[GalaxyParams]:
+    """List the simulated galaxies of a data folder by their truth files, without re-synthesised."""
+    paths = utils.files_in(root / "truth", "*.h5")
+    metas = (json.loads(read_truth(path)[1]["meta_json"]) for path in paths)
+    return [GalaxyParams(**meta["params"]) for meta in metas if "params" in meta]
+
+
 def write_catalogue(data_dir: Path, galaxies: Sequence[GalaxyParams]) -> Path:
     """Write the dapall-like catalogue: one table an analysis, as in the archive.
 
@@ -866,17 +881,18 @@ def simulate_survey(config: MockConfig) -> dict[str, str]:
 
     Returns
     -------
-    dict of plateifu -> "written", "skipped" or "failed".
+    dict of plateifu -> {"written", "up to date", "failed"}
 
     Raises
     ------
     DataError
-        Unknown bundle, no galaxies.
+        Unknown bundle, no galaxies, a folder with real galaxies or those of other bundles.
     """
     if config.n_galaxies < 1:
         raise DataError(f"--n-galaxies {config.n_galaxies}: expected 1 or more.")
     root = utils.data_dir(config.data_dir)
     galaxies = [draw_params(config.seed, i, config.bundles) for i in range(config.n_galaxies)]
+    check_folder(root, galaxies)
     work = partial(
         _simulate_one,
         root=root,
@@ -886,7 +902,7 @@ def simulate_survey(config: MockConfig) -> dict[str, str]:
     outcome = loops.for_each_galaxy(
         work, [p.plateifu for p in galaxies], "simulate", root / "failed_mock.csv", config.jobs
     )
-    write_catalogue(root, [p for p in galaxies if outcome[p.plateifu] != "failed"])
+    write_catalogue(root, galaxies_there(root))
     return outcome
 
 
@@ -904,7 +920,7 @@ def _simulate_one(
                 "Use --overwrite, or another --data-dir."
             )
         if all(utils.raw_paths(root, plateifu, kind, DAPTYPE) for kind in ("LOGCUBE", "MAPS")):
-            return "skipped"
+            return "up to date"
     write_galaxy(root, simulate_galaxy(wanted))
     return "written"
 
@@ -916,16 +932,7 @@ def main(config: MockConfig) -> int:
         for path in resynthesise(root, config.from_maps, config.seed, config.overwrite):
             log.info("%s", path)
         return utils.EXIT_DONE
-    outcome = simulate_survey(config)
-    count = {word: list(outcome.values()).count(word) for word in ("written", "skipped", "failed")}
-    log.info(
-        "%d galaxies written, %d there already, %d failed: %s",
-        count["written"],
-        count["skipped"],
-        count["failed"],
-        root / "raw",
-    )
-    return utils.EXIT_DATA if count["failed"] else utils.EXIT_DONE
+    return loops.report(simulate_survey(config), "simulate", root / "raw")
 
 
 if __name__ == "__main__":

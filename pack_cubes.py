@@ -35,7 +35,7 @@ class Config:
     """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     patch_norm: utils.PatchNorm = "global"
     """Normalisation of the spectra."""
-    dtype: data_fns.PackedType = "float16"
+    packed_type: data_fns.PackedType = "float16"
     """Numbers in the file."""
     jobs: int = 0
     """Processes; 0 takes one a CPU."""
@@ -55,7 +55,7 @@ def main(config: Config) -> int:
         config.split_dir,
         config.patch_norm,
         galaxies,
-        config.dtype,
+        config.packed_type,
         config.jobs or utils.cpu_count(),
         config.overwrite,
     )

@@ -18,6 +18,7 @@ Ctrl-C, SIGUSR1 and SIGTERM end the run after the step at hand: last.pt is saved
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -43,6 +44,7 @@ from tqdm import tqdm
 import data_fns
 import data_io
 import eval_fns
+import hsi_proc_fns
 import utils
 from data_fns import Batch, Batches, CutoutBatch, PatchDataset, PatchSpec
 from HSI_SSFTT import SSFTT, count_parameters, get_SSFTT_model
@@ -60,6 +62,10 @@ BASELINE_COMPONENTS = 50
 """Principal components of the spectra that the baseline sees."""
 CHECK_STEPS = 50
 """Steps between two looks at the losses, for which a GPU has to wait."""
+BANDS_AT_ONCE = 1000
+"""Of the fields that a GPU classifies together: 32 galaxies with 30 components each."""
+SHAPE_STEP = 16
+"""Such fields are padded to multiples of it: every new shape costs a search for convolutions."""
 FINAL_LR = 0.01
 """Learning rate at the end of the cosine, as a share of the peak."""
 RUN_FILES = (
@@ -396,7 +402,7 @@ def refuse_loss(training: Training, loss: float, rows: Tensor) -> NoReturn:
 
 def validate(training: Training) -> dict[str, float]:
     """Loss and metrics over the validation part."""
-    torch.backends.cudnn.benchmark = False  # every galaxy has a shape of its own
+    torch.backends.cudnn.benchmark = False  # many shapes, each once an epoch
     loader = training.loaders["val"]
     patchwise = training.config.source == "patches"
     predict = eval_fns.predict_logits if patchwise else predict_fields
@@ -410,22 +416,37 @@ def validate(training: Training) -> dict[str, float]:
 
 @torch.inference_mode()
 def predict_fields(
-    network: SSFTT, loader: DataLoader, device: torch.device, amp: eval_fns.Amp
+    network: SSFTT,
+    loader: DataLoader,
+    device: torch.device,
+    amp: eval_fns.Amp,
+    at_once: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Do as `eval_fns.predict_logits`, a whole galaxy at a time: the same numbers, faster."""
+    """Do as `eval_fns.predict_logits`, whole galaxies at a time: the same numbers, faster.
+
+    A GPU takes `at_once` galaxies together (default by their number of bands), with zeros beside
+    the smaller ones, as beyond any field; a CPU one, and computes no zeros.
+    """
     dataset, logits, order = _dataset(loader), [], []
+    samples = dataset.samples
+    if at_once is None:
+        at_once = max(1, BANDS_AT_ONCE // dataset.n_bands) if device.type == "cuda" else 1
+    step = SHAPE_STEP if at_once > 1 else 1
     network.eval()
-    for galaxy, rows in dataset.samples.by_galaxy():
-        field, (y, x) = dataset.field(galaxy)
+    parts = samples.by_galaxy()
+    while some := list(itertools.islice(parts, at_once)):
+        fields, corners = zip(*(dataset.field(galaxy) for galaxy, _ in some), strict=True)
+        ny, nx = (-(-max(f.shape[axis] for f in fields) // step) * step for axis in (3, 4))
+        padded = [F.pad(f, (0, nx - f.shape[4], 0, ny - f.shape[3])) for f in fields]
         with torch.autocast(device.type, eval_fns.AMP_TYPES[amp], enabled=amp != "off"):
-            dense = network.forward_dense(field.to(device, non_blocking=True))[0]
-        there = torch.from_numpy(
-            (dataset.samples.y[rows] - y).astype(np.int64) * dense.shape[2]
-            + dataset.samples.x[rows]
-            - x
-        ).to(device)
-        logits.append(dense.flatten(1)[:, there].T.float())
-        order.append(rows)
+            dense = network.forward_dense(torch.cat(padded).to(device, non_blocking=True))
+        there = [
+            (i * ny + samples.y[rows].astype(np.int64) - y) * nx + samples.x[rows] - x
+            for i, ((_, rows), (y, x)) in enumerate(zip(some, corners, strict=True))
+        ]
+        chosen = torch.from_numpy(np.concatenate(there)).to(device)
+        logits.append(dense.movedim(1, 3).flatten(0, 2)[chosen].float())
+        order += [rows for _, rows in some]
     return torch.cat(logits).cpu().numpy(), np.concatenate(order)
 
 
@@ -478,15 +499,18 @@ def finish_epoch(training: Training, values: dict[str, float]) -> None:
 def save_best(training: Training, row: dict[str, float]) -> None:
     """Write the weights, then the description that names them."""
     weights = {k: v.detach().cpu().contiguous() for k, v in training.model.state_dict().items()}
-    write_tensors(training.run_dir / eval_fns.WEIGHTS_FILE, weights)
     training.about["best"] = {**row, "monitor": training.config.monitor}
+    best = {"best": json.dumps(training.about["best"])}
+    write_tensors(training.run_dir / eval_fns.WEIGHTS_FILE, weights, best)
     utils.write_json(training.run_dir / eval_fns.MODEL_FILE, training.about)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write a .safetensors file that others may read, too (its own writer lets nobody)."""
     with utils.atomic_path(path) as part:
-        part.write_bytes(save(tensors))
+        part.write_bytes(save(tensors, metadata))
 
 
 def save_checkpoint(training: Training) -> None:
@@ -575,7 +599,7 @@ def check_inputs(config: TrainConfig, run_dir: Path) -> None:
     changed = [part for part in then if not then[part].equals(now[part])]
     if config.patch_norm == "PCA":
         paths = utils.stats_path(root, config.split), run_dir / eval_fns.STATS_FILE
-        ours, other = (data_fns.stats_name(data_io.read_stats(path)) for path in paths)
+        ours, other = (data_io.read_stats(path).sha256 for path in paths)
         changed += ["statistics"] if ours != other else []
     if changed:
         raise DataError(
@@ -630,6 +654,8 @@ def _is_run(run_dir: Path) -> bool:
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """Options that make a run, those that an older run lacks at their defaults."""
+    config = {**utils.config_dict(TrainConfig()), **config}
     return {k: v for k, v in config.items() if k not in NOT_THE_RUN}
 
 
@@ -642,6 +668,8 @@ def check_options(config: TrainConfig) -> None:
         "--label-smoothing": not 0 <= config.label_smoothing < 1,
         "--cutout": config.cutout < 1 or config.cutout % 2 == 0,
         "--patch-size": config.patch_size < 1,
+        "--spectral-kernel": config.spectral_kernel < 1,
+        "--spectral-stride": config.spectral_stride < 1,
         "--epochs": config.epochs < 1,
         "--batch-size": config.batch_size < 1,
         "--samples-per-epoch": config.samples_per_epoch is not None
@@ -718,8 +746,7 @@ def start_projection(model: SSFTT, dataset: PatchDataset, seed: int) -> None:
     if len(spectra) <= k:
         raise DataError(f"--projection {k}: needs more than the {len(spectra)} training samples.")
     pca = PCA(k, svd_solver="covariance_eigh").fit(spectra)
-    scale = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))[:, None]
-    parts = (pca.components_ / scale, pca.mean_)
+    parts = (hsi_proc_fns.whitening(pca.components_, pca.explained_variance_), pca.mean_)
     device = next(model.parameters()).device
     model.start_projection(*(torch.from_numpy(p.astype(np.float32)).to(device) for p in parts))
 
@@ -747,12 +774,12 @@ def fit_spectrum_baseline(dataset: PatchDataset, seed: int) -> dict[str, Tensor]
     else:
         pca = PCA(min(BASELINE_COMPONENTS, n_bands, len(rows)), random_state=seed, whiten=True)
         regression = LogisticRegression(max_iter=300).fit(pca.fit_transform(spectra), classes)
-        scale = np.sqrt(np.maximum(pca.explained_variance_, 1e-12))
         coefficients, intercept = regression.coef_, regression.intercept_
         if present.size == 2:  # sklearn keeps one row for two classes
             coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
             intercept = np.concatenate([-intercept / 2, intercept / 2])
-        weight[present] = coefficients @ (pca.components_ / scale[:, None])
+        whiten = hsi_proc_fns.whitening(pca.components_, pca.explained_variance_)
+        weight[present] = coefficients @ whiten
         bias[present] = intercept - weight[present] @ pca.mean_
     return {
         "weight": torch.from_numpy(weight.astype(np.float32)),
@@ -885,8 +912,8 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
 
 def compile_steps(model: SSFTT) -> None:
     """Compile what training calls; maps come in too many sizes."""
-    model.forward = torch.compile(model.forward)  # type: ignore[method-assign]
-    model.forward_inner = torch.compile(model.forward_inner)  # type: ignore[method-assign]
+    for name in ("forward", "forward_inner"):  # shapes repeat: another one is compiled for itself
+        setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
 
 
 def train(training: Training, stopper: Stopper) -> int:

@@ -216,9 +216,11 @@ def find_raw(root: Path, plateifu: str, kind: str, daptype: str | None = None) -
     found = raw_paths(root, plateifu, kind, daptype)
     dap = [p for p in found if f"-{kind}-" in p.name]
     if len(dap) > 1:
+        is_twice = len({p.name.removesuffix(".gz") for p in dap}) == 1
+        remedy = "remove one, they are the same" if is_twice else "choose one with --daptype"
         raise DataError(
             f"{plateifu}: {len(dap)} {kind} files in {raw_dir(root, plateifu)} "
-            f"({', '.join(p.name for p in dap)}): choose one with --daptype."
+            f"({', '.join(p.name for p in dap)}): {remedy}."
         )
     if not found:
         wanted = f"manga-{plateifu}-{kind}-{daptype or '*'}.fits.gz"
@@ -239,6 +241,17 @@ def cube_path(root: Path, plateifu: str) -> Path:
 def label_path(root: Path, label_task: str, plateifu: str) -> Path:
     """Label map (.npy) of a galaxy."""
     return Path(root) / "processed" / "labels" / label_task / f"{plateifu}.npy"
+
+
+def processed_cubes(root: Path) -> list[Path]:
+    """All H5 cubes of a data folder, sorted."""
+    return files_in(Path(root) / "processed" / "cubes", "*/*.h5")
+
+
+def label_maps(root: Path, label_task: str) -> list[Path]:
+    """All label maps of a task, sorted; not their uncertainties."""
+    folder = Path(root) / "processed" / "labels" / label_task
+    return [p for p in files_in(folder, "*.npy") if not p.stem.endswith("_err")]
 
 
 def patch_path(root: Path, label_task: str, patch_norm: str, plateifu: str) -> Path:

@@ -700,7 +700,7 @@ def galaxy_figure(
     task, n_classes = trained.spec.label_task, len(trained.about["class_names"])
     label_file = utils.label_path(root, task, plateifu)
     if label_file.is_file():
-        labels = eval_fns.read_labels_for(trained, label_file)
+        labels = eval_fns.read_labels_for(trained, label_file, prediction.usable)
         figure = Figure(figsize=(14, 4.1), layout="constrained")
         plot_comparison(figure.subplots(1, 3), prediction, labels, task, n_classes)
         return figure, prediction
@@ -779,17 +779,17 @@ def variance_figure(stats: data_io.Stats) -> Figure:
     return figure
 
 
-def run_figures(run_dir: Path, part: str = "test") -> dict[str, Figure]:
+def run_figures(run_dir: Path, about: dict[str, Any], part: str = "test") -> dict[str, Figure]:
     """Make the figures of a run: curves, confusion (if evaluated), explained variance (if PCA).
 
-    Whatever else is missing is logged, with the command that makes it.
+    `about` is the model's description (`TrainedModel.about`). What is missing is logged, with the
+    command that makes it.
     """
     import eval_fns
 
     figures = {}
     metrics = run_dir / eval_fns.METRICS_FILE
     if metrics.is_file():
-        about = json.loads((run_dir / eval_fns.MODEL_FILE).read_text())
         figures["training_curves"] = Figure(figsize=(11, 3.4), layout="constrained")
         axes = figures["training_curves"].subplots(1, 2)
         plot_training_curves(axes, pd.read_csv(metrics), about)
@@ -799,7 +799,7 @@ def run_figures(run_dir: Path, part: str = "test") -> dict[str, Figure]:
     evaluation = run_dir / part / eval_fns.RESULT_FILE
     if evaluation.is_file():
         result = json.loads(evaluation.read_text())
-        best = json.loads((run_dir / eval_fns.MODEL_FILE).read_text())["best"]["epoch"]
+        best = about["best"]["epoch"]
         if result["best_epoch"] != best:
             log.warning(
                 "%s is of epoch %d, the model of epoch %d", evaluation, result["best_epoch"], best
@@ -835,7 +835,7 @@ def main(config: VisConfig) -> int:
     trained = eval_fns.load_model(config.run_dir, config.device)
     root = eval_fns.run_data_dir(config.run_dir, config.data_dir)
     out = config.run_dir / eval_fns.FIGURES_FOLDER
-    for name, figure in run_figures(config.run_dir, config.part).items():
+    for name, figure in run_figures(config.run_dir, trained.about, config.part).items():
         save(figure, out / f"{name}.png")
     failed = 0
     for plateifu in config.plateifu:

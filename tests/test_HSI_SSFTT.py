@@ -490,6 +490,9 @@ def test_arguments_make_the_same_network_again():
         ({"projection": 2}, "2 bands"),
         ({"heads": 7}, "heads"),
         ({"patch_size": 0}, "patch size"),
+        ({"spectral_kernel": 0}, "spectral kernel"),
+        ({"heads": 0}, "heads"),
+        ({"dim": 0}, "width"),
     ],
 )
 def test_impossible_networks_are_refused_in_one_line(arguments, word):

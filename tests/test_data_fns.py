@@ -271,14 +271,20 @@ def test_patch_files_of_other_statistics_are_refused(tmp_path):
     mock_cubes.write_patch_files(root, "logOH", "PCA", size=7)
     spec = PatchSpec("logOH", patch_norm="PCA")
     stats = data_io.read_stats(utils.stats_path(root, "hard"))
-    stats.attrs["created_utc"] = "2026-01-02T00:00:00Z"
-    data_io.write_stats(utils.stats_path(root, "hard"), stats)
     for path in root.glob("processed/patches/logOH/PCA/*/*.npy"):
-        meta = {**data_io.read_patches(path)[2], "stats": "2026-01-01T00:00:00Z"}
+        meta = {**data_io.read_patches(path)[2], "stats": stats.sha256}
         utils.write_json(path.with_suffix(".json"), meta)
-    loader = data_fns.get_dataloaders(root, "hard", spec, "patches")["train"]
+
+    def first_batch():
+        return next(iter(data_fns.get_dataloaders(root, "hard", spec, "patches")["train"]))
+
+    stats.attrs["created_utc"] = "2026-01-02T00:00:00Z"  # the same components, made again
+    data_io.write_stats(utils.stats_path(root, "hard"), stats)
+    assert first_batch().patches.shape[2] == len(stats.components)
+    stats.components[0] *= -1  # others, made in the same second
+    data_io.write_stats(utils.stats_path(root, "hard"), stats)
     with pytest.raises(DataError, match="Re-run cube_patch_processing"):
-        next(iter(loader))
+        first_batch()
 
 
 def test_many_samples_need_no_weight_each():

@@ -150,7 +150,7 @@ def test_split_round_trip_keeps_header_and_text_ids(tmp_path):
     }
     data_io.write_split(tmp_path, parts, {"kind": "hard", "seed": 3})
     back, meta = data_io.read_split(tmp_path)
-    assert meta == {"kind": "hard", "seed": 3}
+    assert meta == {"kind": "hard", "seed": 3, "sha256": data_io.split_sha256(parts)}
     for name, table in parts.items():
         pd.testing.assert_frame_equal(back[name], table, check_dtype=False)
 

@@ -204,6 +204,21 @@ def test_command_fetches_what_is_missing_and_goes_on_past_failures(archive, tmp_
     assert archive.log == []
 
 
+def test_dry_run_lists_what_is_missing_and_an_empty_catalogue_is(archive, tmp_path, capsys):
+    config = du.Config(catalogue=True, data_dir=tmp_path, base_url=archive.base, dry_run=True)
+    url = du.archive_url("dapall", None, config.daptype, archive.base)
+    archive.files["/sas" + url.removeprefix(archive.base)] = CONTENT
+    path = du.local_path(tmp_path, url, None)
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert du.main(config) == 0
+    assert capsys.readouterr().out == f"{url} {path}\n"
+    assert du.main(replace(config, dry_run=False)) == 0
+    assert path.read_bytes() == CONTENT
+    assert du.main(config) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_nothing_asked_is_one_clear_line(tmp_path):
     with pytest.raises(DataError, match="nothing to fetch"):
         du.main(du.Config(data_dir=tmp_path))

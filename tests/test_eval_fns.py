@@ -240,6 +240,23 @@ def test_damaged_model_is_one_clear_line(own_run, name):
         eval_fns.load_model(own_run)
 
 
+def test_weights_say_of_which_epoch_they_are(own_run):
+    """A stop may come between the two files of a model."""
+    best = eval_fns.load_model(own_run).about["best"]
+    path = own_run / "model.json"
+    about = json.loads(path.read_text())
+    assert about.pop("best") == best
+    utils.write_json(path, about)
+    assert eval_fns.load_model(own_run).about["best"] == best
+
+
+def test_empty_part_is_one_clear_line(own_run):
+    parts, meta = data_io.read_split(own_run / "split")
+    data_io.write_split(own_run / "split", {**parts, "test": parts["test"][:0]}, meta)
+    with pytest.raises(DataError, match="no labelled spaxel in the test part"):
+        eval_fns.evaluate_split(own_run, "test")
+
+
 def test_easy_split_is_evaluated_on_its_own_spaxels_and_says_so(root, tmp_path):
     run = train(root, tmp_path / "easy", split_dir="easy", label_task="BPT")
     result = eval_fns.evaluate_split(run, "test")

@@ -392,6 +392,10 @@ def test_redshift_from_the_catalogue(tmp_path, plain_arrays):
     _, cube = process(path, tmp_path, catalogue=catalogue)
     assert (cube.attrs["redshift"], cube.attrs["mangaid"]) == (0.05, "1-7")
     assert fu.catalogue_row(catalogue, "8485-1902")["redshift"] == 0.07
+    assert process(path, tmp_path, catalogue=catalogue)[0] == "up to date"
+    other = write_catalogue(tmp_path / "other.fits", [("8485-1901", "1-7", 0.03, 0.06)])
+    with pytest.raises(DataError, match="another catalogue_sha256"):
+        process(path, tmp_path, catalogue=other)
     path = write_logcube(tmp_path / "7-100.fits", *plain_arrays, SCINPVEL=None, PLATEIFU="7000-100")
     with pytest.raises(DataError, match="no galaxy 7000-100 in the catalogue"):
         fu.process_cube(path, tmp_path / "7000-100.h5", OPTIONS, catalogue=catalogue)

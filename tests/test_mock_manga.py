@@ -528,7 +528,7 @@ def test_a_second_run_makes_only_what_is_missing(tmp_path):
     lost = utils.find_raw(tmp_path, "13001-1902", "MAPS")
     before = digests(tmp_path)
     lost.unlink()
-    assert run(tmp_path, n_galaxies=2) == {"13001-1901": "skipped", "13001-1902": "written"}
+    assert run(tmp_path, n_galaxies=2) == {"13001-1901": "up to date", "13001-1902": "written"}
     assert digests(tmp_path) == before
     assert run(tmp_path, n_galaxies=1, overwrite=True) == {"13001-1901": "written"}
 
@@ -537,6 +537,29 @@ def test_files_of_another_seed_are_not_taken_for_these(tmp_path, caplog):
     run(tmp_path, n_galaxies=1)
     assert run(tmp_path, n_galaxies=1, seed=2) == {"13001-1901": "failed"}
     assert "made with other settings" in caplog.text
+
+
+def test_catalogue_lists_all_simulated_galaxies_and_replaces_no_real_one(tmp_path):
+    def listed():
+        return fits.getdata(tmp_path / "raw" / mock.DAPALL, 1)["PLATEIFU"].tolist()
+
+    run(tmp_path, n_galaxies=2)
+    run(tmp_path, n_galaxies=1)
+    assert listed() == ["13001-1901", "13001-1902"]
+    with pytest.raises(DataError, match="a bundle of another size"):
+        run(tmp_path, n_galaxies=1, bundles=(37,))
+    real = fits.BinTableHDU.from_columns(
+        [
+            fits.Column(name, form, array=np.array([value]))
+            for name, form, value in (
+                ("PLATEIFU", "12A", "8485-1901"), ("MANGAID", "12A", "1-1"), ("Z", "D", 0.04),
+            )
+        ]
+    )  # fmt: skip
+    real.writeto(tmp_path / "raw" / mock.DAPALL, overwrite=True)
+    with pytest.raises(DataError, match=r"holds real galaxies \(8485-1901"):
+        run(tmp_path, n_galaxies=1, overwrite=True)
+    assert listed() == ["8485-1901"]
 
 
 def test_wrong_settings_are_told_in_one_line(tmp_path):
@@ -646,15 +669,15 @@ def test_damaged_maps_are_refused_and_leave_nothing(survey, tmp_path):
     good = utils.find_raw(survey, "13001-1901", "MAPS").read_bytes()
     out = tmp_path / "out"
     cases = {
-        "zero.fits.gz": (b"", "not a readable FITS file"),
-        "cut.fits.gz": (good[: len(good) // 3], "not a readable FITS file"),
-        "text.fits": (b"hello", "not a readable FITS file"),
+        "zero.fits.gz": (b"", "zero bytes"),
+        "cut.fits.gz": (good[: len(good) // 3], "cut short"),
+        "text.fits": (b"hello", "not a FITS file"),
     }
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=message):
             mock.resynthesise(out, tmp_path / name, seed=1)
-    with pytest.raises(DataError, match="no SPX_MFLUX"):
+    with pytest.raises(DataError, match=r"no HDU .*SPX_MFLUX"):
         mock.resynthesise(out, utils.find_raw(survey, "13001-1901", "LOGCUBE"), seed=1)
     assert not out.exists()
 

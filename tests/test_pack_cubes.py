@@ -30,7 +30,7 @@ def axes_of(path):
 
 
 def test_command_packs_what_normalising_by_hand_gives(root):
-    config = pack_cubes.Config("hard", root, patch_norm="spatial", dtype="float32", jobs=2)
+    config = pack_cubes.Config("hard", root, patch_norm="spatial", packed_type="float32", jobs=2)
     assert pack_cubes.main(config) == 0
     packed = data_io.read_packed(data_io.packed_path(root, "hard", "spatial", "float32"))
     parts, _ = data_io.read_split(utils.split_path(root, "hard"))
@@ -90,6 +90,6 @@ def test_values_that_float16_cannot_hold_are_refused(root, tmp_path, monkeypatch
 
     monkeypatch.setattr(data_fns, "load_normed", too_large)
     config = pack_cubes.Config("hard", root, patch_norm="spectral", jobs=1)
-    with pytest.raises(DataError, match=r"\.h5: values up to 7e\+04 .* Pack as float32"):
+    with pytest.raises(DataError, match=r"\.h5: values up to 7e\+04 .* --packed-type float32"):
         pack_cubes.main(config)
     assert not data_io.packed_path(root, "hard", "spectral", "float16").exists()

@@ -28,11 +28,7 @@ import utils
 from utils import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = (
-    "process_single_cube.py cube_processing.py cube_patch_processing.py calc_data_stats.py "
-    "create_data_splits.py create_easy_data_splits.py download_utils.py mock_manga.py "
-    "run_SSFTT_training.py eval_fns.py map_galaxies.py vis_fns.py demo_summary.py"
-).split()
+SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if "utils.run_command(" in p.read_text())
 LINES_FITTED = {
     "NII-6549": 6549.86,
     "Ha-6564": 6564.632,
@@ -41,7 +37,7 @@ LINES_FITTED = {
     "SII-6732": 6732.67,
 }
 """Vacuum wavelengths, Angstrom, as the DAP fits them."""
-NEED_TORCH = {"run_SSFTT_training.py", "eval_fns.py", "map_galaxies.py"}
+NEED_TORCH = {"run_SSFTT_training.py", "eval_fns.py", "map_galaxies.py", "pack_cubes.py"}
 
 
 @pytest.fixture(scope="module")

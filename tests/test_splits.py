@@ -156,8 +156,22 @@ def test_existing_split_is_not_changed_silently(labelled):
 
 
 def test_no_labels_is_one_clear_line(tmp_path):
-    with pytest.raises(DataError, match=r"no label maps\. Make them with cube_processing"):
+    with pytest.raises(DataError, match=r"no label maps of logOH\. Make them with cube_processing"):
         cds.main(cds.Config(data_dir=tmp_path))
+
+
+def test_split_of_remade_labels_is_another_and_an_unchanged_one_is_left_alone(labelled):
+    folder = utils.split_path(labelled, "easy_logOH")
+    easy.main(easy.Config(data_dir=labelled))
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.csv")}
+    easy.main(easy.Config(data_dir=labelled))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    path = utils.label_path(labelled, "logOH", "8003-1901")
+    labels = data_io.read_labels(path)[::-1]  # as many labels, on other spaxels
+    data_io.write_labels(path, labels, labels * 0, data_io.read_label_meta(path))
+    with pytest.raises(DataError, match=r"another labels.*--overwrite"):
+        easy.main(easy.Config(data_dir=labelled))
+    assert easy.main(easy.Config(data_dir=labelled, overwrite=True)) == 0
 
 
 def test_easy_split_shows_every_galaxy_on_both_sides_and_says_so(labelled, caplog):

@@ -357,7 +357,9 @@ def test_others_may_read_the_weights(config):
 def test_compiling_reaches_the_faces_that_training_calls(config, monkeypatch):
     seen = []
 
-    def compile_(face):
+    def compile_(face, dynamic):
+        assert not dynamic
+
         def compiled(*args):
             seen.append(face.__name__)
             return face(*args)
@@ -464,6 +466,10 @@ def test_validation_by_maps_is_validation_by_patches(config, source, split):
     training.restore(prepared)
     loader, device = prepared.loaders["val"], prepared.device
     maps, by_map = training.predict_fields(prepared.model, loader, device, "off")
+    for at_once in (2, 3, 99):
+        together, order = training.predict_fields(prepared.model, loader, device, "off", at_once)
+        np.testing.assert_array_equal(order, by_map)
+        np.testing.assert_allclose(together, maps, atol=1e-5)
     patches, by_patch = eval_fns.predict_logits(prepared.model, loader, device, "off")
     np.testing.assert_array_equal(np.sort(by_map), by_patch)
     np.testing.assert_allclose(maps[np.argsort(by_map)], patches, rtol=1e-4, atol=1e-5)

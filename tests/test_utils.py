@@ -71,6 +71,13 @@ def test_two_analyses_side_by_side_need_a_choice(tmp_path):
     assert utils.find_raw(tmp_path, "8485-1901", "MAPS", "SPX-MILESHC-MASTARSSP") == spx
 
 
+def test_a_file_packed_and_unpacked_is_told_as_such(tmp_path):
+    packed = touch(tmp_path, "MAPS")
+    packed.with_suffix("").touch()
+    with pytest.raises(DataError, match=r"2 MAPS files.*remove one"):
+        utils.find_raw(tmp_path, "8485-1901", "MAPS")
+
+
 def test_dap_cube_is_preferred_to_drp_cube(tmp_path):
     drp = touch(tmp_path, "LOGCUBE", None)
     assert utils.find_raw(tmp_path, "8485-1901", "LOGCUBE") == drp

@@ -383,7 +383,8 @@ def test_training_curves_need_nothing_but_the_metrics():
 
 
 def test_run_figures_show_what_the_run_has(run_dir):
-    figures = vis_fns.run_figures(run_dir)
+    about = json.loads((run_dir / "model.json").read_text())
+    figures = vis_fns.run_figures(run_dir, about)
     assert set(figures) == {"training_curves", "confusion_test", "explained_variance"}
     loss = figures["training_curves"].axes[0].lines
     metrics = pd.read_csv(run_dir / "metrics.csv")
@@ -396,7 +397,6 @@ def test_run_figures_show_what_the_run_has(run_dir):
     title = figures["confusion_test"].axes[0].get_title()
     assert title.startswith("12 + log(O/H), test part of the hard split")
     assert f"accuracy {result['accuracy']:.3f}: {result['spaxels']} spaxels, 2 galaxies" in title
-    about = json.loads((run_dir / "model.json").read_text())
     legend = legend_of(figures["training_curves"].axes[1])
     assert f"best epoch: {about['best']['epoch']}" in legend
     assert {"validation, majority class", "validation, linear model"} < set(legend)
@@ -406,7 +406,7 @@ def test_what_a_run_lacks_is_named_with_the_command_that_makes_it(run_dir, caplo
     metrics = run_dir / "metrics.csv"
     hidden = metrics.rename(run_dir / "metrics.hidden")
     try:
-        assert set(vis_fns.run_figures(run_dir, "val")) == {"explained_variance"}
+        assert set(vis_fns.run_figures(run_dir, {}, "val")) == {"explained_variance"}
     finally:
         hidden.rename(metrics)
     assert f"no {metrics}" in caplog.text
