@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline, top to bottom, on simulated galaxies: the same commands serve real ones.
-#   simulate -> cubes and labels -> splits -> statistics -> patches -> train -> evaluate -> figures
+#   simulate -> cubes and labels -> splits -> statistics -> patches -> train -> evaluate -> maps and figures
 # Writes data/demo/ (a data folder) and results/demo/ (runs, figures, summary.json).
 # Re-running starts over; everything is seeded.   Usage: PYTHON=.venv/bin/python bash demo.sh
 set -euo pipefail
@@ -49,7 +49,8 @@ for name in logOH_hard logOH_easy BPT_hard; do
     run eval_fns.py --run-dir $out/$name --part test
 done
 
-step "8/8 figures and summary"
+step "8/8 maps of all galaxies, figures and summary"
+run map_galaxies.py --run-dir $out/logOH_hard
 for name in logOH_hard BPT_hard; do
     shown=$(awk -F, '!/^#/ && $1 != "plateifu" {print $1; if (++n == 2) exit}' \
         $out/$name/split/test.csv)
