@@ -1,13 +1,11 @@
 """Measure image-extractor against ctapipe-process and eventio's bare decoding, in one run.
 
 Reads   real simtel files of ../shared/data/cta, made long by ../shared/tools/replicate_simtel.py.
-Writes  a table to the screen and {"rows": [{"name", "ours", "baseline", "ratio", "unit"}]} to
---out.
+Writes  a table to the screen; its rows, and what each program took, to --out.
 
-Every figure is of a whole process, start-up included, and the better of --repeats runs (the first
-run of ours compiles nothing: a short file is extracted before). The decode floor is eventio's
-SimTelFile fed by igzip instead of its zcat pipe: every object parsed, nothing calibrated, nothing
-written.
+Every figure is of a whole process, start-up included: the median of --repeats runs in turn, after
+one of each that does not count. The decode floor is eventio's SimTelFile fed by igzip instead of
+its zcat pipe: every object parsed, nothing calibrated, nothing written.
 
     image-extractor/.venv/bin/python benchmarks/bench_cta.py --out results/bench/bench_cta.json
 """
@@ -15,19 +13,26 @@ written.
 from __future__ import annotations
 
 import argparse
-import json
-import os
+import functools
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+import measuring
+from measuring import ROOT, Row, make_row
+
+import utils
+
 SHARED = ROOT.parent / "shared"
-PROTONS = "proton_run202_za20deg_azm0deg_North_test_layout_test-prod.simtel.zst"
-GAMMAS = "gamma_test.simtel.gz"
+REPLICATE = SHARED / "tools" / "replicate_simtel.py"
+BINARIES = Path(sys.executable).parent
+FILES = {
+    "proton": ("proton_run202_za20deg_azm0deg_North_test_layout_test-prod.simtel.zst", 100, 600),
+    "sct": ("gamma_test.simtel.gz", 50, 450),
+}
+"""Short file, how often its events are repeated, and how many they are then."""
 CONFIG = """\
 storage_mode = {storage}
 [image]
@@ -51,203 +56,121 @@ with SimTelFile(sys.argv[1], zcat=False) as f:
     print(sum(1 for _ in f))
 """
 
+Words = list[str | Path]
+"""A command."""
 
-@dataclass(frozen=True)
-class Run:
-    """One measured process."""
+
+class Measured(NamedTuple):
+    """What a program took for one input."""
 
     seconds: float
     peak_mb: float
+    """Of its largest process, in the last run."""
     output_bytes: int
 
 
-def measure(
-    command: list[str], output: Path | None, repeats: int, allowed: tuple[int, ...] = (0,)
-) -> Run:
-    """Run a command several times and keep the fastest."""
-    best: Run | None = None
-    for _ in range(repeats):
-        if output is not None:
-            output.unlink(missing_ok=True)
-        with tempfile.TemporaryFile() as log:
-            started = time.perf_counter()
-            folder = output.parent if output else None
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
-            _, status, usage = os.wait4(process.pid, 0)
-            seconds = time.perf_counter() - started
-            process.returncode = os.waitstatus_to_exitcode(status)
-            if process.returncode not in allowed:
-                log.seek(0)
-                sys.exit(f"{' '.join(command)}\nfailed:\n{log.read().decode()[-2000:]}")
-        size = output.stat().st_size if output is not None else 0
-        run = Run(seconds, usage.ru_maxrss / 1024, size)
-        if best is None or run.seconds < best.seconds:
-            best = run
-    assert best is not None
-    return best
+def ours(source: str | Path, folder: Path, storage: str, *more: str) -> Words:
+    """Command of image-extractor; its configuration is written beside the output."""
+    config = folder / f"{storage}.config"
+    config.write_text(CONFIG.format(storage=storage))
+    return [BINARIES / "image_extractor.py", source, folder / "out.h5", config, *more]
+
+
+def programs(source: Path, folder: Path) -> dict[str, Words]:
+    """Commands to compare on one file; those that write, write folder/out.h5."""
+    ctapipe: Words = [BINARIES / "ctapipe-process", "--input", source]
+    ctapipe += ["--output", folder / "out.h5", "--provenance-log", folder / "provenance.log"]
+    ctapipe += ["--write-images", "--no-write-parameters"]
+    ctapipe += ["--SimTelEventSource.focal_length_choice=EQUIVALENT"]
+    return {
+        "ctapipe": ctapipe,
+        "eventio": [sys.executable, "-c", FLOOR, source],
+        "mapped": ours(source, folder, "mapped"),
+        "all": ours(source, folder, "all"),
+    }
+
+
+def measure(commands: dict[str, Words], output: Path, runs: int) -> dict[str, Measured]:
+    """Run commands in turn; the output is removed before each."""
+    last: dict[str, tuple[float, int]] = {}
+
+    def run(name: str) -> None:
+        output.unlink(missing_ok=True)
+        peaks = measuring.run_watched(commands[name])[1]
+        size = output.stat().st_size if output.is_file() else 0
+        last[name] = 1e3 * max(peaks.values()), size
+
+    seconds = measuring.in_turn({n: functools.partial(run, n) for n in commands}, runs)
+    return {name: Measured(seconds[name], *last[name]) for name in commands}
+
+
+def make_rows(key: str, found: dict[str, Measured], n_events: int) -> list[Row]:
+    """Rows of the table from what `measure` found on one of FILES."""
+    rates = {name: n_events / of.seconds for name, of in found.items()}
+    mapped, ctapipe = found["mapped"], found["ctapipe"]
+    size, other_size = (of.output_bytes / n_events for of in (mapped, ctapipe))
+    other, floor = "ctapipe-process", "eventio and igzip: decoding only"
+    rows: list[tuple[str, float, float, str, str]] = [
+        ("vs_ctapipe_process", rates["mapped"], rates["ctapipe"], "events/s", other),
+        ("vs_decode_floor", rates["mapped"], rates["eventio"], "events/s", floor),
+        ("all_vs_ctapipe_process", rates["all"], rates["ctapipe"], "events/s", other),
+        ("peak_memory", mapped.peak_mb, ctapipe.peak_mb, "MB", other),
+        ("bytes_per_event", size, other_size, "bytes", other),
+    ]
+    return [make_row(f"{key}_{row[0]}", *row[1:]) for row in rows]
+
+
+def jobs_row(source: Path, folder: Path, n_events: int) -> Row:
+    """Compare two processes with one on four files, timed once after a run that does not count.
+
+    The files hold the same events: all but the first one's are left out as duplicates, after the
+    work.
+    """
+    for i in range(4):
+        (folder / f"copy_{i}.simtel.gz").symlink_to(source)
+    copies = f"{folder}/copy_*.simtel.gz"
+    commands = {n: ours(copies, folder, "mapped", "--jobs", n) for n in ("1", "2")}
+    found = measure(commands, folder / "out.h5", runs=1)
+    one, two = (4 * n_events / found[n].seconds for n in ("1", "2"))
+    return make_row("four_files_jobs_2_vs_1", two, one, "events/s", "the same with --jobs 1")
 
 
 def main(out: Path, repeats: int) -> None:
     """Measure, print, write."""
-    tool = SHARED / "tools" / "replicate_simtel.py"
-    if not tool.is_file():
-        sys.exit("../shared/tools/replicate_simtel.py is absent: it makes the long files.")
-    binaries = Path(sys.executable).parent
-    rows: list[dict] = []
-    table: list[tuple] = []
+    if repeats < 1:
+        raise utils.DataError("--repeats: at least one.")
+    if not REPLICATE.is_file():
+        raise utils.DataError(f"{REPLICATE} is absent: it makes the long files.")
+    rows: list[Row] = []
+    took: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="bench_cta_") as name:
         folder = Path(name)
-        configs = {}
-        for storage in ("mapped", "all"):
-            configs[storage] = folder / f"{storage}.config"
-            configs[storage].write_text(CONFIG.format(storage=storage))
-        floor = folder / "floor.py"
-        floor.write_text(FLOOR)
-
-        def ours(source: str, storage: str, *more: str, runs: int = repeats) -> Run:
-            output = folder / "ours.h5"
-            command = [
-                str(binaries / "image_extractor.py"),
-                source,
-                str(output),
-                str(configs[storage]),
-                *more,
-            ]
-            return measure(command, output, runs, (0, 1))
-
-        def add(what: str, a: float, b: float, unit: str) -> None:
-            rows.append(
-                {
-                    "name": what,
-                    "ours": round(a, 2),
-                    "baseline": round(b, 2),
-                    "ratio": round(a / b, 2),
-                    "unit": unit,
-                }
-            )
-
-        for key, source, times, n_events in (
-            ("proton", PROTONS, 100, 600),
-            ("sct", GAMMAS, 50, 450),
-        ):
-            short, long = SHARED / "data" / "cta" / source, folder / f"{key}.simtel.gz"
-            subprocess.run(
-                [sys.executable, str(tool), str(short), str(long), str(times)], check=True
-            )
-            for storage in configs:
-                ours(str(short), storage, runs=1)  # fills the caches of compiled code
-            ctapipe_out = folder / "ctapipe.h5"
-            ctapipe = measure(
-                [
-                    str(binaries / "ctapipe-process"),
-                    "--input",
-                    str(long),
-                    "--output",
-                    str(ctapipe_out),
-                    "--write-images",
-                    "--no-write-parameters",
-                    "--overwrite",
-                    "--SimTelEventSource.focal_length_choice=EQUIVALENT",
-                ],
-                ctapipe_out,
-                repeats,
-            )
-            decode = measure([sys.executable, str(floor), str(long)], None, repeats)
-            by_storage = {storage: ours(str(long), storage) for storage in configs}
-            mapped = by_storage["mapped"]
-            add(
-                f"{key}_vs_ctapipe_process",
-                n_events / mapped.seconds,
-                n_events / ctapipe.seconds,
-                "events/s",
-            )
-            add(
-                f"{key}_vs_decode_floor",
-                n_events / mapped.seconds,
-                n_events / decode.seconds,
-                "events/s",
-            )
-            add(
-                f"{key}_all_vs_ctapipe_process",
-                n_events / by_storage["all"].seconds,
-                n_events / ctapipe.seconds,
-                "events/s",
-            )
-            add(f"{key}_peak_memory", mapped.peak_mb, ctapipe.peak_mb, "MB")
-            add(
-                f"{key}_bytes_per_event",
-                mapped.output_bytes / n_events,
-                ctapipe.output_bytes / n_events,
-                "bytes",
-            )
-            for label, run in (
-                ("ctapipe-process", ctapipe),
-                ("eventio + igzip", decode),
-                *((f"ours, {s}", r) for s, r in by_storage.items()),
-            ):
-                rate = n_events / run.seconds
-                table.append(
-                    (
-                        key,
-                        label,
-                        run.seconds,
-                        rate,
-                        rate * ctapipe.seconds / n_events,
-                        run.peak_mb,
-                        run.output_bytes / n_events,
-                    )
-                )
+        for key, (short, times, n_events) in FILES.items():
+            long = folder / f"{key}.simtel.gz"
+            words: Words = [sys.executable, REPLICATE, SHARED / "data" / "cta" / short, long]
+            subprocess.run([*words, str(times)], check=True)
+            found = measure(programs(long, folder), folder / "out.h5", repeats)
+            rows += make_rows(key, found, n_events)
+            took[key] = {name: of._asdict() for name, of in found.items()}
             if key == "proton":
-                for i in range(4):
-                    (folder / f"copy_{i}.simtel.gz").symlink_to(long)
-                # Copies hold the same events: all but the first file's are left out as duplicates,
-                # after the work.
-                jobs = [
-                    ours(f"{folder}/copy_*.simtel.gz", "mapped", "--jobs", str(n), runs=1)
-                    for n in (1, 2)
-                ]
-                add(
-                    "four_files_jobs_2_vs_1",
-                    4 * n_events / jobs[1].seconds,
-                    4 * n_events / jobs[0].seconds,
-                    "events/s",
-                )
-                for n, run in enumerate(jobs, 1):
-                    table.append(
-                        (
-                            "4 x proton",
-                            f"ours, mapped, --jobs {n}",
-                            run.seconds,
-                            4 * n_events / run.seconds,
-                            float("nan"),
-                            run.peak_mb,
-                            float("nan"),
-                        )
-                    )
-            long.unlink()
-    print(
-        f"{'file':12}{'program':28}{'seconds':>9}{'events/s':>10}{'x ctapipe':>11}"
-        f"{'peak MB':>9}{'bytes/event':>13}"
-    )
-    for key, label, seconds, rate, ratio, peak, size in table:
-        print(f"{key:12}{label:28}{seconds:9.2f}{rate:10.1f}{ratio:11.2f}{peak:9.0f}{size:13.0f}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        json.dumps(
-            {"rows": rows, "cpus": len(os.sched_getaffinity(0)), "repeats": repeats}, indent=1
-        )
-        + "\n"
-    )
-    print(f"\nwritten to {out}")
+                rows.append(jobs_row(long, folder, n_events))
+    measuring.print_rows(rows)
+    measuring.write_rows(out, rows, programs=took, repeats=repeats)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description="Benchmark image-extractor against ctapipe-process and eventio."
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "bench" / "bench_cta.json")
+    parser.add_argument("--out", type=Path, default=measuring.RESULTS / "bench_cta.json")
     parser.add_argument(
-        "--repeats", type=int, default=2, help="runs of each program; the fastest counts"
+        "--repeats",
+        type=int,
+        default=2,
+        help="counted runs of each program, in turn, after one that is not",
     )
     arguments = parser.parse_args()
-    main(arguments.out, arguments.repeats)
+    try:
+        main(arguments.out, arguments.repeats)
+    except utils.DataError as error:
+        sys.exit(f"error: {error}")

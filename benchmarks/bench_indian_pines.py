@@ -36,16 +36,17 @@ from __future__ import annotations
 
 import logging
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import measuring
 import numpy as np
 import torch
 import torch.nn.functional as F
+from measuring import Row, make_row
 from scipy import ndimage
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
@@ -56,14 +57,11 @@ from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import eval_fns  # noqa: E402
-import hsi_proc_fns  # noqa: E402
-import utils  # noqa: E402
-from HSI_SSFTT import SSFTT, get_SSFTT_model  # noqa: E402
-from utils import LABEL_NONE, DataError  # noqa: E402
+import eval_fns
+import hsi_proc_fns
+import utils
+from HSI_SSFTT import SSFTT, get_SSFTT_model
+from utils import LABEL_NONE, DataError
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +97,7 @@ class Config:
     """Passes over the training pixels."""
     runs: int = 5
     """Counted runs of each map, after one that is not."""
-    results: Path = ROOT / "results" / "bench"
+    results: Path = measuring.RESULTS
     """Folder of the JSON."""
 
 
@@ -407,22 +405,6 @@ def run_split(bench: Bench, name: str, seed: int, epochs: int) -> tuple[SSFTT, d
     }
 
 
-def time_maps(model: SSFTT, bench: Bench, runs: int) -> dict[str, list[float]]:
-    """Wall seconds of the whole map either way, in turn, after one uncounted run of each."""
-    works = {
-        "patch_wise": lambda: map_patches(model, bench.patches),
-        "dense": lambda: map_dense(model, bench.cutout),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for run in tqdm(range(runs + 1), desc="timing maps", disable=None, leave=False):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            if run:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 Scores = dict[str, dict[str, dict[str, Any]]]
 """Method -> metric -> `summarise`."""
 
@@ -454,29 +436,22 @@ def describe_split(name: str, found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def make_rows(
-    scores: dict[str, Scores], seconds: dict[str, float], pixels: int
-) -> list[dict[str, Any]]:
-    """Rows of the JSON; every ratio is ours / baseline."""
+def make_rows(scores: dict[str, Scores], seconds: dict[str, float], pixels: int) -> list[Row]:
+    """Rows of the table: accuracies of the splits, and the rates of both maps."""
+    baselines = {"coordinates": "nearest (row, column)", "spectrum": "SVM on the spectrum"}
     rows = [
-        (
+        make_row(
             f"indian_pines_{split.replace(' ', '_')}_vs_{short}",
             methods["SSFTT"]["OA"]["mean"],
             methods[baseline]["OA"]["mean"],
-            "% overall accuracy",
+            "% OA",
+            baseline,
         )
         for split, methods in scores.items()
-        for short, baseline in (
-            ("coordinates", "nearest (row, column)"),
-            ("spectrum", "SVM on the spectrum"),
-        )
+        for short, baseline in baselines.items()
     ]
-    rates = pixels / seconds["dense"], pixels / seconds["patch_wise"]
-    rows.append(("indian_pines_dense_map", *rates, "pixels/s"))
-    return [
-        {"name": name, "ours": ours, "baseline": baseline, "ratio": ours / baseline, "unit": unit}
-        for name, ours, baseline, unit in rows
-    ]
+    dense, patch_wise = (pixels / seconds[way] for way in ("dense", "patch_wise"))
+    return [*rows, make_row("indian_pines_dense_map", dense, patch_wise, "pixels/s", "patch-wise")]
 
 
 def main(config: Config) -> int:
@@ -489,8 +464,11 @@ def main(config: Config) -> int:
         for name in SPLITS:
             model, result = run_split(bench, name, seed, config.epochs)
             found[name].append(result)
-    runs = time_maps(model, bench, config.runs)
-    seconds = {name: statistics.median(values) for name, values in runs.items()}
+    works = {
+        "patch_wise": lambda: map_patches(model, bench.patches),
+        "dense": lambda: map_dense(model, bench.cutout),
+    }
+    seconds = measuring.in_turn(works, config.runs)
     maps = [one["maps"] for results in found.values() for one in results]
     worst = {key: max(m[key] for m in maps) for key in maps[0]}
 
@@ -500,30 +478,23 @@ def main(config: Config) -> int:
         if name == "published":
             cells = "".join(f"{PUBLISHED[metric]:18.2f}" for metric in METRICS)
             print(f"  {'(SSFTT, authors log)':24}{cells}")
-    pixels = len(bench.patches)
-    print(
-        f"map of {pixels} pixels: patch-wise {seconds['patch_wise']:.2f} s, "
-        f"dense {seconds['dense']:.3f} s, {seconds['patch_wise'] / seconds['dense']:.1f} times "
-        f"faster (medians of {config.runs}, in turn)"
-    )
     print(
         f"dense against patch-wise, worst of {len(maps)} trained networks: another class in "
         f"{worst['differing_pixels']} pixels (margin {worst['largest_margin']:.1e}), logits "
         f"differ by {worst['logit_difference']:.1e} of the largest"
     )
-    out = config.results / "bench_indian_pines.json"
     scores = {name: summarise_scores(results) for name, results in found.items()}
-    content = {
-        "rows": make_rows(scores, seconds, pixels),
-        "scores": scores,
-        "runs": found,
-        "map_seconds": runs,
-        "published": PUBLISHED,
-        "config": utils.config_dict(config),
-        "environment": utils.environment(),
-    }
-    utils.write_json(out, content)
-    print(f"written: {out}")
+    rows = make_rows(scores, seconds, len(bench.patches))
+    measuring.print_rows(rows)
+    measuring.write_rows(
+        config.results / "bench_indian_pines.json",
+        rows,
+        scores=scores,
+        runs=found,
+        map_seconds=seconds,
+        published=PUBLISHED,
+        config=utils.config_dict(config),
+    )
     return utils.EXIT_DONE
 
 

@@ -11,28 +11,23 @@ Reads and writes only a temporary folder (about 0.7 GB), and results/bench/bench
 
 from __future__ import annotations
 
-import sys
+import functools
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bench_storage
+import measuring
 import pandas as pd
 import torch
+from measuring import Row, make_row
 from torch.utils.data import DataLoader
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import bench_storage  # noqa: E402
-import measuring  # noqa: E402
-from measuring import Row, make_row  # noqa: E402
-
-import data_fns  # noqa: E402
-import data_io  # noqa: E402
-import process_single_cube as single  # noqa: E402
-import utils  # noqa: E402
+import data_fns
+import data_io
+import process_single_cube as single
+import utils
 
 SPLIT = "hard_logOH"
 SPEC = data_fns.PatchSpec("logOH", patch_norm="global", patch_size=7)
@@ -73,14 +68,10 @@ def make_data(root: Path, config: Config) -> dict[str, float]:
     parts = {"train": table, "val": nobody, "test": nobody}
     data_io.write_split(utils.split_path(root, SPLIT), parts, {"kind": "hard", "seed": 0})
     make_loader(root, config, source="packed")
-    files = {"patch_files": [patches_of(root, name) for name in names]}
-    files["packed"] = [data_io.packed_path(root, SPLIT, SPEC.patch_norm, "float16")]
+    norm = SPEC.patch_norm
+    files = {"patch_files": [utils.patch_path(root, SPEC.label_task, norm, n) for n in names]}
+    files["packed"] = [data_io.packed_path(root, SPLIT, norm, "float16")]
     return {k: sum(p.stat().st_size for p in paths) / 1e6 for k, paths in files.items()}
-
-
-def patches_of(root: Path, plateifu: str) -> Path:
-    """Patch file of a galaxy."""
-    return utils.patch_path(root, SPEC.label_task, SPEC.patch_norm, plateifu)
 
 
 def make_loader(root: Path, config: Config, **options: Any) -> DataLoader:
@@ -117,13 +108,11 @@ def measure(root: Path, config: Config) -> list[Row]:
     }
     labelled: dict[str, int] = {}
 
-    def work(name: str) -> Callable[[], None]:
-        def run() -> None:
-            labelled[name] = one_pass(loaders[name])
+    def work(name: str) -> None:
+        labelled[name] = one_pass(loaders[name])
 
-        return run
-
-    took = measuring.in_turn({name: work(name) for name in loaders}, config.runs)
+    works = {name: functools.partial(work, name) for name in loaders}
+    took = measuring.in_turn(works, config.runs)
     rates = {name: labelled[name] / seconds for name, seconds in took.items()}
     rows = [
         ("patches_from_cubes", "cubes", "patch files"),

@@ -23,33 +23,28 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import measuring
 import numpy as np
 import torch
+from measuring import Row, make_row
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import measuring  # noqa: E402
-from measuring import Row, make_row  # noqa: E402
-
-import data_fns  # noqa: E402
-import data_io  # noqa: E402
-import eval_fns  # noqa: E402
-import hsi_proc_fns  # noqa: E402
-import utils  # noqa: E402
-from data_fns import Batch, Batches, CutoutBatch, PatchSpec  # noqa: E402
-from HSI_SSFTT import SMALLEST_CONVOLVED, SSFTT, get_SSFTT_model  # noqa: E402
-from run_SSFTT_training import batch_loss, compile_steps  # noqa: E402
-from utils import DataError  # noqa: E402
+import data_fns
+import data_io
+import eval_fns
+import hsi_proc_fns
+import utils
+from data_fns import Batch, Batches, CutoutBatch, PatchSpec
+from HSI_SSFTT import SMALLEST_CONVOLVED, SSFTT, get_SSFTT_model
+from run_SSFTT_training import batch_loss, compile_steps
+from utils import DataError
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +58,8 @@ VARIANTS: dict[str, dict[str, int]] = {
 """Arguments of get_SSFTT_model; pca30 is fed with components computed beforehand."""
 RECOMMENDED = "pca30"
 """The stem that docs/performance.md recommends."""
+SHOWN = ("fiducial", RECOMMENDED)
+"""The stems of the parts that do not measure all."""
 
 PEAKS: dict[str, tuple[float, float]] = {
     "NVIDIA H200": (989.5e12, 4.8e12),
@@ -353,7 +350,7 @@ def small_cutout_rows(bench: Bench, patch_wise: Step) -> list[Row]:
     side = bench.config.small_cutout
     n = max(1, round(bench.cutouts * bench.config.cutout**2 / side**2))
     small = bench._replace(config=replace(bench.config, cutout=side), cutouts=n)
-    steps = {v: fitting_step(small, v, True) for v in dict.fromkeys(("fiducial", RECOMMENDED))}
+    steps = {v: fitting_step(small, v, True) for v in SHOWN}
     took = measuring.in_turn({"patch_wise": patch_wise, **steps}, bench.config.runs)
     base = patch_wise.spaxels / took["patch_wise"]
     against = "patch-wise, fiducial"
@@ -363,21 +360,22 @@ def small_cutout_rows(bench: Bench, patch_wise: Step) -> list[Row]:
     ]
 
 
-def compiled_rows(bench: Bench, eager: Step) -> list[Row]:
+def compiled_rows(bench: Bench, steps: Steps, variant: str) -> list[Row]:
     """Compare a dense step under torch.compile with itself."""
-    compiled = Step(bench, eager.variant, dense=True, n=eager.n)
+    eager = steps[variant, True]
+    compiled = Step(bench, variant, dense=True, n=eager.n)
     compile_steps(compiled.model)
     took = measuring.in_turn({"eager": eager, "compiled": compiled}, bench.config.runs)
     rates = {name: eager.spaxels / seconds for name, seconds in took.items()}
-    name = f"compiled_{eager.variant}"
+    name = f"compiled_{variant}"
     return [make_row(name, rates["compiled"], rates["eager"], "spaxels/s", "the same, eager")]
 
 
 def pipeline_rows(bench: Bench, folder: Path, steps: Steps) -> list[Row]:
     """Compare training with its loader, from packed cubes: dense against patch-wise."""
     kinds = {"patch_wise": ("fiducial", 1)}
-    kinds |= {v: (v, bench.config.cutout) for v in dict.fromkeys(("fiducial", RECOMMENDED))}
-    works, labelled = {}, {}
+    kinds |= {v: (v, bench.config.cutout) for v in SHOWN}
+    works, labelled = {}, dict[str, float]()
     for kind, (variant, cutout) in kinds.items():
         step = Step(bench, variant, dense=False, n=1)
         bands = step.model.arguments["bands"]
@@ -389,8 +387,7 @@ def pipeline_rows(bench: Bench, folder: Path, steps: Steps) -> list[Row]:
     against = "patch-wise, fiducial, with its loader"
     return [
         make_row(f"training_pipeline_{v}", rates[v], rates["patch_wise"], "spaxels/s", against)
-        for v in kinds
-        if v != "patch_wise"
+        for v in SHOWN
     ]
 
 
@@ -436,8 +433,7 @@ def packed_loader(bench: Bench, path: Path, bands: int, cutout: int, n: int) -> 
 def map_rows(bench: Bench) -> list[Row]:
     """Compare class maps of a whole galaxy: dense against patch-wise, fiducial and recommended."""
     side, runs = bench.config.map_size, bench.config.runs
-    names = dict.fromkeys(("fiducial", RECOMMENDED))
-    trained = {v: trained_model(bench, v) for v in names}
+    trained = {v: trained_model(bench, v) for v in SHOWN}
     flux = random_spectra(1, side, side, bench.config.bands)[0, 0].permute(1, 2, 0).numpy()
 
     def values(variant: str) -> np.ndarray:
@@ -462,9 +458,8 @@ def map_rows(bench: Bench) -> list[Row]:
             network.forward_dense(values.permute(2, 0, 1)[None, None]).argmax(1)
         bench.synchronise()
 
-    works: dict[str, Callable[[], object]] = {
-        v: functools.partial(class_map, v, False) for v in names
-    }
+    works: dict[str, Callable[[], object]]
+    works = {v: functools.partial(class_map, v, False) for v in SHOWN}
     took = measuring.in_turn({**works, "on_device": on_device}, runs)
     slow = measuring.timed(lambda: class_map("fiducial", True))  # minutes on a CPU: once
     against = "patch-wise, fiducial"
@@ -534,7 +529,8 @@ def count_flops(model: SSFTT, cutout: int, training: bool) -> int:
 
     A multiplication and an addition count as two. The backward pass takes each product twice
     (towards weights and inputs), but for the first layer, whose inputs need no gradient.
-    Products with the zeros that SSFTT.features_by_pairs adds to its filters do not count.
+    Products with the zeros that SSFTT.features_by_pairs adds to its filters do not count, nor
+    what is no such product: norms, activations, the attention of the class token.
     """
     a, size, window = model.arguments, model.patch_size, model.window
     kernel = 3 if size >= SMALLEST_CONVOLVED else 1
@@ -549,7 +545,6 @@ def count_flops(model: SSFTT, cutout: int, training: bool) -> int:
     layers.append(model.widest * dim * kernel**2 * second**2)
     layers.append((tokens + dim) * dim * second**2)
     each = dim * dim + 2 * dim * dim * (tokens + 1)  # q of the class token; k and v of all
-    each += 2 * dim * (tokens + 1)  # attention
     each += dim * dim + 2 * dim * a["mlp_dim"] + dim * a["n_classes"]
     layers.append(each * inner)
     forward = 2 * sum(layers)
@@ -619,7 +614,8 @@ def roofline(
     flops = count_flops(step.model, bench.config.cutout, training=True) / spaxels
     moved = count_bytes(step.model, bench.config.cutout, itemsize, step.n) / spaxels
     peak = PEAKS.get(torch.cuda.get_device_name()) if bench.device.type == "cuda" else None
-    bounds = [c and 1 / max(flops / c[0], moved / c[1]) for c in (ceilings, peak)]
+    bound, bound_peak = (c and 1 / max(flops / c[0], moved / c[1]) for c in (ceilings, peak))
+    assert bound is not None
     return {
         "variant": step.variant,
         "spaxels_per_s": rate,
@@ -630,10 +626,10 @@ def roofline(
         "limit": "arithmetic" if flops / ceilings[0] > moved / ceilings[1] else "memory",
         "ceiling_flops_per_s": ceilings[0],
         "ceiling_bytes_per_s": ceilings[1],
-        "bound_measured": bounds[0],
-        "share_measured": rate / bounds[0],
-        "bound_peak": bounds[1],
-        "share_peak": bounds[1] and rate / bounds[1],
+        "bound_measured": bound,
+        "share_measured": rate / bound,
+        "bound_peak": bound_peak,
+        "share_peak": bound_peak and rate / bound_peak,
     }
 
 
@@ -741,10 +737,9 @@ def main(config: Config) -> int:
 
     report.part("training", training)
     report.part("small cutouts", lambda: small_cutout_rows(bench, steps["fiducial", False]))
-    for variant in ("fiducial", RECOMMENDED) if config.compile else ():
-        report.part(
-            f"torch.compile, {variant}", lambda v=variant: compiled_rows(bench, steps[v, True])
-        )
+    for variant in SHOWN if config.compile else ():
+        part = functools.partial(compiled_rows, bench, steps, variant)
+        report.part(f"torch.compile, {variant}", part)
     with tempfile.TemporaryDirectory() as folder:
         report.part("pipeline", lambda: pipeline_rows(bench, Path(folder), steps))
     steps.clear()

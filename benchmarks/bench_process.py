@@ -23,15 +23,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import measuring
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import measuring  # noqa: E402
-
-import fits_utils  # noqa: E402
-import utils  # noqa: E402
+import fits_utils
+import utils
 
 
 @dataclass(frozen=True)
@@ -125,15 +121,15 @@ def simulate(folder: Path, bundle: int) -> Path:
     """Simulate one galaxy; return its LOGCUBE."""
     words = ["mock_manga.py", "--data-dir", str(folder), "--n-galaxies", "1"]
     words += ["--bundles", str(bundle)]
-    subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], check=True)
+    subprocess.run([sys.executable, str(measuring.ROOT / words[0]), *words[1:]], check=True)
     return next((folder / "raw").glob("*/*/*LOGCUBE*.fits.gz"))
 
 
 def measure(logcube: Path, folder: Path, runs: int) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds of each, in turn, and the peak memory (GB) of command and plain script."""
     maps = utils.sibling(logcube, "maps")
-    words = [sys.executable, ROOT / "process_single_cube.py", "--fits", logcube]
-    words += ["--maps", maps, "--data-dir"]
+    words: list[str | Path] = [sys.executable, measuring.ROOT / "process_single_cube.py"]
+    words += ["--fits", logcube, "--maps", maps, "--data-dir"]
     cubes = (folder / f"cube-{i}.h5" for i in itertools.count())
     folders = (folder / f"out-{i}" for i in itertools.count())
     plain = folder / "plain.h5"

@@ -16,6 +16,7 @@ Reads and writes only a temporary folder (about 0.8 GB), and results/bench/bench
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import tempfile
@@ -26,18 +27,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
+import measuring
 import numpy as np
+from measuring import Row, make_row
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import measuring  # noqa: E402
-from measuring import Row, make_row  # noqa: E402
-
-import data_io  # noqa: E402
-import mock_manga  # noqa: E402
-import process_single_cube as single  # noqa: E402
-import utils  # noqa: E402
+import data_io
+import mock_manga
+import process_single_cube as single
+import utils
 
 SURVEY = 10_000
 """Galaxies to extrapolate to; DR17 has 10,161."""
@@ -92,14 +89,14 @@ def _simulate_one(root: Path, params: mock_manga.GalaxyParams) -> None:
 
 def measure_jobs(root: Path, n_galaxies: int, jobs: int, runs: int) -> list[Row]:
     """Compare cube_processing.py with one process and with several."""
-    words = [sys.executable, ROOT / "cube_processing.py", "--data-dir", root]
-    words += ["--overwrite", "--no-splits", "--jobs"]
+    words: list[str | Path] = [sys.executable, measuring.ROOT / "cube_processing.py"]
+    words += ["--data-dir", root, "--overwrite", "--no-splits", "--jobs"]
     peaks: dict[int, list[float]] = {1: [], jobs: []}
 
     def process(n: int) -> None:
         peaks[n].append(max(measuring.run_watched([*words, str(n)])[1].values()))
 
-    seconds = measuring.in_turn({str(n): lambda n=n: process(n) for n in peaks}, runs)
+    seconds = measuring.in_turn({str(n): functools.partial(process, n) for n in peaks}, runs)
     rates = {n: n_galaxies / seconds[str(n)] for n in peaks}
     against = "cube_processing.py --jobs 1"
     return [
@@ -310,6 +307,7 @@ def main(config: Config) -> int:
         shares = {b: share for b, (_, _, share) in mock_manga.BUNDLES.items()}
         survey = extrapolate(by_bundle, shares)
         cube = data_io.read_cube(utils.cube_path(root, names[max(names)][0]))
+        assert cube.ivar is not None
         table = [
             measure_layout(Path(temporary) / "layout.h5", cube.flux, cube.ivar, x, config.runs)
             for x in layouts(*cube.flux.shape)

@@ -25,28 +25,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bench_network
+import measuring
 import numpy as np
 import pandas as pd
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import measuring  # noqa: E402
-
-import eval_fns  # noqa: E402
-import run_SSFTT_training as training  # noqa: E402
-import utils  # noqa: E402
-from utils import DataError  # noqa: E402
+import eval_fns
+import run_SSFTT_training as training
+import utils
+from utils import DataError
 
 STEMS: dict[str, dict[str, Any]] = {
-    "fiducial": {"patch_norm": "spectral"},
-    "k9s8": {"patch_norm": "spectral", "spectral_kernel": 9, "spectral_stride": 8},
-    "k16s16": {"patch_norm": "spectral", "spectral_kernel": 16, "spectral_stride": 16},
-    "projection30": {"patch_norm": "spectral", "projection": 30},
-    "pca30": {"patch_norm": "PCA"},
+    stem: {"patch_norm": "PCA"} if "bands" in options else {"patch_norm": "spectral", **options}
+    for stem, options in bench_network.VARIANTS.items()
 }
-"""Options of training. With the norm global, one brightness scale a galaxy, training on cutouts
-hardly gets going: docs/science_choices.md."""
+"""Options of training; the components that stand in for bands come with the norm PCA. With the norm
+global, one brightness scale a galaxy, training on cutouts hardly gets going:
+docs/science_choices.md."""
 SPLIT = "hard_logOH"
 
 
@@ -85,7 +80,7 @@ def make_survey(root: Path) -> None:
     )
     for step in steps:
         script, *words = step.split()
-        words = [sys.executable, str(ROOT / script), "--data-dir", str(root), *words]
+        words = [sys.executable, str(measuring.ROOT / script), "--data-dir", str(root), *words]
         subprocess.run(words, check=True)
 
 
@@ -145,8 +140,8 @@ def main(config: Config) -> int:
         print(line_of(row), flush=True)
     print(f"\n{len(config.seeds)} seeds, {config.epochs} epochs\n{HEADER}")
     print("\n".join(line_of(row) for row in rows))
-    saved = {"rows": rows, "config": utils.config_dict(config), "environment": utils.environment()}
-    utils.write_json(config.results / "compare_training.json", saved)
+    out = config.results / "compare_training.json"
+    measuring.write_rows(out, rows, config=utils.config_dict(config))
     return utils.EXIT_DONE
 
 

@@ -21,13 +21,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import measuring
+from measuring import Row
 
-import measuring  # noqa: E402
-from measuring import Row  # noqa: E402
-
-import utils  # noqa: E402
+import utils
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,10 @@
 """Benchmarks on tiny sizes: their arithmetic, their JSON, and that they run. Nothing is timed."""
 
+import dataclasses
 import gzip
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,14 +19,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import bench_cta
 import bench_loaders
 import bench_network
 import bench_process
 import bench_storage
+import compare_training
 import measuring
 import run_all
 
 import utils
+from run_SSFTT_training import TrainConfig
 
 ROW_KEYS = {"name", "ours", "baseline", "ratio", "unit", "against"}
 TINY = {"bands": 40, "patches": 4, "cutouts": 2, "cutout": 5, "map_size": 9}
@@ -86,6 +91,44 @@ def test_a_command_that_fails_is_reported_with_its_last_words():
         measuring.run_watched(
             [sys.executable, "-c", "import sys; print('no such thing', file=sys.stderr); exit(3)"]
         )
+
+
+def test_of_this_environment_a_command_of_another_needs_numpy_only(tmp_path):
+    program = (
+        "import sys, bench_cta; bench_cta.measuring.write_rows(sys.argv[1], [])\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "x.json")]
+    folder = Path(bench_cta.__file__).parent
+    loaded = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "h5py", "pandas", "scipy", "astropy", "tyro", "tqdm"} & set(loaded.split())
+
+
+# image-extractor
+
+
+def test_cta_rows_set_what_each_program_took_side_by_side(tmp_path):
+    program = "import sys; open(sys.argv[1], 'wb').write(bytes(int(sys.argv[2])))"
+    output = tmp_path / "out.h5"
+    sizes = {"ctapipe": 200, "eventio": 0, "mapped": 50, "all": 100}
+    commands = {
+        name: [sys.executable, "-c", program, output, str(size)] for name, size in sizes.items()
+    }
+    found = bench_cta.measure(commands, output, runs=1)
+    assert {name: of.output_bytes for name, of in found.items()} == sizes
+    assert all(of.seconds > 0 and of.peak_mb < 100 for of in found.values())
+    took = {name: bench_cta.Measured(s, 100 * s, sizes[name]) for s, name in enumerate(sizes, 1)}
+    rows = bench_cta.make_rows("proton", took, n_events=10)
+    check_rows(rows)
+    assert {row["name"]: row["ratio"] for row in rows} == pytest.approx(
+        {
+            "proton_vs_ctapipe_process": 1 / 3,
+            "proton_vs_decode_floor": 2 / 3,
+            "proton_all_vs_ctapipe_process": 1 / 4,
+            "proton_peak_memory": 3,
+            "proton_bytes_per_event": 1 / 4,
+        }
+    )
 
 
 # Storage
@@ -334,6 +377,12 @@ def test_the_gpu_benchmark_runs(tmp_path):
     config = bench_network.Config(**TINY, device="cuda", results=tmp_path)
     assert bench_network.main(config) == 0
     check_rows(json.loads((tmp_path / "bench_network_cuda.json").read_text())["rows"])
+
+
+def test_stems_are_options_of_training():
+    options = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert compare_training.STEMS.keys() == bench_network.VARIANTS.keys()
+    assert all(stem.keys() <= options for stem in compare_training.STEMS.values())
 
 
 # Loaders and all together
