@@ -6,6 +6,8 @@ Measures in turn, in one run, on random spectra (no value changes the time):
             and on cutouts, for every stem; every spaxel labelled
   pipeline  the same with the loader, from packed cubes, a third of whose spaxels are labelled;
             counts the labelled ones
+  run       on a GPU: epochs of run_SSFTT_training.py itself, recommended stem, cutouts 5 wide, for
+            several batch sizes, eager and under torch.compile
   map       a whole galaxy from flux to class map: normalised, and eval_fns.predict_map
   memory    what a training step adds, for as many spaxels patch-wise as dense
   roofline  the training rates against the bound that arithmetic and memory traffic set, from the
@@ -40,6 +42,7 @@ import data_fns
 import data_io
 import eval_fns
 import hsi_proc_fns
+import run_SSFTT_training
 import utils
 from data_fns import Batch, Batches, CutoutBatch, PatchSpec
 from HSI_SSFTT import SMALLEST_CONVOLVED, SSFTT, get_SSFTT_model
@@ -73,6 +76,10 @@ AGREES = {"off": 1e-3, "bf16": 0.15, "fp16": 0.08}
 """How far a GPU's numbers may lie from a CPU's float32 ones, of their norm."""
 SECONDS_OF_WORK = 0.2
 """At least so long is one measurement of a ceiling."""
+RUN_CUTOUT, RUN_STEPS = 5, 200
+"""Cutouts of configs/train_cutouts.json; steps of an epoch that is timed."""
+RUN_BATCHES = (256, 4096, 16384)
+"""Labelled spaxels a step; the first is the default."""
 ADAM_BYTES = 4 * 8
 """A float32 parameter's traffic in a step of Adam: read it, its gradient and both moments; write
 it and both moments; and write the gradient in the backward pass."""
@@ -105,7 +112,7 @@ class Config:
     runs: int = 3
     """Counted runs of each, after one that is not."""
     compile: bool = False
-    """Also measure the dense step under torch.compile (needs a C++ compiler; takes minutes)."""
+    """Also measure under torch.compile (needs a C++ compiler; takes minutes)."""
     trace: bool = False
     """Only show where the time of a training step goes, and write it beside the JSON."""
     results: Path = measuring.RESULTS
@@ -230,11 +237,11 @@ def fitting_step(bench: Bench, variant: str, dense: bool) -> Step:
     while True:
         try:
             before = torch.cuda.memory_allocated() if on_gpu else 0
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
             step = Step(bench, variant, dense, n)
             step()
             if on_gpu:
+                torch.cuda.reset_peak_memory_stats()  # the first step tries convolutions
+                step()
                 step.peak_gb = (torch.cuda.max_memory_allocated() - before) / 1e9
             return step
         except torch.cuda.OutOfMemoryError:
@@ -257,16 +264,16 @@ def patches_of(cutout: Tensor, patch_size: int, n: int) -> Tensor:
     return torch.from_numpy(patches).permute(0, 3, 1, 2).unsqueeze(1)
 
 
-def check_device(bench: Bench) -> None:
-    """Raise a DataError if a GPU's logits or gradients are not those of the CPU.
+def check_device(bench: Bench) -> list[Row]:
+    """Raise a DataError if a GPU's gradients are not those of the CPU.
 
     The time of a wrong answer is worth nothing, and some releases of cuDNN gave one.
     """
     on_cpu = bench._replace(device=torch.device("cpu"), amp="off")
-    for amp in ("off", bench.amp):
+    for variant, amp in itertools.product(SHOWN, ("off", bench.amp)):
         found = []
         for each in (on_cpu, bench._replace(amp=amp)):
-            step = Step(each._replace(steps=1), "fiducial", dense=True, n=1)
+            step = Step(each._replace(steps=1), variant, dense=True, n=1)
             step.model.dropout.p = 0.0
             for module in step.model.block.modules():
                 if isinstance(module, torch.nn.Dropout):
@@ -275,13 +282,14 @@ def check_device(bench: Bench) -> None:
             parts = [p.grad for p in step.model.parameters() if p.grad is not None]
             found.append(torch.cat([p.flatten().double().cpu() for p in parts]))
         off = float((found[1] - found[0]).norm() / found[0].norm())
-        log.info("gradients of a step, %s: %.2g of their norm off a CPU's", amp, off)
+        log.info("%s: gradients of a step, %s: %.2g of their norm off a CPU's", variant, amp, off)
         if not off < AGREES[amp]:
             raise DataError(
-                f"a step's gradients with amp {amp} are {off:.2g} of their norm off a CPU's, "
-                f"expected less than {AGREES[amp]}. Try another release of torch or cuDNN "
+                f"{variant}: a step's gradients with amp {amp} are {off:.2g} of their norm off a "
+                f"CPU's, expected less than {AGREES[amp]}. Try another release of torch or cuDNN "
                 f"({torch.backends.cudnn.version()})."
             )
+    return []
 
 
 # Rows
@@ -363,6 +371,7 @@ def small_cutout_rows(bench: Bench, patch_wise: Step) -> list[Row]:
 def compiled_rows(bench: Bench, steps: Steps, variant: str) -> list[Row]:
     """Compare a dense step under torch.compile with itself."""
     eager = steps[variant, True]
+    torch._dynamo.reset()
     compiled = Step(bench, variant, dense=True, n=eager.n)
     compile_steps(compiled.model)
     took = measuring.in_turn({"eager": eager, "compiled": compiled}, bench.config.runs)
@@ -395,6 +404,53 @@ def one_pass(step: Step, loader: DataLoader, labelled: dict[str, float], kind: s
     """Learn from all batches of a loader; note the number of labelled spaxels."""
     booked = [step.learn(batch) for batch in loader]
     labelled[kind] = float(torch.stack(booked).sum(0)[3])
+
+
+def run_rows(
+    bench: Bench,
+    folder: Path,
+    sizes: tuple[int, ...] = RUN_BATCHES,
+    n_steps: int = RUN_STEPS,
+) -> list[Row]:
+    """Compare epochs of training itself, recommended stem: larger batches, torch.compile."""
+    bands = VARIANTS[RECOMMENDED].get("bands", bench.config.bands)
+    small = bench._replace(config=replace(bench.config, cutout=RUN_CUTOUT), steps=n_steps)
+    rates: dict[tuple[int, str], float] = {}
+    for size, way in itertools.product(sizes, ("eager", "compiled")[: 1 + bench.config.compile]):
+        loader = packed_loader(small, folder / f"run_{bands}.h5", bands, RUN_CUTOUT, 1)
+        batches = loader.batch_sampler
+        assert isinstance(batches, Batches)
+        assert isinstance(loader.dataset, data_fns.PackedDataset)
+        each = data_fns.labelled_in_a_cutout(
+            loader.dataset.samples, batches.probabilities, RUN_CUTOUT
+        )
+        batches.batch_size = max(1, round(size / each))
+        batches.num_samples = batches.batch_size * n_steps
+        model = make_model(bench, RECOMMENDED)
+        if way == "compiled":
+            torch._dynamo.reset()
+            compile_steps(model)
+        optimiser = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+        run = run_SSFTT_training.Training(
+            run_SSFTT_training.TrainConfig(amp=bench.amp),
+            folder,
+            bench.device,
+            {"train": loader},
+            model,
+            optimiser,
+            torch.optim.lr_scheduler.LambdaLR(optimiser, lambda _: 1.0),
+            torch.amp.GradScaler(bench.device.type, enabled=bench.amp == "fp16"),
+            {},
+        )
+        for _ in range(2):  # the first compiles, and tries convolutions
+            run.progress = run_SSFTT_training.Progress()
+            run_SSFTT_training.train_epoch(run, run_SSFTT_training.Stopper())
+        rates[size, way] = run.progress.seen / run.progress.seconds
+    base, against = rates[sizes[0], "eager"], f"the same, {sizes[0]} spaxels a step, eager"
+    return [
+        make_row(f"run_{size}_{way}", rate, base, "spaxels/s", against)
+        for (size, way), rate in rates.items()
+    ]
 
 
 def packed_loader(bench: Bench, path: Path, bands: int, cutout: int, n: int) -> DataLoader:
@@ -509,8 +565,10 @@ def step_memory(bench: Bench, variant: str, dense: bool, n: int) -> float:
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        Step(bench._replace(steps=1), variant, dense, n)()
+        step = Step(bench._replace(steps=1), variant, dense, n)
+        step()
+        torch.cuda.reset_peak_memory_stats()  # as in `fitting_step`
+        step()
         return (torch.cuda.max_memory_allocated() - before) / 1e9
     return measuring.peak_in_child(_one_step, bench._replace(steps=1), variant, dense, n)[1]
 
@@ -650,12 +708,16 @@ def print_roofline(table: list[dict[str, Any]]) -> None:
 # The profiler
 
 
-def trace_step(step: Step, lines: int = 12) -> list[tuple[str, float]]:
-    """Operations of a training step and their shares of its time, the largest first."""
+def trace_step(step: Step, lines: int = 12) -> tuple[list[tuple[str, float]], str]:
+    """Operations of a training step and their shares of its time, the largest first.
+
+    Beside them, on a GPU, how busy it was: operations a step, and the share of the time.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = step.bench.device.type == "cuda"
     step()
+    wall = measuring.timed(step)
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as found:
         step()
     field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
@@ -664,17 +726,22 @@ def trace_step(step: Step, lines: int = 12) -> list[tuple[str, float]]:
     if not whole:
         raise DataError("torch's profiler saw no time on the device; is it allowed to trace here?")
     ranked = sorted(times.items(), key=lambda item: -item[1])[:lines]
-    return [(name, value / whole) for name, value in ranked]
+    count = sum(e.count for e in found.key_averages() if getattr(e, field)) / step.bench.steps
+    busy = f", {count:.0f} operations a step, the GPU busy {whole / 1e6 / wall:.0%} of the time"
+    return [(name, value / whole) for name, value in ranked], busy if on_gpu else ""
 
 
 def print_traces(bench: Bench) -> None:
     """Print and write where a step's time goes: patch-wise, dense, dense and recommended."""
-    kinds = [("fiducial", False), ("fiducial", True), (RECOMMENDED, True)]
+    n = max(1, round(bench.cutouts * bench.config.cutout**2 / RUN_CUTOUT**2))
+    small = bench._replace(config=replace(bench.config, cutout=RUN_CUTOUT), cutouts=n)
+    kinds = [("fiducial", False, bench), ("fiducial", True, bench)]
+    kinds += [(RECOMMENDED, True, bench), (RECOMMENDED, True, small)]
     text = []
-    for variant, dense in kinds:
-        title = f"{variant}, {'dense' if dense else 'patch-wise'}: share of a training step's time"
-        text.append(title)
-        found = trace_step(fitting_step(bench, variant, dense))
+    for variant, dense, of in kinds:
+        found, busy = trace_step(fitting_step(of, variant, dense))
+        face = f"cutouts {of.config.cutout} wide" if dense else "patch-wise"
+        text.append(f"{variant}, {face}: share of a training step's time{busy}")
         text += [f"{share:8.1%}  {name[:90]}" for name, share in found]
     print("\n".join(text))
     out = bench.config.results / f"trace_{bench.device.type}.txt"
@@ -714,9 +781,11 @@ def main(config: Config) -> int:
     if config.trace:
         print_traces(bench)
         return utils.EXIT_DONE
-    if bench.device.type == "cuda":
-        check_device(bench)
     report = Report(bench)
+    if bench.device.type == "cuda":
+        report.part("check", lambda: check_device(bench))
+        with tempfile.TemporaryDirectory() as folder:
+            report.part("run", lambda: run_rows(bench, Path(folder)))
     report.part("forward", lambda: forward_rows(bench))
     steps: Steps = {}
 

@@ -280,6 +280,30 @@ def test_a_device_that_reckons_wrongly_is_refused(monkeypatch):
         bench_network.check_device(bench)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_epochs_of_training_itself_are_timed_by_batch_size(tmp_path, monkeypatch, compiled):
+    """Here, where nothing waits for a compiler: what would be compiled is called as it is."""
+    reached = []
+    monkeypatch.setattr(torch, "compile", lambda face, **_: reached.append(face.__name__) or face)
+    config = bench_network.Config(**TINY, amp="bf16", compile=compiled)
+    bench, seen = bench_network.Bench.of(config), []
+    real = bench_network.run_SSFTT_training.train_epoch
+
+    def train_epoch(run, stopper):
+        done = real(run, stopper)
+        seen.append(run.progress.seen)
+        return done
+
+    monkeypatch.setattr(bench_network.run_SSFTT_training, "train_epoch", train_epoch)
+    rows = bench_network.run_rows(bench, tmp_path, sizes=(16, 64), n_steps=3)
+    check_rows(rows)
+    ways = ("eager", "compiled")[: 1 + compiled]
+    assert [row["name"] for row in rows] == [f"run_{n}_{way}" for n in (16, 64) for way in ways]
+    assert bool(reached) is compiled
+    for n, spaxels in zip(np.repeat((16, 64), 2 * len(ways)), seen, strict=True):
+        assert 0.5 < spaxels / (3 * n) < 2
+
+
 SHAPES = [
     ("fiducial", {}, 5),
     ("fiducial", {"patch_size": 3}, 7),
@@ -358,7 +382,9 @@ def test_pipeline_counts_labelled_spaxels_only(tmp_path):
 
 def test_traces_share_out_the_whole_time():
     bench = bench_network.Bench.of(bench_network.Config(**TINY))
-    found = bench_network.trace_step(bench_network.Step(bench, "fiducial", True, 1), lines=10_000)
+    step = bench_network.Step(bench, "fiducial", True, 1)
+    found, busy = bench_network.trace_step(step, lines=10_000)
+    assert busy == ""  # told of GPUs alone
     assert sum(share for _, share in found) == pytest.approx(1)
     assert any("convolution" in name for name, _ in found)
 
