@@ -10,6 +10,7 @@ Writes  <run_dir>/<part>/: metrics.json, confusion.csv, per_class.csv, per_galax
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Iterable
@@ -29,6 +30,7 @@ from tqdm import tqdm
 import data_fns
 import data_io
 import hsi_proc_fns
+import loops
 import utils
 from data_fns import PatchSpec
 from HSI_SSFTT import SSFTT, get_SSFTT_model
@@ -46,6 +48,8 @@ PREDICTIONS_FILE = "predictions.csv.gz"
 
 Amp = Literal["off", "bf16", "fp16"]
 AMP_TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+READERS = 8
+"""Threads that read cubes at most."""
 N_BOOTSTRAP = 2000
 INTERVAL = (0.025, 0.975)
 """Quantiles of the bootstrap intervals."""
@@ -359,6 +363,11 @@ def load_for(trained: TrainedModel, path: Path) -> data_fns.NormedCube:
     return cube
 
 
+def count_readers() -> int:
+    """Choose how many threads read cubes ahead of the network: HDF5 lets one read at a time."""
+    return min(utils.cpu_count(), READERS)
+
+
 def read_labels_for(trained: TrainedModel, path: Path, usable: np.ndarray) -> np.ndarray:
     """Read a label map that a model may be compared with, (y, x).
 
@@ -433,9 +442,10 @@ def predict_split(
         baseline = load_file(run_dir / BASELINE_FILE)
     spec, frames = trained.spec, []
     groups = table.groupby("plateifu", sort=False)
-    for plateifu, rows in tqdm(groups, desc="galaxies", unit="galaxy", disable=None):
-        path = utils.cube_path(root, plateifu)
-        cube = load_for(trained, path)
+    paths = [utils.cube_path(root, plateifu) for plateifu in table["plateifu"].unique()]
+    cubes = loops.in_threads(functools.partial(load_for, trained), paths, count_readers())
+    bar = tqdm(groups, desc="galaxies", unit="galaxy", disable=None)
+    for (plateifu, rows), cube in zip(bar, cubes, strict=True):
         label_path = utils.label_path(root, spec.label_task, plateifu)
         labels = read_labels_for(trained, label_path, cube.usable)
         result = map_cube(trained, cube, plateifu, patch_wise)

@@ -22,7 +22,14 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,6 +304,14 @@ def in_order(
         result = running.popleft().result()
         running.extend(pool.submit(work, item) for item in itertools.islice(waiting, 1))
         yield result
+
+
+def in_threads(
+    work: Callable[[Item], Result], items: Iterable[Item], threads: int
+) -> Iterator[Result]:
+    """Do as `in_order` with threads of its own, two items ahead for each."""
+    with ThreadPoolExecutor(threads) as pool:
+        yield from in_order(pool, work, items, 2 * threads)
 
 
 def report(outcome: dict[str, str], stage: str, where: Path) -> int:

@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,8 +34,6 @@ from data_fns import NormedCube
 log = logging.getLogger(__name__)
 
 TABLE_FILE = "galaxies.csv"
-READERS = 8
-"""Threads that read cubes at most: HDF5 lets one of them read at a time, the rest is numpy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,25 +183,24 @@ def map_galaxies(
         except Exception as error:  # raised when its galaxy's turn comes
             return error
 
-    with ThreadPoolExecutor(readers) as pool:
-        cubes = loops.in_order(pool, read, plateifus, 2 * readers)
+    cubes = loops.in_threads(read, plateifus, readers)
 
-        def work(plateifu: str) -> str:
-            cube = next(cubes)
-            if isinstance(cube, Exception):
-                raise cube
-            if cube is None:
-                return "up to date"
-            result = eval_fns.map_cube(trained, cube, plateifu)
-            cards = {
-                "RUN": (run_dir.resolve().name, "folder of the training run"),
-                "PART": (parts.get(cube.attrs.get("mangaid", ""), ""), "of the run's split"),
-                "RECIPE": (recipe_of(weights, cube.attrs), "hash of the weights and the cube"),
-            }
-            write_map(folder / f"{plateifu}.fits", result, trained, cards)
-            return "written"
+    def work(plateifu: str) -> str:
+        cube = next(cubes)
+        if isinstance(cube, Exception):
+            raise cube
+        if cube is None:
+            return "up to date"
+        result = eval_fns.map_cube(trained, cube, plateifu)
+        cards = {
+            "RUN": (run_dir.resolve().name, "folder of the training run"),
+            "PART": (parts.get(cube.attrs.get("mangaid", ""), ""), "of the run's split"),
+            "RECIPE": (recipe_of(weights, cube.attrs), "hash of the weights and the cube"),
+        }
+        write_map(folder / f"{plateifu}.fits", result, trained, cards)
+        return "written"
 
-        return loops.for_each_galaxy(work, plateifus, "maps", failed_csv)
+    return loops.for_each_galaxy(work, plateifus, "maps", failed_csv)
 
 
 def main(config: Config) -> int:
@@ -214,7 +210,7 @@ def main(config: Config) -> int:
     available = [p.stem for p in utils.processed_cubes(root)]
     galaxies = loops.chosen_galaxies(config, available)
     folder = config.run_dir / eval_fns.MAPS_FOLDER
-    readers = config.jobs or min(utils.cpu_count(), READERS)
+    readers = config.jobs or eval_fns.count_readers()
     failed_csv = loops.failed_path(folder, config.shard)
     outcome = map_galaxies(
         trained, config.run_dir, root, galaxies, failed_csv, readers, config.overwrite
