@@ -51,6 +51,8 @@ AMP_TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 READERS = 8
 """Threads that read cubes at most."""
 N_BOOTSTRAP = 2000
+FEW_GALAXIES = 10
+"""Fewer drawn again and again do not show how different galaxies are."""
 INTERVAL = (0.025, 0.975)
 """Quantiles of the bootstrap intervals."""
 
@@ -726,7 +728,8 @@ def describe_result(result: dict[str, Any]) -> str:
             spread = f"  [{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else ""
             lines.append(f"  {label:<18}{result[key]:.3f}{spread}")
     if intervals:
-        lines.append("  [95 % intervals from a bootstrap over galaxies]")
+        few = ": so few, they are too narrow" if result["galaxies"] < FEW_GALAXIES else ""
+        lines.append(f"  [95 % intervals from a bootstrap over {result['galaxies']} galaxies{few}]")
     return "\n".join(lines)
 
 

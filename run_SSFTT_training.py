@@ -573,7 +573,13 @@ def restore(training: Training) -> None:
         training.config.patience
         and training.progress.epoch - training.progress.best_epoch >= training.config.patience
     ):
-        training.progress.finished = False  # more epochs were asked for than the run had
+        if training.progress.finished:  # more epochs were asked for than the run had
+            log.info(
+                "going on to epoch %d: the learning rate follows the curve of so many epochs from "
+                "here, and rises again",
+                training.config.epochs,
+            )
+        training.progress.finished = False
     about = json.loads((training.run_dir / eval_fns.MODEL_FILE).read_text())
     labels = training.about["training_labels"]
     if any(labels[key] != value for key, value in about["training_labels"].items()):

@@ -29,7 +29,7 @@ GAIN_THRESHOLD = 4000.0  # ADC counts; ctapipe ThresholdGainSelector.threshold
 
 
 @njit(cache=True)
-def _decode(data, out):
+def _decode(data: np.ndarray, out: np.ndarray) -> int:
     """Decode differential integers to (n_rows, n_samples) uint16; -1 if the bytes run out.
 
     The code of an integer: K. Bernloehr's eventio format, "scount"; each row restarts from zero.
@@ -87,7 +87,14 @@ def _decode(data, out):
 
 
 @njit(cache=True)
-def _select_and_calibrate(adc, pedestal, factor, threshold, gain, waveforms):
+def _select_and_calibrate(
+    adc: np.ndarray,
+    pedestal: np.ndarray,
+    factor: np.ndarray,
+    threshold: float,
+    gain: np.ndarray,
+    waveforms: np.ndarray,
+) -> None:
     """Choose each pixel's gain channel, write its calibrated waveform; float32, as ctapipe."""
     n_channels, n_pixels, n_samples = adc.shape
     for pixel in range(n_pixels):
@@ -105,20 +112,20 @@ def _select_and_calibrate(adc, pedestal, factor, threshold, gain, waveforms):
 
 @njit(cache=True)
 def _extract(
-    waveforms,
-    gain,
-    indptr,
-    indices,
-    broken,
-    width,
-    shift,
-    rate_ghz,
-    correction,
-    time_shift,
-    has_shift,
-    charge,
-    peak_time,
-):
+    waveforms: np.ndarray,
+    gain: np.ndarray,
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    broken: np.ndarray,
+    width: int,
+    shift: int,
+    rate_ghz: float,
+    correction: np.ndarray,
+    time_shift: np.ndarray,
+    has_shift: bool,
+    charge: np.ndarray,
+    peak_time: np.ndarray,
+) -> None:
     """NeighborPeakWindowSum on selected waveforms (n_pixels, n_samples)."""
     n_pixels, n_samples = waveforms.shape
     total = np.empty(n_samples, np.float64)
@@ -152,7 +159,9 @@ def _extract(
 
 
 @njit(cache=True)
-def _repair(values, broken_ids, index, neighbor):
+def _repair(
+    values: np.ndarray, broken_ids: np.ndarray, index: np.ndarray, neighbor: np.ndarray
+) -> None:
     """Replace broken pixels by their good neighbours' mean, 0 without (NeighborAverage)."""
     total = np.zeros(broken_ids.size, np.float32)
     count = np.zeros(broken_ids.size, np.int64)

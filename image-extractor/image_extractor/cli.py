@@ -266,7 +266,8 @@ def _extract(args: argparse.Namespace) -> int:
     print(summary_text(summary, layout.CHARGE_UNIT_PE, settings.dtype))
     if args.summary:
         write_whole(args.summary, (json.dumps(summary, indent=1) + "\n").encode())
-    return 1 if summary["files_failed"] or summary["files_incomplete"] else 0
+    is_bad = summary["files_failed"] or summary["files_incomplete"] or not summary["events_read"]
+    return 1 if is_bad else 0
 
 
 def summary_text(summary: dict[str, Any], unit: float, dtype: str) -> str:

@@ -3,8 +3,9 @@
 Reads   a configobj file (sections in brackets, `key = value`).
 Writes  a commented default file, on request.
 
-The dataclass `Settings` is the whole configuration; `SCHEMA` is its one description, from which the
-default file, the printed schema, the checks and the help are made.
+The dataclass `Settings` is the whole configuration with its defaults; `SCHEMA` says where in the
+file each setting is, what it may be and what it means. The default file, the printed schema and
+the checks are made from these two.
 
     python -m image_extractor.config settings.config --mode config     # write a commented default
     python -m image_extractor.config settings.config --mode val        # check a file
@@ -22,14 +23,15 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from configobj import ConfigObj, ConfigObjError, Section
 
 TEV_PER_UNIT = {"eV": 1e-12, "MeV": 1e-6, "GeV": 1e-3, "TeV": 1.0}
 MAX_BINS = 255  # the bin label is one byte
+MAPPINGS = ("auto", "square", "axial", "oversampling", "rebin", "nearest", "bilinear", "none")
 
 
 class ConfigError(ValueError):
@@ -85,6 +87,19 @@ class Cut:
     high: float | None
 
 
+def _historic_cuts() -> dict[str, Cut]:
+    return {
+        "MSCW": Cut(("MSCW",), -2.0, 2.0),
+        "MSCL": Cut(("MSCL",), -2.0, 5.0),
+        "EChi2S": Cut(("EChi2S",), 0.0, None),
+        "ErecS": Cut(("ErecS",), 0.0, None),
+        "EmissionHeight": Cut(("EmissionHeight",), 0.0, 50.0),
+        "MC_Offset": Cut(("MCxoff", "MCyoff"), 0.0, 3.0),
+        "NImages": Cut(("NImages",), 3.0, None),
+        "dES": Cut(("dES",), 0.0, None),
+    }
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything a run is told, apart from files. Defaults are those of the historic schema."""
@@ -99,7 +114,7 @@ class Settings:
     mapping: str = "auto"
     type_mode: str = "SCT"
     energy_bins: EnergyBins = EnergyBins()
-    preselection_cuts: dict[str, Cut] = field(default_factory=dict)
+    preselection_cuts: dict[str, Cut] = field(default_factory=_historic_cuts)
     gamma_only: bool = True
     energy_recon_bins: EnergyBins = EnergyBins(min=-2.0, max=2.0, bin_size=0.05)
     min_telescopes: int = 1
@@ -108,15 +123,27 @@ class Settings:
     picture_threshold: float = 10.0
     boundary_threshold: float = 5.0
 
+    @property
+    def bins(self) -> EnergyBins:
+        """Energy bins of the mode: of its groups (gh_class) or of its label (energy_recon)."""
+        return self.energy_bins if self.mode == "gh_class" else self.energy_recon_bins
 
-def _option(*choices: str) -> Callable[[Any], str]:
+
+class Allowed(NamedTuple):
+    """What a key may be: a check, which raises ValueError, and the same in words."""
+
+    check: Callable[[Any], Any]
+    words: str
+
+
+def _option(*choices: str) -> Allowed:
     def check(value: Any) -> str:
         for choice in choices:
             if str(value) == choice:
                 return choice
         raise ValueError(f"choose one of {', '.join(choices)}")
 
-    return check
+    return Allowed(check, " | ".join(choices))
 
 
 def _boolean(value: Any) -> bool:
@@ -127,7 +154,7 @@ def _boolean(value: Any) -> bool:
     return known[str(value).strip().lower()]
 
 
-def _integer(low: int) -> Callable[[Any], int]:
+def _integer(low: int) -> Allowed:
     def check(value: Any) -> int:
         try:
             number = int(str(value))
@@ -137,10 +164,10 @@ def _integer(low: int) -> Callable[[Any], int]:
             raise ValueError(f"must be {low} or more")
         return number
 
-    return check
+    return Allowed(check, f"whole number >= {low}")
 
 
-def _number(low: float = -math.inf, high: float = math.inf) -> Callable[[Any], float]:
+def _number(low: float = -math.inf, high: float = math.inf) -> Allowed:
     def check(value: Any) -> float:
         try:
             number = float(str(value))
@@ -150,7 +177,8 @@ def _number(low: float = -math.inf, high: float = math.inf) -> Callable[[Any], f
             raise ValueError(f"must be between {low} and {high}")
         return number
 
-    return check
+    words = "number" if low == -math.inf else f"number >= {low:g}"
+    return Allowed(check, words if high == math.inf else f"{low:g} .. {high:g}")
 
 
 def _text(value: Any) -> str:
@@ -159,7 +187,7 @@ def _text(value: Any) -> str:
     return value.strip()
 
 
-def _cut(default_columns: tuple[str, ...]) -> Callable[[Any], Cut]:
+def _cut(default_columns: tuple[str, ...]) -> Allowed:
     """Read `low, high` or `column, ..., low, high`; None is open; parentheses are allowed."""
 
     def check(value: Any) -> Cut:
@@ -181,207 +209,152 @@ def _cut(default_columns: tuple[str, ...]) -> Callable[[Any], Cut]:
             raise ValueError("the upper bound must be above the lower")
         return Cut(tuple(words[:-2]) or default_columns, low, high)
 
-    return check
-
-
-def _show_cut(cut: Cut, name: str) -> str:
-    columns = () if cut.columns == (name,) else cut.columns
-    return ", ".join([*columns, str(cut.low), str(cut.high)])
+    return Allowed(check, "lower, upper")
 
 
 @dataclass(frozen=True)
 class Key:
-    """One setting of the file: where it is, how it is checked, its default, what it means."""
+    """One setting of the file: where it is, what it may be, what it means.
+
+    `attribute` is that of Settings which holds it; "" if it has the key's own name.
+    """
 
     path: tuple[str, ...]
-    check: Callable[[Any], Any]
-    default: Any
-    allowed: str
+    allowed: Allowed
     help: str
     attribute: str = ""
 
+    def text(self, settings: Settings) -> str:
+        """Write the value that the settings have, as in a file."""
+        name = self.path[-1]
+        value = getattr(settings, self.attribute or name)
+        if isinstance(value, EnergyBins):
+            value = getattr(value, name)
+        elif isinstance(value, dict):
+            cut = value.get(name, Cut((name,), None, None))  # none is an open one
+            columns = () if cut.columns == (name,) else cut.columns
+            return ", ".join([*columns, str(cut.low), str(cut.high)])
+        return str(value)
 
-def _bins(path: tuple[str, ...], default: EnergyBins) -> list[Key]:
-    units, scale = tuple(TEV_PER_UNIT), ("linear", "log10")
-    return [
-        Key((*path, "units"), _option(*units), default.units, " | ".join(units), "Unit of energy."),
-        Key(
-            (*path, "scale"),
-            _option(*scale),
-            default.scale,
-            " | ".join(scale),
-            "log10: the numbers below are exponents of ten.",
-        ),
-        Key((*path, "min"), _number(), default.min, "number", "Lower edge of the first bin."),
-        Key((*path, "max"), _number(), default.max, "number", "Upper edge of the last bin."),
-        Key(
-            (*path, "bin_size"),
-            _number(),
-            default.bin_size,
-            "number",
-            "Width of a bin; must divide max - min.",
-        ),
+    def put(self, settings: Settings, value: Any) -> Settings:
+        """Give the settings with this one changed."""
+        name = self.path[-1]
+        whole = getattr(settings, self.attribute or name)
+        if isinstance(whole, EnergyBins):
+            value = replace(whole, **{name: value})
+        elif isinstance(whole, dict):
+            value = {**whole, name: value}
+        return replace(settings, **{self.attribute or name: value})
+
+
+def _bins(path: tuple[str, ...], attribute: str) -> list[Key]:
+    rows = [
+        ("units", _option(*TEV_PER_UNIT), "Unit of energy."),
+        ("scale", _option("linear", "log10"), "log10: the numbers below are exponents of ten."),
+        ("min", _number(), "Lower edge of the first bin."),
+        ("max", _number(), "Upper edge of the last bin."),
+        ("bin_size", _number(), "Width of a bin; must divide max - min."),
     ]
+    return [Key((*path, name), allowed, text, attribute) for name, allowed, text in rows]
 
 
 def _cuts() -> list[Key]:
-    defaults = {
-        "MSCW": (("MSCW",), -2.0, 2.0, "Mean reduced scaled width."),
-        "MSCL": (("MSCL",), -2.0, 5.0, "Mean reduced scaled length."),
-        "EChi2S": (("EChi2S",), 0.0, None, "Chi square of the energy reconstruction."),
-        "ErecS": (("ErecS",), 0.0, None, "Reconstructed energy (TeV)."),
-        "EmissionHeight": (("EmissionHeight",), 0.0, 50.0, "Height of the emission maximum (km)."),
-        "MC_Offset": (
-            ("MCxoff", "MCyoff"),
-            0.0,
-            3.0,
-            "Simulated offset from the camera centre (deg).",
-        ),
-        "NImages": (("NImages",), 3.0, None, "Number of images."),
-        "dES": (("dES",), 0.0, None, "Uncertainty of the reconstructed energy (TeV)."),
+    meaning = {
+        "MSCW": "Mean reduced scaled width.",
+        "MSCL": "Mean reduced scaled length.",
+        "EChi2S": "Chi square of the energy reconstruction.",
+        "ErecS": "Reconstructed energy (TeV).",
+        "EmissionHeight": "Height of the emission maximum (km).",
+        "MC_Offset": "Simulated offset from the camera centre (deg).",
+        "NImages": "Number of images.",
+        "dES": "Uncertainty of the reconstructed energy (TeV).",
     }
     return [
-        Key(
-            ("preselection_cuts", name),
-            _cut(columns),
-            Cut(columns, low, high),
-            "lower, upper",
-            text,
-        )
-        for name, (columns, low, high, text) in defaults.items()
+        Key(("preselection_cuts", name), _cut(cut.columns), meaning[name], "preselection_cuts")
+        for name, cut in Settings().preselection_cuts.items()
     ]
 
 
-_IMAGE_MODES = ("PIXELS_3C", "PIXELS_1C", "PIXELS_TIMING_2C", "PIXELS_TIMING_3C")
-_DTYPES = ("uint16", "uint32", "int16", "int32", "float32")
-_MAPPINGS = ("auto", "square", "axial", "oversampling", "rebin", "nearest", "bilinear", "none")
+_BOOLEAN = Allowed(_boolean, "True | False")
 SCHEMA: list[Key] = [
     Key(
         ("mode",),
         _option("gh_class", "energy_recon"),
-        "gh_class",
-        "gh_class | energy_recon",
         "gh_class: a group an energy bin. energy_recon: one table, its energy bin as a label.",
-        "mode",
     ),
     Key(
         ("storage_mode",),
         _option("all", "mapped"),
-        "all",
-        "all | mapped",
-        "all: images in the event table. mapped: an image array "
-        "a telescope, row numbers in tel_map.",
-        "storage_mode",
+        "all: images in the event table. mapped: an image array a telescope, row numbers in "
+        "tel_map.",
     ),
-    Key(
-        ("use_pkl_dict",),
-        _boolean,
-        True,
-        "True | False",
-        "Use the dictionary of bins and cuts when one is given.",
-        "use_pkl_dict",
-    ),
+    Key(("use_pkl_dict",), _BOOLEAN, "Use the dictionary of bins and cuts when one is given."),
     Key(
         ("image", "mode"),
-        _option(*_IMAGE_MODES),
-        "PIXELS_3C",
-        " | ".join(_IMAGE_MODES),
+        _option("PIXELS_3C", "PIXELS_1C", "PIXELS_TIMING_2C", "PIXELS_TIMING_3C"),
         "Channels: charge, then peak time in samples (TIMING), then zeros.",
         "image_mode",
     ),
     Key(
         ("image", "scale_factor"),
         _integer(1),
-        2,
-        "whole number >= 1",
         "Each pixel is repeated this many times along both axes.",
-        "scale_factor",
     ),
     Key(
         ("image", "dtype"),
-        _option(*_DTYPES),
-        "uint16",
-        " | ".join(_DTYPES),
-        "Stored number. Charges are in 0.01 photo-electrons; what "
-        "does not fit saturates and is counted.",
-        "dtype",
+        _option("uint16", "uint32", "int16", "int32", "float32"),
+        "Stored number. Charges are in 0.01 photo-electrons; what does not fit saturates and is "
+        "counted.",
     ),
     Key(
         ("image", "dim_order"),
         _option("channels_first", "channels_last"),
-        "channels_last",
-        "channels_first | channels_last",
         "Where the channel axis is.",
-        "dim_order",
     ),
     Key(
         ("image", "mapping"),
-        _option(*_MAPPINGS),
-        "auto",
-        " | ".join(_MAPPINGS),
-        "How pixels become a picture. auto: square or axial, by "
-        "the camera. none: vectors of pixels.",
-        "mapping",
+        _option(*MAPPINGS),
+        "How pixels become a picture. auto: square or axial, by the camera. none: vectors of "
+        "pixels.",
     ),
     Key(
         ("telescope", "type_mode"),
-        _text,
-        "SCT",
-        "SST | SCT | LST | MST | ALL | camera | id, joined by +",
+        Allowed(_text, "SST | SCT | LST | MST | ALL | camera | id, joined by +"),
         "Which telescopes are stored, e.g. SST+SCT, NectarCam, 5-12.",
-        "type_mode",
     ),
-    *_bins(("energy_bins",), EnergyBins()),
+    *_bins(("energy_bins",), "energy_bins"),
     *_cuts(),
     Key(
         ("image_cuts", "min_telescopes"),
         _integer(1),
-        1,
-        "whole number >= 1",
         "Keep events with at least this many images that pass the cuts below.",
-        "min_telescopes",
     ),
     Key(
         ("image_cuts", "min_intensity"),
         _number(0.0),
-        0.0,
-        "number >= 0",
         "Least charge after cleaning (photo-electrons).",
-        "min_intensity",
     ),
     Key(
         ("image_cuts", "max_leakage"),
         _number(0.0, 1.0),
-        1.0,
-        "0 .. 1",
         "Largest share of the charge in the two outer rings of pixels.",
-        "max_leakage",
     ),
     Key(
         ("image_cuts", "picture_threshold"),
         _number(0.0),
-        10.0,
-        "number >= 0",
         "Tailcuts cleaning: charge of a core pixel (photo-electrons).",
-        "picture_threshold",
     ),
     Key(
         ("image_cuts", "boundary_threshold"),
         _number(0.0),
-        5.0,
-        "number >= 0",
         "Tailcuts cleaning: charge of a boundary pixel (photo-electrons).",
-        "boundary_threshold",
     ),
     Key(
         ("energy_recon", "gamma_only"),
-        _boolean,
-        True,
-        "True | False",
+        _BOOLEAN,
         "energy_recon: leave out everything but gammas.",
-        "gamma_only",
     ),
-    *_bins(("energy_recon", "bins"), EnergyBins(min=-2.0, max=2.0, bin_size=0.05)),
+    *_bins(("energy_recon", "bins"), "energy_recon_bins"),
 ]
 OLD_SPELLINGS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("image", "dim_ordering"): ("image", "dim_order")
@@ -399,11 +372,6 @@ SECTION_HELP = {
     ("energy_recon",): "Only for mode energy_recon.",
     ("energy_recon", "bins"): "Bins of the true energy.",
 }
-
-
-def default_settings() -> Settings:
-    """Give the settings of an empty file."""
-    return _settings({key.path: key.default for key in SCHEMA})
 
 
 def load_config(path: str | Path) -> Settings:
@@ -453,37 +421,18 @@ def parse_config(tree: dict[str, Any], where: str = "configuration") -> Settings
                 raw[target] = value
 
     visit(tree, ())
-    values: dict[tuple[str, ...], Any] = {}
+    settings = Settings()
     for key in SCHEMA:
-        if key.path not in raw:
-            values[key.path] = key.default
-            continue
-        try:
-            values[key.path] = key.check(raw[key.path])
-        except ValueError as error:
-            problems.append(f"{_show(key.path)} = {_flat(raw[key.path])}: {error}")
-            values[key.path] = key.default
-    settings = _settings(values)
+        if key.path in raw:
+            try:
+                settings = key.put(settings, key.allowed.check(raw[key.path]))
+            except ValueError as error:
+                problems.append(f"{_show(key.path)} = {_flat(raw[key.path])}: {error}")
     problems += [f"[energy_bins] {p}" for p in settings.energy_bins.problems()]
     problems += [f"[energy_recon][bins] {p}" for p in settings.energy_recon_bins.problems()]
     if problems:
         raise ConfigError("\n".join(f"{where}: {p}." for p in problems))
     return settings
-
-
-def _settings(values: dict[tuple[str, ...], Any]) -> Settings:
-    def bins(*path: str) -> EnergyBins:
-        names = ("units", "scale", "min", "max", "bin_size")
-        return EnergyBins(**{name: values[(*path, name)] for name in names})
-
-    return Settings(
-        **{key.attribute: values[key.path] for key in SCHEMA if key.attribute},
-        energy_bins=bins("energy_bins"),
-        energy_recon_bins=bins("energy_recon", "bins"),
-        preselection_cuts={
-            path[1]: value for path, value in values.items() if path[0] == "preselection_cuts"
-        },
-    )
 
 
 def _show(path: tuple[str, ...]) -> str:
@@ -504,7 +453,7 @@ def _nearest(path: tuple[str, ...], known: set[tuple[str, ...]]) -> str:
 
 def as_text(settings: Settings | None = None, comments: bool = True) -> str:
     """Write the configuration file that says these settings (the defaults if None)."""
-    settings = settings or default_settings()
+    settings = settings or Settings()
     lines = [
         "# Settings of image_extractor.py. Lines may be left out: the defaults are those shown."
     ]
@@ -519,33 +468,18 @@ def as_text(settings: Settings | None = None, comments: bool = True) -> str:
                     lines.append("[" * depth + parent[depth - 1] + "]" * depth)
             section = parent
         if comments:
-            lines.append(f"# {key.help} ({key.allowed})")
-        lines.append(f"{key.path[-1]} = {_value_text(settings, key)}")
+            lines.append(f"# {key.help} ({key.allowed.words})")
+        lines.append(f"{key.path[-1]} = {key.text(settings)}")
     return "\n".join(lines) + "\n"
-
-
-def _value_text(settings: Settings, key: Key) -> str:
-    if key.attribute:
-        return str(getattr(settings, key.attribute))
-    if key.path[0] == "preselection_cuts":
-        return _show_cut(settings.preselection_cuts[key.path[1]], key.path[1])
-    bins = settings.energy_bins if key.path[0] == "energy_bins" else settings.energy_recon_bins
-    return str(getattr(bins, key.path[-1]))
 
 
 def spec_text() -> str:
     """Write the schema, a line a key."""
-    rows = [(_show(k.path), k.allowed, _default_text(k), k.help) for k in SCHEMA]
+    rows = [(_show(k.path), k.allowed.words, k.text(Settings()), k.help) for k in SCHEMA]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join(
         "  ".join(c.ljust(w) for c, w in zip(r, [*widths, 0], strict=True)).rstrip() for r in rows
     )
-
-
-def _default_text(key: Key) -> str:
-    if isinstance(key.default, Cut):
-        return _show_cut(key.default, key.path[-1])
-    return str(key.default)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -39,6 +39,11 @@ PICKLE_ROW = np.dtype(
 ROW = np.dtype([("run_number", "<u4"), ("event_number", "<u4"), ("bin", "<i4"), ("energy", "<f8")])
 
 
+def event_keys(rows: np.ndarray) -> np.ndarray:
+    """One uint64 a row, from its run_number and event_number."""
+    return rows["run_number"].astype(np.uint64) << np.uint64(32) | rows["event_number"]
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Unpickler for plain data: any class or function in the stream is refused."""
 
@@ -65,7 +70,7 @@ class CutsTable:
 
     def __init__(self, rows: np.ndarray, source: str = "bins_cuts_dict") -> None:
         self.source = source
-        keys = rows["run_number"].astype(np.uint64) << np.uint64(32) | rows["event_number"]
+        keys = event_keys(rows)
         order = np.argsort(keys, kind="stable")
         self._keys = keys[order]
         self.bins = rows["bin"][order]
@@ -83,9 +88,6 @@ class CutsTable:
     def __len__(self) -> int:
         return self._keys.size
 
-    def __contains__(self, key: tuple[int, int]) -> bool:
-        return self.get(*key) is not None
-
     def get(self, run_number: int, event_number: int) -> tuple[int, float] | None:
         """(bin_index, energy in TeV) of an event that passed, else None."""
         if not 0 <= event_number < 1 << 32:
@@ -95,14 +97,6 @@ class CutsTable:
         if i == self._keys.size or self._keys[i] != key:
             return None
         return int(self.bins[i]), float(self.energies[i])
-
-    def rows(self) -> np.ndarray:
-        """All events, sorted, as an array of ROW."""
-        rows = np.empty(len(self), ROW)
-        rows["run_number"] = self._keys >> np.uint64(32)
-        rows["event_number"] = self._keys & np.uint64(0xFFFFFFFF)
-        rows["bin"], rows["energy"] = self.bins, self.energies
-        return rows
 
     @classmethod
     def from_dict(cls, events: Mapping[Any, Any], source: str = "bins_cuts_dict") -> CutsTable:

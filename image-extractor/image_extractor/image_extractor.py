@@ -4,8 +4,7 @@ Reads   simtel files, a configuration, optionally a dictionary of bins and cuts.
 Writes  one HDF5 file (layout.py), whole or not at all.
 
     from image_extractor import image_extractor
-    with image_extractor.ImageExtractor("dataset.h5", None, "gh_class", telescope_type="LST") as
-    extractor:
+    with image_extractor.ImageExtractor("dataset.h5", telescope_type="LST") as extractor:
         extractor.process_data("gamma.simtel.gz", 50)
 
 Outside a `with` block every `process_data` is a transaction of its own, so that the file is whole
@@ -38,7 +37,7 @@ from numba import njit
 
 from . import layout
 from .calibrate import Calibrator
-from .config import ConfigError, Settings, default_settings
+from .config import ConfigError, Settings
 from .cuts import CutsTable
 from .errors import DataError, UsageError
 from .instrument import Telescope, describe_array, select_telescopes
@@ -82,11 +81,11 @@ class FileReport:
 
 
 @njit(cache=True)
-def _quantise(values, scale, low, high, out):
+def _quantise(values: np.ndarray, scale: float, low: float, high: float, out: np.ndarray) -> int:
     """Write rint(values * scale), clipped, to `out`; count those above `high`; NaN gives 0."""
     too_large = 0
     for i in range(values.size):
-        value = np.float64(values[i]) * scale
+        value: float = np.float64(values[i]) * scale
         if np.isnan(value):
             value = 0.0
         value = np.rint(value)
@@ -300,7 +299,7 @@ class ImageExtractor:
         unknown = set(options) - {f.name for f in fields(Settings)}
         if unknown:
             raise UsageError(f"ImageExtractor has no option {', '.join(sorted(unknown))}.")
-        self.settings = _checked(replace(settings or default_settings(), **options))
+        self.settings = _checked(replace(settings or Settings(), **options))
         self.output_path = Path(output_path)
         self.cuts: CutsTable | None = None
         if bins_cuts_dict is not None and self.settings.use_pkl_dict:
@@ -582,6 +581,8 @@ class ImageExtractor:
                 report.problem,
                 report.events_read,
             )
+        elif not report.events_read:
+            log.warning("%s: no event in it.", report.file)
         assert self._writer is not None
         if report.duplicates:
             log.warning(
@@ -605,9 +606,7 @@ class ImageExtractor:
     ) -> None:
         """Write the events of a file."""
         settings, cuts = self.settings, self.cuts
-        edges = (
-            settings.energy_bins if settings.mode == "gh_class" else settings.energy_recon_bins
-        ).edges_tev()
+        edges = settings.bins.edges_tev()
         wanted = None if cuts is None else lambda run, event: cuts.get(run, event) is not None
         told = 0
         for event in simtel.events(array.by_id.keys(), wanted):

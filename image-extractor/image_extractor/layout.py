@@ -5,8 +5,8 @@
     /E{i}/Events                  gh_class: a group an energy bin; energy_recon: /Events in the root
     /E{i}/T{tel_id}               mapped: images (row, x, y, channel) or (row, channel, x, y)
     /Metadata/Runs                an input file a row
-    /Metadata/Event_Index         (run_number, event_number, group) of every event, for quick
-    look-up /Metadata/Cameras/{key}       pixels, and the matrix that made the images
+    /Metadata/Event_Index         (run_number, event_number, group) of every event
+    /Metadata/Cameras/{key}       pixels, and the matrix that made the images
 
 Everything outside /Metadata is the historic layout, which plain PyTables code reads by name. What
 differs: tel_id is u2 (u1 overflowed at 256), image arrays have the configured dtype (i2 wrapped at
@@ -22,7 +22,7 @@ import datetime
 import json
 from array import array
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from isal import isal_zlib
 
 from . import __version__
 from .config import Settings, as_text
+from .cuts import event_keys
 from .errors import DataError
 from .instrument import Telescope
 from .mapping import CONSERVING, Mapping
@@ -162,10 +163,10 @@ def difference(ours: list[list[Any]], theirs: list[list[Any]]) -> str:
         return ""
     ours_by, theirs_by = {t[0]: t for t in ours}, {t[0]: t for t in theirs}
     for tel_id in sorted(ours_by.keys() | theirs_by.keys()):
-        a, b = ours_by.get(tel_id), theirs_by.get(tel_id)
-        if a is None:
+        a, b = ours_by.get(tel_id, []), theirs_by.get(tel_id, [])
+        if not a:
             return f"no telescope {tel_id} ({b[1]} {b[2]})"
-        if b is None:
+        if not b:
             return f"telescope {tel_id} ({a[1]} {a[2]}) too many"
         if a[2:4] != b[2:4]:
             what = f"is a {a[2]}, not a {b[2]}" if a[2] != b[2] else "has another camera geometry"
@@ -336,7 +337,7 @@ class Writer:
             "charge_unit_pe": CHARGE_UNIT_PE,
             "units": json.dumps(UNITS),
             "compression": self.compression,
-            "energy_bin_edges_tev": json.dumps(_bins(settings).edges_tev()),
+            "energy_bin_edges_tev": json.dumps(settings.bins.edges_tev()),
             "array": json.dumps(self.identity),
             **attributes,
         }
@@ -366,7 +367,8 @@ class Writer:
                 filters=filters(self.compression),
                 chunkshape=None if self.is_mapped else (1,),
             )
-            table.attrs.units = json.dumps({n: UNITS[n] for n in self.dtype.names if n in UNITS})
+            names = self.dtype.names or ()
+            table.attrs.units = json.dumps({n: UNITS[n] for n in names if n in UNITS})
             if self.is_mapped:
                 for telescope in self.telescopes:
                     shape = self._shapes[telescope.tel_id]
@@ -625,10 +627,6 @@ def group_paths(settings: Settings) -> list[str]:
     return [f"/E{i}" for i in range(settings.energy_bins.count())]
 
 
-def _bins(settings: Settings) -> Any:
-    return settings.energy_bins if settings.mode == "gh_class" else settings.energy_recon_bins
-
-
 def _write_camera(
     h5: tables.File, group: tables.Group, telescope: Telescope, mapping: Mapping
 ) -> None:
@@ -809,10 +807,7 @@ def verify(path: Path, n_events: int) -> None:
                     0, int(table.nrows), batch := max(1, BATCH_BYTES // table.rowsize)
                 ):
                     rows = table.read(start, start + batch)
-                    keys.append(
-                        rows["event_number"].astype(np.uint64)
-                        + (rows["run_number"].astype(np.uint64) << 32)
-                    )
+                    keys.append(event_keys(rows))
                     images += (
                         int((rows["tel_map"] >= 0).sum())
                         if "tel_map" in table.colnames
@@ -825,10 +820,7 @@ def verify(path: Path, n_events: int) -> None:
                 else:
                     for row in range(int(node.nrows)):
                         node[row]
-            expected = np.sort(
-                index["event_number"].astype(np.uint64)
-                + (index["run_number"].astype(np.uint64) << 32)
-            )
+            expected = np.sort(event_keys(index))
             found = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))
             is_whole = len(index) == n_events and (not keys or np.array_equal(found, expected))
             is_whole &= images == (n_events if attrs["storage_mode"] == "all" else 0)
@@ -968,8 +960,3 @@ def event_images(h5: tables.File, table: tables.Table, row: int) -> dict[int, np
 def index_table(h5: tables.File) -> np.ndarray:
     """Every event of the file: (run_number, event_number, group)."""
     return h5.get_node(f"/{METADATA}/{INDEX}").read()
-
-
-def names(values: Iterable[bytes]) -> list[str]:
-    """Decode a column of fixed-width strings."""
-    return [v.decode("utf-8", "replace") for v in values]

@@ -15,6 +15,7 @@ import numpy as np
 import tables
 
 from . import layout
+from .cuts import event_keys
 from .errors import DataError
 from .transaction import write_whole
 
@@ -152,9 +153,7 @@ def validate(path: str | Path) -> list[str]:
             group = used.setdefault(table._v_parent._v_pathname, {})
             for start in range(0, int(table.nrows), _batch(table)):
                 rows = table.read(start, start + _batch(table))
-                keys.append(
-                    rows["run_number"].astype(np.uint64) << np.uint64(32) | rows["event_number"]
-                )
+                keys.append(event_keys(rows))
                 problems += _check_rows(where, rows, table, attrs, edges)
                 if is_mapped:
                     for slot, tel_id in enumerate(telescopes["tel_id"].tolist()):
@@ -241,7 +240,7 @@ def _check_readable(h5: tables.File) -> list[str]:
 def _check_keys(keys: list[np.ndarray], index: np.ndarray, runs: np.ndarray) -> list[str]:
     found = []
     events = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))
-    listed = np.sort(index["run_number"].astype(np.uint64) << np.uint64(32) | index["event_number"])
+    listed = np.sort(event_keys(index))
     if np.unique(events).size != events.size:
         found.append("an event is there twice")
     if events.size != listed.size or not (events == listed).all():
@@ -264,8 +263,12 @@ def plot(
     run: int | None = None,
     max_images: int = 4,
 ) -> str:
-    """Draw an event: for each of its brightest images the camera, the stored picture, the peak
-    times.
+    """Draw an event: a row for each of its brightest images, with the camera, the stored picture
+    and the peak times.
+
+    All charges have one scale, from 0 to the largest one drawn; colours go with its square root, so
+    that faint images are seen beside bright ones. Peak times have a scale in each row, because they
+    count samples from the start of that telescope's read-out.
 
     Parameters
     ----------
@@ -284,6 +287,8 @@ def plot(
         If the event is not in the file, or the picture cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     with layout.open_layout(path) as h5:
@@ -291,65 +296,54 @@ def plot(
         table, row = _find(h5, path, event, run)
         values = table.read(row, row + 1)[[n for n in table.colnames if n[:1] != "T"]][0]
         images = layout.event_images(h5, table, row)
-        images = {t: _channels_first(i, attrs) for t, i in images.items()}
-        chosen = sorted(images, key=lambda t: -float(images[t][0].sum()))[:max_images]
+        images = {t: _unscaled(_channels_first(i, attrs), attrs) for t, i in images.items()}
+        charges = {t: i[0] * float(attrs["charge_unit_pe"]) for t, i in images.items()}
+        chosen = sorted(images, key=lambda t: -float(charges[t].sum()))[:max_images]
         has_time = "time" in json.loads(str(attrs["channels"]))
-        n_columns = 3 if has_time else 2
-        figure = Figure(figsize=(4.6 * n_columns, 4.0 * len(chosen) + 0.7), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(len(chosen), n_columns, squeeze=False)
-        telescopes = layout.tel_table(h5)
-        for line, tel_id in zip(axes, chosen, strict=True):
-            info = telescopes[telescopes["tel_id"] == tel_id][0]
-            pixels, matrix, camera = layout.camera_pixels(h5, info["camera"].decode())
-            picture = _unscaled(images[tel_id], camera, attrs)
-            charge = picture[0] * float(attrs["charge_unit_pe"])
-            name = f"T{tel_id} {info['tel_type'].decode()} {camera['name']}"
-            in_pixels = _per_pixel(charge, matrix, len(pixels))
-            limits = (0.0, max(float(np.percentile(in_pixels, 99.9)), 1.0))
-            in_cells = (
-                0.0,
-                max(float(np.percentile(charge[charge > 0], 99.9)), 1.0) if charge.any() else 1.0,
-            )
-            _camera_axes(
-                figure,
-                line[0],
-                pixels,
-                in_pixels,
-                camera,
-                f"{name}: camera",
-                "charge (p.e.)",
-                limits,
-            )
-            _picture_axes(
-                figure,
-                line[1],
-                charge,
-                f"stored picture ({camera['mapping']})",
-                "charge (p.e.)",
-                in_cells,
-            )
-            if has_time:
-                bright = charge > max(2.0, 0.15 * float(charge.max()))
-                time = np.where(bright, picture[1].astype(float), np.nan)
-                _picture_axes(
-                    figure,
-                    line[2],
-                    time,
-                    "peak time of bright pixels",
-                    "time (samples)",
-                    (None, None),
-                )
-        particle = {0: "gamma", 101: "proton"}.get(
-            int(values["primary_id"]), f"particle {values['primary_id']}"
+        telescopes = {int(t["tel_id"]): t for t in layout.tel_table(h5)}
+        cameras = {t: layout.camera_pixels(h5, telescopes[t]["camera"].decode()) for t in chosen}
+    in_pixels = {
+        t: _per_pixel(charges[t], matrix, len(pixels)) for t, (pixels, matrix, _) in cameras.items()
+    }
+    drawn_charges = [v for t in chosen for v in (charges[t], in_pixels[t])]
+    norm = PowerNorm(0.5, 0.0, max(1.0, *(float(v.max()) for v in drawn_charges)))
+    n_columns = 3 if has_time else 2
+    figure = Figure(figsize=(4.6 * n_columns, 4.0 * len(chosen) + 0.7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(chosen), n_columns, squeeze=False)
+    for line, tel_id in zip(axes, chosen, strict=True):
+        pixels, _, camera = cameras[tel_id]
+        charge = charges[tel_id]
+        name = f"T{tel_id} {telescopes[tel_id]['tel_type'].decode()} {camera['name']}"
+        _camera_axes(line[0], pixels, in_pixels[tel_id], norm, f"{name}: camera")
+        _picture_axes(
+            line[1], charge, norm, f"stored picture ({camera['mapping']})", "charge (p.e.)"
         )
-        title = (
-            f"run {values['run_number']} event {values['event_number']}: {particle}, "
-            f"{values['mc_energy']:.3g} TeV, {len(images)} images"
-        )
-        figure.suptitle(title)
-        drawn = BytesIO()
-        figure.savefig(drawn, format=Path(output).suffix[1:] or "png", dpi=90)
+        if has_time:
+            bright = charge > max(2.0, 0.15 * float(charge.max()))
+            time = np.where(bright, images[tel_id][1].astype(float), np.nan)
+            shown = _picture_axes(
+                line[2], time, None, "peak time of bright pixels", "time (samples)"
+            )
+            if shown is not None:
+                figure.colorbar(shown, ax=line[2], label="time (samples)")
+    is_vector = charges[chosen[0]].ndim == 1
+    figure.colorbar(
+        ScalarMappable(norm, "viridis"),
+        ax=axes[:, 0 if is_vector else 1],
+        label="charge of a pixel or cell (p.e.)",
+        aspect=50,
+    )
+    particle = {0: "gamma", 101: "proton"}.get(
+        int(values["primary_id"]), f"particle {values['primary_id']}"
+    )
+    title = (
+        f"run {values['run_number']} event {values['event_number']}: {particle}, "
+        f"{values['mc_energy']:.3g} TeV, {len(images)} images"
+    )
+    figure.suptitle(title)
+    drawn = BytesIO()
+    figure.savefig(drawn, format=Path(output).suffix[1:] or "png", dpi=90)
     write_whole(Path(output), drawn.getvalue())
     return f"{title}: {len(chosen)} drawn to {output}"
 
@@ -358,9 +352,9 @@ def _channels_first(image: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:
     return image if attrs["dim_order"] == "channels_first" else np.moveaxis(image, -1, 0)
 
 
-def _unscaled(image: np.ndarray, camera: dict[str, Any], attrs: dict[str, Any]) -> np.ndarray:
-    """Undo scale_factor: (channel, x, y) or (channel, pixel) cells."""
-    scale = int(attrs["scale_factor"]) if image.ndim == 3 else 1
+def _unscaled(image: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:
+    """Undo scale_factor of (channel, x, y) cells; vectors (channel, pixel) have none."""
+    scale = int(attrs["scale_factor"])
     return image[:, ::scale, ::scale] if image.ndim == 3 else image
 
 
@@ -407,16 +401,7 @@ def _per_pixel(charge: np.ndarray, matrix: np.ndarray, n_pixels: int) -> np.ndar
     return np.divide(total, norm, out=np.zeros(n_pixels), where=norm > 0)
 
 
-def _camera_axes(
-    figure: Any,
-    ax: Any,
-    pixels: np.ndarray,
-    values: np.ndarray,
-    camera: dict[str, Any],
-    title: str,
-    label: str,
-    limits: tuple[float, float],
-) -> None:
+def _camera_axes(ax: Any, pixels: np.ndarray, values: np.ndarray, norm: Any, title: str) -> None:
     from matplotlib.collections import PolyCollection
 
     from .mapping import lattice_neighbors
@@ -431,15 +416,19 @@ def _camera_axes(
     corners = np.stack(
         [x[:, None] + radius * np.cos(angles), y[:, None] + radius * np.sin(angles)], -1
     )
-    patches = PolyCollection(
-        list(corners), array=values, cmap="viridis", edgecolors="face", linewidths=0.1
+    ax.add_collection(
+        PolyCollection(
+            list(corners),
+            array=values,
+            cmap="viridis",
+            norm=norm,
+            edgecolors="face",
+            linewidths=0.1,
+        )
     )
-    patches.set_clim(*limits)
-    ax.add_collection(patches)
     ax.set_aspect("equal")
     ax.autoscale_view()
     ax.set(title=title, xlabel="x (m)", ylabel="y (m)")
-    figure.colorbar(patches, ax=ax, label=label)
 
 
 def _lattice(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -452,22 +441,15 @@ def _lattice(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return spacing, float(np.angle(np.mean(np.exp(6j * np.arctan2(dy[near], dx[near]))))) / 6
 
 
-def _picture_axes(
-    figure: Any, ax: Any, values: np.ndarray, title: str, label: str, limits: tuple[Any, Any]
-) -> None:
+def _picture_axes(ax: Any, values: np.ndarray, norm: Any, title: str, label: str) -> Any:
+    """Draw a picture and return it, for its colour bar; or a vector, which needs none."""
     if values.ndim == 1:
-        ax.plot(values, lw=0.5)
+        ax.plot(values, ".-", lw=0.5, ms=2)  # dots: a bright pixel between others makes no line
         ax.set(title=title, xlabel="pixel", ylabel=label)
-        return
+        if norm is not None:
+            ax.set_ylim(top=1.05 * norm.vmax)
+        return None
+    ax.set(title=title, xlabel="first axis (cells)", ylabel="second axis (cells)")
     # The first axis is x: transposed and with the origin below, the picture stands as the camera
     # does.
-    shown = ax.imshow(
-        values.T,
-        origin="lower",
-        cmap="viridis",
-        vmin=limits[0],
-        vmax=limits[1],
-        interpolation="nearest",
-    )
-    ax.set(title=title, xlabel="first axis (cells)", ylabel="second axis (cells)")
-    figure.colorbar(shown, ax=ax, label=label)
+    return ax.imshow(values.T, origin="lower", cmap="viridis", norm=norm, interpolation="nearest")

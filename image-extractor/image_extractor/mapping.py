@@ -27,9 +27,9 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.spatial import Delaunay, cKDTree
 
+from .config import MAPPINGS
 from .errors import DataError
 
-METHODS = ("auto", "square", "axial", "oversampling", "rebin", "nearest", "bilinear", "none")
 CONSERVING = ("square", "axial", "oversampling", "rebin", "none")
 REBIN_POINTS = 12  # sample points along a pixel's width when sharing its area
 SAME_LEVEL = 0.2  # of the pixel spacing: coordinates closer than this are one row or column
@@ -79,7 +79,7 @@ def camera_mapping(pixel_x: np.ndarray, pixel_y: np.ndarray, method: str = "auto
     pixel_x, pixel_y : (n_pixels,) array
         Positions in any unit.
     method : str
-        One of METHODS.
+        One of config.MAPPINGS.
 
     Raises
     ------
@@ -87,8 +87,8 @@ def camera_mapping(pixel_x: np.ndarray, pixel_y: np.ndarray, method: str = "auto
         If the method is unknown or the camera's pixels form no lattice that it can use.
     """
     x, y = np.asarray(pixel_x, np.float64), np.asarray(pixel_y, np.float64)
-    if method not in METHODS:
-        raise DataError(f"mapping method {method!r}: choose one of {', '.join(METHODS)}.")
+    if method not in MAPPINGS:
+        raise DataError(f"mapping method {method!r}: choose one of {', '.join(MAPPINGS)}.")
     if not np.isfinite([x, y]).all():
         raise DataError("a pixel position is not a number: the description is damaged.")
     if method == "none":

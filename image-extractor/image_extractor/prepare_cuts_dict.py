@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from .config import ConfigError, Cut, Settings, default_settings, load_config
-from .cuts import ROW, CutsWriter, bin_indices
+from .config import ConfigError, Cut, Settings, load_config
+from .cuts import ROW, CutsWriter, bin_indices, event_keys
 from .errors import DataError, UsageError
 
 TREE = "data"
@@ -131,8 +131,7 @@ def prepare(files: list[Path], output: Path, settings: Settings) -> dict[str, An
                 rows["run_number"] = columns["runNumber"][kept]
                 rows["event_number"] = columns["eventNumber"][kept]
                 rows["bin"], rows["energy"] = index[kept], columns["ErecS"][kept]
-                keys = rows["run_number"].astype(np.uint64) << np.uint64(32) | rows["event_number"]
-                unique, times = np.unique(keys, return_counts=True)
+                unique, times = np.unique(event_keys(rows), return_counts=True)
                 double = np.concatenate([unique[times > 1], unique[np.isin(unique, seen)]])
                 if double.size:
                     run, event = divmod(int(double[0]), 1 << 32)
@@ -163,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv)
     try:
-        settings = load_config(args.config) if args.config else default_settings()
+        settings = load_config(args.config) if args.config else Settings()
         files = [Path(p) for p in sorted(glob.glob(args.mscw_files))]
         if not files:
             raise UsageError(f"{args.mscw_files}: no such file.")

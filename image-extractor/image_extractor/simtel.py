@@ -44,7 +44,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # Object types, from the eventio and hessio format (K. Bernloehr, "eventio" and sim_telarray
 # manuals).
-HISTORY_META, INPUT_CARD, ATMOSPHERE = 75, 1212, 1216
+HISTORY_META = 75
 RUN_HEADER, MC_RUN_HEADER = 2000, 2001
 CAMERA_SETTINGS, CAMERA_ORGANIZATION, PIXEL_SETTINGS, DISABLED_PIXELS = 2002, 2003, 2004, 2005
 TRIGGER, ARRAY_EVENT, ADC_SUMS, ADC_SAMPLES = 2009, 2010, 2012, 2013
@@ -91,22 +91,20 @@ class _Stop(Exception):
 def _gzip_blocks(raw: Iterator[bytes]) -> Iterator[bytes]:
     """Decompressed pieces of a gzip stream of one or more members; raises Corrupt."""
     engine = isal_zlib.decompressobj(wbits=31)
-    fresh = True
     try:
         for data in raw:
             while data:
                 if engine.eof:
                     if not data.strip(b"\0"):  # zero padding after the last member is legal
                         break
-                    engine, fresh = isal_zlib.decompressobj(wbits=31), True
+                    engine = isal_zlib.decompressobj(wbits=31)
                 piece = engine.decompress(data, BLOCK)
-                fresh = False
                 if piece:
                     yield piece
                 data = engine.unused_data if engine.eof else engine.unconsumed_tail
-    except isal_zlib.error as error:
+    except isal_zlib.error as error:  # type: ignore[misc]  # isal's stub calls it an instance
         raise Corrupt(f"the gzip data are damaged ({error})") from error
-    if not engine.eof and not fresh:
+    if not engine.eof:
         raise Corrupt("the gzip stream is cut off")
 
 
@@ -333,8 +331,6 @@ class Event:
     telescopes : dict
         Telescope id -> its raw ADC object, for the telescopes asked for that took part in the
         trigger.
-    n_telescopes : int
-        Telescopes with data in the file, selected or not.
     """
 
     run_number: int
@@ -342,7 +338,6 @@ class Event:
     shower: dict[str, Any]
     mc: dict[str, Any]
     telescopes: dict[int, RawObject]
-    n_telescopes: int
 
 
 @dataclass
@@ -387,8 +382,8 @@ class SimtelFile:
     telescopes : dict
         Telescope id -> {"camera_settings", "camera_organization", "pixel_settings",
         "disabled_pixels"}. Telescopes with identical objects share one dict a part.
-    meta, global_meta : dict
-        sim_telarray's metadata a telescope and of the file (bytes -> bytes).
+    meta : dict
+        sim_telarray's metadata (bytes -> bytes) a telescope, those of the file as telescope -1.
     monitoring : dict
         Telescope id -> Monitoring.
     events_read, calibration_events : int
@@ -408,7 +403,6 @@ class SimtelFile:
         self.mc_run_header: dict[str, Any] = {}
         self.telescopes: dict[int, dict[str, Any]] = {}
         self.meta: dict[int, dict[bytes, bytes]] = {}
-        self.global_meta: dict[bytes, bytes] = {}
         self.monitoring: dict[int, Monitoring] = {}
         self.events_read = 0
         self.calibration_events = 0
@@ -476,10 +470,7 @@ class SimtelFile:
         elif item.type == MC_RUN_HEADER:
             self.mc_run_header = item.parse()
         elif item.type == HISTORY_META:
-            if item.id == -1:
-                self.global_meta = item.parse()
-            else:
-                self.meta[item.id] = item.parse()
+            self.meta[item.id] = item.parse()
         elif item.type in TELESCOPE_PARTS:
             # An array has a hundred telescopes and a handful of cameras: parse equal bytes once.
             key = (item.type, item.header[:4], bytes(item.payload))
@@ -573,7 +564,7 @@ class SimtelFile:
             raise Corrupt(f"an event has the number {event_id}")
         triggered: set[int] | None = None
         telescopes: dict[int, RawObject] = {}
-        n_telescopes = 0
+        has_data = False
         if wanted is not None and not wanted(self.run_number, event_id):
             tel_ids = ()
         for part in parts:
@@ -581,7 +572,7 @@ class SimtelFile:
             if base < 0 or base % 1000 >= 100:  # tracking positions, reconstruction
                 continue
             tel_id = 100 * (base // 1000) + base % 1000
-            n_telescopes += 1
+            has_data = True
             if tel_ids is not None and tel_id not in tel_ids:
                 continue
             if triggered is None:
@@ -599,10 +590,10 @@ class SimtelFile:
             found = adc or sums
             if found is not None:
                 telescopes[tel_id] = found
-        if n_telescopes == 0:
+        if not has_data:
             return None
         self.events_read += 1
-        return Event(self.run_number, event_id, {}, {}, telescopes, n_telescopes)
+        return Event(self.run_number, event_id, {}, {}, telescopes)
 
 
 def _shower_values(shower: RawObject) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """Show the whole job on real files: mapped and all data sets, summaries, pictures.
 
 Reads   simtel files: those of ../../shared/data/cta where present, else of eventio's source
-distribution,
-        which pip fetches (82 MB, kept in build/demo-data).
-Writes  one HDF5 file an array and storage mode, PNG pictures and summary.json into the folder
-given.
+        distribution, which pip fetches (82 MB, kept in build/demo-data).
+Writes  into the folder given: HDF5 files of several arrays and storage modes, PNG pictures,
+        summary.json.
 
     python scripts/demo.py ../results/demo-cta
 """

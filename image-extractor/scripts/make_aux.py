@@ -1,9 +1,8 @@
 """Make the files of aux/: two configurations and their dictionaries of bins and cuts.
 
 Reads   simtel files, for the numbers and true energies of their events.
-Writes  aux/test_pytables.config, aux/test_pytables_1bin.config (historic settings),
-aux/bins_cuts_dict{,_1bin}
-        as .json, for people, and .pkl.
+Writes  aux/test_pytables{,_1bin}.config (historic settings) and aux/bins_cuts_dict{,_1bin}.pkl with
+        the same as .json, for people.
 
 No EventDisplay analysis of these files exists. Its place is taken by a made-up one, seeded:
 energies reconstructed with 15 % scatter around the true ones, good shape parameters. It goes the
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import uproot
 
-from image_extractor.config import EnergyBins, Settings, as_text, default_settings
+from image_extractor.config import EnergyBins, Settings, as_text
 from image_extractor.prepare_cuts_dict import TREE, prepare
 from image_extractor.simtel import SimtelFile
 
@@ -77,7 +76,7 @@ def main(paths: list[Path]) -> None:
             f.mktree(TREE, {name: values.dtype for name, values in columns.items()})
             f[TREE].extend(columns)
         for suffix, options in CONFIGURATIONS.items():
-            settings = Settings(**{**vars(default_settings()), **options})
+            settings = Settings(**options)
             (AUX / f"test_pytables{suffix}.config").write_text(as_text(settings))
             for kind in (".json", ".pkl"):
                 counts = prepare([root], AUX / f"bins_cuts_dict{suffix}{kind}", settings)

@@ -67,7 +67,7 @@ def settings(**options):
     """Settings that keep every telescope and every event, mapped, one pixel a cell."""
     from dataclasses import replace
 
-    from image_extractor.config import EnergyBins, default_settings
+    from image_extractor.config import EnergyBins, Settings
 
     base = dict(
         storage_mode="mapped",
@@ -76,7 +76,7 @@ def settings(**options):
         type_mode="ALL",
         energy_bins=EnergyBins(min=-2.0, max=2.0, bin_size=1.0),
     )
-    return replace(default_settings(), **{**base, **options})
+    return replace(Settings(), **{**base, **options})
 
 
 def extract(key_or_path, output, max_events=None, **options):

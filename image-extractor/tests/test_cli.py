@@ -2,17 +2,21 @@
 
 import json
 import os
+import pickle
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tables
-from conftest import PACKAGE, all_images, real_file
+from conftest import PACKAGE, all_images, decompressed, real_file
 
 from image_extractor import cli, config
 from image_extractor.errors import DataError
+from image_extractor.look import validate
+from image_extractor.simtel import ARRAY_EVENT, SYNC_MARKER
 from image_extractor.transaction import write_whole
 
 BIN = Path(sys.executable).parent
@@ -86,30 +90,47 @@ def test_a_cut_file_is_told_once(folder):
         assert done.stderr.count(f"{name}.simtel.gz: incomplete") == 1
 
 
-@pytest.mark.parametrize("flag", ["--bins_cuts_dict", "--bins_cuts_dict_file", "--bins-cuts-dict"])
-def test_the_dictionary_as_an_option(folder, flag, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["d.pkl"],
+        ["--bins_cuts_dict", "d.pkl"],
+        ["--bins_cuts_dict_file", "d.pkl"],
+        ["--bins-cuts-dict", "d.pkl"],
+    ],
+)
+def test_the_dictionary_as_an_argument_and_as_an_option(folder, words, monkeypatch):
     monkeypatch.chdir(folder)
-    words = [
-        "simtel/*.simtel.gz",
-        "o.h5",
-        "configuration_settings.config",
-        flag,
-        "bins_cuts_dict.pkl",
-        "--max_events",
-        "3",
-        "--debug",
-        "--summary",
-        "s.json",
-    ]
-    assert cli.main(words) == 0
-    assert len(all_images(folder / "o.h5")) == 3
+    (folder / "d.pkl").write_bytes(pickle.dumps({(102, 301): (0, 0.5)}))
+    config = "configuration_settings.config"
+    options = ["--debug", "--summary", "s.json"]
+    assert cli.main(["simtel/*.simtel.gz", "o.h5", config, *words, *options]) == 0
+    assert list(all_images(folder / "o.h5")) == [(102, 301)]
     summary = json.loads((folder / "s.json").read_text())
     assert (summary["files"], summary["events_written"], summary["images_by_type"]) == (
         1,
-        3,
+        1,
         {"SST": summary["images"]},
     )
     assert summary["bytes"] == (folder / "o.h5").stat().st_size
+
+
+def test_a_file_without_an_event_is_told(folder, monkeypatch, capsys):
+    """It is an error if no other file has any."""
+    monkeypatch.chdir(folder)
+    whole = decompressed(folder / "simtel" / "a.simtel.gz")
+    head = whole[: whole.index(SYNC_MARKER + struct.pack("<H", ARRAY_EVENT))]
+    (folder / "head.simtel").write_bytes(head)
+    for pattern, jobs, code, n in (
+        ("head.simtel", "1", 1, 0),
+        ("**/*.simtel*", "2", 0, 31),
+        ("head.simtel", "1", 1, 31),
+    ):
+        words = [pattern, "o.h5", "configuration_settings.config", "--jobs", jobs]
+        assert cli.main(words) == code
+        assert capsys.readouterr().err.count("head.simtel: no event in it.") == 1
+        assert validate(folder / "o.h5") == []
+        assert len(all_images(folder / "o.h5")) == n
 
 
 def test_exit_codes_and_one_line_messages(folder, monkeypatch, capsys):
@@ -275,8 +296,9 @@ def test_the_auxiliary_files_fit_together():
         )
         a = load_cuts(PACKAGE / "aux" / f"bins_cuts_dict{suffix}.json")
         b = load_cuts(PACKAGE / "aux" / f"bins_cuts_dict{suffix}.pkl")
-        assert (a.rows() == b.rows()).all()
+        for name in ("_keys", "bins", "energies"):
+            assert getattr(a, name).tolist() == getattr(b, name).tolist()
         assert len(a) > 20
         edges = settings.energy_bins.edges_tev()
-        for row in a.rows():
-            assert edges[row["bin"]] <= row["energy"] < edges[row["bin"] + 1]
+        for number, energy in zip(a.bins, a.energies, strict=True):
+            assert edges[number] <= energy < edges[number + 1]

@@ -12,8 +12,8 @@ from image_extractor.config import (
     SCHEMA,
     ConfigError,
     EnergyBins,
+    Settings,
     as_text,
-    default_settings,
     load_config,
 )
 
@@ -26,7 +26,7 @@ def load(tmp_path, text):
 
 def test_an_empty_file_gives_the_historic_defaults(tmp_path):
     settings = load(tmp_path, "")
-    assert settings == default_settings()
+    assert settings == Settings()
     assert (settings.mode, settings.storage_mode, settings.use_pkl_dict) == (
         "gh_class",
         "all",
@@ -46,7 +46,7 @@ def test_an_empty_file_gives_the_historic_defaults(tmp_path):
 
 def test_the_written_default_is_valid_and_says_every_key(tmp_path):
     text = as_text()
-    assert load(tmp_path, text) == default_settings()
+    assert load(tmp_path, text) == Settings()
     assert sum(" = " in line and not line.startswith("#") for line in text.splitlines()) == len(
         SCHEMA
     )
@@ -156,4 +156,4 @@ def test_the_module_runs_as_a_file(tmp_path):
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert load_config(tmp_path / "c.config") == default_settings()
+    assert load_config(tmp_path / "c.config") == Settings()

@@ -24,7 +24,7 @@ from conftest import (
 )
 
 from image_extractor import layout
-from image_extractor.config import EnergyBins
+from image_extractor.config import Cut, EnergyBins, Settings
 from image_extractor.errors import DataError, UsageError
 from image_extractor.image_extractor import ImageExtractor
 from image_extractor.instrument import describe_array
@@ -344,7 +344,8 @@ def test_other_arrays_and_configurations_are_refused_by_name(tmp_path):
     extract("sst", out)
     before = out.read_bytes()
     with pytest.raises(
-        DataError, match="another array than the output's: telescope 1 is a LSTCam, not a DigiCam"
+        DataError,
+        match=r"proton.*another array than the output's: telescope 1 is a LSTCam, not a DigiCam",
     ):
         extract("proton", out)
     with pytest.raises(DataError, match=r"another configuration .*dtype = int32"):
@@ -808,6 +809,13 @@ def test_a_device_is_no_output(tmp_path):
 def test_a_bad_seed_or_split_is_refused_before_the_work(options, tmp_path):
     with pytest.raises(UsageError, match=next(iter(options))):
         ImageExtractor(tmp_path / "o.h5", shuffle=True, **options)
+
+
+def test_settings_may_be_made_in_python(tmp_path):
+    made = Settings(storage_mode="mapped")
+    assert ImageExtractor(tmp_path / "o.h5", settings=made).settings == made
+    cuts = ImageExtractor(tmp_path / "o.h5", preselection_cuts={}).settings.preselection_cuts
+    assert cuts["MSCW"] == Cut(("MSCW",), None, None)  # a cut that is left out is open
 
 
 def test_linear_bins_may_begin_at_zero(tmp_path, recwarn):

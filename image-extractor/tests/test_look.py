@@ -156,6 +156,22 @@ def test_plot_draws_a_picture(options, tmp_path):
     assert not (tmp_path / "r.png").exists()
 
 
+def test_all_charges_of_a_picture_have_one_scale(data_set, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda f, *_, **__: drawn.extend(f.axes)
+    )
+    look.plot(data_set, tmp_path / "p.png")
+    shown = [
+        picture
+        for ax in drawn
+        if ax.get_title().endswith(("camera", "(axial)"))
+        for picture in [*ax.images, *ax.collections]
+    ]
+    assert len(shown) == 8
+    assert {p.get_clim() for p in shown} == {(0.0, max(p.get_array().max() for p in shown))}
+
+
 def test_the_camera_panel_shows_the_true_charges(tmp_path, dl1):
     """What is read back from the stored picture is each pixel's charge."""
     from image_extractor import layout

@@ -7,9 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
+from image_extractor.config import MAPPINGS
 from image_extractor.errors import DataError
 from image_extractor.instrument import describe_array
-from image_extractor.mapping import CONSERVING, METHODS, camera_mapping, lattice_neighbors
+from image_extractor.mapping import CONSERVING, camera_mapping, lattice_neighbors
 from image_extractor.simtel import SimtelFile
 
 
@@ -68,7 +69,7 @@ def test_one_cell_methods_keep_neighbours_together(cameras):
         assert (mapping.method == "axial") == (len(steps) == 3)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "auto"])
+@pytest.mark.parametrize("method", [m for m in MAPPINGS if m != "auto"])
 def test_every_camera_by_every_method(cameras, method):
     rng = np.random.default_rng(1)
     for (_, name), camera in cameras.items():
