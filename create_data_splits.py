@@ -181,7 +181,7 @@ def write_checked(
         return
     data_io.write_split(folder, parts, {**meta, "created_utc": utils.utc_now()})
     for name, table in parts.items():
-        count = f"{table['plateifu'].nunique()} galaxies"
+        count = f"{table['mangaid'].nunique()} galaxies"
         spaxels = int(table["n_labelled"].sum()) if "n_labelled" in table else len(table)
         log.info("%s/%s: %s, %d labelled spaxels", split_dir, name, count, spaxels)
     log.info("Split: %s", folder)

@@ -58,10 +58,20 @@ def main(config: Config) -> int:
     code = loops.report(outcome, "cubes", root / "processed")
     if not config.splits or config.shard:
         return code
+    if code != utils.EXIT_DONE:
+        log.warning(
+            "no split is made while galaxies fail: run this again, or create_data_splits.py"
+        )
+        return code
     for task in config.label_tasks:
         name = utils.hard_split(task)
         if all(utils.split_path(root, name, part).is_file() for part in utils.SPLIT_PARTS):
-            log.info("split %s exists already and is kept (models may know it)", name)
+            log.info(
+                "split %s exists already and is kept (models may know it); one of all galaxies: "
+                "create_data_splits.py --label-task %s --overwrite",
+                name,
+                task,
+            )
             continue
         try:
             create_data_splits.main(

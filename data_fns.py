@@ -887,16 +887,18 @@ def get_samples(
             rows = rows.merge(chosen[plateifu], on=["y", "x"])
         found.append(rows.sort_values(["y", "x"]).assign(galaxy=i))
     if missing:
+        remedy = ": process them, or remove their label maps and make the split anew"
         raise DataError(
             f"{missing[0]} {len(missing)} of the split's {len(plateifus)} galaxies have such a "
-            "problem: process them, or remove their label maps and make the split anew."
+            f"problem{remedy if len(missing) < len(plateifus) else ''}."
         )
     whole = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
     if whole.empty:
         raise DataError(
-            f"{root}: no labelled {spec.label_task} spaxel in {len(plateifus)} galaxies of the "
-            "split. Look at the label maps (processed/labels), or choose another split."
+            f"{root}: no labelled {spec.label_task} spaxel in the {len(plateifus)} galaxies of a "
+            "part of the split. Look at the label maps (processed/labels), or choose another split."
         )
+    check_scale(spec, options, root)
     planned = table["n_labelled"].sum() if "n_labelled" in table else 0
     if len(whole) < FEW_OF_PLANNED * planned:
         log.warning(
@@ -970,6 +972,17 @@ def check_label_options(
         f"{plateifu}: labels made with {found}, {whose} with {wanted}. Re-run cube_processing.py "
         "(or process_single_cube.py) --overwrite with one set of options."
     )
+
+
+def check_scale(spec: PatchSpec, options: dict[str, Any], root: Path) -> None:
+    """Raise a DataError if metallicities are not on the scale that the classes are cut on."""
+    diagnostic = options.get("diagnostic")
+    if spec.label_task == "logOH" and diagnostic not in (None, *utils.LOGOH_SCALE):
+        raise DataError(
+            f"{root}: labels by {diagnostic}; the classes are cut on the scale of "
+            f"{' and '.join(utils.LOGOH_SCALE)}. Make labels with --diagnostic "
+            f"{utils.LOGOH_SCALE[0]}."
+        )
 
 
 def check_label_shape(labels: np.ndarray, usable: np.ndarray, path: Path) -> None:

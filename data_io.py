@@ -7,11 +7,15 @@ in classes. Needs neither astropy nor torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -99,7 +103,8 @@ class CubeKind(NamedTuple):
             if found is not None and wanted is not None and found != wanted:
                 flag = f"--{'' if wanted else 'no-'}{name.replace('_', '-')}"
                 raise DataError(
-                    f"{path}: made with {name}={found}, {whose} {wanted}. {remedy} {flag}."
+                    f"{path}: made with {name}={found}, {whose} {wanted}. {remedy} {flag} (or make "
+                    "the others like it)."
                 )
 
 
@@ -165,12 +170,13 @@ def write_cube_rows(
         ("good_fraction", "f2", 0, "1", squeeze),
     )
     measured = np.zeros(shape[:2], np.uint16)
-    with utils.atomic_path(path) as part, h5py.File(part, "w", libver=("earliest", "v110")) as f:
+    n_bytes = 8 * int(np.prod(shape, dtype=np.int64))  # of flux and ivar, corners and all
+    with new_h5(path, n_bytes, libver=("earliest", "v110")) as f:
         f.attrs.update(schema=CUBE_SCHEMA, schema_version=CUBE_VERSION)
         f.attrs.update({k: v for k, v in attrs.items() if v is not None})
         dataset = f.create_dataset("wave", data=wave.astype("f8"))
         dataset.attrs.update(unit="Angstrom (vacuum, rest frame)", axes="band")
-        y = 0
+        y, datasets = 0, dict[str, h5py.Dataset]()  # kept: one that goes writes, and hides errors
         for block in blocks:
             y, start = y + len(block.flux), y
             measured[start:y] = measured_bins(block.flux)
@@ -178,14 +184,64 @@ def write_cube_rows(
             for (name, dtype, fill, unit, options), data in zip(layouts, block, strict=True):
                 if data is None:
                     continue
-                if name not in f:
-                    f.create_dataset(name, shape, dtype, chunks=chunk, fillvalue=fill, **options)
-                    f[name].attrs.update(unit=unit, axes="y,x,band")
+                if name not in datasets:
+                    datasets[name] = f.create_dataset(
+                        name, shape, dtype, chunks=chunk, fillvalue=fill, **options
+                    )
+                    datasets[name].attrs.update(unit=unit, axes="y,x,band")
                 if occupied.size:
                     x = slice(occupied[0] // chunk[1] * chunk[1], occupied[-1] + 1)
-                    f[name][start:y, x] = data[:, x]
+                    datasets[name][start:y, x] = data[:, x]
         dataset = f.create_dataset("measured", data=measured)
         dataset.attrs.update(unit="bins", axes="y,x")
+
+
+@contextlib.contextmanager
+def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
+    """Create an H5 file, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+    n_bytes : int
+        About to be written, at most.
+    **options
+        For h5py.File.
+
+    Raises
+    ------
+    DataError
+        If there is no room for it. HDF5 crashes the process that runs out of room while it
+        writes: so this is found out before, and if it happens all the same, what was written
+        makes way for the rest.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < n_bytes:
+        raise DataError(
+            f"{path}: no space left on the disk: {n_bytes / 1e6:.1f} MB are needed, "
+            f"{free / 1e6:.1f} MB are free."
+        )
+    with utils.atomic_path(path) as part:
+        f = h5py.File(part, "w", **options)
+        try:
+            yield f
+            f.flush()
+        except BaseException as error:
+            os.truncate(part, 0)
+            with contextlib.suppress(OSError, RuntimeError):
+                f.close()
+            if isinstance(error, OSError | RuntimeError):
+                raise DataError(f"{path}: could not be made ({_first_line(error)}).") from None
+            raise
+        f.close()
+
+
+def _first_line(error: Exception) -> str:
+    """Reason of an HDF5 error, without its memory addresses."""
+    found = re.search(r"error message = '([^']+)'", str(error))
+    return found[1] if found else str(error).partition("\n")[0]
 
 
 def read_cube(path: Path, with_errors: bool = True) -> Cube:
@@ -483,7 +539,8 @@ STATS_FIELDS = ("wave", "mean", "std", "components", "explained_variance", "expl
 
 def write_stats(path: Path, stats: Stats) -> None:
     """Write the statistics of a training split, whole or not at all."""
-    with utils.atomic_path(path) as part, h5py.File(part, "w") as f:
+    n_bytes = 1 << 20 | 2 * stats.components.nbytes
+    with new_h5(path, n_bytes) as f:
         f.attrs.update(schema=STATS_SCHEMA, schema_version=STATS_VERSION)
         f.attrs.update({k: v for k, v in stats.attrs.items() if v is not None})
         for name in STATS_FIELDS:
@@ -590,7 +647,8 @@ def write_packed(path: Path, packed: Packed, cubes: Iterable[np.ndarray]) -> Non
     cubes : iterable of (n, C) arrays
         The spectra of each galaxy of `packed.rows` in turn, ascending by row.
     """
-    with utils.atomic_path(path) as part, h5py.File(part, "w") as f:
+    n_bytes = packed.spectra.dtype.itemsize * int(np.prod(packed.spectra.shape, dtype=np.int64))
+    with new_h5(path, n_bytes) as f:
         f.attrs.update(schema=PACKED_SCHEMA, schema_version=PACKED_VERSION)
         f.attrs.update({k: v for k, v in packed.attrs.items() if v is not None})
         f["wave"] = packed.wave

@@ -14,7 +14,7 @@ import functools
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,7 +123,7 @@ def overall_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
     -------
     dict of (...) arrays
         The macro F1 is the mean over the classes that occur in truth or prediction. Kappa
-        (Cohen 1960, eq. 1) is 0 where chance alone agrees everywhere.
+        (Cohen 1960, eq. 1) is NaN where chance alone agrees everywhere: with one class.
     """
     total = confusion.sum((-2, -1)).astype(float)
     true, predicted = confusion.sum(-1), confusion.sum(-2)
@@ -131,7 +131,8 @@ def overall_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
     occurs = (true + predicted) > 0
     f1 = class_metrics(confusion)["f1"].sum(-1) / occurs.sum(-1)
     chance = (true * predicted).sum(-1) / total**2
-    kappa = np.divide(accuracy - chance, 1 - chance, out=np.zeros_like(accuracy), where=chance < 1)
+    undefined = np.full_like(accuracy, np.nan)
+    kappa = np.divide(accuracy - chance, 1 - chance, out=undefined, where=chance < 1)
     return {"accuracy": accuracy, "macro_f1": f1, "kappa": kappa}
 
 
@@ -153,6 +154,8 @@ class TrainedModel:
     about : dict
         model.json: class names, wavelength grid, training labels, best epoch, ...
     device : torch.device
+    parts : dict
+        Part of the run's split by mangaid; of a galaxy in several (easy splits) training.
     """
 
     network: SSFTT
@@ -160,6 +163,18 @@ class TrainedModel:
     stats: data_io.Stats | None
     about: dict[str, Any]
     device: torch.device
+    parts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def class_values(self) -> np.ndarray | None:
+        """12+log(O/H) that stands for each class, (class,) dex: the mean of its training spaxels.
+
+        None for BPT.
+        """
+        if self.spec.label_task != "logOH":
+            return None
+        known = self.about["training_labels"].get("class_values")
+        return utils.class_values(self.spec.n_classes) if known is None else np.array(known)
 
 
 def pick_device(name: str) -> torch.device:
@@ -214,8 +229,16 @@ def load_model(run_dir: Path, device: str = "auto") -> TrainedModel:
     network.load_state_dict(weights)
     patch = about["patch"]
     spec = PatchSpec(**{**patch, "bands": patch["bands"] and tuple(patch["bands"])})
+    needed = [STATS_FILE] if spec.patch_norm == "PCA" else []
+    has_split = (run_dir / SPLIT_FOLDER).is_dir()  # a model that was given away may have none
+    needed += [f"{SPLIT_FOLDER}/{part}.csv" for part in utils.SPLIT_PARTS if has_split]
+    lost = [name for name in needed if not (run_dir / name).is_file()]
+    if lost:
+        raise DataError(f"{run_dir}: {lost[0]} is gone. Copy the run anew, or train anew.")
     stats = data_io.read_stats(run_dir / STATS_FILE) if spec.patch_norm == "PCA" else None
-    return TrainedModel(network.to(chosen).eval(), spec, stats, about, chosen)
+    split = data_io.read_split(run_dir / SPLIT_FOLDER)[0] if has_split else {}
+    parts = {m: part for part in reversed(split) for m in split[part]["mangaid"]}
+    return TrainedModel(network.to(chosen).eval(), spec, stats, about, chosen, parts)
 
 
 @torch.inference_mode()
@@ -281,6 +304,10 @@ class MapPrediction:
         Spaxels with anything measured.
     attrs : dict
         Of the cube: redshift, wcs_header, ...
+    class_values : (class,) array or None
+        As of `TrainedModel`.
+    part : str
+        Part of the run's split that the galaxy is in; empty if in none.
     """
 
     plateifu: str
@@ -288,6 +315,8 @@ class MapPrediction:
     probabilities: np.ndarray
     inside: np.ndarray
     attrs: dict[str, Any]
+    class_values: np.ndarray | None = None
+    part: str = ""
 
     @property
     def usable(self) -> np.ndarray:
@@ -401,7 +430,9 @@ def map_cube(
     classes = probabilities.argmax(2).astype(np.int16)
     classes[~cube.usable] = LABEL_NONE
     probabilities[~cube.usable] = np.nan
-    return MapPrediction(plateifu, classes, probabilities, cube.inside, cube.attrs)
+    part = trained.parts.get(str(cube.attrs.get("mangaid") or plateifu), "")
+    values = trained.class_values
+    return MapPrediction(plateifu, classes, probabilities, cube.inside, cube.attrs, values, part)
 
 
 # Splits
@@ -533,9 +564,9 @@ def score_predictions(
     n, labels = len(names), trained.about["training_labels"]
     majority = int(np.argmax(labels["class_counts"]))
     frame = frame.assign(majority=frame["true"] == majority)
-    is_dex = trained.spec.label_task == "logOH"
-    if is_dex:
-        values = utils.class_values(n)
+    values = trained.class_values
+    is_dex = values is not None
+    if values is not None:
         frame["error"] = values[frame["predicted"]] - frame["value"]
         frame["constant_error"] = labels["median"] - frame["value"]
 
@@ -563,6 +594,8 @@ def score_predictions(
         overall |= _dex_errors(frame)
     overall["intervals"] = bootstrap_intervals(frame, n, seed)
     per_class = pd.DataFrame(class_metrics(confusion)).astype({"support": int})
+    occurs = (confusion.sum(0) + confusion.sum(1)) > 0
+    per_class.loc[~occurs, ["precision", "recall", "f1", "iou"]] = np.nan
     per_class.insert(0, "class", names)
     return overall, confusion, per_class, pd.DataFrame(rows)
 
@@ -604,7 +637,8 @@ def bootstrap_intervals(
         sums = np.array([[len(g), g["error"].abs().sum(), (g["error"] ** 2).sum()] for g in groups])
         count, absolute, square = (draws @ sums).T
         scores |= {"mae_dex": absolute / count, "rmse_dex": np.sqrt(square / count)}
-    return {k: np.quantile(v, INTERVAL).tolist() for k, v in scores.items()}
+    defined = {k: v[np.isfinite(v)] for k, v in scores.items()}
+    return {k: np.quantile(v, INTERVAL).tolist() for k, v in defined.items() if v.size}
 
 
 def evaluate_split(
@@ -658,7 +692,7 @@ def evaluate_split(
         "split_kind": meta.get("kind"),
         "label_task": trained.spec.label_task,
         "best_epoch": trained.about["best"]["epoch"],
-        **overall,
+        **{k: None if v != v else v for k, v in overall.items()},  # NaN is no JSON
         "created_utc": utils.utc_now(),
     }
     out = run_dir / part
@@ -684,20 +718,21 @@ def run_data_dir(run_dir: Path, flag: Path | None = None) -> Path:
     return utils.data_dir(flag)
 
 
-def expected_value(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def expected_value(probabilities: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of 12+log(O/H) over the classes' probabilities.
 
     Parameters
     ----------
     probabilities : (..., class)
+    values : (class,) dex
+        What stands for each class (`TrainedModel.class_values`).
 
     Returns
     -------
     mean, deviation : (...) dex
-        Of the classes' representative values (`utils.class_values`): what the model cannot tell
-        apart, not the calibration's error.
+        What the model cannot tell apart; neither the width of a class nor the calibration's error
+        is in it.
     """
-    values = utils.class_values(probabilities.shape[-1])
     mean = probabilities @ values
     return mean, np.sqrt(np.maximum(probabilities @ values**2 - mean**2, 0))
 
@@ -723,7 +758,7 @@ def describe_result(result: dict[str, Any]) -> str:
         "constant_rmse_dex": "  constant",
     }
     for key, label in labels.items():
-        if key in result:
+        if result.get(key) is not None:
             low_high = intervals.get(key)
             spread = f"  [{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else ""
             lines.append(f"  {label:<18}{result[key]:.3f}{spread}")

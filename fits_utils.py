@@ -28,6 +28,7 @@ from astropy.io import fits
 from isal import igzip_threaded, isal_zlib
 
 import data_io
+import hsi_proc_fns
 import line_labels
 import loops
 import resample
@@ -68,14 +69,6 @@ CRITICAL = 1 << 30
 
 ESSENTIAL = ("FLUX", "IVAR", "MASK", "WAVE")
 SKIPPED = "skipped: CRITICAL"
-
-SIDES = (
-    (0, np.s_[:]),
-    (0, np.s_[::-1]),
-    (1, np.s_[:]),
-    (1, np.s_[:, ::-1]),
-)
-"""Axis and turn that bring each of a map's four sides to the front."""
 
 Diagnostic = Literal["O3N2-M13", "N2-M13", "O3N2-PP04", "N2O2-KD02"]
 
@@ -119,6 +112,36 @@ class Hdu:
 
     header: fits.Header
     data: np.ndarray | None
+
+
+class _Tally:
+    """Sum of a data unit, which its card DATASUM holds (FITS standard 4.0, section 4.4.2.7).
+
+    Words of four bytes are added in ones' complement: what overflows is added at the other end.
+    """
+
+    def __init__(self) -> None:
+        self.total = self.n_bytes = 0
+
+    def add(self, part: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        lead, n = self.n_bytes % 4, len(part)
+        if lead or n % 4:
+            part = bytes(lead) + bytes(part) + bytes(-(lead + n) % 4)
+        words = np.frombuffer(part, "<u4").byteswap()  # numpy sums those of big-endian type slowly
+        self.total += int(words.sum(dtype=np.uint64))
+        self.n_bytes += n
+
+    def check(self, header: fits.Header, path: Path, name: str) -> None:
+        """Raise a DataError if the header has another sum."""
+        expected = str(header.get("DATASUM", "")).strip()
+        while self.total >> 32:
+            self.total = (self.total & 0xFFFFFFFF) + (self.total >> 32)
+        if expected.isdigit() and int(expected) != self.total:
+            raise DataError(
+                f"{path}: {name} is damaged: its bytes add up to {self.total}, its DATASUM is "
+                f"{expected}. Fetch it again with download_utils.py --overwrite."
+            )
 
 
 @contextmanager
@@ -190,8 +213,10 @@ def iterate_hdus(
                 _skip(stream, padded, path, name)
                 continue
             part = planes if planes and len(shape) == 3 else slice(None)
-            data = _read_array(stream, header["BITPIX"], shape, path, name, part) if shape else None
-            _skip(stream, padded - n_bytes, path, name, is_padding=True)
+            tally, bitpix = _Tally(), header["BITPIX"]
+            data = _read_array(stream, bitpix, shape, path, name, part, tally) if shape else None
+            _skip(stream, padded - n_bytes, path, name, is_padding=True)  # zeros: nothing to add
+            tally.check(header, path, name)
             missing.discard(name)
             yield name, Hdu(header, data)
 
@@ -217,13 +242,24 @@ def _read_header(stream: BinaryIO, path: Path, first: bool) -> fits.Header | Non
             raise DataError(f"{path}: not a FITS file (it does not begin with SIMPLE).")
         if len(block) < FITS_BLOCK:
             raise DataError(f"{path}: cut short inside a header. Fetch it again.")
+        if not first and not blocks and not block.startswith(b"XTENSION="):
+            raise DataError(
+                f"{path}: damaged: no header where one should be. Fetch it again with "
+                "download_utils.py --overwrite."
+            )
         blocks += block
         if any(block[i : i + 8] == b"END     " for i in range(0, FITS_BLOCK, 80)):
             return fits.Header.fromstring(blocks.decode("ascii", "replace"))
 
 
 def _read_array(
-    stream: BinaryIO, bitpix: int, shape: tuple[int, ...], path: Path, name: str, planes: slice
+    stream: BinaryIO,
+    bitpix: int,
+    shape: tuple[int, ...],
+    path: Path,
+    name: str,
+    planes: slice,
+    tally: _Tally,
 ) -> np.ndarray:
     """Read planes of an image into memory, swapping bytes while they are in the cache."""
     code = f">f{-bitpix // 8}" if bitpix < 0 else f">i{bitpix // 8}" if bitpix > 8 else "u1"
@@ -231,7 +267,7 @@ def _read_array(
     first, stop, _ = planes.indices(shape[0])
     array = np.empty((stop - first, *shape[1:]), kind.newbyteorder("="))
     plane = kind.itemsize * int(np.prod(shape[1:], dtype=np.int64))
-    _skip(stream, first * plane, path, name)
+    _skip(stream, first * plane, path, name, tally=tally)
     flat, scratch, filled = array.reshape(-1), bytearray(SWAP_BUFFER), 0
     while filled < flat.size:
         wanted = memoryview(scratch)[: (flat.size - filled) * kind.itemsize]
@@ -241,14 +277,22 @@ def _read_array(
                 f"{path}: cut short inside {name} ({filled * kind.itemsize + got} of "
                 f"{array.nbytes} bytes). Fetch it again with download_utils.py --overwrite."
             )
+        tally.add(wanted)
         values = np.frombuffer(wanted, kind)
         flat[filled : filled + values.size] = values
         filled += values.size
-    _skip(stream, (shape[0] - stop) * plane, path, name)
+    _skip(stream, (shape[0] - stop) * plane, path, name, tally=tally)
     return array
 
 
-def _skip(stream: BinaryIO, n: int, path: Path, name: str, is_padding: bool = False) -> None:
+def _skip(
+    stream: BinaryIO,
+    n: int,
+    path: Path,
+    name: str,
+    is_padding: bool = False,
+    tally: _Tally | None = None,
+) -> None:
     """Read past n bytes; padding at the very end of a file may be missing."""
     scratch = memoryview(bytearray(min(n, DECOMPRESSION_BUFFER)))
     while n > 0:
@@ -257,6 +301,8 @@ def _skip(stream: BinaryIO, n: int, path: Path, name: str, is_padding: bool = Fa
             if is_padding:
                 return
             raise DataError(f"{path}: cut short inside {name}. Fetch it again.")
+        if tally is not None:
+            tally.add(scratch[:got])
         n -= got
 
 
@@ -864,8 +910,8 @@ def write_label_png(
         BPT classes or 12+log(O/H).
     label_task : {"BPT", "logOH"}
     covered : (y, x) bool
-        Spaxels with a measurement: hatched where they have no label. Others are grey if there are
-        such spaxels on all four sides of them.
+        Spaxels with a measurement: hatched where they have no label. The others in the field of
+        view (`hsi_proc_fns.field_of_view`) are grey.
     note : str
         How the labels were made: calibration, signal-to-noise cut.
     """
@@ -889,9 +935,7 @@ def write_label_png(
         return whole
 
     image, hatched = Image.new("RGB", size, "white"), Image.fromarray(hatch)
-    masked = ~covered & np.logical_and.reduce(
-        [np.logical_or.accumulate(covered[turn], axis)[turn] for axis, turn in SIDES]
-    )
+    masked = ~covered & hsi_proc_fns.field_of_view(covered)
     image.paste(hatched, mask=blown_up(covered))
     image.paste("#BDBDBD", mask=blown_up(masked))
     for k, colour in enumerate(colours):
@@ -899,7 +943,8 @@ def write_label_png(
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     title = "BPT class" if label_task == "BPT" else "12 + log(O/H)"
     count = int((classes >= 0).sum())
-    draw.text((margin, 8), f"{path.stem}   {title}   {count} labelled spaxels", "black", font)
+    labelled = f"{count} labelled spaxel" + ("s" if count != 1 else "")
+    draw.text((margin, 8), f"{path.stem}   {title}   {labelled}", "black", font)
     draw.text((margin, 30), note, "black", ImageFont.load_default(13))
     entries: list[tuple[str, str | None]] = list(zip(names, colours, strict=True))
     if label_task == "logOH":

@@ -45,6 +45,48 @@ def is_usable(measured: np.ndarray, n_bands: int, min_measured: float = MIN_MEAS
     return measured >= max(1, min_measured * n_bands)
 
 
+def field_of_view(inside: np.ndarray) -> np.ndarray:
+    """Fill the field: all spaxels whose centres the measured ones span (their convex hull).
+
+    A bundle sees a hexagon (Drory et al. 2015, AJ 149, 77); stars and dead fibres masked out of
+    it leave holes and dents in what was measured.
+
+    Parameters
+    ----------
+    inside : (y, x) bool
+        Spaxels with anything measured.
+
+    Returns
+    -------
+    (y, x) bool
+    """
+    ny, nx = inside.shape
+    rows = np.flatnonzero(inside.any(axis=1))
+    if not rows.size:
+        return inside.copy()
+    left = _lower_hull(rows, inside.argmax(axis=1)[rows], ny)
+    right = -_lower_hull(rows, inside[:, ::-1].argmax(axis=1)[rows] - (nx - 1), ny)
+    x, slack = np.arange(nx), 1e-6  # for rounding; centres not on a chord are farther from it
+    return (x >= left[:, None] - slack) & (x <= right[:, None] + slack)
+
+
+def _lower_hull(rows: np.ndarray, ends: np.ndarray, ny: int) -> np.ndarray:
+    """Draw the tightest convex curve under the points (row, end): (ny,) float, NaN beyond the rows.
+
+    By Andrew's chain (1979, Information Processing Letters 9, 216); `rows` ascend.
+    """
+    chain: list[tuple[int, int]] = []
+    for y, x in zip(rows.tolist(), ends.tolist(), strict=True):
+        while len(chain) > 1:
+            (y0, x0), (y1, x1) = chain[-2:]
+            if (x1 - x0) * (y - y0) < (x - x0) * (y1 - y0):
+                break
+            chain.pop()  # on the chord past it or above: no corner
+        chain.append((y, x))
+    corners, bends = np.transpose(chain)
+    return np.interp(np.arange(ny), corners, bends, left=np.nan, right=np.nan)
+
+
 def fill_gaps(spectra: np.ndarray) -> np.ndarray:
     """Bridge unmeasured bins of each spectrum linearly; hold the end values beyond the ends.
 

@@ -52,12 +52,6 @@ class Config(loops.GalaxyChoice):
     """Also replace maps that are up to date."""
 
 
-def parts_of_split(run_dir: Path) -> dict[str, str]:
-    """Part of the run's split in which a galaxy is, by mangaid; training's word counts most."""
-    parts, _ = data_io.read_split(run_dir / eval_fns.SPLIT_FOLDER)
-    return {m: part for part in reversed(utils.SPLIT_PARTS) for m in parts[part]["mangaid"]}
-
-
 def recipe_of(weights_sha256: str, attrs: dict[str, Any]) -> str:
     """Tell what a map is made from in 16 characters: the model's weights, the cube's content."""
     made_from = json.dumps([weights_sha256, data_io.recipe_of(attrs)], sort_keys=True)
@@ -87,9 +81,11 @@ def write_map(
     """
     names = trained.about["class_names"]
     images = {"CLASS": result.classes, "PROBABILITY": np.moveaxis(result.probabilities, 2, 0)}
-    median = None
-    if trained.spec.label_task == "logOH":
-        images["LOGOH"], images["LOGOH_SPREAD"] = eval_fns.expected_value(result.probabilities)
+    median, values = None, result.class_values
+    if values is not None:
+        images["LOGOH"], images["LOGOH_SPREAD"] = eval_fns.expected_value(
+            result.probabilities, values
+        )
         median = float(np.median(images["LOGOH"][result.usable])) if result.usable.any() else None
     counts = np.bincount(result.classes[result.usable], minlength=len(names))
     cards = {
@@ -99,10 +95,15 @@ def write_map(
         "TASK": (trained.spec.label_task, "label that was learned"),
         "EPOCH": (trained.about["best"]["epoch"], "of the weights"),
         **cards,
+        "PART": (result.part, "of the run's split; empty if in none"),
         "SPAXELS": (int(result.usable.sum()), "with a prediction"),
         "MEDIAN": (median, "12+log(O/H) of those spaxels, dex"),
         **{f"CLASS{k}": (name, "") for k, name in enumerate(names)},
         **{f"COUNT{k}": (int(n), "spaxels of the class") for k, n in enumerate(counts)},
+        **{
+            f"VALUE{k}": (float(v), "dex, of the class")
+            for k, v in enumerate([] if values is None else values)
+        },
         "VERSION": (utils.VERSION, "of the code"),
         "DATE": (utils.utc_now().rstrip("Z"), "UTC"),
     }
@@ -115,6 +116,7 @@ def write_map(
         hdus.append(fits.ImageHDU(image.astype(kind), sky, name))
         if name.startswith("LOGOH"):
             hdus[-1].header["BUNIT"] = "dex"
+            hdus[-1].header["COMMENT"] = "of every usable spaxel, star-forming or not"
     with utils.atomic_path(path) as part:
         fits.HDUList(hdus).writeto(part, overwrite=True)
 
@@ -172,7 +174,6 @@ def map_galaxies(
     """
     folder = run_dir / eval_fns.MAPS_FOLDER
     weights = utils.sha256_of(run_dir / eval_fns.WEIGHTS_FILE)
-    parts = parts_of_split(run_dir)
 
     def read(plateifu: str) -> NormedCube | Exception | None:
         path = utils.cube_path(root, plateifu)
@@ -194,7 +195,6 @@ def map_galaxies(
         result = eval_fns.map_cube(trained, cube, plateifu)
         cards = {
             "RUN": (run_dir.resolve().name, "folder of the training run"),
-            "PART": (parts.get(cube.attrs.get("mangaid", ""), ""), "of the run's split"),
             "RECIPE": (recipe_of(weights, cube.attrs), "hash of the weights and the cube"),
         }
         write_map(folder / f"{plateifu}.fits", result, trained, cards)

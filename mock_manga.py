@@ -722,10 +722,12 @@ def write_truth(path: Path, galaxy: Galaxy) -> None:
     Group `line_flux` holds one (y, x) map a line, by DR17's names: noiseless, through the seeing,
     1e-17 erg/s/cm2/spaxel before Galactic reddening - what FLUX x REDCORR integrates to.
     """
-    import h5py
+    import data_io  # here: --help does not need h5py
 
     scene = galaxy.scene
-    with utils.atomic_path(path) as part, h5py.File(part, "w", track_order=False) as f:
+    maps = truth_maps(galaxy)
+    n_bytes = sum(values.nbytes for values in maps.values())
+    with data_io.new_h5(path, 4 * n_bytes, track_order=False) as f:
         f.attrs.update(
             schema=TRUTH_SCHEMA,
             schema_version=TRUTH_VERSION,
@@ -735,7 +737,7 @@ def write_truth(path: Path, galaxy: Galaxy) -> None:
             code_version=utils.VERSION,
             meta_json=json.dumps(scene.meta, default=str),
         )
-        for name, values in truth_maps(galaxy).items():
+        for name, values in maps.items():
             f[name] = values
             f[name].attrs["axes"] = "y,x"
         for name, values in scene.line_flux.items():

@@ -561,8 +561,8 @@ def restore(training: Training) -> None:
     if changed:
         raise DataError(
             f"{training.run_dir}: the run was made with another {', '.join(changed)}. Give it the "
-            f"same options (--config {training.run_dir / eval_fns.CONFIG_FILE}), or start anew "
-            "with --overwrite."
+            f"same options (--config {training.run_dir / eval_fns.CONFIG_FILE} --run-dir "
+            f"{training.run_dir}), or start anew with --overwrite."
         )
     training.model.load_state_dict(saved["model"])
     training.optimiser.load_state_dict(saved["optimiser"])
@@ -580,6 +580,14 @@ def restore(training: Training) -> None:
                 training.config.epochs,
             )
         training.progress.finished = False
+    elif training.progress.epoch > training.config.epochs:
+        log.warning(
+            "%s: has %d epochs already, more than --epochs %d",
+            training.run_dir,
+            training.progress.epoch,
+            training.config.epochs,
+        )
+        training.progress.finished = True
     about = json.loads((training.run_dir / eval_fns.MODEL_FILE).read_text())
     labels = training.about["training_labels"]
     if any(labels[key] != value for key, value in about["training_labels"].items()):
@@ -694,9 +702,7 @@ def start_run_dir(config: TrainConfig, run_dir: Path) -> None:
     """Make the folder and write all that is known before the first step."""
     root = utils.data_dir(config.data_dir)
     data_io.read_split(utils.split_path(root, config.split))  # first: no folder without a split
-    start = TrainConfig()  # a copy of the options, not of where and how they were started
-    config = replace(config, **{name: getattr(start, name) for name in NOT_THE_RUN})
-    utils.write_json(run_dir / eval_fns.CONFIG_FILE, utils.config_dict(config))
+    write_config(config, run_dir)
     for name in (eval_fns.WEIGHTS_FILE, eval_fns.MODEL_FILE, eval_fns.BASELINE_FILE, NAN_FILE):
         (run_dir / name).unlink(missing_ok=True)
     for name in (CHECKPOINT_FILE, eval_fns.METRICS_FILE, eval_fns.STATS_FILE):
@@ -711,6 +717,13 @@ def start_run_dir(config: TrainConfig, run_dir: Path) -> None:
     stats = utils.stats_path(root, config.split)
     if config.patch_norm == "PCA" and stats.is_file():
         copy_file(stats, run_dir / eval_fns.STATS_FILE)
+
+
+def write_config(config: TrainConfig, run_dir: Path) -> None:
+    """Write a run's options, but not where and how they were started."""
+    start = TrainConfig()
+    config = replace(config, **{name: getattr(start, name) for name in NOT_THE_RUN})
+    utils.write_json(run_dir / eval_fns.CONFIG_FILE, utils.config_dict(config))
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -817,7 +830,7 @@ def describe_data(training: Training) -> None:
         samples = _dataset(loader).samples
         counts = data_fns.class_counts(samples, len(names))
         log.info(
-            "%s: %d galaxies, %d spaxels (%s)",
+            "%s: %d observations of galaxies, %d spaxels (%s)",
             part,
             len(samples.plateifus),
             len(samples),
@@ -825,7 +838,7 @@ def describe_data(training: Training) -> None:
         )
         absent = [name for name, count in zip(names, counts, strict=True) if not count]
         if absent and part == "train":
-            log.warning("no training spaxel is %s: it will never be predicted", ", ".join(absent))
+            log.warning("no training spaxel is %s: nothing of it can be learned", ", ".join(absent))
 
 
 def describe_model(config: TrainConfig, loader: DataLoader, model: SSFTT) -> dict[str, Any]:
@@ -845,10 +858,21 @@ def describe_model(config: TrainConfig, loader: DataLoader, model: SSFTT) -> dic
         "training_labels": {
             "class_counts": data_fns.class_counts(samples, len(names)).tolist(),
             "median": float(np.median(samples.values)),
+            "class_values": class_values(samples, config.spec),
             "options": samples.label_options,
         },
         "code_version": utils.VERSION,
     }
+
+
+def class_values(samples: data_fns.Samples, spec: PatchSpec) -> list[float] | None:
+    """Mean 12+log(O/H) of each class's training spaxels, dex; of an empty class its middle."""
+    if spec.label_task != "logOH":
+        return None
+    means = utils.class_values(spec.n_classes)
+    for k in np.unique(samples.classes):
+        means[k] = samples.values[samples.classes == k].mean(dtype=float)
+    return means.tolist()
 
 
 def learning_rate(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
@@ -950,37 +974,47 @@ def main(config: TrainConfig) -> int:
         if resuming:
             check_inputs(config, run_dir)
         training = set_up(config, run_dir)
-        if not resuming:  # now that everything is there, and not before: it replaces a run
-            start_run_dir(config, run_dir)
-        utils.setup_logging(run_dir / LOG_FILE)
-        log.info("SSFTT training %s, torch %s", utils.VERSION, torch.__version__)
-        log.info("device %s, %d CPUs, run folder %s", training.device, utils.cpu_count(), run_dir)
-        describe_data(training)
-        log.info(
-            "model: %d parameters, patches of %d bands x %d x %d spaxels",
-            count_parameters(training.model),
-            training.model.arguments["bands"],
-            config.patch_size,
-            config.patch_size,
+        with utils.locked(run_dir, "another process trains here"):
+            if not resuming:  # now that everything is there, and not before: it replaces a run
+                if not config.overwrite and (run_dir / CHECKPOINT_FILE).is_file():
+                    raise DataError(f"{run_dir}: holds a run, of another process just now.")
+                start_run_dir(config, run_dir)
+            utils.setup_logging(run_dir / LOG_FILE)
+            return run(training, stopper, resuming)
+
+
+def run(training: Training, stopper: Stopper, resuming: bool) -> int:
+    """Describe, restore or begin, train and report; return the exit code."""
+    config, run_dir = training.config, training.run_dir
+    log.info("SSFTT training %s, torch %s", utils.VERSION, torch.__version__)
+    log.info("device %s, %d CPUs, run folder %s", training.device, utils.cpu_count(), run_dir)
+    describe_data(training)
+    log.info(
+        "model: %d parameters, patches of %d bands x %d x %d spaxels",
+        count_parameters(training.model),
+        training.model.arguments["bands"],
+        config.patch_size,
+        config.patch_size,
+    )
+    if config.cutout > 1 and config.patch_norm == "global" and not config.projection:
+        log.warning(
+            "cutouts of cubes normed globally hardly train: choose --patch-norm spectral or PCA, "
+            "or --cutout 1 (docs/science_choices.md)"
         )
-        if config.cutout > 1 and config.patch_norm == "global" and not config.projection:
-            log.warning(
-                "cutouts of cubes normed globally hardly train: choose --patch-norm spectral or "
-                "PCA, or --cutout 1 (docs/science_choices.md)"
-            )
-        if resuming:
-            restore(training)
-            if training.progress.finished:
-                log.info("%s: the run is finished; nothing to do", run_dir)
-                return utils.EXIT_DONE
-            log.info("going on in epoch %d", training.progress.epoch + 1)
-        else:
-            utils.write_json(run_dir / ENVIRONMENT_FILE, utils.environment())
-            training.about["baselines"] = score_baselines(training)
-            log.info("without a network: %s", _in_words(training.about["baselines"]))
-            utils.write_json(run_dir / eval_fns.MODEL_FILE, training.about)
-        with stopper.listening(signal.SIGINT):
-            code = train(training, stopper)
+    if resuming:
+        restore(training)
+        if training.progress.finished:
+            log.info("%s: the run is finished; nothing to do", run_dir)
+            return utils.EXIT_DONE
+        write_config(config, run_dir)  # some options may change
+        log.info("going on in epoch %d", training.progress.epoch + 1)
+    else:
+        utils.write_json(run_dir / ENVIRONMENT_FILE, utils.environment())
+        training.about["baselines"] = score_baselines(training)
+        log.info("without a network: %s", _in_words(training.about["baselines"]))
+        utils.write_json(run_dir / eval_fns.MODEL_FILE, training.about)
+    with stopper.listening(signal.SIGINT):
+        code = train(training, stopper)
     if code == utils.EXIT_DONE:
         report(training)
     return code

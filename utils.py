@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -79,6 +80,10 @@ LOGOH_EDGES: dict[int, tuple[float, ...]] = {
     8: (8.34, 8.40, 8.44, 8.47, 8.50, 8.52, 8.55),
 }
 """Inner edges of the metallicity classes, 12+log(O/H) in dex; the outer classes are open."""
+
+LOGOH_SCALE = ("O3N2-M13", "N2-M13")
+"""Calibrations on whose scale these edges are; others differ by up to 0.7 dex (Kewley & Ellison
+2008, ApJ 681, 1183), so that their labels would fall into one or two classes."""
 
 EXIT_DONE, EXIT_DATA, EXIT_USAGE, EXIT_AGAIN = 0, 1, 2, 75
 """Exit codes: done; a data problem; wrong usage; stopped early, run me again."""
@@ -386,6 +391,32 @@ def atomic_path(out: Path | str) -> Iterator[Path]:
     finally:
         part.unlink(missing_ok=True)
         open_parts.discard(part)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, why: str) -> Iterator[None]:
+    """Hold a folder, made if it is not there, alone among processes.
+
+    File systems without locks are trusted.
+
+    Raises
+    ------
+    DataError
+        If another process holds it; `why` says what for.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise DataError(f"{folder}: {why}. Wait for it, or choose another folder.") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def flush(path: Path) -> None:

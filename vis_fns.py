@@ -31,11 +31,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, Patch, PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
-from scipy.spatial import Delaunay
 
 import data_io
 import line_labels
 import utils
+from hsi_proc_fns import field_of_view
 from utils import LABEL_NONE, DataError
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ DPI = 150
 
 MASKED_COLOUR = "#BDBDBD"
 """In the field, but without a usable spectrum."""
+EMPTY_COLOUR = "#E4E4E4"
+"""Of a class that does not occur: no share to show."""
 NO_LABEL_HATCH = "////"
 RIGHT_COLOUR, WRONG_COLOUR = "#DDE6ED", "#D55E00"
 MODEL_COLOUR, OTHER_COLOUR = "#0072B2", "#D55E00"
@@ -189,19 +191,6 @@ def mark_scale(ax: Axes, attrs: Mapping[str, Any]) -> Axes:
     return ax
 
 
-def field_of_view(inside: np.ndarray) -> np.ndarray:
-    """Fill the field: the convex hull of the measured spaxels, (y, x) bool.
-
-    A bundle sees a hexagon (Drory et al. 2015, AJ 149, 77); stars and dead fibres masked out of
-    it leave holes and dents in what was measured.
-    """
-    points = np.argwhere(inside)
-    if np.linalg.matrix_rank(points - points[:1]) < 2:  # no area: none, one, or all in a line
-        return inside
-    everywhere = np.argwhere(np.ones_like(inside))
-    return (Delaunay(points).find_simplex(everywhere) >= 0).reshape(inside.shape)
-
-
 def outline_segments(inside: np.ndarray, east: np.ndarray, north: np.ndarray) -> np.ndarray:
     """Find the spaxel sides that part the inside from the outside, (N, 2 points, 2) arcsec."""
     padded = np.pad(inside, 1)
@@ -302,6 +291,11 @@ def _patches(names: Iterable[str], colours: Iterable[str]) -> list[Patch]:
     return [Patch(color=c, label=n) for n, c in zip(names, colours, strict=True)]
 
 
+def _counted(n: int, one: str, many: str = "") -> str:
+    """Write a number and what it counts, in the singular or the plural (default: one more s)."""
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
 def _legend(ax: Axes, handles: Sequence[Artist], title: str | None = None) -> None:
     """Legend to the right of the axes."""
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
@@ -367,7 +361,7 @@ def plot_comparison(
 
     Notes
     -----
-    The difference is the middle of the predicted class (utils.class_values) less the label in dex,
+    The difference is the value of the predicted class (MapPrediction) less the label in dex,
     hence steps of a class's width where the label varies smoothly; or for BPT whether the two
     classes agree. Its title carries the score over the spaxels that have a label.
     """
@@ -377,17 +371,18 @@ def plot_comparison(
     both = usable & (true != LABEL_NONE)
     shared = (label_task, n_classes, usable, inside)
     plot_class_map(axes[0], true, *shared, f"{prediction.plateifu}: label", wcs)
-    plot_class_map(axes[1], prediction.classes, *shared, "prediction", wcs)
+    plot_class_map(axes[1], prediction.classes, *shared, title_of(prediction), wcs)
     agree = (prediction.classes == true)[both].mean() if both.any() else np.nan
     score = f"{agree:.0%} in the right class" if both.any() else "no label"
     if label_task == "logOH":
-        values = utils.class_values(n_classes)[prediction.classes]
-        difference = np.where(both, values - labels, np.nan)
+        values = prediction.class_values
+        values = utils.class_values(n_classes) if values is None else values
+        difference = np.where(both, values[prediction.classes] - labels, np.nan)
         limit = 0.1
         if both.any():
             limit = max(0.02, float(np.nanquantile(np.abs(difference), 0.98)))
             score = f"MAE {np.nanmean(np.abs(difference)):.3f} dex, {score}"
-        label = "middle of predicted class - label (dex)"
+        label = "value of predicted class - label (dex)"
         plot_value_map(axes[2], difference, usable, inside, label, score, wcs, limit)
     else:
         agrees = np.ma.masked_where(~both, prediction.classes == true)
@@ -395,6 +390,12 @@ def plot_comparison(
     for ax in axes:
         mark_scale(ax, prediction.attrs)
     return axes
+
+
+def title_of(prediction: eval_fns.MapPrediction) -> str:
+    """Title of a predicted map: says if the model saw the galaxy's labels in training."""
+    seen = {"train": " (trained on)", "val": " (validation galaxy)"}
+    return f"prediction{seen.get(prediction.part, '')}"
 
 
 def plot_agreement_map(
@@ -530,6 +531,8 @@ def plot_training_curves(
 def plot_confusion(ax: Axes, confusion: np.ndarray, names: Sequence[str], title: str = "") -> Axes:
     """Draw a confusion matrix: shares of each true class, counts below them.
 
+    The row of a class that no label has is grey and its name says so.
+
     Parameters
     ----------
     ax : Axes
@@ -537,18 +540,19 @@ def plot_confusion(ax: Axes, confusion: np.ndarray, names: Sequence[str], title:
     names : sequence of str
     title : str
     """
-    total = confusion.sum(axis=1, keepdims=True)
-    shares = np.divide(confusion, total, out=np.zeros(confusion.shape), where=total > 0)
-    image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    shares = np.ma.divide(confusion, confusion.sum(axis=1, keepdims=True))  # masked: nothing there
+    absent = np.ma.getmaskarray(shares)
+    colours = mpl.colormaps["Blues"].with_extremes(bad=EMPTY_COLOUR)
+    image = ax.imshow(shares, cmap=colours, vmin=0, vmax=1, aspect="auto")
     ax.figure.colorbar(image, ax=ax, label="share of the true class", fraction=0.05, pad=0.02)
     size = 9 if len(names) <= 4 else 7
     for i, j in np.ndindex(confusion.shape):
         colour = "white" if shares[i, j] > 0.55 else "black"
-        text = f"{shares[i, j]:.2f}\n{confusion[i, j]}"
+        text = "-" if absent[i, j] else f"{shares[i, j]:.2f}\n{confusion[i, j]}"
         ax.text(j, i, text, ha="center", va="center", color=colour, fontsize=size)
     ticks = range(len(names))
     ax.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_yticks(ticks, names)
+    ax.set_yticks(ticks, [f"{n}: none" if absent[k, 0] else n for k, n in enumerate(names)])
     ax.set(xlabel="predicted", ylabel="label (each row adds up to 1)", title=title)
     return ax
 
@@ -616,7 +620,8 @@ def plot_explained_variance(ax: Axes, stats: data_io.Stats) -> Axes:
     left, others = 1 - total[-1], stats.wave.size - n.size
     if others > 0:
         mean = f"{left / others:.2%} each on average"
-        ax.set_title(f"the other {others} directions: {left:.0%}, {mean}", fontsize=9)
+        directions = _counted(others, "direction")
+        ax.set_title(f"the other {directions}: {left:.0%}, {mean}", fontsize=9)
     return ax
 
 
@@ -636,7 +641,7 @@ def plot_components(axes: Sequence[Axes], stats: data_io.Stats) -> Sequence[Axes
 def plot_class_shares(
     ax: Axes, counts: Mapping[str, np.ndarray], label_task: str, n_classes: int
 ) -> Axes:
-    """Draw the share of every class in each part of a split.
+    """Draw the share of every class in each part of a split; no bars for a part without spaxels.
 
     Parameters
     ----------
@@ -648,8 +653,10 @@ def plot_class_shares(
     width = 0.8 / len(counts)
     for i, (part, count) in enumerate(counts.items()):
         at = np.arange(n_classes) + (i - (len(counts) - 1) / 2) * width
-        label = f"{part}: {count.sum()} spaxels"
-        ax.bar(at, count / max(count.sum(), 1), width, color=PART_COLOURS.get(part), label=label)
+        total = int(count.sum())
+        shares = count / total if total else np.full(n_classes, np.nan)
+        label = f"{part}: {_counted(total, 'spaxel')}"
+        ax.bar(at, shares, width, color=PART_COLOURS.get(part), label=label)
     ax.set_xticks(range(n_classes), names, rotation=30, ha="right", rotation_mode="anchor")
     ax.set(ylabel="share of the part's spaxels", title=TASK_TITLES[label_task])
     ax.legend(frameon=False, fontsize=8)
@@ -708,7 +715,7 @@ def galaxy_figure(
     left, right = figure.subplots(1, 2)
     wcs, inside, usable = prediction.attrs.get("wcs_header"), prediction.inside, prediction.usable
     shared = (task, n_classes, usable, inside)
-    plot_class_map(left, prediction.classes, *shared, f"{plateifu}: prediction", wcs)
+    plot_class_map(left, prediction.classes, *shared, f"{plateifu}: {title_of(prediction)}", wcs)
     surest = prediction.probabilities.max(axis=2)
     plot_value_map(right, surest, usable, inside, "probability", "probability of the class", wcs)
     for ax in (left, right):
@@ -744,7 +751,8 @@ def bpt_figure(root: Path, prediction: eval_fns.MapPrediction, label_task: str) 
         labels = data_io.read_labels(label_file)
         maps_of = {"label": utils.label_classes(labels, label_task, n_classes), **maps_of}
     figure = Figure(figsize=(5.5 * len(maps_of), 4.2), layout="constrained")
-    figure.suptitle(f"{plateifu}: {shown.sum()} spaxels with S/N > {snr:g} in all four lines")
+    spaxels = _counted(int(shown.sum()), "spaxel")
+    figure.suptitle(f"{plateifu}: {spaxels} with S/N > {snr:g} in all four lines")
     axes = figure.subplots(1, len(maps_of), squeeze=False)[0]
     for ax, (name, classes) in zip(axes, maps_of.items(), strict=True):
         plot_bpt(ax, nitrogen, oxygen, classes[shown], label_task, n_classes, name)
@@ -807,10 +815,12 @@ def run_figures(run_dir: Path, about: dict[str, Any], part: str = "test") -> dic
         table = pd.read_csv(run_dir / part / eval_fns.CONFUSION_FILE, index_col="true")
         figures[f"confusion_{part}"] = Figure(figsize=(6, 5.6), layout="constrained")
         ax = figures[f"confusion_{part}"].subplots()
+        spaxels = _counted(result["spaxels"], "spaxel")
+        galaxies = _counted(result["galaxies"], "galaxy", "galaxies")
         title = (
-            "{task}, {part} part of the {split_kind} split\n"
-            "accuracy {accuracy:.3f}: {spaxels} spaxels, {galaxies} galaxies"
-        ).format(task=TASK_TITLES[result["label_task"]], **result)
+            f"{TASK_TITLES[result['label_task']]}, {part} part of the {result['split_kind']} split"
+            f"\naccuracy {result['accuracy']:.3f}: {spaxels}, {galaxies}"
+        )
         plot_confusion(ax, table.to_numpy(), list(table.columns), title)
     else:
         command = f"python eval_fns.py --run-dir {run_dir} --part {part}"

@@ -1,5 +1,9 @@
 """Every layout: written, read back, and refused with one clear line when it is not what it says."""
 
+import os
+import shutil
+import subprocess
+
 import h5py
 import numpy as np
 import pandas as pd
@@ -136,6 +140,33 @@ def test_patches_round_trip_and_index_must_fit(tmp_path):
     data_io.patch_index_path(path).write_text("row,y,x,label\n0,0,1,8.4\n")
     with pytest.raises(DataError, match="4 patches, but 1 rows"):
         data_io.read_patches(path)
+
+
+def test_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    cube = data_io.Cube(np.ones((4, 4, 100), "f4"), np.arange(100.0))
+    usage = shutil.disk_usage(tmp_path)._replace(free=12_799)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DataError, match=r"no space left on the disk: 0\.0 MB are needed"):
+        data_io.write_cube(tmp_path / "1-1.h5", cube)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_disk_that_fills_up_meanwhile_is_one_clear_line(tmp_path, monkeypatch):
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path])
+    if mounted.returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    try:
+        usage = shutil.disk_usage("/")._replace(free=1 << 40)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        flux = np.random.default_rng(0).random((40, 40, 300), np.float32)
+        with pytest.raises(DataError, match=r"1-1\.h5: could not be made \(No space left"):
+            data_io.write_cube(tmp_path / "1-1.h5", data_io.Cube(flux, np.arange(300.0)))
+        assert not list(tmp_path.iterdir())
+        data_io.write_cube(tmp_path / "1-2.h5", data_io.Cube(flux[:8, :8], np.arange(300.0)))
+        assert data_io.read_cube(tmp_path / "1-2.h5").flux.shape == (8, 8, 300)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def galaxies(*names):

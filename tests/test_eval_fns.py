@@ -70,8 +70,10 @@ def test_metrics_equal_scikit_learns(n_classes, n, seed, narrow):
     overall = eval_fns.overall_metrics(confusion)
     assert overall["accuracy"] == pytest.approx(sk.accuracy_score(truth, guess))
     assert overall["macro_f1"] == pytest.approx(sk.f1_score(truth, guess, average="macro"))
-    if np.unique(np.concatenate([truth, guess])).size > 1:  # sklearn has no kappa of one class
+    if np.unique(np.concatenate([truth, guess])).size > 1:
         assert overall["kappa"] == pytest.approx(sk.cohen_kappa_score(truth, guess))
+    else:
+        assert np.isnan(overall["kappa"])
     each = eval_fns.class_metrics(confusion)
     options = {"labels": labels, "average": None, "zero_division": 0}
     for name, score in (
@@ -148,12 +150,13 @@ def test_evaluation_of_a_split_adds_up(root, own_run):
     np.testing.assert_array_equal(frame[["y", "x"]], np.stack([samples.y, samples.x], axis=1))
 
     assert result["accuracy"] == pytest.approx(sk.accuracy_score(frame["true"], frame["predicted"]))
-    values = np.array([8.38, 8.42, 8.46, 8.50, 8.54, 8.58])[frame["predicted"]]
+    train_samples = data_fns.get_dataloaders(root, "hard", trained.spec, parts=("train",))["train"]
+    train_samples = train_samples.dataset.samples
+    means = pd.Series(train_samples.values).groupby(train_samples.classes).mean()
+    values = means[frame["predicted"]].to_numpy()
     assert result["mae_dex"] == pytest.approx(np.abs(values - frame["value"]).mean(), rel=1e-5)
     rmse = np.sqrt(((values - frame["value"]) ** 2).mean())
     assert result["rmse_dex"] == pytest.approx(rmse, rel=1e-5)
-    train_samples = data_fns.get_dataloaders(root, "hard", trained.spec, parts=("train",))["train"]
-    train_samples = train_samples.dataset.samples
     error = np.median(train_samples.values) - samples.values
     assert result["constant_mae_dex"] == pytest.approx(np.abs(error).mean(), rel=1e-4)
     assert result["constant_rmse_dex"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-4)
@@ -240,6 +243,41 @@ def test_damaged_model_is_one_clear_line(own_run, name):
         eval_fns.load_model(own_run)
 
 
+def test_what_is_undefined_is_not_zero(own_run):
+    trained = eval_fns.load_model(own_run)
+    frame = pd.DataFrame(
+        {
+            "plateifu": ["1-1", "1-1", "1-2"],
+            "mangaid": ["a", "a", "b"],
+            "true": [2, 2, 2],
+            "predicted": 2,
+            "value": 8.46,
+        }
+    )
+    overall, _, per_class, per_galaxy = eval_fns.score_predictions(frame, trained)
+    assert overall["accuracy"] == 1
+    assert np.isnan(overall["kappa"])
+    assert "kappa" not in overall["intervals"]
+    assert np.isnan(per_galaxy["kappa"]).all()
+    assert per_class["f1"].tolist()[2] == 1
+    assert per_class["f1"].isna().sum() == 5
+    assert per_class["f1"].mean() == overall["macro_f1"]
+
+
+@pytest.mark.parametrize("name", ["stats.h5", "split/test.csv"])
+def test_run_folder_that_is_not_whole_is_told_as_such(own_run, name):
+    (own_run / name).unlink()
+    with pytest.raises(DataError, match=f"{name} is gone. Copy the run anew"):
+        eval_fns.load_model(own_run)
+
+
+def test_prediction_knows_the_part_of_its_galaxy(root, run_dir):
+    parts, _ = data_io.read_split(utils.split_path(root, "hard"))
+    for part, table in parts.items():
+        cube = utils.cube_path(root, table["plateifu"].iloc[0])
+        assert eval_fns.evaluate_cube(run_dir, cube).part == part
+
+
 def test_weights_say_of_which_epoch_they_are(own_run):
     """A stop may come between the two files of a model."""
     best = eval_fns.load_model(own_run).about["best"]
@@ -324,7 +362,10 @@ def test_cube_made_with_other_options_is_refused(root, run_dir, tmp_path):
     options = {"deredden": True, "remove_gas_velocity": False}
     cube.attrs["config_json"] = json.dumps(options)
     data_io.write_cube(path, cube)
-    with pytest.raises(DataError, match=r"remove_gas_velocity=False.*--remove-gas-velocity\.$"):
+    with pytest.raises(
+        DataError,
+        match=r"remove_gas_velocity=False.*--remove-gas-velocity .or make the others like it.\.$",
+    ):
         eval_fns.evaluate_cube(run_dir, path)
     del cube.attrs["config_json"]  # a cube that does not say is taken
     data_io.write_cube(path, cube)

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -374,6 +375,56 @@ def test_critical_cube_is_warned_of_recorded_and_skippable(tmp_path, plain_array
     assert process(path, tmp_path, skip_critical=True)[0] == "skipped: CRITICAL"
 
 
+def flip(path, position, bit):
+    """Flip a bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["FLUX", "IVAR", "MASK"])
+def test_a_flipped_bit_is_noticed_wherever_it_is(tmp_path, plain_arrays, name):
+    path = write_logcube(tmp_path / "8485-1901.fits", *plain_arrays)
+    with fits.open(path) as hdus:
+        hdus.writeto(path, overwrite=True, checksum=True)
+    with fits.open(path) as hdus:
+        where = hdus[name].fileinfo()
+        size = hdus[name].data.nbytes
+    assert process(path, tmp_path)[0] == "written"
+    for part in (0.01, 0.5, 0.99):  # before, among and after the planes that are kept
+        position = where["datLoc"] + int(part * size)
+        flip(path, position, 3)
+        with pytest.raises(DataError, match=f"{name} is damaged.*Fetch it again"):
+            process(path, tmp_path, overwrite=True)
+        flip(path, position, 3)
+    assert process(path, tmp_path, overwrite=True)[0] == "written"
+
+
+def test_damaged_header_is_no_endless_search(tmp_path, plain_arrays):
+    path = write_logcube(tmp_path / "8485-1901.fits", *plain_arrays)
+    with fits.open(path) as hdus:
+        where = hdus["IVAR"].fileinfo()["hdrLoc"]
+    flip(path, where, 0)
+    with pytest.raises(DataError, match="no header where one should be"):
+        process(path, tmp_path)
+
+
+@pytest.mark.parametrize("n_bytes", [1, 2, 3, 4, 5, 4000, 262_147])
+@pytest.mark.parametrize("step", [1, 3, 4, 1000])
+def test_sum_of_a_data_unit_is_astropys(n_bytes, step):
+    rng = np.random.default_rng(n_bytes)
+    content = rng.integers(200, 256, n_bytes, np.uint8)  # large: the sum overflows
+    hdu = fits.ImageHDU(content)
+    hdu.add_datasum()
+    tally = fu._Tally()
+    for start in range(0, n_bytes, step if n_bytes < 9999 else 99_999):
+        tally.add(content[start : start + (step if n_bytes < 9999 else 99_999)].tobytes())
+    tally.check(hdu.header, Path("x"), "X")
+    hdu.header["DATASUM"] = str(int(hdu.header["DATASUM"]) ^ 1)
+    with pytest.raises(DataError, match="damaged"):
+        tally.check(hdu.header, Path("x"), "X")
+
+
 def write_catalogue(path, rows):
     columns = [
         fits.Column("plateifu", "20A", array=[r[0] for r in rows]),
@@ -458,6 +509,20 @@ def test_label_picture_hatches_unlabelled_spaxels_and_greys_holes(tmp_path):
     changed = np.argwhere((without != pixels).any(axis=-1))
     assert changed.size
     assert changed[:, 0].max() < top  # the note stands above the map
+
+
+def test_label_picture_greys_a_dead_fibre_at_the_edge_and_leaves_the_sky_white(tmp_path):
+    y, x = np.indices((33, 33))
+    hexagon = (np.abs(x - 16) + np.abs(y - 16) / 2 <= 15) & (np.abs(y - 16) <= 12)
+    covered = hexagon & (np.hypot(y - 22, x - 28) > 4)  # a bite off a slanted edge
+    labels = np.where(covered, 0, utils.LABEL_NONE)
+    fu.write_label_png(tmp_path / "1-1.png", labels, "BPT", covered)
+    with Image.open(tmp_path / "1-1.png") as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    centres = 12 * np.arange(33) + 6  # 12 pixels a spaxel
+    spaxels = pixels[56 + centres[::-1, None], 12 + centres]
+    assert (spaxels[hexagon & ~covered] == 0xBD).all()
+    assert (spaxels[~hexagon] == 255).all()
 
 
 @pytest.mark.parametrize("task", ["BPT", "logOH"])

@@ -354,6 +354,51 @@ def test_others_may_read_the_weights(config):
         assert (config.run_dir / name).stat().st_mode & 0o777 == 0o644
 
 
+def test_two_processes_do_not_train_in_one_folder(config):
+    config.run_dir.mkdir(parents=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(training.__file__).parent)!r})\n"
+        "import utils, time\nfrom pathlib import Path\n"
+        f"with utils.locked(Path({str(config.run_dir)!r}), 'x'):\n"
+        "    print('held', flush=True); time.sleep(60)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(DataError, match="another process trains here"):
+            training.main(config)
+        assert not list(config.run_dir.iterdir())
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    assert training.main(replace(config, epochs=1)) == 0
+
+
+def test_options_that_may_change_are_written_when_a_run_goes_on(config):
+    def epochs_in_config():
+        return json.loads((config.run_dir / "config.json").read_text())["epochs"]
+
+    assert training.main(replace(config, epochs=2)) == 0
+    assert training.main(replace(config, epochs=3, resume="auto")) == 0
+    assert epochs_in_config() == 3
+
+
+def test_fewer_epochs_than_a_run_has_are_told(config):
+    assert training.main(replace(config, epochs=2)) == 0
+    assert training.main(replace(config, epochs=1, resume="auto")) == 0
+    log = (config.run_dir / "log.txt").read_text()
+    assert "has 2 epochs already, more than --epochs 1" in log
+    assert len(pd.read_csv(config.run_dir / "metrics.csv")) == 2
+
+
+def test_labels_on_another_scale_than_the_classes_are_refused(config, root):
+    for path in (root / "processed" / "labels" / "logOH").glob("*[0-9].npy"):
+        utils.write_json(path.with_suffix(".json"), {"options": {"diagnostic": "N2O2-KD02"}})
+    with pytest.raises(DataError, match=r"labels by N2O2-KD02; .*--diagnostic O3N2-M13"):
+        training.main(config)
+
+
 def test_compiling_reaches_the_faces_that_training_calls(config, monkeypatch):
     seen = []
 
@@ -629,7 +674,13 @@ def test_run_folder_says_where_it_came_from(config):
     assert about["class_names"] == list(utils.class_names("logOH", 6))
     assert about["cubes"]["n_bands"] == mock_cubes.N_BAND
     log = (config.run_dir / "log.txt").read_text()
-    for words in ("torch", "device cpu", "train: 4 galaxies", "val: 2 galaxies", "parameters"):
+    for words in (
+        "torch",
+        "device cpu",
+        "train: 4 observations",
+        "val: 2 observations",
+        "parameters",
+    ):
         assert words in log
 
 

@@ -16,6 +16,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, PathPatch
 from scipy.integrate import quad
+from scipy.spatial import ConvexHull
 
 import data_io
 import eval_fns
@@ -23,6 +24,7 @@ import line_labels
 import run_SSFTT_training as training
 import utils
 import vis_fns
+from hsi_proc_fns import field_of_view
 from run_SSFTT_training import TrainConfig
 from vis_fns import VisConfig
 
@@ -126,24 +128,45 @@ def test_nothing_is_claimed_of_an_unknown_galaxy(ax, attrs):
     assert not ax.patches
 
 
-def test_field_is_the_hull_of_what_was_measured():
-    field = np.zeros((20, 20), bool)
-    field[4:15, 3:17] = True
-    holed = field.copy()
-    holed[8:10, 8:11] = holed[13:, 9:12] = False  # a star inside, a dead fibre at the rim
-    np.testing.assert_array_equal(vis_fns.field_of_view(holed), field)
-    thin = np.zeros((4, 4), bool)
-    thin[2] = True
-    np.testing.assert_array_equal(vis_fns.field_of_view(thin), thin)
-    assert not vis_fns.field_of_view(np.zeros((3, 3), bool)).any()
+@pytest.mark.parametrize("bite", [(28, 16), (22, 28), (10, 4), (18, 20)])
+def test_field_is_whole_where_a_bite_is_taken_out_of_it(bite):
+    y, x = np.indices((33, 33))
+    hexagon = (np.abs(x - 16) + np.abs(y - 16) / 2 <= 15) & (np.abs(y - 16) <= 12)
+    bitten = hexagon & (np.hypot(y - bite[0], x - bite[1]) > 4)  # at an edge, or amid it
+    assert (hexagon & ~bitten).sum() > 20
+    np.testing.assert_array_equal(field_of_view(bitten), hexagon)
 
 
-@pytest.mark.parametrize("spaxels", [[], [(2, 3)], [(1, 1), (2, 2), (4, 4)], [(0, 3), (5, 3)]])
-def test_a_field_without_area_is_what_was_measured(spaxels):
-    inside = np.zeros((6, 7), bool)
+@pytest.mark.parametrize("seed", range(30))
+def test_field_is_the_hull_of_what_was_measured(seed):
+    """The half-planes of scipy's ConvexHull as oracle."""
+    rng = np.random.default_rng(seed)
+    inside = rng.random(rng.integers(2, 25, 2)) < rng.choice([0.02, 0.1, 0.7])
+    inside[:2, :2] = True  # some area
+    planes = ConvexHull(np.argwhere(inside)).equations
+    beyond = planes[:, :2] @ np.indices(inside.shape).reshape(2, -1) + planes[:, 2:]
+    wanted = (beyond < 1e-9).all(axis=0).reshape(inside.shape)
+    np.testing.assert_array_equal(field_of_view(inside), wanted)
+
+
+@pytest.mark.parametrize(
+    ("spaxels", "between"),
+    [
+        ([], []),
+        ([(2, 3)], []),
+        ([(2, 0), (2, 2)], [(2, 1)]),
+        ([(1, 1), (2, 2), (4, 4)], [(3, 3)]),
+        ([(1, 3), (4, 3)], [(2, 3), (3, 3)]),
+        ([(0, 0), (5, 6)], []),  # no centre lies on that line
+    ],
+)
+def test_a_field_without_area_is_a_line(spaxels, between):
+    inside, wanted = np.zeros((2, 6, 7), bool)
     for y, x in spaxels:
-        inside[y, x] = True
-    np.testing.assert_array_equal(vis_fns.field_of_view(inside), inside)
+        inside[y, x] = wanted[y, x] = True
+    for y, x in between:
+        wanted[y, x] = True
+    np.testing.assert_array_equal(field_of_view(inside), wanted)
 
 
 def test_outline_of_a_rectangle_has_its_perimeter():
@@ -210,7 +233,7 @@ def test_difference_map_shows_value_less_label():
     assert shown[4, 1] == pytest.approx(0.01, abs=1e-5)
     assert axes[2].get_title() == "MAE 0.045 dex, 50% in the right class"
     bar = axes[2].child_axes[0]
-    assert bar.get_ylabel() == "middle of predicted class - label (dex)"
+    assert bar.get_ylabel() == "value of predicted class - label (dex)"
 
 
 @pytest.mark.parametrize(("limit", "extend"), [(0.1, "both"), (0.5, "neither"), (None, "neither")])
@@ -310,11 +333,23 @@ def test_confusion_shows_shares_of_the_true_class(ax):
     confusion = np.array([[8, 2, 0], [1, 4, 0], [0, 0, 0]])
     vis_fns.plot_confusion(ax, confusion, ["a", "b", "c"], "title")
     texts = [t.get_text() for t in ax.texts]
-    assert texts[:5] == ["0.80\n8", "0.20\n2", "0.00\n0", "0.20\n1", "0.80\n4"]
+    assert texts[:6] == ["0.80\n8", "0.20\n2", "0.00\n0", "0.20\n1", "0.80\n4", "0.00\n0"]
     np.testing.assert_allclose(ax.images[0].get_array()[0], [0.8, 0.2, 0.0])
     assert ax.get_ylabel() == "label (each row adds up to 1)"
     assert ax.images[0].colorbar.ax.get_ylabel() == "share of the true class"
     assert ax.get_title() == "title"
+
+
+def test_confusion_has_no_shares_of_a_class_that_no_label_has(ax):
+    vis_fns.plot_confusion(ax, np.array([[8, 2, 0], [1, 4, 0], [0, 0, 0]]), ["a", "b", "c"])
+    assert [t.get_text() for t in ax.texts][6:] == ["-", "-", "-"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b", "c: none"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b", "c"]
+    image = ax.images[0]
+    colours = image.to_rgba(image.get_array())[..., :3]
+    np.testing.assert_allclose(colours[2], [to_rgb(vis_fns.EMPTY_COLOUR)] * 3)
+    grey = np.ptp(colours[:2], axis=2) == 0
+    assert not grey.any()
 
 
 def test_lines_are_at_vacuum_wavelengths():
@@ -402,6 +437,20 @@ def test_run_figures_show_what_the_run_has(run_dir):
     assert {"validation, majority class", "validation, linear model"} < set(legend)
 
 
+def test_one_is_counted_in_the_singular(run_dir, tmp_path, ax):
+    part = tmp_path / "test"
+    part.mkdir()
+    for name in ("metrics.json", "confusion.csv"):
+        (part / name).write_bytes((run_dir / "test" / name).read_bytes())
+    result = json.loads((part / "metrics.json").read_text()) | {"spaxels": 1, "galaxies": 1}
+    (part / "metrics.json").write_text(json.dumps(result))
+    about = json.loads((run_dir / "model.json").read_text())
+    figure = vis_fns.run_figures(tmp_path, about)["confusion_test"]
+    assert figure.axes[0].get_title().endswith(": 1 spaxel, 1 galaxy")
+    vis_fns.plot_class_shares(ax, {"train": np.array([0, 1, 0])}, "BPT", 3)
+    assert legend_of(ax) == ["train: 1 spaxel"]
+
+
 def test_what_a_run_lacks_is_named_with_the_command_that_makes_it(run_dir, caplog):
     metrics = run_dir / "metrics.csv"
     hidden = metrics.rename(run_dir / "metrics.hidden")
@@ -431,7 +480,8 @@ def test_components_and_shares_and_histograms_show_their_numbers(run_dir, ax):
     np.testing.assert_allclose(figure.axes[2].lines[0].get_ydata(), stats.components[1])
     counts = {"train": np.array([6, 3, 1]), "test": np.array([0, 0, 0])}
     vis_fns.plot_class_shares(ax, counts, "BPT", 3)
-    np.testing.assert_allclose([b.get_height() for b in ax.patches], [0.6, 0.3, 0.1, 0, 0, 0])
+    np.testing.assert_allclose([b.get_height() for b in ax.patches], [0.6, 0.3, 0.1, *[np.nan] * 3])
+    assert legend_of(ax) == ["train: 10 spaxels", "test: 0 spaxels"]
     assert ax.get_title() == "BPT class"
     other = Figure().subplots()
     vis_fns.plot_histograms(other, {"train": np.arange(10), "val": np.arange(4)}, "redshift")
