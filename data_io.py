@@ -142,7 +142,7 @@ def write_cube_rows(
     attrs: dict[str, Any],
     blocks: Iterable[Rows],
     compression: str | None = None,
-) -> None:
+) -> np.ndarray:
     """Write an H5 cube row by row as its spectra are made, whole or not at all.
 
     Spaxels without a single good bin (the corners outside the hexagon) are never written: HDF5
@@ -161,6 +161,11 @@ def write_cube_rows(
     compression : {None, "gzip"}
         For flux and ivar, which are noise and hardly shrink (docs/performance.md); the good
         fraction is always compressed.
+
+    Returns
+    -------
+    (y, x) uint16
+        As of `measured_bins`.
     """
     chunk = (min(CHUNK_SPAXELS, shape[0]), min(CHUNK_SPAXELS, shape[1]), shape[2])
     squeeze = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
@@ -194,6 +199,7 @@ def write_cube_rows(
                     datasets[name][start:y, x] = data[:, x]
         dataset = f.create_dataset("measured", data=measured)
         dataset.attrs.update(unit="bins", axes="y,x")
+    return measured
 
 
 @contextlib.contextmanager

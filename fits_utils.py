@@ -575,7 +575,17 @@ def process_cube(
         }
     rows = _resampled_rows(raw, edges[pixels.start : pixels.stop + 1], bins, 1 + z, stretch, source)
     shape = (*raw.flux.shape[1:], options.n_band)
-    data_io.write_cube_rows(target, shape, wave, attrs, rows, compression)
+    measured = data_io.write_cube_rows(target, shape, wave, attrs, rows, compression)
+    if not hsi_proc_fns.is_usable(measured, options.n_band).any():
+        log.warning(
+            "%s: no spaxel has enough of %g-%g Angstrom measured (at best %.0f %%): is z = %.4f "
+            "right?",
+            target,
+            options.wave_min,
+            options.wave_max,
+            100 * measured.max() / options.n_band,
+            z,
+        )
     return "written"
 
 

@@ -193,6 +193,8 @@ def map_galaxies(
         if cube is None:
             return "up to date"
         result = eval_fns.map_cube(trained, cube, plateifu)
+        if not result.usable.any():
+            log.warning("%s: no usable spaxel, and so no prediction", plateifu)
         cards = {
             "RUN": (run_dir.resolve().name, "folder of the training run"),
             "RECIPE": (recipe_of(weights, cube.attrs), "hash of the weights and the cube"),
