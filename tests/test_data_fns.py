@@ -495,7 +495,7 @@ def test_packed_file_is_whole_or_absent(tmp_path, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(data_fns, "load_normed", fails_at_the_third)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(DataError, match=r"could not be made \(disk full\)"):
         data_fns.open_packed(root, "hard", "global", mock_cubes.PLATEIFUS)
     assert list((root / "processed" / "packed").rglob("*.h5")) == []
 

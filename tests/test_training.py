@@ -392,11 +392,12 @@ def test_fewer_epochs_than_a_run_has_are_told(config):
     assert len(pd.read_csv(config.run_dir / "metrics.csv")) == 2
 
 
-def test_labels_on_another_scale_than_the_classes_are_refused(config, root):
+def test_labels_on_another_scale_than_the_classes_are_refused(config, root, tmp_path):
+    root = shutil.copytree(root, tmp_path / "data")
     for path in (root / "processed" / "labels" / "logOH").glob("*[0-9].npy"):
         utils.write_json(path.with_suffix(".json"), {"options": {"diagnostic": "N2O2-KD02"}})
     with pytest.raises(DataError, match=r"labels by N2O2-KD02; .*--diagnostic O3N2-M13"):
-        training.main(config)
+        training.main(replace(config, data_dir=root))
 
 
 def test_compiling_reaches_the_faces_that_training_calls(config, monkeypatch):
