@@ -596,7 +596,7 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     logging.getLogger("loops").setLevel(logging.DEBUG if debug else logging.NOTSET)
     try:
         words = with_config_file(argv)
-        description = doc.replace("\nWrites ", "\n\nWrites ")  # else the help joins the lines
+        description = re.sub(r"\n(?=Writes |Layouts?: )", "\n\n", doc)  # else the help joins lines
         config = tyro.cli(config_class, args=words, description=description)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
