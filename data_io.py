@@ -226,7 +226,7 @@ def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
     free = shutil.disk_usage(path.parent).free
     if free < n_bytes:
         raise DataError(
-            f"{path}: no space left on the disk: {n_bytes / 1e6:.1f} MB are needed, "
+            f"{path}: no space left on the disk: up to {n_bytes / 1e6:.1f} MB are needed, "
             f"{free / 1e6:.1f} MB are free."
         )
     with utils.atomic_path(path) as part:
@@ -234,14 +234,14 @@ def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
         try:
             yield f
             f.flush()
-        except BaseException as error:
+            f.close()
+        except BaseException as error:  # a stop, too: h5py would write the rest on its way out
             os.truncate(part, 0)
             with contextlib.suppress(OSError, RuntimeError):
                 f.close()
             if isinstance(error, OSError | RuntimeError):
-                raise DataError(f"{path}: could not be made ({_first_line(error)}).") from None
+                raise DataError(f"{path}: could not be made ({_first_line(error)}).") from error
             raise
-        f.close()
 
 
 def _first_line(error: Exception) -> str:
@@ -545,7 +545,7 @@ STATS_FIELDS = ("wave", "mean", "std", "components", "explained_variance", "expl
 
 def write_stats(path: Path, stats: Stats) -> None:
     """Write the statistics of a training split, whole or not at all."""
-    n_bytes = 1 << 20 | 2 * stats.components.nbytes
+    n_bytes = 2 * stats.components.nbytes  # and a few spectra
     with new_h5(path, n_bytes) as f:
         f.attrs.update(schema=STATS_SCHEMA, schema_version=STATS_VERSION)
         f.attrs.update({k: v for k, v in stats.attrs.items() if v is not None})

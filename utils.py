@@ -412,7 +412,7 @@ def locked(folder: Path, why: str) -> Iterator[None]:
         os.close(handle)
         raise DataError(f"{folder}: {why}. Wait for it, or choose another folder.") from None
     except OSError:
-        pass
+        log.debug("%s: a file system without locks", folder)
     try:
         yield
     finally:
