@@ -22,7 +22,8 @@ import pandas as pd
 
 import data_io
 import utils
-from utils import DataError
+from labels import LABEL_NONE, class_names, label_classes
+from utils import DataError, LabelTask
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 class Config:
     """Split galaxies into training, validation and test parts."""
 
-    label_task: utils.LabelTask = "logOH"
+    label_task: LabelTask = "logOH"
     """Labels to stratify by."""
     split_dir: str | None = None
     """Name of the split; default hard_<label_task>."""
@@ -72,12 +73,12 @@ def labelled_galaxies(
         raise DataError(
             f"{root}: no label maps of {label_task}. Make them with cube_processing.py."
         )
-    n_classes = len(utils.class_names(label_task))
+    n_classes = len(class_names(label_task))
     rows = []
     for path in paths:
         labels = data_io.read_labels(path)
-        classes = utils.label_classes(labels, label_task)
-        has_label = classes != utils.LABEL_NONE
+        classes = label_classes(labels, label_task)
+        has_label = classes != LABEL_NONE
         count = int(has_label.sum())
         about = data_io.read_label_meta(path)
         if count < max(min_labelled, 1) or (skip_critical and about.get("critical")):

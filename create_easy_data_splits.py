@@ -21,6 +21,7 @@ import pandas as pd
 import create_data_splits as hard
 import data_io
 import utils
+from labels import LABEL_NONE, label_classes
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +91,8 @@ def main(config: Config) -> int:
     spaxels = {}
     for plateifu in galaxies["plateifu"]:
         labels = data_io.read_labels(utils.label_path(root, config.label_task, plateifu))
-        classes = utils.label_classes(labels, config.label_task)
-        ys, xs = np.nonzero(classes != utils.LABEL_NONE)
+        classes = label_classes(labels, config.label_task)
+        ys, xs = np.nonzero(classes != LABEL_NONE)
         spaxels[plateifu] = ys, xs
     parts = easy_split(galaxies, spaxels, config.fractions, config.seed)
     meta = {**hard.meta_of(config, "easy"), "warning": WARNING}

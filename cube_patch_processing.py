@@ -27,7 +27,8 @@ import data_io
 import hsi_proc_fns
 import loops
 import utils
-from utils import DataError
+from labels import LABEL_NONE, label_classes
+from utils import LABEL_TASKS, DataError, LabelTask
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Config(PatchOptions, loops.GalaxyChoice):
 
     patch_norms: tuple[utils.PatchNorm, ...] = ("global",)
     """Normalisations to write patch files for (global spatial spectral PCA)."""
-    label_tasks: tuple[utils.LabelTask, ...] = utils.LABEL_TASKS  # type: ignore[assignment]
+    label_tasks: tuple[LabelTask, ...] = LABEL_TASKS  # type: ignore[assignment]
     """Labels to cut patches for."""
 
 
@@ -81,7 +82,7 @@ def label_patches(
     if labels.shape != flux.shape[:2]:
         raise DataError(f"label map of {labels.shape}, cube of {flux.shape[:2]} spaxels.")
     usable = hsi_proc_fns.usable_spaxels(flux)
-    has_label = utils.label_classes(labels, label_task) != utils.LABEL_NONE
+    has_label = label_classes(labels, label_task) != LABEL_NONE
     ys, xs = np.nonzero(usable & has_label)
     normed = hsi_proc_fns.normalise(flux, patch_norm, stats, usable)
     return hsi_proc_fns.extract_patches(normed, ys, xs, patch_size), ys, xs

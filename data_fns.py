@@ -43,7 +43,8 @@ import data_io
 import hsi_proc_fns
 import loops
 import utils
-from utils import LABEL_NONE, DataError, LabelTask, PatchNorm
+from labels import LABEL_NONE, LOGOH_SCALE, class_names, label_classes
+from utils import DataError, LabelTask, PatchNorm
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +75,7 @@ class PatchSpec:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in order."""
-        return utils.class_names(
-            self.label_task, None if self.label_task == "BPT" else self.n_classes
-        )
+        return class_names(self.label_task, None if self.label_task == "BPT" else self.n_classes)
 
     def slice_bands(self, n_bands: int, where: Path | str) -> slice:
         """Slice of the band axis, checked against the bands there are."""
@@ -914,7 +913,7 @@ def get_samples(
             len(table),
             spec.label_task,
         )
-    classes = utils.label_classes(whole["label"].to_numpy(), spec.label_task, spec.n_classes)
+    classes = label_classes(whole["label"].to_numpy(), spec.label_task, spec.n_classes)
     galaxy, y, x, row = (whole[c].to_numpy(np.int32) for c in ("galaxy", "y", "x", "row"))
     values = whole["label"].to_numpy(np.float32)
     samples = Samples(plateifus, galaxy, y, x, row, classes.astype(np.int64), values, options)
@@ -930,7 +929,7 @@ def _labelled_spaxels(
     labels = data_io.read_labels(path)
     usable = store.usable(plateifu)
     check_label_shape(labels, usable, path)
-    classes = utils.label_classes(labels, spec.label_task, spec.n_classes)
+    classes = label_classes(labels, spec.label_task, spec.n_classes)
     y, x = np.nonzero((classes != LABEL_NONE) & usable)
     rows = pd.DataFrame({"row": -1, "y": y, "x": x, "label": labels[y, x]})
     return rows, data_io.read_label_meta(path).get("options")
@@ -977,11 +976,11 @@ def check_label_options(
 def check_scale(spec: PatchSpec, options: dict[str, Any], root: Path) -> None:
     """Raise a DataError if metallicities are not on the scale that the classes are cut on."""
     diagnostic = options.get("diagnostic")
-    if spec.label_task == "logOH" and diagnostic not in (None, *utils.LOGOH_SCALE):
+    if spec.label_task == "logOH" and diagnostic not in (None, *LOGOH_SCALE):
         raise DataError(
             f"{root}: labels by {diagnostic}; the classes are cut on the scale of "
-            f"{' and '.join(utils.LOGOH_SCALE)}. Make labels with --diagnostic "
-            f"{utils.LOGOH_SCALE[0]}."
+            f"{' and '.join(LOGOH_SCALE)}. Make labels with --diagnostic "
+            f"{LOGOH_SCALE[0]}."
         )
 
 

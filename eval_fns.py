@@ -34,7 +34,8 @@ import loops
 import utils
 from data_fns import PatchSpec
 from HSI_SSFTT import SSFTT, get_SSFTT_model
-from utils import LABEL_NONE, DataError
+from labels import LABEL_NONE, class_middles, label_classes
+from utils import DataError
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,7 @@ class TrainedModel:
         if self.spec.label_task != "logOH":
             return None
         known = self.about["training_labels"].get("class_values")
-        return utils.class_values(self.spec.n_classes) if known is None else np.array(known)
+        return class_middles(self.spec.n_classes) if known is None else np.array(known)
 
 
 def pick_device(name: str) -> torch.device:
@@ -482,7 +483,7 @@ def predict_split(
         label_path = utils.label_path(root, spec.label_task, plateifu)
         labels = read_labels_for(trained, label_path, cube.usable)
         result = map_cube(trained, cube, plateifu, patch_wise)
-        classes = utils.label_classes(labels, spec.label_task, spec.n_classes)
+        classes = label_classes(labels, spec.label_task, spec.n_classes)
         wanted = (classes != LABEL_NONE) & cube.usable
         if {"y", "x"} <= set(rows.columns):
             chosen = np.zeros_like(wanted)

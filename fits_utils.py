@@ -18,31 +18,40 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from astropy.io import fits
-from isal import igzip_threaded, isal_zlib
 
 import data_io
 import hsi_proc_fns
-import line_labels
+import label_picture
 import loops
 import resample
 import utils
-from utils import DataError
+from fits_stream import Hdu, iterate_hdus, read_hdus, shape_of
+from labels import (
+    BPT_CLASSES,
+    BPT_LINES,
+    CALIBRATIONS,
+    HA,
+    R_V,
+    LineMaps,
+    bpt_classes,
+    class_names,
+    label_classes,
+    lines_needed,
+    metallicity,
+)
+from utils import DataError, LabelTask
 
 log = logging.getLogger(__name__)
 
 C_KMS = 299792.458
 """Speed of light, km/s (exact)."""
 
-FITS_BLOCK = 2880
-DECOMPRESSION_BUFFER = 1 << 20
-SWAP_BUFFER = 1 << 18
 THREADS = 2
 """That resample rows of spaxels; numpy and sparse products let others run meanwhile."""
 LOOK_AHEAD = 8
@@ -101,209 +110,6 @@ class LabelOptions:
     star_forming_only: bool = True
     """Metallicity only where the BPT class is star-forming: the calibrations are for H II
     regions."""
-
-
-# Reading FITS
-
-
-@dataclass(frozen=True)
-class Hdu:
-    """Header and array (native byte order, FITS axis order) of one HDU."""
-
-    header: fits.Header
-    data: np.ndarray | None
-
-
-class _Tally:
-    """Sum of a data unit, which its card DATASUM holds (FITS standard 4.0, section 4.4.2.7).
-
-    Words of four bytes are added in ones' complement: what overflows is added at the other end.
-    """
-
-    def __init__(self) -> None:
-        self.total = self.n_bytes = 0
-
-    def add(self, part: bytes | memoryview) -> None:
-        """Take the next bytes."""
-        lead, n = self.n_bytes % 4, len(part)
-        if lead or n % 4:
-            part = bytes(lead) + bytes(part) + bytes(-(lead + n) % 4)
-        words = np.frombuffer(part, "<u4").byteswap()  # numpy sums those of big-endian type slowly
-        self.total += int(words.sum(dtype=np.uint64))
-        self.n_bytes += n
-
-    def check(self, header: fits.Header, path: Path, name: str) -> None:
-        """Raise a DataError if the header has another sum."""
-        expected = str(header.get("DATASUM", "")).strip()
-        while self.total >> 32:
-            self.total = (self.total & 0xFFFFFFFF) + (self.total >> 32)
-        if expected.isdigit() and int(expected) != self.total:
-            raise DataError(
-                f"{path}: {name} is damaged: its bytes add up to {self.total}, its DATASUM is "
-                f"{expected}. Fetch it again with download_utils.py --overwrite."
-            )
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a FITS file for sequential reading, decompressing in a second thread."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file.")
-    size = path.stat().st_size
-    if size == 0:
-        raise DataError(f"{path}: zero bytes. Fetch it again with download_utils.py --overwrite.")
-    with path.open("rb") as raw:
-        is_gzip = raw.read(2) == b"\x1f\x8b"
-    opened = (
-        igzip_threaded.open(path, "rb", threads=1, block_size=DECOMPRESSION_BUFFER)
-        if is_gzip
-        else path.open("rb")
-    )
-    try:
-        with opened as stream:
-            yield stream
-    except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]
-        raise DataError(
-            f"{path}: damaged or cut short ({error}). Fetch it again with download_utils.py "
-            "--overwrite."
-        ) from None
-
-
-def iterate_hdus(
-    path: Path, wanted: Sequence[str], planes: slice | None = None
-) -> Iterator[tuple[str, Hdu]]:
-    """Read a FITS file from its start, up to the last of the wanted HDUs, in file order.
-
-    Parameters
-    ----------
-    path : Path
-        Plain or gzipped.
-    wanted : sequence of str
-        Extension names; "PRIMARY" is the first HDU. Arrays of other HDUs are passed over.
-    planes : slice, optional
-        Of arrays with three axes, keep only these along the first.
-
-    Yields
-    ------
-    name, Hdu
-
-    Raises
-    ------
-    DataError
-        Missing, empty, truncated or damaged file; not FITS; an HDU missing (after the others).
-    """
-    path, missing = Path(path), set(wanted)
-    seen: list[str] = []
-    with _opened(path) as stream:
-        while missing:
-            header = _read_header(stream, path, first=not seen)
-            if header is None:
-                raise DataError(
-                    f"{path}: no HDU {', '.join(sorted(missing))}; it holds {', '.join(seen)}."
-                )
-            name = header.get("EXTNAME", "PRIMARY" if not seen else f"HDU{len(seen)}").strip()
-            seen.append(name)
-            shape = shape_of(header)
-            groups = header.get("GCOUNT", 1) * (
-                int(np.prod(shape, dtype=np.int64)) + header.get("PCOUNT", 0) if shape else 0
-            )
-            n_bytes = abs(header["BITPIX"]) // 8 * groups
-            padded = -(-n_bytes // FITS_BLOCK) * FITS_BLOCK
-            if name not in missing:
-                _skip(stream, padded, path, name)
-                continue
-            part = planes if planes and len(shape) == 3 else slice(None)
-            tally, bitpix = _Tally(), header["BITPIX"]
-            data = _read_array(stream, bitpix, shape, path, name, part, tally) if shape else None
-            _skip(stream, padded - n_bytes, path, name, is_padding=True)  # zeros: nothing to add
-            tally.check(header, path, name)
-            missing.discard(name)
-            yield name, Hdu(header, data)
-
-
-def shape_of(header: fits.Header) -> tuple[int, ...]:
-    """Shape of the whole array that a header tells of, in numpy's axis order."""
-    return tuple(header[f"NAXIS{i}"] for i in range(header["NAXIS"], 0, -1))
-
-
-def read_hdus(path: Path, wanted: Sequence[str]) -> dict[str, Hdu]:
-    """Read the wanted HDUs of a FITS file; see `iterate_hdus`."""
-    return dict(iterate_hdus(path, wanted))
-
-
-def _read_header(stream: BinaryIO, path: Path, first: bool) -> fits.Header | None:
-    """Next header of the stream, None at the end of the file."""
-    blocks = b""
-    while True:
-        block = stream.read(FITS_BLOCK)
-        if not block and not blocks and not first:
-            return None
-        if first and not blocks and not block.startswith(b"SIMPLE  ="):
-            raise DataError(f"{path}: not a FITS file (it does not begin with SIMPLE).")
-        if len(block) < FITS_BLOCK:
-            raise DataError(f"{path}: cut short inside a header. Fetch it again.")
-        if not first and not blocks and not block.startswith(b"XTENSION="):
-            raise DataError(
-                f"{path}: damaged: no header where one should be. Fetch it again with "
-                "download_utils.py --overwrite."
-            )
-        blocks += block
-        if any(block[i : i + 8] == b"END     " for i in range(0, FITS_BLOCK, 80)):
-            return fits.Header.fromstring(blocks.decode("ascii", "replace"))
-
-
-def _read_array(
-    stream: BinaryIO,
-    bitpix: int,
-    shape: tuple[int, ...],
-    path: Path,
-    name: str,
-    planes: slice,
-    tally: _Tally,
-) -> np.ndarray:
-    """Read planes of an image into memory, swapping bytes while they are in the cache."""
-    code = f">f{-bitpix // 8}" if bitpix < 0 else f">i{bitpix // 8}" if bitpix > 8 else "u1"
-    kind = np.dtype(code)
-    first, stop, _ = planes.indices(shape[0])
-    array = np.empty((stop - first, *shape[1:]), kind.newbyteorder("="))
-    plane = kind.itemsize * int(np.prod(shape[1:], dtype=np.int64))
-    _skip(stream, first * plane, path, name, tally=tally)
-    flat, scratch, filled = array.reshape(-1), bytearray(SWAP_BUFFER), 0
-    while filled < flat.size:
-        wanted = memoryview(scratch)[: (flat.size - filled) * kind.itemsize]
-        got = stream.readinto(wanted)  # type: ignore[attr-defined]
-        if got < len(wanted):  # a buffered stream fills it unless the file ends
-            raise DataError(
-                f"{path}: cut short inside {name} ({filled * kind.itemsize + got} of "
-                f"{array.nbytes} bytes). Fetch it again with download_utils.py --overwrite."
-            )
-        tally.add(wanted)
-        values = np.frombuffer(wanted, kind)
-        flat[filled : filled + values.size] = values
-        filled += values.size
-    _skip(stream, (shape[0] - stop) * plane, path, name, tally=tally)
-    return array
-
-
-def _skip(
-    stream: BinaryIO,
-    n: int,
-    path: Path,
-    name: str,
-    is_padding: bool = False,
-    tally: _Tally | None = None,
-) -> None:
-    """Read past n bytes; padding at the very end of a file may be missing."""
-    scratch = memoryview(bytearray(min(n, DECOMPRESSION_BUFFER)))
-    while n > 0:
-        got = stream.readinto(scratch[:n])  # type: ignore[attr-defined]
-        if not got:
-            if is_padding:
-                return
-            raise DataError(f"{path}: cut short inside {name}. Fetch it again.")
-        if tally is not None:
-            tally.add(scratch[:got])
-        n -= got
 
 
 # Headers
@@ -738,8 +544,8 @@ def galactic_correction(primary: fits.Header, path: Path) -> np.ndarray:
             f"{path}: no Galactic E(B-V) (EBVGAL) in the primary header. Use --no-deredden."
         )
     wave = 10 ** (WAVE_LOG_FIRST + WAVE_LOG_STEP * np.arange(WAVE_N))
-    law = O94(Rv=line_labels.R_V)
-    return 10 ** (0.4 * law(wave * u.AA) * line_labels.R_V * float(ebv))
+    law = O94(Rv=R_V)
+    return 10 ** (0.4 * law(wave * u.AA) * R_V * float(ebv))
 
 
 def _gas_stretch(maps: Path | None, source: Path) -> np.ndarray:
@@ -748,7 +554,7 @@ def _gas_stretch(maps: Path | None, source: Path) -> np.ndarray:
         raise DataError(f"{source}: removing the gas velocity needs the galaxy's MAPS file.")
     names = ("EMLINE_GVEL", "EMLINE_GVEL_MASK")
     hdus = read_hdus(maps, names)
-    channel = line_channels(hdus["EMLINE_GVEL"].header, (line_labels.HA,), maps)[line_labels.HA]
+    channel = line_channels(hdus["EMLINE_GVEL"].header, (HA,), maps)[HA]
     velocity, mask = (hdus[n].data[channel] for n in names)  # type: ignore[index]
     is_bad = (mask & MAPS_DONOTUSE != 0) | ~np.isfinite(velocity)
     return np.where(is_bad, 1.0, 1 + velocity.astype(float) / C_KMS)
@@ -785,7 +591,7 @@ def line_channels(header: fits.Header, lines: Sequence[str], path: Path) -> dict
     return channels
 
 
-def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[line_labels.LineMaps, Hdu, Hdu]:
+def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[LineMaps, Hdu, Hdu]:
     """Gaussian-fit fluxes of emission lines from a MAPS file.
 
     Parameters
@@ -813,13 +619,13 @@ def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[line_labels.LineMa
             raise DataError(f"{path}: {name} has shape {found}, expected (channel, y, x) {shape}.")
     flux, ivar, mask = ({k: a[channels[k]] for k in lines} for a in arrays)  # type: ignore[index]
     bad = {k: (m & MAPS_DONOTUSE) != 0 for k, m in mask.items()}
-    return line_labels.LineMaps(flux, ivar, bad), hdus["PRIMARY"], hdus[quantity]
+    return LineMaps(flux, ivar, bad), hdus["PRIMARY"], hdus[quantity]
 
 
 def process_map(
     source: Path,
     target: Path,
-    label_task: utils.LabelTask,
+    label_task: LabelTask,
     options: LabelOptions,
     skip_critical: bool = False,
     overwrite: bool = False,
@@ -861,9 +667,9 @@ def process_map(
         made = {**made.get("options", {}), "source_sha256": made.get("source_sha256")}
         utils.check_recipe(target, made, {**recipe, "source_sha256": sha256})
         return SKIPPED if skip_critical and is_critical else "up to date"
-    lines = list(line_labels.BPT_LINES)
+    lines = list(BPT_LINES)
     if label_task == "logOH":
-        needed = line_labels.lines_needed(options.diagnostic)
+        needed = lines_needed(options.diagnostic)
         lines = list(dict.fromkeys([*needed, *(lines if options.star_forming_only else ())]))
     maps, primary_hdu, flux_hdu = read_line_maps(source, lines)
     primary = primary_hdu.header
@@ -871,14 +677,14 @@ def process_map(
     if critical and skip_critical:
         return SKIPPED
     if label_task == "BPT":
-        labels, error = line_labels.bpt_classes(maps, options.min_snr)
-        counts = {n: int((labels == i).sum()) for i, n in enumerate(utils.BPT_CLASSES)}
+        labels, error = bpt_classes(maps, options.min_snr)
+        counts = {n: int((labels == i).sum()) for i, n in enumerate(BPT_CLASSES)}
     else:
-        labels, error = line_labels.metallicity(
+        labels, error = metallicity(
             maps, options.diagnostic, options.min_snr, options.star_forming_only
         )
-        classes = utils.label_classes(labels, "logOH", 6)
-        counts = {n: int((classes == i).sum()) for i, n in enumerate(utils.class_names("logOH", 6))}
+        classes = label_classes(labels, "logOH", 6)
+        counts = {n: int((classes == i).sum()) for i, n in enumerate(class_names("logOH", 6))}
     n_labelled = sum(counts.values())
     if not n_labelled:
         log.warning("%s: no spaxel gets a %s label", source, label_task)
@@ -898,79 +704,11 @@ def process_map(
         "created_utc": utils.utc_now(),
     }
     if label_task == "logOH":
-        calibration = line_labels.CALIBRATIONS[options.diagnostic]
+        calibration = CALIBRATIONS[options.diagnostic]
         meta["calibration"] = {"source": calibration.source, "scatter_dex": calibration.scatter}
     covered = np.any([maps.ivar[k] > 0 for k in maps.ivar], axis=0)
     note = f"S/N > {options.min_snr:g}"
     note += f", {options.diagnostic}" if label_task == "logOH" else ""
-    write_label_png(target.with_suffix(".png"), labels, label_task, covered, note)
+    label_picture.write_label_png(target.with_suffix(".png"), labels, label_task, covered, note)
     data_io.write_labels(target, labels, error, meta)
     return "written"
-
-
-def write_label_png(
-    path: Path, labels: np.ndarray, label_task: str, covered: np.ndarray, note: str = ""
-) -> None:
-    """Draw a label map, north up and east left, with its legend, scale bar and compass.
-
-    Parameters
-    ----------
-    path : Path
-    labels : (y, x)
-        BPT classes or 12+log(O/H).
-    label_task : {"BPT", "logOH"}
-    covered : (y, x) bool
-        Spaxels with a measurement: hatched where they have no label. The others in the field of
-        view (`hsi_proc_fns.field_of_view`) are grey.
-    note : str
-        How the labels were made: calibration, signal-to-noise cut.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    classes = utils.label_classes(labels, label_task, 6)
-    names = utils.class_names(label_task, None if label_task == "BPT" else 6)
-    colours = utils.CLASS_COLOURS[label_task, len(names)]
-    ny, nx = labels.shape
-    zoom, margin, top = max(4, 420 // max(ny, nx)), 12, 56
-    right = nx * zoom + 2 * margin
-    size = (right + 178, max(ny * zoom, 24 * (len(names) + 3)) + top + 44)
-    hatch = np.full((size[1], size[0], 3), 255, np.uint8)
-    hatch[np.add(*np.indices(size[::-1])) % 8 == 0] = 154
-
-    def blown_up(mask: np.ndarray) -> Image.Image:
-        """Put a map's mask, north up, where the picture shows the map."""
-        whole = Image.new("L", size)
-        small = Image.fromarray(mask[::-1].astype(np.uint8) * 255)
-        whole.paste(small.resize((nx * zoom, ny * zoom), Image.Resampling.NEAREST), (margin, top))
-        return whole
-
-    image, hatched = Image.new("RGB", size, "white"), Image.fromarray(hatch)
-    masked = ~covered & hsi_proc_fns.field_of_view(covered)
-    image.paste(hatched, mask=blown_up(covered))
-    image.paste("#BDBDBD", mask=blown_up(masked))
-    for k, colour in enumerate(colours):
-        image.paste(colour, mask=blown_up(classes == k))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    title = "BPT class" if label_task == "BPT" else "12 + log(O/H)"
-    count = int((classes >= 0).sum())
-    labelled = f"{count} labelled spaxel" + ("s" if count != 1 else "")
-    draw.text((margin, 8), f"{path.stem}   {title}   {labelled}", "black", font)
-    draw.text((margin, 30), note, "black", ImageFont.load_default(13))
-    entries: list[tuple[str, str | None]] = list(zip(names, colours, strict=True))
-    if label_task == "logOH":
-        entries.reverse()  # high above low
-    entries += [("no label", None), *([("masked", "#BDBDBD")] if masked.any() else [])]
-    for i, (name, fill) in enumerate(entries):
-        box = (right, top + 24 * i, right + 16, top + 24 * i + 16)
-        image.paste(fill or hatched.crop(box), box)
-        draw.rectangle(box, None, "black")
-        draw.text((right + 24, box[1] - 1), name, "black", font)
-    low, bar = size[1] - 14, 10 * zoom  # spaxels of 0.5 arcsec (Law et al. 2016, AJ 152, 83)
-    draw.line((margin, low, margin + bar, low), "black", 3)
-    draw.text((margin, low - 22), '5"', "black", font)
-    corner = right - margin - 4
-    draw.line((corner - 20, low, corner, low, corner, low - 20), "black", 2)
-    draw.text((corner - 34, low - 9), "E", "black", font)
-    draw.text((corner - 5, low - 38), "N", "black", font)
-    with utils.atomic_path(path) as part:
-        image.save(part)

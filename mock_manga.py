@@ -41,7 +41,8 @@ import numpy as np
 
 import loops
 import utils
-from mock_physics import (
+from labels import LABEL_NONE
+from mock.physics import (
     C_KMS,
     DEADFIBER,
     DONOTUSE,
@@ -544,7 +545,7 @@ def read_maps_scene(path: Path) -> Scene:
     DataError
         If the file is missing, damaged, or no MAPS of a galaxy with a redshift.
     """
-    import mock_fits as head
+    import mock.dr17_files as head
 
     path = Path(path)
     primary, hdus, row = _read_maps(path)
@@ -628,9 +629,10 @@ CARDS_NEEDED = "PLATEIFU SCINPVEL EBVGAL OBJRA OBJDEC DAPTYPE REFF ECOOPA ECOOEL
 
 def _read_maps(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
     """Primary header, the arrays that a scene needs, and the line channels of a MAPS file."""
+    import fits_stream
     import fits_utils
 
-    hdus = fits_utils.read_hdus(path, ("PRIMARY", *MAPS_NEEDED))
+    hdus = fits_stream.read_hdus(path, ("PRIMARY", *MAPS_NEEDED))
     primary = dict(hdus.pop("PRIMARY").header)
     absent = [card for card in CARDS_NEEDED if card not in primary]
     if absent:
@@ -652,7 +654,7 @@ def resynthesise(data_dir: Path, maps: Path, seed: int, overwrite: bool = False)
     DataError
         If the MAPS file cannot be used, or another LOGCUBE lies there already.
     """
-    from mock_fits import logcube_hdus, write_gzipped_fits
+    from mock.dr17_files import logcube_hdus, write_gzipped_fits
 
     scene = read_maps_scene(maps)
     folder = utils.raw_dir(data_dir, scene.plateifu)
@@ -712,7 +714,7 @@ def truth_maps(galaxy: Galaxy) -> dict[str, np.ndarray]:
         **scene.truth,
     }
     out = {k: to_image(scene, v, np.nan) for k, v in maps.items()}
-    out["bpt"] = to_image(scene, bpt_class(scene.line_flux), utils.LABEL_NONE, "i2")
+    out["bpt"] = to_image(scene, bpt_class(scene.line_flux), LABEL_NONE, "i2")
     return out
 
 
@@ -777,7 +779,7 @@ def read_truth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def write_galaxy(data_dir: Path, galaxy: Galaxy) -> list[Path]:
     """Write LOGCUBE, MAPS and, last, the truth file of a galaxy; return their paths."""
-    from mock_fits import logcube_hdus, maps_hdus, write_gzipped_fits
+    from mock.dr17_files import logcube_hdus, maps_hdus, write_gzipped_fits
 
     plateifu, daptype = galaxy.scene.plateifu, galaxy.scene.cards["DAPTYPE"]
     folder = utils.raw_dir(data_dir, plateifu)
@@ -835,7 +837,7 @@ def write_catalogue(data_dir: Path, galaxies: Sequence[GalaxyParams]) -> Path:
     """
     from astropy.io import fits
 
-    import mock_fits as head
+    import mock.dr17_files as head
 
     rows = sorted(galaxies, key=lambda p: p.plateifu)
 

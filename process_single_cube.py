@@ -20,7 +20,7 @@ from typing import Literal, TypeVar
 import cube_patch_processing as patches
 import fits_utils
 import utils
-from utils import DataError
+from utils import LABEL_TASKS, DataError, LabelTask
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ Options = TypeVar("Options", fits_utils.CubeOptions, fits_utils.LabelOptions)
 class GalaxyOptions(fits_utils.CubeOptions, fits_utils.LabelOptions, patches.PatchOptions):
     """Everything that shapes one galaxy's outputs."""
 
-    label_tasks: tuple[utils.LabelTask, ...] = utils.LABEL_TASKS  # type: ignore[assignment]
+    label_tasks: tuple[LabelTask, ...] = LABEL_TASKS  # type: ignore[assignment]
     """Labels to make (BPT logOH); none with an empty --label-tasks."""
     daptype: str | None = None
     """DAP analysis to read where several lie side by side, e.g. SPX-MILESHC-MASTARSSP."""

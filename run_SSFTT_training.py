@@ -48,7 +48,8 @@ import hsi_proc_fns
 import utils
 from data_fns import Batch, Batches, CutoutBatch, PatchDataset, PatchSpec
 from HSI_SSFTT import SSFTT, count_parameters, get_SSFTT_model
-from utils import DataError
+from labels import LABEL_NONE, class_middles
+from utils import DataError, LabelTask
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class TrainConfig:
     """auto: go on with the run in --run-dir, or the newest one of the same options in ./runs."""
     overwrite: bool = False
     """Start anew in a --run-dir that holds a run."""
-    label_task: utils.LabelTask = "logOH"
+    label_task: LabelTask = "logOH"
     """Labels to learn."""
     n_classes: Literal[6, 8] = 6
     """Metallicity classes; BPT has 3, whatever this says."""
@@ -339,7 +340,7 @@ def batch_loss(
         logits.float(),
         classes,
         reduction="none",
-        ignore_index=utils.LABEL_NONE,
+        ignore_index=LABEL_NONE,
         label_smoothing=label_smoothing,
     )
     loss = (each * weights).sum() / len(classes)
@@ -869,7 +870,7 @@ def class_values(samples: data_fns.Samples, spec: PatchSpec) -> list[float] | No
     """Mean 12+log(O/H) of each class's training spaxels, dex; of an empty class its middle."""
     if spec.label_task != "logOH":
         return None
-    means = utils.class_values(spec.n_classes)
+    means = class_middles(spec.n_classes)
     for k in np.unique(samples.classes):
         means[k] = samples.values[samples.classes == k].mean(dtype=float)
     return means.tolist()

@@ -33,10 +33,22 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
 
 import data_io
-import line_labels
 import utils
 from hsi_proc_fns import field_of_view
-from utils import LABEL_NONE, DataError
+from labels import (
+    AGN,
+    BPT_LINES,
+    CLASS_COLOURS,
+    COMPOSITE,
+    LABEL_NONE,
+    class_middles,
+    class_names,
+    demarcate,
+    detected,
+    label_classes,
+    log_ratio,
+)
+from utils import DataError
 
 if TYPE_CHECKING:
     import eval_fns
@@ -245,10 +257,10 @@ def plot_class_map(
     wcs_header : str, optional
         As in `sky_edges`.
     """
-    colours = utils.CLASS_COLOURS[label_task, n_classes]
+    colours = CLASS_COLOURS[label_task, n_classes]
     shown = np.ma.masked_where(~usable | (classes == LABEL_NONE), classes)
     _, others = _draw_map(ax, shown, usable, inside, wcs_header, **_scale(colours))
-    handles = _patches(utils.class_names(label_task, n_classes), colours)
+    handles = _patches(class_names(label_task, n_classes), colours)
     if label_task == "logOH":
         handles.reverse()  # high above low, as on a colour bar
     _legend(ax, handles + others, TASK_TITLES[label_task])
@@ -366,7 +378,7 @@ def plot_comparison(
     classes agree. Its title carries the score over the spaxels that have a label.
     """
     wcs = prediction.attrs.get("wcs_header")
-    true = utils.label_classes(labels, label_task, n_classes)
+    true = label_classes(labels, label_task, n_classes)
     inside, usable = prediction.inside, prediction.usable
     both = usable & (true != LABEL_NONE)
     shared = (label_task, n_classes, usable, inside)
@@ -376,7 +388,7 @@ def plot_comparison(
     score = f"{agree:.0%} in the right class" if both.any() else "no label"
     if label_task == "logOH":
         values = prediction.class_values
-        values = utils.class_values(n_classes) if values is None else values
+        values = class_middles(n_classes) if values is None else values
         difference = np.where(both, values[prediction.classes] - labels, np.nan)
         limit = 0.1
         if both.any():
@@ -464,8 +476,8 @@ def plot_bpt(
         Choose names and colours.
     title : str
     """
-    colours = utils.CLASS_COLOURS[label_task, n_classes]
-    names = utils.class_names(label_task, n_classes)
+    colours = CLASS_COLOURS[label_task, n_classes]
+    names = class_names(label_task, n_classes)
     points: list[Artist] = []
     for k, name in [(LABEL_NONE, "no label"), *enumerate(names)]:
         here = classes == k
@@ -479,8 +491,8 @@ def plot_bpt(
     x_limits = min(-1.5, nitrogen.min(initial=0) - 0.1), max(0.6, nitrogen.max(initial=0) + 0.1)
     y_limits = min(-1.2, oxygen.min(initial=0) - 0.1), max(1.4, oxygen.max(initial=0) + 0.1)
     x, y = np.linspace(*x_limits, 400), np.linspace(*y_limits, 2000)
-    regions = line_labels.demarcate(x[:, None], y)
-    authors = {line_labels.COMPOSITE: "Kauffmann+ 2003", line_labels.AGN: "Kewley+ 2001"}
+    regions = demarcate(x[:, None], y)
+    authors = {COMPOSITE: "Kauffmann+ 2003", AGN: "Kewley+ 2001"}
     for (lowest, name), line in zip(authors.items(), ("--", "-"), strict=True):
         above = regions >= lowest  # the curve is where that begins; right of its pole it has none
         curve = np.where(above[:, 0], np.nan, y[above.argmax(axis=1)])
@@ -649,7 +661,7 @@ def plot_class_shares(
     counts : mapping of part -> (classes,) int
     label_task, n_classes
     """
-    names = utils.class_names(label_task, n_classes)
+    names = class_names(label_task, n_classes)
     width = 0.8 / len(counts)
     for i, (part, count) in enumerate(counts.items()):
         at = np.arange(n_classes) + (i - (len(counts) - 1) / 2) * width
@@ -741,15 +753,15 @@ def bpt_figure(root: Path, prediction: eval_fns.MapPrediction, label_task: str) 
     meta = data_io.read_label_meta(label_file)
     named = utils.raw_dir(root, plateifu) / meta.get("source_file", "")
     maps_file = named if named.is_file() else utils.find_raw(root, plateifu, "MAPS")
-    maps = fits_utils.read_line_maps(maps_file, line_labels.BPT_LINES)[0]
+    maps = fits_utils.read_line_maps(maps_file, BPT_LINES)[0]
     snr = meta.get("options", {}).get("min_snr", fits_utils.LabelOptions.min_snr)
-    shown = line_labels.detected(maps, line_labels.BPT_LINES, snr) & prediction.usable
-    nitrogen = line_labels.log_ratio(maps, "N2")[0][shown]
-    oxygen = line_labels.log_ratio(maps, "O3N2")[0][shown] + nitrogen
+    shown = detected(maps, BPT_LINES, snr) & prediction.usable
+    nitrogen = log_ratio(maps, "N2")[0][shown]
+    oxygen = log_ratio(maps, "O3N2")[0][shown] + nitrogen
     maps_of = {"prediction": prediction.classes}
     if label_file.is_file():
         labels = data_io.read_labels(label_file)
-        maps_of = {"label": utils.label_classes(labels, label_task, n_classes), **maps_of}
+        maps_of = {"label": label_classes(labels, label_task, n_classes), **maps_of}
     figure = Figure(figsize=(5.5 * len(maps_of), 4.2), layout="constrained")
     spaxels = _counted(int(shown.sum()), "spaxel")
     figure.suptitle(f"{plateifu}: {spaxels} with S/N > {snr:g} in all four lines")

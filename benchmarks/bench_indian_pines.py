@@ -61,7 +61,8 @@ import eval_fns
 import hsi_proc_fns
 import utils
 from HSI_SSFTT import SSFTT, get_SSFTT_model
-from utils import LABEL_NONE, DataError
+from labels import LABEL_NONE
+from utils import DataError
 
 log = logging.getLogger(__name__)
 

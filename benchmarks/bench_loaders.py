@@ -28,6 +28,7 @@ import data_fns
 import data_io
 import process_single_cube as single
 import utils
+from labels import LABEL_NONE
 
 SPLIT = "hard_logOH"
 SPEC = data_fns.PatchSpec("logOH", patch_norm="global", patch_size=7)
@@ -92,7 +93,7 @@ def one_pass(loader: DataLoader) -> int:
     """Load all batches; count the labelled spaxels and touch every value."""
     labelled = 0
     for batch in loader:
-        labelled += int((batch.classes != utils.LABEL_NONE).sum())
+        labelled += int((batch.classes != LABEL_NONE).sum())
         assert torch.isfinite(batch.patches.sum()), "a value that is no number"
     return labelled
 

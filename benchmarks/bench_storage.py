@@ -35,6 +35,7 @@ import data_io
 import mock_manga
 import process_single_cube as single
 import utils
+from utils import LABEL_TASKS
 
 SURVEY = 10_000
 """Galaxies to extrapolate to; DR17 has 10,161."""
@@ -113,7 +114,7 @@ def measure_size(root: Path, plateifu: str, runs: int) -> dict[str, float]:
         single.process_galaxy(plateifu, root, options, overwrite=True)
 
     process()
-    labels = [utils.label_path(root, task, plateifu).parent for task in utils.LABEL_TASKS]
+    labels = [utils.label_path(root, task, plateifu).parent for task in LABEL_TASKS]
     files = {
         "fits_mb": [p for k in ("LOGCUBE", "MAPS") for p in utils.raw_paths(root, plateifu, k)],
         "h5_mb": [utils.cube_path(root, plateifu)],

@@ -14,6 +14,8 @@ import pandas as pd
 
 import data_io
 import utils
+from labels import LABEL_NONE, label_classes
+from utils import LABEL_TASKS
 
 N_BAND = 40
 PLATEIFUS = tuple(f"8000-{i}" for i in range(101, 109))
@@ -30,7 +32,7 @@ def label_values(task: str, ny: int, nx: int, rng: np.random.Generator) -> np.nd
     radius = np.hypot(y - ny / 2, x - nx / 2) / ny
     if task == "BPT":
         labels = np.digitize(radius + rng.normal(0, 0.03), [0.2, 0.4]).astype(np.int16)
-        labels[rng.random((ny, nx)) < 0.1] = utils.LABEL_NONE
+        labels[rng.random((ny, nx)) < 0.1] = LABEL_NONE
         return labels
     labels = (8.62 - 0.4 * radius + rng.normal(0, 0.03)).astype(np.float32)
     labels[rng.random((ny, nx)) < 0.1] = np.nan
@@ -66,7 +68,7 @@ def make_data_dir(
     rng = np.random.default_rng(seed)
     spectra = []
     for i, plateifu in enumerate(plateifus):
-        labels = {t: label_values(t, *shape, rng) for t in utils.LABEL_TASKS}
+        labels = {t: label_values(t, *shape, rng) for t in LABEL_TASKS}
         labels["logOH"][4, 4], labels["BPT"][4, 4] = 8.5, 1
         flux = make_cube(labels["logOH"], labels["BPT"], rng, n_band)
         attrs = {"plateifu": plateifu, "mangaid": f"1-{i}", "redshift": 0.03}
@@ -126,7 +128,7 @@ def write_patch_files(root: Path, task: str, norm: str, size: int, split: str = 
         labels = data_io.read_labels(utils.label_path(root, task, path.stem))
         usable = hsi_proc_fns.usable_spaxels(cube.flux)
         normed = hsi_proc_fns.normalise(cube.flux, norm, stats, usable)
-        has_label = utils.label_classes(labels, task) != utils.LABEL_NONE
+        has_label = label_classes(labels, task) != LABEL_NONE
         patches, rows = [], []
         for y, x in np.argwhere(usable & has_label):
             patch = np.zeros((size, size, normed.shape[2]), np.float32)

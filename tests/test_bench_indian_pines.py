@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import bench_indian_pines as bench
 
 from HSI_SSFTT import get_SSFTT_model
-from utils import LABEL_NONE, DataError
+from labels import LABEL_NONE
+from utils import DataError
 
 
 def make_truth(shape=(18, 24)) -> np.ndarray:

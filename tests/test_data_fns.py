@@ -13,7 +13,8 @@ import data_io
 import hsi_proc_fns
 import utils
 from data_fns import Batches, CubePatchDataset, CubeStore, PatchSpec
-from utils import DataError
+from labels import LABEL_NONE
+from utils import LABEL_TASKS, DataError
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def dataset_of(root, spec, part="train", split="hard", source="cubes", **options
 
 
 @pytest.mark.parametrize("norm", utils.PATCH_NORMS)
-@pytest.mark.parametrize("task", utils.LABEL_TASKS)
+@pytest.mark.parametrize("task", LABEL_TASKS)
 def test_cubes_and_patch_files_give_identical_tensors(root, task, norm):
     mock_cubes.write_patch_files(root, task, norm, size=9)
     for size, bands in ((9, None), (7, (1, 5)), (4, None)):
@@ -68,7 +69,7 @@ def test_labelled_spaxel_is_at_the_centre_of_its_patch(root, size):
     np.testing.assert_array_equal(dataset.centres(np.arange(len(dataset))), centres)
 
 
-@pytest.mark.parametrize("task", utils.LABEL_TASKS)
+@pytest.mark.parametrize("task", LABEL_TASKS)
 def test_masked_and_unlabelled_spaxels_never_become_samples(root, task):
     samples = dataset_of(root, PatchSpec(task)).samples
     found = set(zip(samples.galaxy, samples.y, samples.x, strict=True))
@@ -314,7 +315,7 @@ def packed_of(root, spec, cutout=1, part="train", **options):
 
 
 @pytest.mark.parametrize("norm", utils.PATCH_NORMS)
-@pytest.mark.parametrize("task", utils.LABEL_TASKS)
+@pytest.mark.parametrize("task", LABEL_TASKS)
 def test_packed_cubes_give_the_patches_of_the_cubes(root, task, norm):
     for size, bands in ((7, None), (5, (1, 5)), (4, None), (1, None)):
         spec = PatchSpec(task, 6, norm, size, bands)
@@ -361,10 +362,10 @@ def test_cutout_is_the_patches_of_all_samples_around_one(root, cutout, size):
         dy, dx = s.y - s.y[row] + half, s.x - s.x[row] + half
         inside = (dy >= 0) & (dy < cutout) & (dx >= 0) & (dx < cutout)
         inside &= s.galaxy == s.galaxy[row]
-        expected = np.full((cutout, cutout), utils.LABEL_NONE)
+        expected = np.full((cutout, cutout), LABEL_NONE)
         expected[dy[inside], dx[inside]] = s.classes[inside]
         np.testing.assert_array_equal(one.classes, expected)
-        np.testing.assert_array_equal(one.weights > 0, expected != utils.LABEL_NONE)
+        np.testing.assert_array_equal(one.weights > 0, expected != LABEL_NONE)
         assert one.classes[half, half] == s.classes[row]
         around = np.flatnonzero(inside)
         found = windows[:, dy[inside], dx[inside]].movedim(1, 0)

@@ -21,8 +21,9 @@ import data_io
 import eval_fns
 import run_SSFTT_training as training
 import utils
+from labels import LABEL_NONE
 from run_SSFTT_training import TrainConfig
-from utils import LABEL_NONE, DataError
+from utils import DataError
 
 SCRIPT = Path(eval_fns.__file__)
 TEST_GALAXY = mock_cubes.PLATEIFUS[-1]

@@ -13,9 +13,12 @@ from conftest import LINES, N_WAVE, write_logcube, write_maps
 from PIL import Image
 
 import data_io
+import fits_stream
 import fits_utils as fu
+import label_picture
 import resample
 import utils
+from labels import CLASS_COLOURS, LABEL_NONE, label_classes
 from utils import DataError
 
 EDGES = 10 ** (3.5589 + 1e-4 * (np.arange(N_WAVE + 1) - 0.5))
@@ -416,7 +419,7 @@ def test_sum_of_a_data_unit_is_astropys(n_bytes, step):
     content = rng.integers(200, 256, n_bytes, np.uint8)  # large: the sum overflows
     hdu = fits.ImageHDU(content)
     hdu.add_datasum()
-    tally = fu._Tally()
+    tally = fits_stream._Tally()
     for start in range(0, n_bytes, step if n_bytes < 9999 else 99_999):
         tally.add(content[start : start + (step if n_bytes < 9999 else 99_999)].tobytes())
     tally.check(hdu.header, Path("x"), "X")
@@ -473,7 +476,7 @@ def test_real_maps_give_the_known_bpt_map(shared_manga, tmp_path):
     assert 0 < p_wrong[labels >= 0].mean() < 0.5
     with Image.open(target.with_suffix(".png")) as picture:
         colours = {c for _, c in picture.convert("RGB").getcolors(1 << 20)}
-    wanted = {tuple(bytes.fromhex(c[1:])) for c in utils.CLASS_COLOURS["BPT", 3]}
+    wanted = {tuple(bytes.fromhex(c[1:])) for c in CLASS_COLOURS["BPT", 3]}
     assert wanted <= colours
     meta = data_io.read_label_meta(target)
     assert meta["counts"] == {"star-forming": 575, "composite": 96, "AGN": 0}
@@ -487,23 +490,23 @@ def test_label_picture_hatches_unlabelled_spaxels_and_greys_holes(tmp_path):
     covered[2:38, 2:40] = True
     covered[10:14, 20:25] = False  # a star
     path = tmp_path / "1-1.png"
-    fu.write_label_png(path, labels, "logOH", covered, "O3N2-M13, S/N > 3")
+    label_picture.write_label_png(path, labels, "logOH", covered, "O3N2-M13, S/N > 3")
     with Image.open(path) as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     zoom, left, top = 10, 12, 56
     spaxels = pixels[top : top + 40 * zoom, left : left + 42 * zoom]
     spaxels = spaxels.reshape(40, zoom, 42, zoom, 3).swapaxes(1, 2)[::-1]  # north is up
-    colour = tuple(bytes.fromhex(utils.CLASS_COLOURS["logOH", 6][3][1:]))
+    colour = tuple(bytes.fromhex(CLASS_COLOURS["logOH", 6][3][1:]))
     assert (spaxels[30:35, 5:12] == colour).all()
     assert (spaxels[10:14, 20:25] == 0xBD).all()
-    assert (spaxels[~(covered | (utils.label_classes(labels, "logOH") >= 0))][0] == 255).all()
+    assert (spaxels[~(covered | (label_classes(labels, "logOH") >= 0))][0] == 255).all()
     unlabelled = spaxels[20, 10]
     assert (unlabelled == 255).any()
     assert (unlabelled != 255).any()
     assert (unlabelled != 0xBD).all()  # lines, of another grey than masked spaxels
     bar = (pixels[-14, : left + 42 * zoom // 2] == 0).all(axis=-1)
     assert bar.sum() == pytest.approx(10 * zoom, abs=2)  # 5 arcsec
-    fu.write_label_png(path, labels, "logOH", covered)
+    label_picture.write_label_png(path, labels, "logOH", covered)
     with Image.open(path) as picture:
         without = np.asarray(picture.convert("RGB")).astype(int)
     changed = np.argwhere((without != pixels).any(axis=-1))
@@ -515,8 +518,8 @@ def test_label_picture_greys_a_dead_fibre_at_the_edge_and_leaves_the_sky_white(t
     y, x = np.indices((33, 33))
     hexagon = (np.abs(x - 16) + np.abs(y - 16) / 2 <= 15) & (np.abs(y - 16) <= 12)
     covered = hexagon & (np.hypot(y - 22, x - 28) > 4)  # a bite off a slanted edge
-    labels = np.where(covered, 0, utils.LABEL_NONE)
-    fu.write_label_png(tmp_path / "1-1.png", labels, "BPT", covered)
+    labels = np.where(covered, 0, LABEL_NONE)
+    label_picture.write_label_png(tmp_path / "1-1.png", labels, "BPT", covered)
     with Image.open(tmp_path / "1-1.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     centres = 12 * np.arange(33) + 6  # 12 pixels a spaxel
@@ -527,8 +530,8 @@ def test_label_picture_greys_a_dead_fibre_at_the_edge_and_leaves_the_sky_white(t
 
 @pytest.mark.parametrize("task", ["BPT", "logOH"])
 def test_label_picture_of_an_empty_map_can_be_drawn(tmp_path, task):
-    labels = np.full((1, 1), utils.LABEL_NONE if task == "BPT" else np.nan)
-    fu.write_label_png(tmp_path / "1-1.png", labels, task, np.zeros((1, 1), bool))
+    labels = np.full((1, 1), LABEL_NONE if task == "BPT" else np.nan)
+    label_picture.write_label_png(tmp_path / "1-1.png", labels, task, np.zeros((1, 1), bool))
     with Image.open(tmp_path / "1-1.png") as picture:
         assert min(picture.size) > 100
 
@@ -606,7 +609,7 @@ def test_reader_stops_after_the_last_wanted_hdu(tmp_path, plain_arrays):
     fits.append(path, noise, fits.Header({"EXTNAME": "LATER"}))  # many read-ahead blocks
     path = gzipped(path)
     path.write_bytes(path.read_bytes()[:-2000])  # damaged there, where nobody reads
-    assert set(fu.read_hdus(path, ("FLUX", "REDCORR"))) == {"FLUX", "REDCORR"}
+    assert set(fits_stream.read_hdus(path, ("FLUX", "REDCORR"))) == {"FLUX", "REDCORR"}
 
 
 def test_target_grid_fills_the_range():

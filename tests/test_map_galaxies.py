@@ -16,7 +16,7 @@ import eval_fns
 import map_galaxies
 import run_SSFTT_training as training
 import utils
-from utils import LABEL_NONE
+from labels import LABEL_NONE, class_middles, class_names
 
 TEST_GALAXY = mock_cubes.PLATEIFUS[-1]
 
@@ -76,13 +76,13 @@ def test_map_lies_where_the_galaxy_does(run, tmp_path):
     probabilities[..., [1, 3]] = 0.25, 0.75
     classes = probabilities.argmax(2).astype(np.int16)
     shown = eval_fns.MapPrediction(
-        "1-1", classes, probabilities, classes > 0, {"wcs_header": cards}, utils.class_values(6)
+        "1-1", classes, probabilities, classes > 0, {"wcs_header": cards}, class_middles(6)
     )
     map_galaxies.write_map(tmp_path / "x.fits", shown, trained, {})
     with fits.open(tmp_path / "x.fits") as hdus:
         there = WCS(hdus["LOGOH"].header).pixel_to_world(3, 4)
         assert (there.ra.deg, there.dec.deg) == pytest.approx((150, 2))
-        low, high = utils.class_values(6)[[1, 3]]
+        low, high = class_middles(6)[[1, 3]]
         assert hdus["LOGOH"].data[0, 0] == pytest.approx(0.25 * low + 0.75 * high)
         spread = np.sqrt(0.25 * 0.75) * (high - low)  # of a two-valued variable
         assert hdus["LOGOH_SPREAD"].data[0, 0] == pytest.approx(spread, rel=1e-5)
@@ -97,7 +97,7 @@ def test_every_cube_is_mapped_once_and_tabulated(root, run, caplog):
     table = pd.read_csv(run / "maps" / "galaxies.csv", keep_default_na=False).set_index("plateifu")
     assert set(table.index) == set(mock_cubes.PLATEIFUS)
     assert table["part"].to_dict() == {p: part_of.get(p, "") for p in table.index}
-    classes = list(utils.class_names("logOH", 6))
+    classes = list(class_names("logOH", 6))
     assert (table[classes].sum(axis=1) == table["spaxels"]).all()
     assert table["median_logoh"].astype(float).between(8.3, 8.7).all()
     before = {p: p.stat().st_mtime_ns for p in (run / "maps").glob("*.fits")}

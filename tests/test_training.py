@@ -22,6 +22,7 @@ import data_io
 import eval_fns
 import run_SSFTT_training as training
 import utils
+from labels import class_names
 from run_SSFTT_training import TrainConfig
 from utils import DataError
 
@@ -672,7 +673,7 @@ def test_run_folder_says_where_it_came_from(config):
     environment = json.loads((config.run_dir / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__
     about = json.loads((config.run_dir / "model.json").read_text())
-    assert about["class_names"] == list(utils.class_names("logOH", 6))
+    assert about["class_names"] == list(class_names("logOH", 6))
     assert about["cubes"]["n_bands"] == mock_cubes.N_BAND
     log = (config.run_dir / "log.txt").read_text()
     for words in (

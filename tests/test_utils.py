@@ -15,6 +15,7 @@ import pytest
 import create_data_splits
 import cube_patch_processing
 import utils
+from labels import class_middles, class_names, label_classes, logoh_edges
 from utils import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,14 +114,14 @@ def test_plateifu_from_any_file_name():
 
 def test_metallicity_classes_have_the_scales_edges():
     values = np.array([8.3, 8.40, 8.4399, 8.44, 8.9, np.nan])
-    np.testing.assert_array_equal(utils.label_classes(values, "logOH", 6), [0, 1, 1, 2, 5, -1])
-    assert utils.label_classes(np.array([8.34]), "logOH", 8) == 1
+    np.testing.assert_array_equal(label_classes(values, "logOH", 6), [0, 1, 1, 2, 5, -1])
+    assert label_classes(np.array([8.34]), "logOH", 8) == 1
     for n in (6, 8):
-        assert len(utils.class_names("logOH", n)) == n == utils.class_values(n).size
-        back = utils.label_classes(utils.class_values(n), "logOH", n)
+        assert len(class_names("logOH", n)) == n == class_middles(n).size
+        back = label_classes(class_middles(n), "logOH", n)
         np.testing.assert_array_equal(back, np.arange(n))
     with pytest.raises(DataError, match="6 or 8"):
-        utils.logoh_edges(7)
+        logoh_edges(7)
 
 
 def test_crash_while_writing_leaves_the_old_file(tmp_path):

@@ -20,11 +20,11 @@ from scipy.spatial import ConvexHull
 
 import data_io
 import eval_fns
-import line_labels
 import run_SSFTT_training as training
 import utils
 import vis_fns
 from hsi_proc_fns import field_of_view
+from labels import BPT_CLASSES, BPT_LINES, CLASS_COLOURS, LABEL_NONE, class_names, demarcate
 from run_SSFTT_training import TrainConfig
 from vis_fns import VisConfig
 
@@ -180,7 +180,7 @@ def test_outline_of_a_rectangle_has_its_perimeter():
 
 @pytest.mark.parametrize(("task", "n"), [("BPT", 3), ("logOH", 6), ("logOH", 8)])
 def test_classes_have_fixed_distinct_colours_and_missing_ones_none(ax, task, n):
-    classes = np.full((5, 8), utils.LABEL_NONE)
+    classes = np.full((5, 8), LABEL_NONE)
     classes[1, :n] = range(n)
     usable = np.ones((5, 8), bool)
     usable[0, 0] = False
@@ -189,17 +189,17 @@ def test_classes_have_fixed_distinct_colours_and_missing_ones_none(ax, task, n):
     shown = meshes[-1]
     assert shown.get_array().mask.sum() == 40 - n
     colours = shown.to_rgba(shown.get_array())[1, :n, :3]
-    np.testing.assert_allclose(colours, [to_rgb(c) for c in utils.CLASS_COLOURS[task, n]])
+    np.testing.assert_allclose(colours, [to_rgb(c) for c in CLASS_COLOURS[task, n]])
     assert len(np.unique(colours.round(6), axis=0)) == n
     assert (~meshes[0].get_array().mask).sum() == 1  # the masked spaxel, grey
     hatched = [p for p in ax.patches if isinstance(p, PathPatch) and p.get_hatch()]
     assert len(hatched) == 1
     squares = hatched[0].get_path().vertices.reshape(-1, 5, 2)
     assert len(squares) == 40 - n - 1  # usable, but without a label
-    assert set(utils.class_names(task, n)) | {"no label", "masked"} == set(legend_of(ax))
+    assert set(class_names(task, n)) | {"no label", "masked"} == set(legend_of(ax))
     everywhere = np.zeros((5, 8), int)
     whole = vis_fns.plot_class_map(Figure().subplots(), everywhere, task, n, usable | True, usable)
-    assert set(legend_of(whole)) == set(utils.class_names(task, n))  # nothing else there
+    assert set(legend_of(whole)) == set(class_names(task, n))  # nothing else there
 
 
 def test_class_colours_stay_apart_for_colour_blind_readers():
@@ -209,7 +209,7 @@ def test_class_colours_stay_apart_for_colour_blind_readers():
     )
     missing_l = np.array([[0, 2.02344, -2.52581], [0, 1, 0], [0, 0, 1]])
     missing_m = np.array([[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]])
-    for colours in utils.CLASS_COLOURS.values():
+    for colours in CLASS_COLOURS.values():
         rgb = np.array([to_rgb(c) for c in colours]) ** 2.2
         for missing in (missing_l, missing_m):
             seen = rgb @ (np.linalg.inv(rgb_to_lms) @ missing @ rgb_to_lms).T
@@ -261,7 +261,7 @@ def test_a_galaxy_without_labels_in_common_has_no_score():
 def test_agreement_and_parts_explain_hatch_and_grey(ax):
     inside = np.ones((6, 6), bool)
     inside[2, 2] = False
-    parts = np.full((6, 6), utils.LABEL_NONE)
+    parts = np.full((6, 6), LABEL_NONE)
     parts[:2] = 1
     vis_fns.plot_part_map(ax, parts, inside)
     assert legend_of(ax) == ["train", "val", "test", "no label", "masked"]
@@ -273,8 +273,8 @@ def test_agreement_and_parts_explain_hatch_and_grey(ax):
 def test_bpt_curves_are_kauffmanns_and_kewleys_and_part_the_points(ax):
     rng = np.random.default_rng(0)
     x, y = rng.uniform(-1.2, 0.4, 300), rng.uniform(-1, 1.2, 300)
-    classes = line_labels.demarcate(x, y)
-    classes[:20] = utils.LABEL_NONE
+    classes = demarcate(x, y)
+    classes[:20] = LABEL_NONE
     vis_fns.plot_bpt(ax, x, y, classes, "BPT", 3, "title")
     by_name = {line.get_label(): line.get_xydata() for line in ax.lines}
     for name, pole, top in (("Kauffmann+ 2003", 0.05, 1.3), ("Kewley+ 2001", 0.47, 1.19)):
@@ -282,13 +282,13 @@ def test_bpt_curves_are_kauffmanns_and_kewleys_and_part_the_points(ax):
         drawn = curve[np.isfinite(curve[:, 1]) & (curve[:, 0] > -1.2)]  # they cross left of that
         assert drawn[:, 0].max() < pole
         np.testing.assert_allclose(drawn[:, 1], 0.61 / (drawn[:, 0] - pole) + top, atol=2e-3)
-    counts = {n: int((classes == k).sum()) for k, n in enumerate(utils.BPT_CLASSES)}
+    counts = {n: int((classes == k).sum()) for k, n in enumerate(BPT_CLASSES)}
     assert {"no label: 20", *(f"{n}: {c}" for n, c in counts.items())} <= set(legend_of(ax))
     drawn = {c.get_label().split(":")[0]: c for c in ax.collections}
-    for k, name in enumerate(utils.BPT_CLASSES):
+    for k, name in enumerate(BPT_CLASSES):
         np.testing.assert_allclose(drawn[name].get_offsets()[:, 0], x[classes == k])
         np.testing.assert_allclose(
-            drawn[name].get_facecolor()[0, :3], to_rgb(utils.CLASS_COLOURS["BPT", 3][k])
+            drawn[name].get_facecolor()[0, :3], to_rgb(CLASS_COLOURS["BPT", 3][k])
         )
     assert drawn["no label"].get_facecolor().size == 0  # hollow
     assert "6585" in ax.get_xlabel()
@@ -303,15 +303,15 @@ def test_bpt_figure_shows_the_lines_of_the_maps_that_the_labels_were_made_of(tmp
     raw = utils.raw_dir(tmp_path, plateifu)
     for kind, steps in (("HYB10", 1), ("SPX", 7)):  # two analyses: the labels say which
         scaled = steps ** np.arange(4)[:, None, None] * flux
-        maps = [dict(zip(line_labels.BPT_LINES, a, strict=True)) for a in (scaled, ivar, 0 * flux)]
+        maps = [dict(zip(BPT_LINES, a, strict=True)) for a in (scaled, ivar, 0 * flux)]
         name = f"manga-{plateifu}-MAPS-{kind}.fits"
-        write_maps(raw / name, *maps, lines=line_labels.BPT_LINES)
+        write_maps(raw / name, *maps, lines=BPT_LINES)
     label_file = utils.label_path(tmp_path, "BPT", plateifu)
     meta = {"source_file": f"manga-{plateifu}-MAPS-HYB10.fits", "options": {"min_snr": 2.0}}
     labels = np.ones(shape, np.int16)
     data_io.write_labels(label_file, labels, np.zeros(shape), meta)
     usable = np.zeros(shape, np.int16)
-    usable[3, 3] = utils.LABEL_NONE
+    usable[3, 3] = LABEL_NONE
     prediction = eval_fns.MapPrediction(plateifu, usable, np.zeros((*shape, 3)), usable == 0, {})
     figure = vis_fns.bpt_figure(tmp_path, prediction, "BPT")
     assert figure.get_suptitle() == f"{plateifu}: 18 spaxels with S/N > 2 in all four lines"

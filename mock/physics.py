@@ -563,7 +563,7 @@ def _assemble(
 def logoh_o3n2(flux: Mapping[str, np.ndarray]) -> np.ndarray:
     """12+log(O/H) by O3N2, Marino et al. (2013), eq. 2: 8.533 - 0.214 O3N2; NaN without flux.
 
-    Spelt anew here, and not taken from line_labels, because the truth is there to check it.
+    Spelt anew here, and not taken from labels, because the truth is there to check it.
     """
     o3 = _log_ratio(flux["OIII-5008"], flux["Hb-4862"])
     return 8.533 - 0.214 * (o3 - _log_ratio(flux["NII-6585"], flux["Ha-6564"]))

@@ -6,7 +6,7 @@ from astropy import units
 from conftest import LINES
 from dust_extinction.parameter_averages import CCM89
 
-import line_labels as ll
+import labels as ll
 import utils
 
 
@@ -99,7 +99,7 @@ def test_a_line_masked_in_one_map_only_leaves_no_label(bright):
     bad[1, 2] = True
     masked = ll.LineMaps(bright.flux, bright.ivar, {**bright.bad, "OIII-5008": bad})
     classes, p_wrong = ll.bpt_classes(masked)
-    assert classes[1, 2] == utils.LABEL_NONE
+    assert classes[1, 2] == ll.LABEL_NONE
     assert np.isnan(p_wrong[1, 2])
     assert (classes >= 0).sum() == 19
     assert np.isnan(ll.metallicity(masked)[0][1, 2])
@@ -112,14 +112,14 @@ def test_weak_or_negative_or_nan_line_leaves_no_label(bright, value):
     flux = {k: v.copy() for k, v in bright.flux.items()}
     flux["Hb-4862"][0, 0] = value  # sigma is 0.5: 1.0 is S/N 2
     classes, _ = ll.bpt_classes(as_maps(flux, bright.ivar))
-    assert classes[0, 0] == utils.LABEL_NONE
+    assert classes[0, 0] == ll.LABEL_NONE
     assert (classes >= 0).sum() == 19
 
 
 def test_zero_ivar_leaves_no_label(bright):
     ivar = {k: v.copy() for k, v in bright.ivar.items()}
     ivar["Ha-6564"][2, 2] = 0
-    assert ll.bpt_classes(as_maps(bright.flux, ivar))[0][2, 2] == utils.LABEL_NONE
+    assert ll.bpt_classes(as_maps(bright.flux, ivar))[0][2, 2] == ll.LABEL_NONE
 
 
 def test_labels_do_not_change_with_flux_scale(bright):

@@ -18,7 +18,7 @@ import numpy as np
 from astropy.io import fits
 from isal import igzip
 
-from mock_physics import (
+from mock.physics import (
     C_KMS,
     DEADFIBER,
     DONOTUSE,

@@ -8,13 +8,46 @@ Arrays in, arrays out.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 
-from utils import LABEL_NONE, DataError
+from utils import DataError
+
+LABEL_NONE = -1
+"""Class of a spaxel without a label."""
+
+BPT_CLASSES = ("star-forming", "composite", "AGN")
+"""Below Kauffmann et al. (2003) / between / above Kewley et al. (2001); index = class."""
+
+CLASS_COLOURS: dict[tuple[str, int], tuple[str, ...]] = {
+    ("BPT", 3): ("#0072B2", "#E69F00", "#882255"),
+    ("logOH", 6): ("#440154", "#414487", "#2A788E", "#22A884", "#7AD151", "#FDE725"),
+    ("logOH", 8): (
+        "#440154",
+        "#46327E",
+        "#365C8D",
+        "#277F8E",
+        "#1FA187",
+        "#4AC16D",
+        "#A0DA39",
+        "#FDE725",
+    ),
+}
+"""Of every task and scale. BPT: Okabe & Ito's blue and orange, Tol's wine; metallicity: viridis."""
+
+LOGOH_EDGES: dict[int, tuple[float, ...]] = {
+    6: (8.40, 8.44, 8.48, 8.52, 8.56),
+    8: (8.34, 8.40, 8.44, 8.47, 8.50, 8.52, 8.55),
+}
+"""Inner edges of the metallicity classes, 12+log(O/H) in dex; the outer classes are open."""
+
+LOGOH_SCALE = ("O3N2-M13", "N2-M13")
+"""Calibrations on whose scale these edges are; others differ by up to 0.7 dex (Kewley & Ellison
+2008, ApJ 681, 1183), so that their labels would fall into one or two classes."""
 
 HA, HB, NII, OIII = "Ha-6564", "Hb-4862", "NII-6585", "OIII-5008"
 OII_BLUE, OII_RED = "OII-3727", "OII-3729"
@@ -319,3 +352,70 @@ def _dereddened_n2o2(maps: LineMaps) -> tuple[np.ndarray, np.ndarray]:
     is_dusty = balmer_ebv(maps.flux[HA], maps.flux[HB]) > 0
     value = np.where(is_dusty, dusty - slope * np.log10(BALMER_RATIO), plain)
     return value, np.sqrt(np.where(is_dusty, dusty_variance, plain_variance))
+
+
+# Classes
+
+
+def class_names(label_task: str, n_classes: int | None = None) -> tuple[str, ...]:
+    """Names of the classes of a label task, in class order.
+
+    Raises
+    ------
+    DataError
+        If the task has no scale of that many classes.
+    """
+    if label_task == "BPT":
+        if n_classes not in (None, len(BPT_CLASSES)):
+            raise DataError(f"BPT has {len(BPT_CLASSES)} classes, not {n_classes}.")
+        return BPT_CLASSES
+    edges = logoh_edges(n_classes or 6)
+    middle = [f"{a:.2f}-{b:.2f}" for a, b in itertools.pairwise(edges)]
+    return (f"< {edges[0]:.2f}", *middle, f">= {edges[-1]:.2f}")
+
+
+def logoh_edges(n_classes: int) -> tuple[float, ...]:
+    """Inner class edges of the 6- or 8-class metallicity scale, dex."""
+    try:
+        return LOGOH_EDGES[n_classes]
+    except KeyError:
+        scales = " or ".join(map(str, LOGOH_EDGES))
+        raise DataError(f"{n_classes} metallicity classes: choose {scales}.") from None
+
+
+def label_classes(labels: np.ndarray, label_task: str, n_classes: int = 6) -> np.ndarray:
+    """Turn label values into classes.
+
+    Parameters
+    ----------
+    labels : array of any shape
+        BPT: classes already, LABEL_NONE where there is none. logOH: 12+log(O/H) in dex, NaN
+        where there is none.
+    label_task : {"BPT", "logOH"}
+    n_classes : int
+        Metallicity scale, 6 or 8; ignored for BPT.
+
+    Returns
+    -------
+    int16 array of the same shape, LABEL_NONE where there is no label. A value on an edge belongs
+    to the class above it, in float32, as labels are stored.
+    """
+    labels = np.asarray(labels)
+    if label_task == "BPT":
+        return labels.astype(np.int16)
+    labels = labels.astype(np.float32)
+    edges = np.array(logoh_edges(n_classes), np.float32)
+    classes = np.digitize(labels, edges).astype(np.int16)
+    classes[~np.isfinite(labels)] = LABEL_NONE
+    return classes
+
+
+def class_middles(n_classes: int) -> np.ndarray:
+    """Give each metallicity class its representative 12+log(O/H), (n_classes,) dex.
+
+    The middle of a closed class; an open outer class is taken as wide as its neighbour.
+    """
+    edges = np.array(logoh_edges(n_classes))
+    low, high = 2 * edges[0] - edges[1], 2 * edges[-1] - edges[-2]
+    full = np.concatenate([[low], edges, [high]])
+    return (full[:-1] + full[1:]) / 2

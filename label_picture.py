@@ -1,0 +1,83 @@
+"""Draw a label map as a PNG: north up and east left, with its legend, scale bar and compass.
+
+Made with Pillow rather than matplotlib: processing draws one or two for every galaxy, and starting
+matplotlib takes longer than processing the labels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+import hsi_proc_fns
+import utils
+from labels import CLASS_COLOURS, class_names, label_classes
+
+
+def write_label_png(
+    path: Path, labels: np.ndarray, label_task: str, covered: np.ndarray, note: str = ""
+) -> None:
+    """Draw a label map, north up and east left, with its legend, scale bar and compass.
+
+    Parameters
+    ----------
+    path : Path
+    labels : (y, x)
+        BPT classes or 12+log(O/H).
+    label_task : {"BPT", "logOH"}
+    covered : (y, x) bool
+        Spaxels with a measurement: hatched where they have no label. The others in the field of
+        view (`hsi_proc_fns.field_of_view`) are grey.
+    note : str
+        How the labels were made: calibration, signal-to-noise cut.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    classes = label_classes(labels, label_task, 6)
+    names = class_names(label_task, None if label_task == "BPT" else 6)
+    colours = CLASS_COLOURS[label_task, len(names)]
+    ny, nx = labels.shape
+    zoom, margin, top = max(4, 420 // max(ny, nx)), 12, 56
+    right = nx * zoom + 2 * margin
+    size = (right + 178, max(ny * zoom, 24 * (len(names) + 3)) + top + 44)
+    hatch = np.full((size[1], size[0], 3), 255, np.uint8)
+    hatch[np.add(*np.indices(size[::-1])) % 8 == 0] = 154
+
+    def blown_up(mask: np.ndarray) -> Image.Image:
+        """Put a map's mask, north up, where the picture shows the map."""
+        whole = Image.new("L", size)
+        small = Image.fromarray(mask[::-1].astype(np.uint8) * 255)
+        whole.paste(small.resize((nx * zoom, ny * zoom), Image.Resampling.NEAREST), (margin, top))
+        return whole
+
+    image, hatched = Image.new("RGB", size, "white"), Image.fromarray(hatch)
+    masked = ~covered & hsi_proc_fns.field_of_view(covered)
+    image.paste(hatched, mask=blown_up(covered))
+    image.paste("#BDBDBD", mask=blown_up(masked))
+    for k, colour in enumerate(colours):
+        image.paste(colour, mask=blown_up(classes == k))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    title = "BPT class" if label_task == "BPT" else "12 + log(O/H)"
+    count = int((classes >= 0).sum())
+    labelled = f"{count} labelled spaxel" + ("s" if count != 1 else "")
+    draw.text((margin, 8), f"{path.stem}   {title}   {labelled}", "black", font)
+    draw.text((margin, 30), note, "black", ImageFont.load_default(13))
+    entries: list[tuple[str, str | None]] = list(zip(names, colours, strict=True))
+    if label_task == "logOH":
+        entries.reverse()  # high above low
+    entries += [("no label", None), *([("masked", "#BDBDBD")] if masked.any() else [])]
+    for i, (name, fill) in enumerate(entries):
+        box = (right, top + 24 * i, right + 16, top + 24 * i + 16)
+        image.paste(fill or hatched.crop(box), box)
+        draw.rectangle(box, None, "black")
+        draw.text((right + 24, box[1] - 1), name, "black", font)
+    low, bar = size[1] - 14, 10 * zoom  # spaxels of 0.5 arcsec (Law et al. 2016, AJ 152, 83)
+    draw.line((margin, low, margin + bar, low), "black", 3)
+    draw.text((margin, low - 22), '5"', "black", font)
+    corner = right - margin - 4
+    draw.line((corner - 20, low, corner, low, corner, low - 20), "black", 2)
+    draw.text((corner - 34, low - 9), "E", "black", font)
+    draw.text((corner - 5, low - 38), "N", "black", font)
+    with utils.atomic_path(path) as part:
+        image.save(part)
