@@ -1,8 +1,9 @@
 """Mean, standard deviation and principal components of a training split's spectra.
 
 Each usable spectrum is divided by its own mean first, so the statistics describe shapes. Moments
-are accumulated galaxy by galaxy: the memory is that of one cube and one (band, band) matrix,
-whatever the number of galaxies, and the result is the exact PCA of all spectra.
+are accumulated galaxy by galaxy: the memory needed is that of one cube and one (band, band) matrix,
+whatever the number of galaxies, and the result is the exact PCA of all spectra. Training with the
+patch norm PCA runs this with the default options if it has not been run.
 
 Reads   splits/<split_dir>/train.csv and processed/cubes/<plate>/<plateifu>.h5 of its galaxies.
 Writes  splits/<split_dir>/stats.h5, stats_components.png, stats_variance.png.
@@ -12,11 +13,10 @@ Writes  splits/<split_dir>/stats.h5, stats_components.png, stats_variance.png.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.linalg import eigh
@@ -24,6 +24,8 @@ from scipy.linalg import eigh
 import data_io
 import hsi_proc_fns
 import utils
+from hsi_proc_fns import Stats
+from recipe import Recipe, require_alike
 from utils import DataError
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ class Config:
     n_components: int = 30
     """Principal components to keep."""
     min_snr: float = 2.0
-    """Leave out spectra whose median signal-to-noise ratio a bin is lower: they add only noise."""
+    """Leave out spectra with a lower median signal-to-noise ratio per bin: they add only noise."""
     overwrite: bool = False
     """Replace existing statistics made with other options."""
     debug: bool = False
@@ -65,7 +67,7 @@ class Moments:
     scatter: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        """Start at nothing."""
+        """Start with no spectra."""
         self.mean = np.zeros(self.n_band)
         self.scatter = np.zeros((self.n_band, self.n_band))
 
@@ -105,7 +107,7 @@ def principal_components(moments: Moments, k: int) -> tuple[np.ndarray, np.ndarr
 
 
 def usable_spectra(cube: data_io.Cube, min_snr: float) -> np.ndarray:
-    """Spectra of a cube that are complete and bright enough, each over its own mean; (N, band)."""
+    """Select a cube's complete, bright spectra, each divided by its own mean; (N, band)."""
     usable = hsi_proc_fns.usable_spaxels(cube.flux)
     spectra = hsi_proc_fns.fill_gaps(cube.flux[usable])
     if cube.ivar is not None and min_snr > 0:
@@ -115,39 +117,59 @@ def usable_spectra(cube: data_io.Cube, min_snr: float) -> np.ndarray:
 
 
 def split_stats(
-    root: Path, plateifus: list[str], n_components: int, min_snr: float
-) -> data_io.Stats:
-    """Statistics over the spectra of the given galaxies.
+    root: Path, split_dir: str, plateifus: list[str], n_components: int, min_snr: float
+) -> Stats:
+    """Compute the statistics of the spectra of the given galaxies.
 
     Raises
     ------
     DataError
-        If a cube is missing, the cubes are of different kinds, there are fewer usable spectra
-        than components, or more components than bands.
+        If a cube is missing, the cubes were made with different options, there are fewer usable
+        spectra than components, or more components than bands.
     """
     from tqdm import tqdm
 
-    moments, wave, kind = None, None, None
+    moments, wave, options = None, None, None
     for plateifu in tqdm(plateifus, desc="statistics", unit="galaxy", disable=None):
         path = utils.cube_path(root, plateifu)
         cube = data_io.read_cube(path)
-        found = data_io.CubeKind.of(cube.wave, cube.attrs)
-        if moments is None or wave is None or kind is None:
-            moments, wave, kind = Moments(cube.wave.size), cube.wave, found
-        found.check(path, kind, "the cubes before")
-        if not 1 <= n_components <= kind.n_bands:
-            raise DataError(f"--n-components {n_components}: choose 1 to {kind.n_bands} (bands).")
+        if moments is None or wave is None or options is None:
+            moments, wave, options = Moments(cube.wave.size), cube.wave, cube.recipe.shared
+        whose = f"that of {plateifus[0]}"
+        require_alike(cube.recipe.shared, options, path, whose, data_io.REBUILD_CUBE)
+        if not 1 <= n_components <= wave.size:
+            raise DataError(f"--n-components {n_components}: expected 1 to {wave.size} (bands).")
         moments.add(usable_spectra(cube, min_snr))
     if moments is None or wave is None or moments.n <= n_components:
         n = moments.n if moments else 0
         raise DataError(
-            f"{n} usable spectra in {len(plateifus)} galaxies: {n_components} components need "
-            "more. Lower --n-components or --min-snr."
+            f"{root}: {n} usable spectra in {len(plateifus)} galaxies, expected more than the "
+            f"{n_components} components. Lower --n-components or --min-snr."
         )
     components, variance, ratio = principal_components(moments, n_components)
     std = np.sqrt(np.diag(moments.scatter) / (moments.n - 1))
-    attrs = {"n_spaxels": moments.n, "n_galaxies": len(plateifus), "created_utc": utils.utc_now()}
-    return data_io.Stats(wave, moments.mean, std, components, variance, ratio, attrs)
+    attrs = {
+        "n_spaxels": moments.n,
+        "n_galaxies": len(plateifus),
+        "split_dir": split_dir,
+        "created_utc": utils.utc_now(),
+        "code_version": utils.VERSION,
+    }
+    recipe = stats_recipe(root, plateifus, n_components, min_snr, options)
+    return Stats(wave, moments.mean, std, components, variance, ratio, recipe, attrs)
+
+
+def stats_recipe(
+    root: Path,
+    plateifus: list[str],
+    n_components: int,
+    min_snr: float,
+    cube_options: dict[str, Any] | None,
+) -> Recipe:
+    """Name what decides the statistics of the given galaxies; `cube_options` as in the cubes."""
+    options = {"n_components": n_components, "min_snr": min_snr, "cube": cube_options}
+    inputs = data_io.stats_inputs(data_io.cube_digests(root, plateifus))
+    return Recipe("statistics", data_io.STATS_VERSION, options, inputs)
 
 
 def main(config: Config) -> int:
@@ -159,26 +181,15 @@ def main(config: Config) -> int:
     parts, _ = data_io.read_split(folder)
     plateifus = sorted(parts["train"]["plateifu"].unique())
     target = utils.stats_path(root, config.split_dir)
-    attrs = [data_io.read_cube_attrs(utils.cube_path(root, p)) for p in plateifus]
-    cubes = json.dumps([data_io.content_of(a) for a in attrs], sort_keys=True)
-    recipe = {
-        "n_components": config.n_components,
-        "min_snr": config.min_snr,
-        "plateifus": plateifus,
-        "cubes": hashlib.sha256(cubes.encode()).hexdigest(),
-    }
     if target.is_file() and not config.overwrite:
-        made = json.loads(data_io.read_stats(target).attrs["config_json"])
-        utils.check_recipe(target, made, recipe)
+        head = data_io.read_cube_head(utils.cube_path(root, plateifus[0]))
+        today = stats_recipe(
+            root, plateifus, config.n_components, config.min_snr, head.recipe.shared
+        )
+        today.require(data_io.read_stats(target).recipe, target, "Replace it with --overwrite")
         log.info("%s: up to date", target)
         return utils.EXIT_DONE
-    stats = split_stats(root, plateifus, config.n_components, config.min_snr)
-    kind = data_io.CubeKind.of(stats.wave, attrs[0])._asdict()
-    stats.attrs.update(
-        config_json=json.dumps({**kind, **recipe}),
-        split_dir=config.split_dir,
-        code_version=utils.VERSION,
-    )
+    stats = split_stats(root, config.split_dir, plateifus, config.n_components, config.min_snr)
     for figure, name in (
         (vis_fns.components_figure(stats), "stats_components.png"),
         (vis_fns.variance_figure(stats), "stats_variance.png"),
@@ -187,7 +198,7 @@ def main(config: Config) -> int:
     data_io.write_stats(target, stats)
     shown = ", ".join(f"{100 * r:.1f}" for r in stats.explained_ratio[:5])
     log.info(
-        "%d spectra of %d galaxies; first components explain %s %% of the variance",
+        "%d spectra of %d galaxies; the first components explain %s %% of the variance",
         stats.attrs["n_spaxels"],
         len(plateifus),
         shown,

@@ -4,8 +4,8 @@ A galaxy observed twice keeps both observations in one part. The parts are strat
 sorted by their mean label, and each part takes its share evenly along that order.
 
 Reads   processed/labels/<label_task>/*.npy (and the .json beside each).
-Writes  splits/<split_dir>/{train,val,test}.csv: plateifu, mangaid, n_labelled, mean_label, one
-        count a class; seed and options in the header.
+Writes  splits/<split_dir>/{train,val,test}.csv: plateifu, mangaid, n_labelled, mean_label, the
+        count of each class, the digest of the label map; seed and options in the header.
 
     python create_data_splits.py --label-task logOH --fractions 0.7 0.15 0.15 --seed 0
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +22,7 @@ import pandas as pd
 import data_io
 import utils
 from labels import LABEL_NONE, class_names, label_classes
+from recipe import Recipe, digest_of
 from utils import DataError, LabelTask
 
 log = logging.getLogger(__name__)
@@ -39,13 +39,13 @@ class Config:
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
-    """Shares of training, validation and test."""
+    """Fractions of training, validation and test."""
     min_labelled: int = 20
     """Leave out galaxies with fewer labelled spaxels."""
     skip_critical: bool = False
-    """Leave out galaxies whose quality word says CRITICAL."""
+    """Leave out galaxies whose quality flag DRP3QUAL or DAPQUAL says CRITICAL."""
     seed: int = 0
-    """Seed of the draw."""
+    """Random seed."""
     overwrite: bool = False
     """Replace an existing split that differs."""
     debug: bool = False
@@ -55,13 +55,13 @@ class Config:
 def labelled_galaxies(
     root: Path, label_task: str, min_labelled: int, skip_critical: bool = False
 ) -> pd.DataFrame:
-    """One row a galaxy with enough labels, and not CRITICAL if those are to be left out.
+    """List the galaxies with enough labels, one row each, without CRITICAL ones on request.
 
     Returns
     -------
     DataFrame
         plateifu, mangaid, n_labelled, mean_label (12+log(O/H), or the mean BPT class), and
-        class_<k> counts (6-class scale for logOH), sorted by plateifu.
+        class_<k> counts (6-class scale for logOH) and label_digest, sorted by plateifu.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def labelled_galaxies(
     paths = utils.label_maps(root, label_task)
     if not paths:
         raise DataError(
-            f"{root}: no label maps of {label_task}. Make them with cube_processing.py."
+            f"{root}: no label maps of {label_task}. Create them with cube_processing.py."
         )
     n_classes = len(class_names(label_task))
     rows = []
@@ -93,27 +93,30 @@ def labelled_galaxies(
                 "n_labelled": count,
                 "mean_label": round(float(labels[has_label].mean(dtype=float)), 4),
                 **{f"class_{k}": int(c) for k, c in enumerate(counts)},
+                "label_digest": digest_of(labels)[: data_io.DIGEST_LENGTH],
             }
         )
     if not rows:
         raise DataError(
-            f"{paths[0].parent}: none of {len(paths)} galaxies has {min_labelled} labelled "
-            "spaxels; lower --min-labelled."
+            f"{paths[0].parent}: none of the {len(paths)} galaxies has {min_labelled} "
+            "labelled spaxels. Lower --min-labelled."
         )
     left_out = len(paths) - len(rows)
     if left_out:
         why = " or CRITICAL" if skip_critical else ""
-        log.info("%d galaxies left out: under %d labelled spaxels%s", left_out, min_labelled, why)
+        log.info(
+            "%d galaxies left out: fewer than %d labelled spaxels%s", left_out, min_labelled, why
+        )
     return pd.DataFrame(rows)
 
 
 def check_fractions(fractions: tuple[float, float, float]) -> None:
-    """Raise a DataError unless the parts share out the whole."""
+    """Raise a DataError unless the fractions are positive and sum to 1."""
     if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise DataError(f"--fractions {fractions}: expected three positive numbers summing to 1.")
 
 
-def hard_split(
+def split_galaxies(
     galaxies: pd.DataFrame, fractions: tuple[float, float, float], seed: int
 ) -> dict[str, pd.DataFrame]:
     """Distribute whole galaxies over the parts.
@@ -134,7 +137,7 @@ def hard_split(
     Raises
     ------
     DataError
-        Fractions that are none, or too few galaxies to give each part one.
+        If the fractions are invalid, or there are too few galaxies for three parts.
     """
     check_fractions(fractions)
     rng = np.random.default_rng(seed)
@@ -152,15 +155,15 @@ def hard_split(
 
 
 def _interleave(n: int, fractions: tuple[float, ...], rng: np.random.Generator) -> np.ndarray:
-    """Part of each of n sorted galaxies: each part evenly spread, in a random phase."""
+    """Assign a part to each of n sorted galaxies, every part evenly spread over the order."""
     counts = np.maximum(np.round(np.array(fractions) * n).astype(int), 1)
     counts[0] = n - counts[1:].sum()
     if counts[0] < 1:
         raise DataError(
-            f"--fractions {fractions}: of {n} galaxies none is left for training. Choose others, "
-            "or process more galaxies."
+            f"--fractions {fractions}: no galaxy of {n} is left for training. Choose other "
+            "fractions, or process more galaxies."
         )
-    position = [(np.arange(c) + rng.random(c)) / c for c in counts]  # jittered, one a stratum
+    position = [(np.arange(c) + rng.random(c)) / c for c in counts]  # jittered, one per stratum
     part = np.repeat(np.arange(len(fractions)), counts)
     return part[np.argsort(np.concatenate(position), kind="stable")]
 
@@ -169,18 +172,22 @@ def write_checked(
     root: Path,
     split_dir: str,
     parts: dict[str, pd.DataFrame],
-    meta: dict[str, Any],
+    recipe: Recipe,
     overwrite: bool,
 ) -> None:
-    """Write a split unless another one stands in its place; log what each part holds."""
+    """Write a split unless it is there already; log what each part holds.
+
+    Raises
+    ------
+    DataError
+        If another split of this name exists and `overwrite` is not set.
+    """
     folder = utils.split_path(root, split_dir)
     if not overwrite and all(utils.split_path(root, split_dir, p).is_file() for p in parts):
-        made = {"skip_critical": False, **data_io.read_split(folder)[1]}  # older ones do not say
-        made["labels"] = made.get("sha256") == data_io.split_sha256(parts)
-        utils.check_recipe(folder, made, {**meta, "labels": True})
+        recipe.require(data_io.read_split(folder)[1], folder, "Replace it with --overwrite")
         log.info("Split: %s, up to date", folder)
         return
-    data_io.write_split(folder, parts, {**meta, "created_utc": utils.utc_now()})
+    data_io.write_split(folder, parts, recipe)
     for name, table in parts.items():
         count = f"{table['mangaid'].nunique()} galaxies"
         spaxels = int(table["n_labelled"].sum()) if "n_labelled" in table else len(table)
@@ -188,10 +195,12 @@ def write_checked(
     log.info("Split: %s", folder)
 
 
-def meta_of(config: Config, kind: str) -> dict[str, Any]:
-    """Tell what decides a split, besides the labels."""
-    options = ("label_task", "fractions", "min_labelled", "skip_critical", "seed")
-    return {"kind": kind, **{name: getattr(config, name) for name in options}}
+def split_recipe(config: Config, kind: str, galaxies: pd.DataFrame) -> Recipe:
+    """Name what decides a split: its options and the label maps (`labelled_galaxies`)."""
+    names = ("label_task", "fractions", "min_labelled", "skip_critical", "seed")
+    options = {"kind": kind, **{name: getattr(config, name) for name in names}}
+    maps = galaxies[["plateifu", "mangaid", "label_digest"]].to_numpy().tolist()
+    return Recipe("split", data_io.SPLIT_VERSION, options, {"set of label maps": digest_of(maps)})
 
 
 def main(config: Config) -> int:
@@ -199,9 +208,10 @@ def main(config: Config) -> int:
     root = utils.data_dir(config.data_dir)
     task = config.label_task
     galaxies = labelled_galaxies(root, task, config.min_labelled, config.skip_critical)
-    parts = hard_split(galaxies, config.fractions, config.seed)
-    split_dir = config.split_dir or utils.hard_split(task)
-    write_checked(root, split_dir, parts, meta_of(config, "hard"), config.overwrite)
+    parts = split_galaxies(galaxies, config.fractions, config.seed)
+    split_dir = config.split_dir or utils.default_split(task)
+    recipe = split_recipe(config, "hard", galaxies)
+    write_checked(root, split_dir, parts, recipe, config.overwrite)
     return utils.EXIT_DONE
 
 

@@ -1,11 +1,11 @@
-"""Split spaxels, not galaxies: patches of one galaxy stand in training AND in test.
+"""Split spaxels, not galaxies: patches of one galaxy are in training AND in test.
 
 FOR COMPARISON ONLY. Neighbouring spaxels share light (the seeing mixes them) and patches overlap,
-so a score on such a split says how well a network remembers galaxies it was shown, not how well it
-does on new ones. Use create_data_splits.py for anything you report.
+so a score on such a split measures how well a network remembers galaxies of the training part, not
+how well it does on new ones. Use create_data_splits.py for anything you report.
 
 Reads   processed/labels/<label_task>/*.npy.
-Writes  splits/<split_dir>/{train,val,test}.csv: plateifu, mangaid, y, x, one row a labelled spaxel.
+Writes  splits/<split_dir>/{train,val,test}.csv: plateifu, mangaid, y, x, one row per spaxel.
 
     python create_easy_data_splits.py --label-task logOH
 """
@@ -27,13 +27,13 @@ log = logging.getLogger(__name__)
 
 WARNING = (
     "EASY split: patches of one galaxy are in training and in test. Scores on it are far above "
-    "those on new galaxies; report create_data_splits.py's instead."
+    "those on new galaxies; report those on a split of create_data_splits.py instead."
 )
 
 
 @dataclass(frozen=True)
 class Config(hard.Config):
-    """Split spaxels, not galaxies. For comparison only: its scores say nothing of new galaxies."""
+    """Split spaxels, not galaxies. For comparison only: no score on it applies to new galaxies."""
 
     split_dir: str | None = None
     """Name of the split; default easy_<label_task>."""
@@ -64,7 +64,7 @@ def easy_split(
     Raises
     ------
     DataError
-        Fractions that are none.
+        If the fractions are invalid.
     """
     hard.check_fractions(fractions)
     rng = np.random.default_rng(seed)
@@ -83,7 +83,7 @@ def easy_split(
 
 
 def main(config: Config) -> int:
-    """Write the split, and say what it is."""
+    """Write the split, with a warning."""
     root = utils.data_dir(config.data_dir)
     galaxies = hard.labelled_galaxies(
         root, config.label_task, config.min_labelled, config.skip_critical
@@ -95,9 +95,9 @@ def main(config: Config) -> int:
         ys, xs = np.nonzero(classes != LABEL_NONE)
         spaxels[plateifu] = ys, xs
     parts = easy_split(galaxies, spaxels, config.fractions, config.seed)
-    meta = {**hard.meta_of(config, "easy"), "warning": WARNING}
+    recipe = hard.split_recipe(config, "easy", galaxies)
     split_dir = config.split_dir or f"easy_{config.label_task}"
-    hard.write_checked(root, split_dir, parts, meta, config.overwrite)
+    hard.write_checked(root, split_dir, parts, recipe, config.overwrite)
     log.warning(WARNING)
     return utils.EXIT_DONE
 

@@ -3,11 +3,11 @@
 Reads   processed/cubes/<plate>/<plateifu>.h5 and processed/labels/<label_task>/<plateifu>.npy;
         for the norm PCA also splits/<split_dir>/stats.h5.
 Writes  processed/patches/<label_task>/<patch_norm>/<plateifu>/<plateifu>.npy, float32 (N, P, P, C),
-        one row a labelled spaxel, beside its index table (row, y, x, label). Layout:
+        one row per labelled spaxel, beside its index table (row, y, x, label). Layout:
         docs/data_formats.md#patches.
 The label belongs to the spaxel at [P//2, P//2]; beyond the field of view a patch holds zeros.
-Training does not need these files (it cuts patches from the cubes); a patch file repeats every
-spaxel up to P*P times. No astronomy package is needed.
+Training does not need these files: by default it uses packed cubes (pack_cubes.py), while a patch
+file repeats every spaxel up to P*P times. No astronomy package is needed.
 
     python cube_patch_processing.py --plateifu 8485-1901 --patch-size 9 --patch-norms global
     python cube_patch_processing.py --label-tasks logOH --patch-norms PCA --split-dir hard_logOH
@@ -19,7 +19,6 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,9 @@ import data_io
 import hsi_proc_fns
 import loops
 import utils
+from hsi_proc_fns import Stats
 from labels import LABEL_NONE, label_classes
+from recipe import require_alike
 from utils import LABEL_TASKS, DataError, LabelTask
 
 log = logging.getLogger(__name__)
@@ -40,9 +41,9 @@ class PatchOptions:
     patch_norms: tuple[utils.PatchNorm, ...] = ()
     """Normalisations to write patch files for (global spatial spectral PCA)."""
     patch_size: int = 7
-    """Spaxels a side."""
+    """Side of a patch in spaxels."""
     split_dir: str | None = None
-    """Split whose statistics the norm PCA uses."""
+    """Split whose statistics the norm PCA uses, e.g. hard_logOH."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def label_patches(
     label_task: str,
     patch_norm: str,
     patch_size: int,
-    stats: data_io.Stats | None = None,
+    stats: Stats | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut the patches of every labelled, usable spaxel.
 
@@ -80,7 +81,10 @@ def label_patches(
         Spaxels at their centres, in C order of the map.
     """
     if labels.shape != flux.shape[:2]:
-        raise DataError(f"label map of {labels.shape}, cube of {flux.shape[:2]} spaxels.")
+        raise DataError(
+            f"label map of {labels.shape} spaxels, expected {flux.shape[:2]} as in the cube. "
+            "Re-run process_single_cube.py --overwrite."
+        )
     usable = hsi_proc_fns.usable_spaxels(flux)
     has_label = label_classes(labels, label_task) != LABEL_NONE
     ys, xs = np.nonzero(usable & has_label)
@@ -93,9 +97,21 @@ def patch_galaxy(
     plateifu: str,
     label_task: str,
     options: PatchOptions,
+    stats: Stats | None = None,
     overwrite: bool = False,
 ) -> str:
     """Write the patch files of one galaxy and label task, one for each norm.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    plateifu, label_task : str
+    options : PatchOptions
+    stats : Stats, optional
+        Needed for the norm PCA: see `stats_for`.
+    overwrite : bool
+        Replace files that were made otherwise.
 
     Returns
     -------
@@ -110,55 +126,72 @@ def patch_galaxy(
 
     cube_path = utils.cube_path(root, plateifu)
     label_path = utils.label_path(root, label_task, plateifu)
-    source = data_io.patch_source(cube_path, label_path)
-    cube = labels = None
+    cube_recipe = data_io.read_cube_head(cube_path).recipe
+    labels, about = data_io.read_labels(label_path), data_io.read_label_meta(label_path)
+    flux: np.ndarray | None = None
     for norm in options.patch_norms:
-        stats: data_io.Stats | None = None
-        recipe: dict[str, Any] = {**source, "patch_norm": norm, "patch_size": options.patch_size}
-        if norm == "PCA":
-            stats = data_io.read_split_stats(_stats_path(root, options.split_dir))
-            recipe["stats"] = stats.sha256
+        norm_stats = stats if norm == "PCA" else None
+        recipe = data_io.patch_recipe(
+            cube_recipe, labels, about.get("recipe"), norm, options.patch_size, norm_stats
+        )
         target = utils.patch_path(root, label_task, norm, plateifu)
         if target.is_file() and not overwrite:
-            utils.check_recipe(target, data_io.read_patches(target)[2], recipe)
+            made = data_io.read_patches(target)[2]
+            recipe.require(made, target, "Replace it with --overwrite")
             continue
-        if cube is None or labels is None:
-            cube = data_io.read_cube(cube_path, with_errors=False)
-            labels = data_io.read_labels(label_path)
-        kind = data_io.CubeKind.of(cube.wave, cube.attrs)
-        if stats is not None:
-            kind.check(cube_path, stats.kind, "the statistics")
+        if norm_stats is not None:
+            require_alike(
+                cube_recipe.shared,
+                norm_stats.recipe.options["cube"],
+                cube_path,
+                "the statistics",
+                data_io.REBUILD_CUBE,
+            )
+        if flux is None:
+            flux = data_io.read_cube(cube_path, with_errors=False).flux
         patches, ys, xs = label_patches(
-            cube.flux, labels, label_task, norm, options.patch_size, stats
+            flux, labels, label_task, norm, options.patch_size, norm_stats
         )
         index = pd.DataFrame({"row": np.arange(ys.size), "y": ys, "x": xs, "label": labels[ys, xs]})
-        meta: dict[str, Any] = {
-            **recipe,
+        meta = {
             "plateifu": plateifu,
-            "label_task": label_task,
-            "mangaid": cube.attrs.get("mangaid"),
-            "cubes": kind._asdict(),
+            "mangaid": about.get("mangaid"),
             "code_version": utils.VERSION,
             "created_utc": utils.utc_now(),
         }
-        data_io.write_patches(target, patches, index, meta)
-    return "up to date" if cube is None else "written"
+        data_io.write_patches(target, patches, index, recipe, meta)
+    return "up to date" if flux is None else "written"
 
 
-def _stats_path(root: Path, split_dir: str | None) -> Path:
-    """Statistics file for the norm PCA."""
-    if split_dir is None:
+def stats_for(root: Path, options: PatchOptions) -> Stats | None:
+    """Read the statistics that the norms need; None if they need none.
+
+    Raises
+    ------
+    DataError
+        If the norm PCA was chosen without a split, or the split's statistics are missing or
+        outdated.
+    """
+    if "PCA" not in options.patch_norms:
+        return None
+    if options.split_dir is None:
         raise DataError(
-            "patch norm PCA needs a training split's statistics: name the split with --split-dir."
+            "--patch-norms PCA: no --split-dir given; expected the split whose training part the "
+            "components are of, e.g. --split-dir hard_logOH."
         )
-    return utils.stats_path(root, split_dir)
+    return data_io.read_split_stats(root, options.split_dir)
 
 
 def patch_all_tasks(
-    plateifu: str, root: Path, label_tasks: tuple[str, ...], options: PatchOptions, overwrite: bool
+    plateifu: str,
+    root: Path,
+    label_tasks: tuple[str, ...],
+    options: PatchOptions,
+    stats: Stats | None,
+    overwrite: bool,
 ) -> str:
     """Write one galaxy's patch files for several label tasks."""
-    words = {patch_galaxy(root, plateifu, task, options, overwrite) for task in label_tasks}
+    words = {patch_galaxy(root, plateifu, t, options, stats, overwrite) for t in label_tasks}
     return "written" if "written" in words else "up to date"
 
 
@@ -173,6 +206,7 @@ def main(config: Config) -> int:
         root=root,
         label_tasks=config.label_tasks,
         options=options,
+        stats=stats_for(root, options),
         overwrite=config.overwrite,
     )
     failed_csv = loops.failed_path(root / "processed" / "patches", config.shard)

@@ -21,6 +21,7 @@ import create_data_splits
 import loops
 import process_single_cube as single
 import utils
+from cube_patch_processing import stats_for
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def main(config: Config) -> int:
         root=root,
         options=config,
         overwrite=config.overwrite,
+        stats=stats_for(root, config),
     )
     failed_csv = loops.failed_path(root / "processed", config.shard)
     outcome = loops.for_each_galaxy(work, galaxies, "cubes", failed_csv, config.jobs)
@@ -64,7 +66,7 @@ def main(config: Config) -> int:
         )
         return code
     for task in config.label_tasks:
-        name = utils.hard_split(task)
+        name = utils.default_split(task)
         if all(utils.split_path(root, name, part).is_file() for part in utils.SPLIT_PARTS):
             log.info(
                 "split %s exists already and is kept (models may know it); one of all galaxies: "

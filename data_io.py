@@ -1,21 +1,20 @@
-"""Owner of every file layout the pipeline writes: cubes, labels, patches, splits, statistics.
+"""Owner of the file layouts of the pipeline: cubes, labels, patches, splits, statistics.
 
 No other module spells a dataset name or a column; docs/data_formats.md describes each layout.
 Axis order: cubes and patches (y, x, band), maps (y, x). Missing values: NaN in floats, LABEL_NONE
-in classes. Needs neither astropy nor torch.
+in classes. Every file records the `Recipe` that decided its numbers. Needs neither astropy nor
+torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,17 +23,22 @@ import h5py
 import numpy as np
 
 import utils
+from hsi_proc_fns import Stats, measured_bins
+from recipe import Recipe, digest_of
 from utils import DataError
 
 if TYPE_CHECKING:  # tables alone need pandas: cubes and labels are spared its import time
     import pandas as pd
 
-CUBE_SCHEMA, CUBE_VERSION = "manga-cube", 2
-STATS_SCHEMA, STATS_VERSION = "manga-stats", 1
-PACKED_SCHEMA, PACKED_VERSION = "manga-packed", 1
+CUBE_SCHEMA, CUBE_VERSION = "manga-cube", 3
+STATS_SCHEMA, STATS_VERSION = "manga-stats", 2
+LABEL_VERSION = PATCH_VERSION = SPLIT_VERSION = 1
+DIGEST_LENGTH = 16
+"""Hexadecimal digits of a label map's digest in the table of a split."""
 FLUX_UNIT = "1e-17 erg/s/cm2/Angstrom/spaxel"
 CHUNK_SPAXELS = 4
-"""Spaxels a side of an H5 chunk: 4 x 4 spectra of 2040 float32 are 131 kB."""
+"""Side of an H5 chunk in spaxels: 4 x 4 spectra of 2040 float32 are 131 kB."""
+REBUILD_CUBE = "Re-run process_single_cube.py (or cube_processing.py) --overwrite"
 
 
 # Cubes
@@ -48,18 +52,21 @@ class Cube:
     ----------
     flux : (y, x, band) float32, 1e-17 erg/s/cm2/Angstrom/spaxel
         Flux density in the rest frame, NaN where no good pixel contributed.
+    wave : (band,) float64, Angstrom
+        Vacuum rest wavelengths of the bin centres (geometric).
+    recipe : Recipe
+        Options of processing; the content of the FITS files.
     ivar : (y, x, band) float32 or None
         Inverse variance of `flux`, 0 where that is NaN.
     good_fraction : (y, x, band) float16 or None
-        Share of each bin's width that good pixels covered, 0 to 1.
-    wave : (band,) float64, Angstrom
-        Vacuum rest wavelengths of the bin centres (geometric).
+        Fraction of each bin's width that good pixels covered, 0 to 1.
     attrs : dict
         plateifu, mangaid, redshift, provenance.
     """
 
     flux: np.ndarray
     wave: np.ndarray
+    recipe: Recipe
     ivar: np.ndarray | None = None
     good_fraction: np.ndarray | None = None
     attrs: dict[str, Any] = field(default_factory=dict)
@@ -73,56 +80,15 @@ class Rows(NamedTuple):
     good_fraction: np.ndarray | None
 
 
-class CubeKind(NamedTuple):
-    """What cubes must share to be learned from together; None: the file does not say."""
-
-    first: float
-    """Wavelength of the first bin, Angstrom, vacuum, rest frame; bins are logarithmic."""
-    last: float
-    n_bands: int
-    deredden: bool | None = None
-    """The Galaxy's reddening was undone."""
-    remove_gas_velocity: bool | None = None
-    """Spectra were shifted by their gas velocity."""
-
-    @classmethod
-    def of(cls, wave: np.ndarray, attrs: dict[str, Any]) -> CubeKind:
-        """Tell from a cube's wavelengths and attributes."""
-        made = json.loads(attrs.get("config_json", "{}"))
-        options = (made.get(name) for name in cls._fields[3:])
-        return cls(float(wave[0]), float(wave[-1]), int(wave.size), *options)
-
-    def check(self, path: Path, want: CubeKind, whose: str) -> None:
-        """Raise a DataError unless a cube of this kind is of the wanted one."""
-        remedy = "Re-run cube_processing.py (or process_single_cube.py) --overwrite"
-        if self.n_bands != want.n_bands or not np.allclose(self[:2], want[:2], rtol=1e-6):
-            found, wanted = (f"{k.n_bands} bands of {k[0]:.2f}-{k[1]:.2f} A" for k in (self, want))
-            raise DataError(f"{path}: {found}, {whose} have {wanted}. {remedy} on one grid.")
-        for name in self._fields[3:]:
-            found, wanted = getattr(self, name), getattr(want, name)
-            if found is not None and wanted is not None and found != wanted:
-                flag = f"--{'' if wanted else 'no-'}{name.replace('_', '-')}"
-                raise DataError(
-                    f"{path}: made with {name}={found}, {whose} {wanted}. {remedy} {flag} (or make "
-                    "the others like it)."
-                )
-
-
-class Outline(NamedTuple):
-    """What a cube's file tells without its spectra."""
+class CubeHead(NamedTuple):
+    """What a cube's file holds besides its spectra."""
 
     measured: np.ndarray
-    """(y, x) uint16, as of `measured_bins`."""
+    """(y, x) uint16: `hsi_proc_fns.measured_bins`."""
     wave: np.ndarray
     """(band,) float64, Angstrom."""
+    recipe: Recipe
     attrs: dict[str, Any]
-
-
-def measured_bins(flux: np.ndarray) -> np.ndarray:
-    """Count the measured bins of each spectrum (..., band); 0 for a spectrum of zeros alone."""
-    finite = np.isfinite(flux)
-    has_light = ((flux != 0) & finite).any(axis=-1)
-    return np.where(has_light, finite.sum(axis=-1, dtype=np.uint16), np.uint16(0))
 
 
 def write_cube(path: Path, cube: Cube, compression: str | None = None) -> None:
@@ -132,7 +98,7 @@ def write_cube(path: Path, cube: Cube, compression: str | None = None) -> None:
         Rows(*(None if a is None else a[y : y + CHUNK_SPAXELS] for a in parts))  # type: ignore[arg-type]
         for y in range(0, len(cube.flux), CHUNK_SPAXELS)
     )
-    write_cube_rows(path, cube.flux.shape, cube.wave, cube.attrs, rows, compression)
+    write_cube_rows(path, cube.flux.shape, cube.wave, cube.attrs, cube.recipe, rows, compression)
 
 
 def write_cube_rows(
@@ -140,13 +106,14 @@ def write_cube_rows(
     shape: tuple[int, ...],
     wave: np.ndarray,
     attrs: dict[str, Any],
+    recipe: Recipe,
     blocks: Iterable[Rows],
     compression: str | None = None,
 ) -> np.ndarray:
     """Write an H5 cube row by row as its spectra are made, whole or not at all.
 
-    Spaxels without a single good bin (the corners outside the hexagon) are never written: HDF5
-    gives back the fill value for chunks that do not exist.
+    Chunks without a single good bin (the corners outside the hexagon) are not written: HDF5
+    returns the fill value for chunks that do not exist.
 
     Parameters
     ----------
@@ -154,18 +121,19 @@ def write_cube_rows(
     shape : (y, x, band)
     wave : (band,) array, Angstrom
     attrs : dict
-        Of the file; None values are left out.
+        Attributes of the file; None values are left out.
+    recipe : Recipe
     blocks : iterable of Rows
-        From y = 0 on, CHUNK_SPAXELS rows each but for the last. An exception raised here leaves
-        no file.
+        Starting at y = 0, CHUNK_SPAXELS rows each except the last. If it raises an exception, no
+        file is left.
     compression : {None, "gzip"}
-        For flux and ivar, which are noise and hardly shrink (docs/performance.md); the good
+        For flux and ivar, which are noisy and hardly shrink (docs/performance.md); the good
         fraction is always compressed.
 
     Returns
     -------
     (y, x) uint16
-        As of `measured_bins`.
+        `hsi_proc_fns.measured_bins` of the flux.
     """
     chunk = (min(CHUNK_SPAXELS, shape[0]), min(CHUNK_SPAXELS, shape[1]), shape[2])
     squeeze = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
@@ -175,13 +143,13 @@ def write_cube_rows(
         ("good_fraction", "f2", 0, "1", squeeze),
     )
     measured = np.zeros(shape[:2], np.uint16)
-    n_bytes = 8 * int(np.prod(shape, dtype=np.int64))  # of flux and ivar, corners and all
+    n_bytes = 8 * int(np.prod(shape, dtype=np.int64))  # flux and ivar, corners included
     with new_h5(path, n_bytes, libver=("earliest", "v110")) as f:
-        f.attrs.update(schema=CUBE_SCHEMA, schema_version=CUBE_VERSION)
+        f.attrs.update(schema=CUBE_SCHEMA, schema_version=CUBE_VERSION, recipe=recipe.to_json())
         f.attrs.update({k: v for k, v in attrs.items() if v is not None})
         dataset = f.create_dataset("wave", data=wave.astype("f8"))
         dataset.attrs.update(unit="Angstrom (vacuum, rest frame)", axes="band")
-        y, datasets = 0, dict[str, h5py.Dataset]()  # kept: one that goes writes, and hides errors
+        y, datasets = 0, dict[str, h5py.Dataset]()  # kept: closing one writes, and hides errors
         for block in blocks:
             y, start = y + len(block.flux), y
             measured[start:y] = measured_bins(block.flux)
@@ -210,24 +178,24 @@ def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
     ----------
     path : Path
     n_bytes : int
-        About to be written, at most.
+        Upper limit of what will be written.
     **options
-        For h5py.File.
+        Passed on to h5py.File.
 
     Raises
     ------
     DataError
-        If there is no room for it. HDF5 crashes the process that runs out of room while it
-        writes: so this is found out before, and if it happens all the same, what was written
-        makes way for the rest.
+        If the disk has not enough space. HDF5 can crash a process that runs out of space while
+        writing. Therefore the space is checked before, and if it is exhausted all the same, what
+        was written is truncated to make room for what HDF5 still has to write.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free < n_bytes:
         raise DataError(
-            f"{path}: no space left on the disk: up to {n_bytes / 1e6:.1f} MB are needed, "
-            f"{free / 1e6:.1f} MB are free."
+            f"{path}: not enough space on the disk: up to {n_bytes / 1e6:.1f} MB are needed, "
+            f"{free / 1e6:.1f} MB are free. Free some, or choose another --data-dir."
         )
     with utils.atomic_path(path) as part:
         f = h5py.File(part, "w", **options)
@@ -235,12 +203,12 @@ def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
             yield f
             f.flush()
             f.close()
-        except BaseException as error:  # a stop, too: h5py would write the rest on its way out
+        except BaseException as error:  # including a stop: h5py would write the rest while closing
             os.truncate(part, 0)
             with contextlib.suppress(OSError, RuntimeError):
                 f.close()
             if isinstance(error, OSError | RuntimeError):
-                raise DataError(f"{path}: could not be made ({_first_line(error)}).") from error
+                raise DataError(f"{path}: could not be written ({_first_line(error)}).") from error
             raise
 
 
@@ -262,46 +230,60 @@ def read_cube(path: Path, with_errors: bool = True) -> Cube:
     Raises
     ------
     DataError
-        If the file is missing, no cube, or of another schema version.
+        If the file is missing, not a cube, of another schema version or of another galaxy than
+        its name says.
     """
-    with _open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as f:
+    with _open_cube(path) as f:
         ivar, good = (
             f[k][...] if with_errors and k in f else None for k in ("ivar", "good_fraction")
         )
-        return Cube(f["cube"][...], f["wave"][...], ivar, good, dict(f.attrs))
+        recipe = Recipe.from_json(f.attrs["recipe"], path)
+        return Cube(f["cube"][...], f["wave"][...], recipe, ivar, good, dict(f.attrs))
 
 
-def read_outline(path: Path) -> Outline:
-    """Read what a cube's file tells without its spectra; raises as `read_cube` does."""
-    with _open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as f:
-        if "measured" not in f:
-            raise DataError(
-                f"{path}: no dataset 'measured'. Re-run cube_processing.py --overwrite."
-            )
-        return Outline(f["measured"][...], f["wave"][...], dict(f.attrs))
+def read_cube_head(path: Path) -> CubeHead:
+    """Read what a cube's file holds besides its spectra; raises the errors of `read_cube`."""
+    with _open_cube(path) as f:
+        recipe = Recipe.from_json(f.attrs["recipe"], path)
+        return CubeHead(f["measured"][...], f["wave"][...], recipe, dict(f.attrs))
 
 
-def read_cube_attrs(path: Path) -> dict[str, Any]:
-    """Read a cube's root attributes and its `shape` without touching the spectra."""
-    with _open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as f:
-        return {**f.attrs, "shape": f["cube"].shape}
+def cube_digests(root: Path, plateifus: Iterable[str]) -> dict[str, str]:
+    """Digests of the recipes of cubes, by plateifu; cubes that do not exist are left out."""
+    paths = {p: utils.cube_path(root, p) for p in plateifus}
+    return {p: read_cube_head(path).recipe.digest for p, path in paths.items() if path.is_file()}
 
 
-def _open_h5(path: Path, schema: str, version: int, remedy: str) -> h5py.File:
-    """Open an H5 file of ours after checking what it says it is."""
+def _open_cube(path: Path) -> h5py.File:
+    """Open a cube after checking that it is one, and of the galaxy that its name says."""
+    f = open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite")
+    named, found = utils.PLATEIFU.search(Path(path).name), f.attrs.get("plateifu")
+    if named and found and found != named[0]:
+        f.close()
+        raise DataError(
+            f"{path}: holds the cube of {found}, expected {named[0]} as in its name. Rename the "
+            "file, or re-run process_single_cube.py --overwrite."
+        )
+    return f
+
+
+def open_h5(path: Path, schema: str, version: int, maker: str) -> h5py.File:
+    """Open an H5 file of this project after checking its schema; `maker` rebuilds it."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Make it with {remedy.replace(' --overwrite', '')}.")
+        command = maker.replace(" --overwrite", "")
+        raise DataError(f"{path}: no such file. Create it with {command}.")
     try:
         f = h5py.File(path, "r")
     except OSError as error:
-        raise DataError(f"{path}: not a readable HDF5 file ({error}). Re-run {remedy}.") from None
+        reason = _first_line(error)
+        raise DataError(f"{path}: not a readable HDF5 file ({reason}). Re-run {maker}.") from None
     found = (f.attrs.get("schema"), f.attrs.get("schema_version"))
     if found != (schema, version):
         f.close()
         raise DataError(
             f"{path}: schema {found[0]} version {found[1]}, this code needs {schema} "
-            f"version {version}. Re-run {remedy}."
+            f"version {version}. Re-run {maker}."
         )
     return f
 
@@ -310,11 +292,13 @@ def _open_h5(path: Path, schema: str, version: int, remedy: str) -> h5py.File:
 
 
 def label_error_path(label_file: Path) -> Path:
-    """Uncertainty map beside a label map."""
+    """Path of the uncertainty map beside a label map."""
     return label_file.with_name(f"{label_file.stem}_err.npy")
 
 
-def write_labels(path: Path, labels: np.ndarray, error: np.ndarray, meta: dict[str, Any]) -> None:
+def write_labels(
+    path: Path, labels: np.ndarray, error: np.ndarray, recipe: Recipe, about: dict[str, Any]
+) -> None:
     """Write a label map, its uncertainty map and its provenance; the label map last.
 
     Parameters
@@ -326,18 +310,33 @@ def write_labels(path: Path, labels: np.ndarray, error: np.ndarray, meta: dict[s
     error : (y, x) float32
         BPT: probability that noise put the spaxel into a wrong class. logOH: 1 sigma in dex from
         the flux errors. NaN where there is no label.
-    meta : dict
-        How the labels were made, as JSON values.
+    recipe : Recipe
+    about : dict
+        mangaid, counts, ..., as JSON values.
     """
     path.unlink(missing_ok=True)  # a stop half-way leaves none, not old labels with new options
-    utils.write_json(path.with_suffix(".json"), meta)
+    content = {"recipe": recipe, "digest": digest_of(labels), **about}
+    utils.write_json(path.with_suffix(".json"), _with_recipe(content))
     _save_npy(label_error_path(path), error.astype(np.float32))
     _save_npy(path, labels)
 
 
 def read_labels(path: Path) -> np.ndarray:
-    """Read a label map (y, x): int16 BPT classes or float32 12+log(O/H)."""
-    return _load_npy(path, "process_single_cube.py", ndim=2)
+    """Read a label map (y, x): int16 BPT classes or float32 12+log(O/H).
+
+    Raises
+    ------
+    DataError
+        If it is missing or unreadable, or its values are not those that its .json describes.
+    """
+    labels = _load_npy(path, "process_single_cube.py", ndim=2)
+    expected = read_label_meta(path).get("digest")
+    if expected not in (None, digest_of(labels)):
+        raise DataError(
+            f"{path}: its values are not those that its .json describes. Re-run "
+            "process_single_cube.py --overwrite, or remove the .json to use labels of your own."
+        )
+    return labels
 
 
 def read_label_error(path: Path) -> np.ndarray:
@@ -346,9 +345,27 @@ def read_label_error(path: Path) -> np.ndarray:
 
 
 def read_label_meta(path: Path) -> dict[str, Any]:
-    """Read how a label map was made ({} if nothing says)."""
+    """Read the .json beside a label map, "recipe" as a `Recipe`; {} if there is none."""
     side = Path(path).with_suffix(".json")
-    return json.loads(side.read_text()) if side.is_file() else {}
+    return _read_provenance(side, "process_single_cube.py") if side.is_file() else {}
+
+
+def _with_recipe(content: dict[str, Any]) -> dict[str, Any]:
+    """Make provenance JSON values."""
+    return {**content, "recipe": json.loads(content["recipe"].to_json())}
+
+
+def _read_provenance(path: Path, maker: str) -> dict[str, Any]:
+    """Read a .json file of provenance, "recipe" as a `Recipe`."""
+    try:
+        content = json.loads(path.read_text())
+        if "recipe" in content:
+            content["recipe"] = Recipe.from_json(content["recipe"], path)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{path}: not readable provenance ({error}). Re-run {maker} --overwrite."
+        ) from None
+    return content
 
 
 # Patches
@@ -357,11 +374,13 @@ PATCH_COLUMNS = ("row", "y", "x", "label")
 
 
 def patch_index_path(patch_file: Path) -> Path:
-    """Index table beside a patch file."""
+    """Path of the index table beside a patch file."""
     return patch_file.with_name(f"{patch_file.stem}_index.csv")
 
 
-def write_patches(path: Path, patches: np.ndarray, index: pd.DataFrame, meta: dict) -> None:
+def write_patches(
+    path: Path, patches: np.ndarray, index: pd.DataFrame, recipe: Recipe, about: dict[str, Any]
+) -> None:
     """Write a patch file, its index and its provenance; the patches last.
 
     Parameters
@@ -372,28 +391,62 @@ def write_patches(path: Path, patches: np.ndarray, index: pd.DataFrame, meta: di
         The labelled spaxel is [P//2, P//2]; zeros beyond the field of view.
     index : DataFrame of N rows: row, y, x, label
         `label` is the label value: BPT class or 12+log(O/H).
-    meta : dict
-        How the patches were made (patch_norm, patch_size, wave, ...), as JSON values.
+    recipe : Recipe
+        Options of cube and labels under "cube" and "labels".
+    about : dict
+        plateifu, mangaid, ..., as JSON values.
     """
     path.unlink(missing_ok=True)  # as in `write_labels`
-    utils.write_json(path.with_suffix(".json"), meta)
+    utils.write_json(path.with_suffix(".json"), _with_recipe({"recipe": recipe, **about}))
     with utils.atomic_path(patch_index_path(path)) as part:
         index.to_csv(part, columns=list(PATCH_COLUMNS), index=False)
     _save_npy(path, np.ascontiguousarray(patches, dtype=np.float32))
 
 
-def read_patches(path: Path) -> tuple[np.ndarray, pd.DataFrame, dict[str, Any]]:
-    """Read a patch file: memory-mapped patches (N, P, P, C), index table, provenance."""
+def read_patches(path: Path) -> tuple[np.ndarray, pd.DataFrame, Recipe]:
+    """Read a patch file: memory-mapped patches (N, P, P, C), index table, recipe."""
     import pandas as pd
 
-    patches = _load_npy(path, "cube_patch_processing.py", ndim=4, mmap=True)
-    index = pd.read_csv(patch_index_path(Path(path)))
+    maker = "cube_patch_processing.py"
+    patches = _load_npy(path, maker, ndim=4, mmap=True)
+    try:
+        index = pd.read_csv(patch_index_path(Path(path)))
+    except (OSError, ValueError) as error:
+        where = patch_index_path(Path(path))
+        raise DataError(f"{where}: not readable ({error}). Re-run {maker} --overwrite.") from None
     if len(index) != len(patches):
         raise DataError(
             f"{path}: {len(patches)} patches, but {len(index)} rows in its index. "
-            "Re-run cube_patch_processing.py --overwrite."
+            f"Re-run {maker} --overwrite."
         )
-    return patches, index, json.loads(Path(path).with_suffix(".json").read_text())
+    return patches, index, _read_provenance(Path(path).with_suffix(".json"), maker)["recipe"]
+
+
+def patch_recipe(
+    cube: Recipe,
+    labels: np.ndarray,
+    label_recipe: Recipe | None,
+    patch_norm: str,
+    patch_size: int,
+    stats: Stats | None,
+) -> Recipe:
+    """Recipe of the patches of a cube and its labels.
+
+    Parameters
+    ----------
+    cube : Recipe
+    labels : (y, x) array
+    label_recipe : Recipe or None
+        None: nothing says how the labels were made.
+    patch_norm, patch_size, stats
+        As in `hsi_proc_fns.normalise` and `extract_patches`.
+    """
+    options = {"patch_norm": patch_norm, "patch_size": patch_size, "cube": cube.shared}
+    options["labels"] = label_recipe.shared if label_recipe else {}
+    inputs = {"cube": cube.digest, "label map": digest_of(labels)}
+    if stats is not None:
+        inputs["statistics"] = stats.recipe.digest
+    return Recipe("patches", PATCH_VERSION, options, inputs)
 
 
 def _save_npy(path: Path, array: np.ndarray) -> None:
@@ -403,10 +456,10 @@ def _save_npy(path: Path, array: np.ndarray) -> None:
 
 
 def _load_npy(path: Path, maker: str, ndim: int, mmap: bool = False) -> np.ndarray:
-    """Load an array of `ndim` axes, with one clear line if that cannot be."""
+    """Load an array of `ndim` axes, with a one-line error if that fails."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Make it with {maker}.")
+        raise DataError(f"{path}: no such file. Create it with {maker}.")
     try:
         array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -421,8 +474,8 @@ def _load_npy(path: Path, maker: str, ndim: int, mmap: bool = False) -> np.ndarr
 # Splits
 
 
-def write_split(folder: Path, parts: dict[str, pd.DataFrame], meta: dict[str, Any]) -> None:
-    """Write train.csv, val.csv and test.csv with their provenance in the header.
+def write_split(folder: Path, parts: dict[str, pd.DataFrame], recipe: Recipe) -> None:
+    """Write train.csv, val.csv and test.csv with their recipe in the header.
 
     Parameters
     ----------
@@ -431,58 +484,74 @@ def write_split(folder: Path, parts: dict[str, pd.DataFrame], meta: dict[str, An
     parts : dict of "train", "val", "test" -> DataFrame
         Columns plateifu, mangaid, then y, x if the split is by spaxel (easy splits); more columns
         are kept.
-    meta : dict
-        kind ("hard" or "easy"), seed, ...; one header line each.
+    recipe : Recipe
+        With the option kind: "hard" (whole galaxies) or "easy" (spaxels).
     """
-    check_split(parts, meta.get("kind", "hard"), str(folder))
-    meta = {**meta, "sha256": split_sha256(parts)}
-    lines = [f"# {k}: {json.dumps(v, default=str)}\n" for k, v in meta.items()]
+    check_split(parts, recipe.options["kind"], str(folder))
+    made = {"created_utc": utils.utc_now(), "code_version": utils.VERSION}
+    header = f"# recipe: {recipe.to_json()}\n"
+    header += "".join(f"# {k}: {json.dumps(v)}\n" for k, v in made.items())
     for part, table in parts.items():
         with utils.atomic_path(Path(folder) / f"{part}.csv") as temporary:
-            temporary.write_text("".join(lines) + table.to_csv(index=False))
+            temporary.write_text(header + table.to_csv(index=False))
 
 
-def split_sha256(parts: dict[str, pd.DataFrame]) -> str:
-    """Name of a split's content, which the header of each part holds."""
-    whole = "".join(table.to_csv(index=False) for table in parts.values())
-    return hashlib.sha256(whole.encode()).hexdigest()
-
-
-def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], dict[str, Any]]:
-    """Read and check a split; return its parts and its header.
+def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], Recipe]:
+    """Read and check a split; return its parts and its recipe.
 
     Raises
     ------
     DataError
-        If a part is missing or of another split than the others, or a galaxy of a hard split
-        stands in two parts.
+        If a part is missing, unreadable or of another split than the others, or a galaxy of a hard
+        split (a spaxel of an easy one) is in two parts.
     """
-    import pandas as pd
-
-    folder, parts, meta = Path(folder), {}, {}
-    wholes = set()  # what the parts' headers say they are parts of
+    folder, parts, recipes = Path(folder), {}, list[Recipe]()
     for part in utils.SPLIT_PARTS:
-        path = folder / f"{part}.csv"
-        if not path.is_file():
-            raise DataError(f"{path}: no such file. Make the split with create_data_splits.py.")
-        with path.open() as f:
-            lines = itertools.takewhile(lambda line: line.startswith("# "), f)
-            header = [line[2:].partition(": ") for line in lines]
-        meta = {key: json.loads(value) for key, _, value in header}
-        wholes.add(meta.get("sha256"))
-        table = pd.read_csv(path, comment="#", dtype={"plateifu": str, "mangaid": str})
-        missing = {"plateifu", "mangaid"} - set(table.columns)
-        if missing:
-            raise DataError(f"{path}: no column {', '.join(sorted(missing))}.")
-        parts[part] = table
-    if len(wholes) > 1:
-        maker = f"create_{'easy_' if meta.get('kind') == 'easy' else ''}data_splits.py"
+        parts[part], recipe = _read_part(folder / f"{part}.csv")
+        recipes.append(recipe)
+    kind = recipes[0].options["kind"]
+    if len({recipe.digest for recipe in recipes}) > 1:
+        maker = f"create_{'easy_' if kind == 'easy' else ''}data_splits.py"
         raise DataError(
-            f"{folder}: its files are parts of different splits. Make it anew with {maker} "
+            f"{folder}: its files are parts of different splits. Rebuild it with {maker} "
             f"--split-dir {folder.name} --overwrite."
         )
-    check_split(parts, meta.get("kind", "hard"), str(folder))
-    return parts, meta
+    check_split(parts, kind, str(folder))
+    return parts, recipes[0]
+
+
+def _read_part(path: Path) -> tuple[pd.DataFrame, Recipe]:
+    """Read one file of a split."""
+    import pandas as pd
+
+    maker = "create_data_splits.py"
+    if not path.is_file():
+        raise DataError(f"{path}: no such file. Create the split with {maker}.")
+    try:
+        with path.open(encoding="utf-8") as f:
+            lines = itertools.takewhile(lambda line: line.startswith("# "), f)
+            header = dict(line[2:].rstrip("\n").split(": ", 1) for line in lines)
+        table = pd.read_csv(path, comment="#", dtype={"plateifu": str, "mangaid": str})
+        recipe = Recipe.from_json(header["recipe"], path)
+    except (KeyError, OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{path}: not a readable split file ({error!r}). Expected a header '# recipe: ...' and "
+            f"a CSV table. Rebuild the split with {maker} --overwrite."
+        ) from None
+    missing = {"plateifu", "mangaid"} - set(table.columns)
+    if missing or "kind" not in recipe.options:
+        lacks = f"no column {', '.join(sorted(missing))}" if missing else "no kind in its recipe"
+        raise DataError(f"{path}: {lacks}. Rebuild the split with {maker} --overwrite.")
+    for plateifu in table["plateifu"].unique():
+        utils.split_plateifu(str(plateifu))
+    return table, recipe
+
+
+def split_digest(parts: Mapping[str, pd.DataFrame]) -> str:
+    """Digest of the content of a split's parts."""
+    return digest_of([table.to_csv(index=False) for table in parts.values()])
 
 
 def check_split(parts: dict[str, pd.DataFrame], kind: str, where: str) -> None:
@@ -498,47 +567,11 @@ def check_split(parts: dict[str, pd.DataFrame], kind: str, where: str) -> None:
         first = twice.iloc[0]
         raise DataError(
             f"{where}: {' '.join(str(first[k]) for k in keys)} and {len(twice) // 2 - 1} more "
-            "stand in two parts of the split. Make it anew with create_data_splits.py."
+            "are in two parts of the split. Rebuild it with create_data_splits.py --overwrite."
         )
 
 
 # Statistics
-
-
-@dataclass
-class Stats:
-    """Statistics of a training split's spectra, each divided by its own mean.
-
-    Attributes
-    ----------
-    wave : (band,) float64, Angstrom
-    mean, std : (band,) float64
-    components : (K, band) float64
-        Principal components, orthonormal rows, by falling variance.
-    explained_variance, explained_ratio : (K,) float64
-    attrs : dict
-        n_spaxels, n_galaxies, split_dir, provenance (config_json: the cubes' options too).
-    """
-
-    wave: np.ndarray
-    mean: np.ndarray
-    std: np.ndarray
-    components: np.ndarray
-    explained_variance: np.ndarray
-    explained_ratio: np.ndarray
-    attrs: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def kind(self) -> CubeKind:
-        """Kind of the cubes that they describe."""
-        return CubeKind.of(self.wave, self.attrs)
-
-    @property
-    def sha256(self) -> str:
-        """Name of the components: by content, since one second may see two of them made."""
-        parts = (self.components, self.mean, self.explained_variance)
-        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
-
 
 STATS_FIELDS = ("wave", "mean", "std", "components", "explained_variance", "explained_ratio")
 
@@ -549,139 +582,43 @@ def write_stats(path: Path, stats: Stats) -> None:
     with new_h5(path, n_bytes) as f:
         f.attrs.update(schema=STATS_SCHEMA, schema_version=STATS_VERSION)
         f.attrs.update({k: v for k, v in stats.attrs.items() if v is not None})
+        f.attrs["recipe"] = stats.recipe.to_json()
         for name in STATS_FIELDS:
             f[name] = getattr(stats, name)
 
 
-def read_split_stats(path: Path) -> Stats:
-    """Read the statistics that lie in a split's folder.
+def read_stats(path: Path) -> Stats:
+    """Read the statistics of a training split."""
+    with open_h5(path, STATS_SCHEMA, STATS_VERSION, "calc_data_stats.py --overwrite") as f:
+        recipe = Recipe.from_json(f.attrs["recipe"], path)
+        arrays = {name: f[name][...] for name in STATS_FIELDS}
+        return Stats(**arrays, recipe=recipe, attrs=dict(f.attrs))
+
+
+def stats_inputs(cubes: Mapping[str, str]) -> dict[str, str]:
+    """Name the inputs of statistics: the galaxies, and their cubes' digests by plateifu."""
+    return {"list of training galaxies": digest_of(sorted(cubes)), "cubes": digest_of(dict(cubes))}
+
+
+def read_split_stats(root: Path, split_dir: str) -> Stats:
+    """Read the statistics of a split, checked against its training galaxies and their cubes.
 
     Raises
     ------
     DataError
-        If they are unreadable, or of other galaxies than the split's training part.
+        If they are missing or unreadable, of other galaxies than the split's training part, or of
+        other cubes than those there now. Cubes that are gone cannot be compared.
     """
-    stats, train = read_stats(path), Path(path).with_name("train.csv")
-    made_of = json.loads(stats.attrs.get("config_json", "{}")).get("plateifus")
-    if made_of not in (None, _galaxies_of(train, utils.file_stamp(train))):
-        raise DataError(
-            f"{path}: of other galaxies than the split's training part. Re-run calc_data_stats.py "
-            "--overwrite."
-        )
+    path = utils.stats_path(root, split_dir)
+    stats = read_stats(path)
+    table, _ = _read_part(utils.split_path(root, split_dir, "train"))
+    plateifus = sorted(table["plateifu"].unique())
+    now = {**dict.fromkeys(plateifus, ""), **cube_digests(root, plateifus)}
+    inputs = stats_inputs(now)
+    if not all(now.values()):
+        inputs["cubes"] = stats.recipe.inputs.get("cubes", "")
+    today = Recipe(stats.recipe.product, STATS_VERSION, stats.recipe.options, inputs)
+    today.require(
+        stats.recipe, path, f"Re-run calc_data_stats.py --split-dir {split_dir} --overwrite"
+    )
     return stats
-
-
-@functools.lru_cache(maxsize=8)  # loops over galaxies ask for the same one
-def _galaxies_of(csv: Path, _stamp: str) -> list[str]:
-    """Plateifus of one part of a split, sorted."""
-    import pandas as pd
-
-    return sorted(pd.read_csv(csv, comment="#", usecols=["plateifu"], dtype=str).plateifu.unique())
-
-
-def read_stats(path: Path) -> Stats:
-    """Read the statistics of a training split."""
-    with _open_h5(path, STATS_SCHEMA, STATS_VERSION, "calc_data_stats.py --overwrite") as f:
-        return Stats(**{name: f[name][...] for name in STATS_FIELDS}, attrs=dict(f.attrs))
-
-
-# Packed cubes
-
-
-@dataclass
-class Packed:
-    """Normalised spectra of many cubes in one table.
-
-    Attributes
-    ----------
-    spectra : (row, C) float32 or float16 array
-        Memory-mapped when read. Row 0 is all zeros and stands for every unusable spaxel.
-    rows : dict of plateifu -> (y, x) int32
-        Row of each spaxel's spectrum.
-    wave : (band,) float64, Angstrom
-        Of the cubes; with the norm PCA, C is not their number of bands.
-    recipes : dict of plateifu -> dict
-        What each cube was made from, as `recipe_of` tells it.
-    attrs : dict
-        patch_norm, stats (hash of the PCA's statistics), provenance.
-    """
-
-    spectra: np.ndarray
-    rows: dict[str, np.ndarray]
-    wave: np.ndarray
-    recipes: dict[str, dict[str, Any]]
-    attrs: dict[str, Any] = field(default_factory=dict)
-
-
-def packed_path(root: Path, split_dir: str, patch_norm: str, dtype: str) -> Path:
-    """Packed cubes of a split."""
-    return Path(root) / "processed" / "packed" / split_dir / f"{patch_norm}_{dtype}.h5"
-
-
-def content_of(attrs: dict[str, Any]) -> dict[str, Any]:
-    """Tell from a cube's attributes what decides its numbers: source's hash and options."""
-    return {
-        "source_sha256": attrs.get("source_sha256"),
-        "options": json.loads(attrs.get("config_json", "{}")),
-    }
-
-
-def patch_source(cube_path: Path, label_path: Path) -> dict[str, Any]:
-    """Tell what patches of a cube and its labels are made from, as their provenance has it."""
-    label = read_label_meta(label_path)
-    return {
-        "cube": content_of(read_cube_attrs(cube_path)),
-        "label": {k: label.get(k) for k in ("source_sha256", "options")},
-    }
-
-
-def recipe_of(attrs: dict[str, Any]) -> dict[str, str]:
-    """Tell from a cube's attributes what it was made from: source's hash, options, time."""
-    keys = ("source_sha256", "config_json", "created_utc")
-    return {k: str(attrs[k]) for k in keys if k in attrs}
-
-
-def write_packed(path: Path, packed: Packed, cubes: Iterable[np.ndarray]) -> None:
-    """Write packed cubes, whole or not at all.
-
-    Parameters
-    ----------
-    path : Path
-        `processed/packed/<split_dir>/<patch_norm>_<dtype>.h5`.
-    packed : Packed
-        Of `spectra` only shape and type count.
-    cubes : iterable of (n, C) arrays
-        The spectra of each galaxy of `packed.rows` in turn, ascending by row.
-    """
-    n_bytes = packed.spectra.dtype.itemsize * int(np.prod(packed.spectra.shape, dtype=np.int64))
-    with new_h5(path, n_bytes) as f:
-        f.attrs.update(schema=PACKED_SCHEMA, schema_version=PACKED_VERSION)
-        f.attrs.update({k: v for k, v in packed.attrs.items() if v is not None})
-        f["wave"] = packed.wave
-        f["plateifu"] = list(packed.rows)
-        f["recipe"] = [json.dumps(packed.recipes[p]) for p in packed.rows]
-        f["shape"] = np.array([r.shape for r in packed.rows.values()], np.int32)
-        f["rows"] = np.concatenate([r.ravel() for r in packed.rows.values()])
-        spectra = f.create_dataset("spectra", packed.spectra.shape, packed.spectra.dtype)
-        spectra.attrs.update(axes="row,component" if packed.attrs.get("stats") else "row,band")
-        spectra[0] = 0
-        row = 1
-        for values in cubes:
-            spectra[row : row + len(values)] = values
-            row += len(values)
-        assert row == len(spectra), "fewer or more spectra than the maps of rows name"
-
-
-def read_packed(path: Path) -> Packed:
-    """Open packed cubes; the spectra stay on disk, memory-mapped."""
-    with _open_h5(path, PACKED_SCHEMA, PACKED_VERSION, "pack_cubes.py --overwrite") as f:
-        names = f["plateifu"].asstr()[...].tolist()
-        recipes = [json.loads(text) for text in f["recipe"].asstr()[...]]
-        shapes = f["shape"][...]
-        parts = np.split(f["rows"][...], np.cumsum(shapes.prod(1))[:-1])
-        rows = {p: r.reshape(s) for p, r, s in zip(names, parts, shapes, strict=True)}
-        spectra, wave, attrs = f["spectra"], f["wave"][...], dict(f.attrs)
-        layout = (spectra.dtype, spectra.id.get_offset(), spectra.shape)
-    dtype, offset, shape = layout
-    mapped = np.memmap(path, dtype, "r", offset, shape)
-    return Packed(mapped, rows, wave, dict(zip(names, recipes, strict=True)), attrs)

@@ -14,7 +14,6 @@ kept. Line channels and HDUs go by name, so releases DR15 to DR17 and every DAPT
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ import label_picture
 import loops
 import resample
 import utils
+from catalogue import catalogue_row
 from fits_stream import Hdu, iterate_hdus, read_hdus, shape_of
 from labels import (
     BPT_CLASSES,
@@ -45,6 +45,7 @@ from labels import (
     lines_needed,
     metallicity,
 )
+from recipe import Recipe, file_digest, file_stamp
 from utils import DataError, LabelTask
 
 log = logging.getLogger(__name__)
@@ -173,67 +174,6 @@ def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, b
     return found, bool(critical)
 
 
-def catalogue_row(path: Path, plateifu: str) -> dict[str, Any]:
-    """Redshift and identity of a galaxy from the dapall or drpall catalogue.
-
-    Returns
-    -------
-    dict with plateifu, mangaid, redshift
-
-    Raises
-    ------
-    DataError
-        If the catalogue does not hold the galaxy, or no redshift of it.
-    """
-    return catalogue_rows(path, (plateifu,))[plateifu]
-
-
-def catalogue_rows(path: Path, plateifus: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Rows of a dapall or drpall catalogue by plateifu; all of them, or those asked for.
-
-    The redshift is NSA_Z, else Z (in drpall nsa_z, else z); negative values mean none.
-
-    Raises
-    ------
-    DataError
-        If a galaxy asked for is not there.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such catalogue.")
-    rows: dict[str, dict[str, Any]] = {}
-    try:
-        with fits.open(path) as hdus:
-            for hdu in hdus[1:]:
-                if not isinstance(hdu, fits.BinTableHDU):
-                    continue
-                names = {n.lower(): n for n in hdu.columns.names}
-                if "plateifu" not in names:
-                    continue
-                z_names = [names[n] for n in ("nsa_z", "z") if n in names]
-                columns = [hdu.data[names["plateifu"]], hdu.data[names["mangaid"]]]
-                for i, (key, mangaid) in enumerate(zip(*columns, strict=True)):
-                    key = key.strip()
-                    if key in rows or (plateifus is not None and key not in plateifus):
-                        continue
-                    values = [float(hdu.data[n][i]) for n in z_names]
-                    good = [v for v in values if np.isfinite(v) and v > -0.01]
-                    rows[key] = {
-                        "plateifu": key,
-                        "mangaid": mangaid.strip(),
-                        "redshift": good[0] if good else None,
-                    }
-    except (OSError, TypeError, ValueError) as error:  # what astropy makes of a file cut short
-        raise DataError(
-            f"{path}: not a readable catalogue ({error}). Fetch it again with download_utils.py "
-            "--catalogue."
-        ) from None
-    for key in plateifus or ():
-        if key not in rows:
-            raise DataError(f"{path}: no galaxy {key} in the catalogue ({len(rows)} rows matched).")
-    return rows
-
-
 # Cubes
 
 
@@ -319,28 +259,28 @@ def process_cube(
     if not source.is_file():
         raise DataError(f"{source}: no such file.")
     _check_grid(options)
-    recipe: dict[str, Any] = {**asdict(options), "redshift": redshift}
+    chosen, inputs = {**asdict(options), "redshift": redshift}, dict[str, str]()
     if options.remove_gas_velocity and maps is not None and maps.is_file():
-        recipe["maps_sha256"] = utils.sha256_of(maps)
-    stamp = utils.file_stamp(source)
+        inputs["MAPS"] = file_digest(maps)
+    stamp = file_stamp(source)
     if target.is_file() and not overwrite:
-        attrs = data_io.read_cube_attrs(target)
-        made = json.loads(attrs.get("config_json", "{}"))
-        if "catalogue_sha256" in made and redshift is None:  # the redshift came from there
-            recipe["catalogue_sha256"] = catalogue and utils.sha256_of(catalogue)
-        made["source_sha256"] = attrs.get("source_sha256")
-        is_same = attrs.get("source_stamp") == stamp  # else a survey is read to see it is done
-        sha256 = made["source_sha256"] if is_same else utils.sha256_of(source)
-        utils.check_recipe(target, made, {**recipe, "source_sha256": sha256})
-        return SKIPPED if skip_critical and attrs.get("critical") else "up to date"
+        head = data_io.read_cube_head(target)
+        made = head.recipe
+        if "catalogue" in made.inputs and redshift is None:  # the redshift came from there
+            inputs["catalogue"] = file_digest(catalogue) if catalogue else ""
+        is_same = head.attrs.get("source_stamp") == stamp  # saves reading a whole survey again
+        inputs["LOGCUBE"] = made.inputs.get("LOGCUBE", "") if is_same else file_digest(source)
+        today = Recipe("cube", data_io.CUBE_VERSION, chosen, inputs)
+        today.require(made, target, "Replace it with --overwrite")
+        return SKIPPED if skip_critical and head.attrs.get("critical") else "up to date"
     with ThreadPoolExecutor(1) as pool:
-        hashing = pool.submit(utils.sha256_of, source)
+        hashing = pool.submit(file_digest, source)
         primary = read_hdus(source, ("PRIMARY",))["PRIMARY"].header
         plateifu, critical = vet_header(primary, source, target)
         if critical and skip_critical:
             return SKIPPED
         if redshift is None and primary.get("SCINPVEL") is None and catalogue is not None:
-            recipe["catalogue_sha256"] = utils.sha256_of(catalogue)
+            inputs["catalogue"] = file_digest(catalogue)
         z, mangaid = _identify(source, primary, plateifu, redshift, catalogue)
         edges = resample.log_edges(WAVE_LOG_FIRST, WAVE_LOG_STEP, WAVE_N)
         wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
@@ -373,15 +313,15 @@ def process_cube(
             "reff_arcsec": primary.get("REFF"),
             "wcs_header": _celestial(raw.header),
             "source_file": source.name,
-            "source_sha256": hashing.result(),
             "source_stamp": stamp,
-            "config_json": json.dumps(recipe),
             "code_version": utils.VERSION,
             "created_utc": utils.utc_now(),
         }
+        inputs["LOGCUBE"] = hashing.result()
+    recipe = Recipe("cube", data_io.CUBE_VERSION, chosen, inputs)
     rows = _resampled_rows(raw, edges[pixels.start : pixels.stop + 1], bins, 1 + z, stretch, source)
     shape = (*raw.flux.shape[1:], options.n_band)
-    measured = data_io.write_cube_rows(target, shape, wave, attrs, rows, compression)
+    measured = data_io.write_cube_rows(target, shape, wave, attrs, recipe, rows, compression)
     if not hsi_proc_fns.is_usable(measured, options.n_band).any():
         log.warning(
             "%s: no spaxel has enough of %g-%g Angstrom measured (at best %.0f %%): is z = %.4f "
@@ -656,17 +596,20 @@ def process_map(
     source, target = Path(source), Path(target)
     if not source.is_file():
         raise DataError(f"{source}: no such file.")
-    recipe = {**asdict(options), "label_task": label_task}
-    sha256 = utils.sha256_of(source)
+    chosen, inputs = {**asdict(options), "label_task": label_task}, {"MAPS": file_digest(source)}
+    recipe = Recipe("labels", data_io.LABEL_VERSION, chosen, inputs)
     if target.is_file() and not overwrite:
         data_io.read_labels(target)  # a damaged one is not up to date
         made = data_io.read_label_meta(target)
-        if not made:
-            raise DataError(f"{target}: its .json is missing. Replace it with --overwrite.")
-        is_critical = made.get("critical")
-        made = {**made.get("options", {}), "source_sha256": made.get("source_sha256")}
-        utils.check_recipe(target, made, {**recipe, "source_sha256": sha256})
-        return SKIPPED if skip_critical and is_critical else "up to date"
+        beside = (data_io.label_error_path(target), target.with_suffix(".png"))
+        lost = [path.name for path in beside if not path.is_file()]
+        if lost or "recipe" not in made:
+            missing = " and ".join(lost or [target.with_suffix(".json").name])
+            raise DataError(
+                f"{target}: {missing} beside it is missing. Replace it with --overwrite."
+            )
+        recipe.require(made["recipe"], target, "Replace it with --overwrite")
+        return SKIPPED if skip_critical and made.get("critical") else "up to date"
     lines = list(BPT_LINES)
     if label_task == "logOH":
         needed = lines_needed(options.diagnostic)
@@ -691,14 +634,12 @@ def process_map(
     meta: dict[str, Any] = {
         "plateifu": plateifu,
         "mangaid": str(primary.get("MANGAID", "")).strip(),
-        "options": recipe,
         "n_labelled": n_labelled,
         "counts": counts,
         "critical": critical,
         "daptype": primary.get("DAPTYPE"),
         "dap_version": primary.get("VERSDAP"),
         "source_file": source.name,
-        "source_sha256": sha256,
         "wcs_header": _celestial(flux_hdu.header),
         "code_version": utils.VERSION,
         "created_utc": utils.utc_now(),
@@ -710,5 +651,5 @@ def process_map(
     note = f"S/N > {options.min_snr:g}"
     note += f", {options.diagnostic}" if label_task == "logOH" else ""
     label_picture.write_label_png(target.with_suffix(".png"), labels, label_task, covered, note)
-    data_io.write_labels(target, labels, error, meta)
+    data_io.write_labels(target, labels, error, recipe, meta)
     return "written"

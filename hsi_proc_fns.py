@@ -1,8 +1,8 @@
 """Normalise cubes and cut them into patches: arrays in, arrays out.
 
 Axis order (y, x, band) throughout. A spaxel is *usable* if enough of its spectrum was measured;
-the others are zero in every normalised cube, set no minimum and no maximum, and never become the
-centre of a patch.
+the others are zero in every normalised cube, do not enter its minimum and maximum, and are never
+the centre of a patch.
 
     >>> usable = usable_spaxels(cube.flux)
     >>> normed = normalise(cube.flux, "spectral")
@@ -11,16 +11,53 @@ centre of a patch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import numpy as np
 
-from data_io import Stats, measured_bins
+from recipe import Recipe
 from utils import PATCH_NORMS, DataError
 
 LEAST_VARIANCE = 1e-12
-"""Of a component; a smaller one is rounding, and must not be divided by."""
+"""Of a component; smaller ones are rounding errors and must not be divided by."""
 
 MIN_MEASURED = 0.8
-"""Share of bins a spectrum needs to be usable, as the DAP asks of its spectra (header FSPCOV)."""
+"""Share of bins a spectrum needs to be usable, as the DAP requires (header FSPCOV)."""
+
+
+@dataclass
+class Stats:
+    """Statistics of a training split's spectra, each divided by its own mean.
+
+    Attributes
+    ----------
+    wave : (band,) float64, Angstrom
+    mean, std : (band,) float64
+    components : (K, band) float64
+        Principal components: orthonormal rows in order of decreasing variance.
+    explained_variance, explained_ratio : (K,) float64
+    recipe : Recipe
+        Options of the cubes under "cube".
+    attrs : dict
+        n_spaxels, n_galaxies, split_dir, provenance.
+    """
+
+    wave: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    components: np.ndarray
+    explained_variance: np.ndarray
+    explained_ratio: np.ndarray
+    recipe: Recipe
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+def measured_bins(flux: np.ndarray) -> np.ndarray:
+    """Count the measured bins of each spectrum (..., band); 0 if all of them are exactly 0."""
+    finite = np.isfinite(flux)
+    has_light = ((flux != 0) & finite).any(axis=-1)
+    return np.where(has_light, finite.sum(axis=-1, dtype=np.uint16), np.uint16(0))
 
 
 def usable_spaxels(flux: np.ndarray, min_measured: float = MIN_MEASURED) -> np.ndarray:
@@ -41,15 +78,15 @@ def usable_spaxels(flux: np.ndarray, min_measured: float = MIN_MEASURED) -> np.n
 
 
 def is_usable(measured: np.ndarray, n_bands: int, min_measured: float = MIN_MEASURED) -> np.ndarray:
-    """Say of each spectrum, from the number of its measured bins, whether they are enough."""
+    """Say for each spectrum whether the number of its measured bins is sufficient."""
     return measured >= max(1, min_measured * n_bands)
 
 
 def field_of_view(inside: np.ndarray) -> np.ndarray:
-    """Fill the field: all spaxels whose centres the measured ones span (their convex hull).
+    """Complete the field of view: the convex hull of the measured spaxels' centres.
 
-    A bundle sees a hexagon (Drory et al. 2015, AJ 149, 77); stars and dead fibres masked out of
-    it leave holes and dents in what was measured.
+    A fibre bundle covers a hexagon (Drory et al. 2015, AJ 149, 77); masked stars and dead fibres
+    leave holes and dents in what was measured.
 
     Parameters
     ----------
@@ -133,10 +170,10 @@ def normalise(
     flux : (y, x, band) array
         NaN where nothing was measured.
     patch_norm : {"global", "spatial", "spectral", "PCA"}
-        global: one minimum and maximum for the cube, to [0, 1]. spatial: one pair a band (over
-        the spaxels). spectral: one pair a spaxel (over its bands). PCA: each spectrum over its
-        own mean, less the training mean, on the training split's principal components, each
-        scaled to unit variance.
+        global: one minimum and maximum for the cube, mapped to [0, 1]. spatial: one pair per band
+        (over the spaxels). spectral: one pair per spaxel (over its bands). PCA: each spectrum is
+        divided by its own mean, the training mean is subtracted, and the result is projected on
+        the training split's principal components, each scaled to unit variance.
     stats : Stats, optional
         Needed for PCA.
     usable : (y, x) bool, optional
@@ -177,11 +214,14 @@ def project_pca(spectra: np.ndarray, stats: Stats | None) -> np.ndarray:
         Without statistics, or if their grid has another number of bands.
     """
     if stats is None:
-        raise DataError("patch norm PCA needs the split's statistics: run calc_data_stats.py.")
+        raise DataError(
+            "patch norm PCA: no statistics given; expected those of a split. Make them with "
+            "calc_data_stats.py --split-dir NAME."
+        )
     if spectra.shape[1] != stats.mean.size:
         raise DataError(
-            f"PCA of {stats.mean.size} bands, cube of {spectra.shape[1]}: run calc_data_stats.py "
-            "on cubes of this wavelength grid."
+            f"cube of {spectra.shape[1]} bands, statistics of {stats.mean.size}: expected the same "
+            "wavelength grid. Run calc_data_stats.py on cubes of this grid."
         )
     matrix = whitening(stats.components, stats.explained_variance).astype(np.float32)
     centred = unit_mean(spectra) - stats.mean.astype(np.float32)
@@ -211,7 +251,7 @@ def pad_for_patches(cube: np.ndarray, patch_size: int) -> np.ndarray:
         If the size is under 1.
     """
     if patch_size < 1:
-        raise DataError(f"patch size {patch_size}: expected 1 or more.")
+        raise DataError(f"--patch-size {patch_size}: expected 1 or more.")
     before = patch_size // 2
     after = patch_size - 1 - before
     return np.pad(cube, ((before, after), (before, after), (0, 0)))

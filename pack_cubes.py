@@ -1,11 +1,11 @@
-"""Pack the normalised cubes of a split into one memory-mapped file.
+"""Normalised cubes: read one, or pack those of a split into one memory-mapped table.
 
-Training with --source packed does this itself where it is needed; on a cluster it is better done
-before, by many cores, than while a GPU waits.
+Training does the packing itself where it is needed; on a cluster it is better done beforehand, by
+many cores, than while a GPU waits.
 
 Reads   splits/<split_dir>/{train,val,test}.csv, processed/cubes; for the norm PCA also stats.h5.
-Writes  processed/packed/<split_dir>/<patch_norm>_<dtype>.h5: the usable spectra of the galaxies
-        of the training and validation parts, one a row. Layout: docs/data_formats.md#packed-cubes.
+Writes  processed/packed/<split_dir>/<patch_norm>_<dtype>.h5: the usable spectra of the training and
+        validation galaxies, one per row. Layout: docs/data_formats.md#packed-cubes.
 
     python pack_cubes.py --split-dir hard_logOH --patch-norm PCA --jobs 16
 """
@@ -13,16 +13,300 @@ Writes  processed/packed/<split_dir>/<patch_norm>_<dtype>.h5: the usable spectra
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-import pandas as pd
+import numpy as np
+from tqdm import tqdm
 
-import data_fns
 import data_io
+import hsi_proc_fns
+import loops
 import utils
+from hsi_proc_fns import Stats
+from recipe import Recipe, require_alike
+from utils import DataError, PatchNorm
 
 log = logging.getLogger(__name__)
+
+PACKED_SCHEMA, PACKED_VERSION = "manga-packed", 2
+PackedType = Literal["float16", "float32"]
+
+
+class NormalisedCube(NamedTuple):
+    """A normalised cube."""
+
+    values: np.ndarray
+    """(y, x, C) float32, zeros at unusable spaxels; C bands, or components with the norm PCA."""
+    usable: np.ndarray
+    """(y, x) bool."""
+    inside: np.ndarray
+    """(y, x) bool: spaxels with any measured bin."""
+    recipe: Recipe
+    """Of the cube."""
+    attrs: dict[str, Any]
+
+
+@dataclass
+class PackedCubes:
+    """Normalised spectra of many cubes in one table.
+
+    Attributes
+    ----------
+    path : Path
+    spectra : (row, C) float32 or float16 array
+        Memory-mapped. Row 0 is all zeros and stands for every unusable spaxel.
+    rows : dict of plateifu -> (y, x) int32
+        Row of each spaxel's spectrum.
+    cubes : dict of plateifu -> str
+        Digest of the recipe of each cube.
+    recipe : Recipe
+        Options of the cubes under "cube".
+    """
+
+    path: Path
+    spectra: np.ndarray
+    rows: dict[str, np.ndarray]
+    cubes: dict[str, str]
+    recipe: Recipe
+
+    @property
+    def size(self) -> str:
+        """Number of galaxies and spectra, and the size on disk, in words."""
+        n, c = self.spectra.shape
+        gigabytes = self.spectra.size * self.spectra.dtype.itemsize / 1e9
+        return (
+            f"{len(self.rows)} galaxies, {n - 1} spectra of {c} {self.spectra.dtype} values, "
+            f"{gigabytes:.2f} GB"
+        )
+
+
+def read_normalised(path: Path, patch_norm: PatchNorm, stats: Stats | None) -> NormalisedCube:
+    """Read a cube and normalise it.
+
+    Parameters
+    ----------
+    path : Path
+        H5 cube.
+    patch_norm, stats
+        As in `hsi_proc_fns.normalise`.
+
+    Raises
+    ------
+    DataError
+        If the file is not a readable cube, or was made with other options than the cubes of the
+        statistics.
+    """
+    cube = data_io.read_cube(path, with_errors=False)
+    if stats is not None:
+        options = stats.recipe.options["cube"]
+        require_alike(
+            cube.recipe.shared, options, path, "those of the statistics", data_io.REBUILD_CUBE
+        )
+    usable = hsi_proc_fns.usable_spaxels(cube.flux)
+    values = hsi_proc_fns.normalise(cube.flux, patch_norm, stats, usable)
+    inside = np.isfinite(cube.flux).any(axis=2)
+    return NormalisedCube(values, usable, inside, cube.recipe, cube.attrs)
+
+
+# The file
+
+
+def packed_path(root: Path, split_dir: str, patch_norm: str, dtype: str) -> Path:
+    """Path of the packed cubes of a split."""
+    return Path(root) / "processed" / "packed" / split_dir / f"{patch_norm}_{dtype}.h5"
+
+
+def write_packed(path: Path, packed: PackedCubes, cubes: Iterable[np.ndarray]) -> None:
+    """Write packed cubes, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+    packed : PackedCubes
+        Of `spectra`, only shape and type are used.
+    cubes : iterable of (n, C) arrays
+        The spectra of each galaxy of `packed.rows` in turn, in the order of their rows.
+    """
+    n_bytes = packed.spectra.dtype.itemsize * int(np.prod(packed.spectra.shape, dtype=np.int64))
+    with data_io.new_h5(path, n_bytes) as f:
+        f.attrs.update(schema=PACKED_SCHEMA, schema_version=PACKED_VERSION)
+        f.attrs.update(recipe=packed.recipe.to_json(), code_version=utils.VERSION)
+        f.attrs["created_utc"] = utils.utc_now()
+        f["plateifu"] = list(packed.rows)
+        f["cube"] = [packed.cubes[p] for p in packed.rows]
+        f["shape"] = np.array([r.shape for r in packed.rows.values()], np.int32)
+        f["rows"] = np.concatenate([r.ravel() for r in packed.rows.values()])
+        spectra = f.create_dataset("spectra", packed.spectra.shape, packed.spectra.dtype)
+        is_pca = packed.recipe.options["patch_norm"] == "PCA"
+        spectra.attrs.update(axes="row,component" if is_pca else "row,band")
+        spectra[0] = 0
+        row = 1
+        for values in cubes:
+            spectra[row : row + len(values)] = values
+            row += len(values)
+        assert row == len(spectra), "the number of spectra differs from that in the maps of rows"
+
+
+def read_packed(path: Path) -> PackedCubes:
+    """Open packed cubes; the spectra stay on disk, memory-mapped."""
+    maker = "pack_cubes.py --overwrite"
+    with data_io.open_h5(path, PACKED_SCHEMA, PACKED_VERSION, maker) as f:
+        names, cubes = (f[name].asstr()[...].tolist() for name in ("plateifu", "cube"))
+        shapes = f["shape"][...]
+        parts = np.split(f["rows"][...], np.cumsum(shapes.prod(1))[:-1])
+        rows = {p: r.reshape(s) for p, r, s in zip(names, parts, shapes, strict=True)}
+        recipe = Recipe.from_json(f.attrs["recipe"], path)
+        spectra = f["spectra"]
+        layout = (spectra.dtype, spectra.id.get_offset(), spectra.shape)
+    dtype, offset, shape = layout
+    mapped = np.memmap(path, dtype, "r", offset, shape)
+    return PackedCubes(Path(path), mapped, rows, dict(zip(names, cubes, strict=True)), recipe)
+
+
+# Packing
+
+
+def open_packed(
+    root: Path,
+    split_dir: str,
+    patch_norm: PatchNorm,
+    plateifus: Sequence[str],
+    dtype: PackedType = "float16",
+    jobs: int = 1,
+    overwrite: bool = False,
+) -> PackedCubes:
+    """Open the packed cubes of a split; pack them first unless they are there and up to date.
+
+    Parameters
+    ----------
+    root : Path
+        Data folder.
+    split_dir : str
+    patch_norm : PatchNorm
+    plateifus : sequence of str
+        Galaxies that are needed.
+    dtype : {"float16", "float32"}
+        float16 keeps 11 bits of each value (bf16 training uses 8), in half the memory.
+    jobs : int
+        Processes that pack.
+    overwrite : bool
+        Pack again even if the file is up to date.
+
+    Notes
+    -----
+    A packed file is up to date if it holds the galaxies, made from the cubes and statistics of
+    today. Where a cube itself no longer exists, its packed spectra are used.
+
+    Raises
+    ------
+    DataError
+        If cubes or statistics that are needed are missing, unreadable or outdated.
+    """
+    stats = data_io.read_split_stats(root, split_dir) if patch_norm == "PCA" else None
+    path = packed_path(root, split_dir, patch_norm, dtype)
+    reason = "--overwrite" if path.is_file() else "there is no such file yet"
+    if path.is_file() and not overwrite:
+        packed = read_packed(path)
+        reason = why_outdated(packed, root, plateifus, patch_norm, dtype, stats)
+        if not reason:
+            return packed
+    log.info("%s: packing %d cubes (%s)", path, len(plateifus), reason)
+    pack(path, root, plateifus, patch_norm, stats, dtype, jobs)
+    return read_packed(path)
+
+
+def packed_recipe(
+    patch_norm: str, dtype: str, stats: Stats | None, cube_options: dict[str, Any]
+) -> Recipe:
+    """Name what decides packed cubes, besides the cubes themselves."""
+    options = {"patch_norm": patch_norm, "dtype": dtype, "cube": cube_options}
+    inputs = {"statistics": stats.recipe.digest} if stats is not None else {}
+    return Recipe("packed cubes", PACKED_VERSION, options, inputs)
+
+
+def why_outdated(
+    packed: PackedCubes,
+    root: Path,
+    plateifus: Sequence[str],
+    patch_norm: str,
+    dtype: str,
+    stats: Stats | None,
+) -> str:
+    """Say why a packed file cannot be used; empty if it can."""
+    today = packed_recipe(patch_norm, dtype, stats, packed.recipe.options["cube"])
+    changed = today.differences(packed.recipe)
+    if changed:
+        return f"the file was made with {', '.join(changed)}"
+    lacking = [p for p in plateifus if p not in packed.rows]
+    if lacking:
+        return f"the file lacks {lacking[0]} and {len(lacking) - 1} more"
+    now = data_io.cube_digests(root, plateifus)
+    rebuilt = [p for p, digest in now.items() if digest != packed.cubes[p]]
+    return f"the cube of {rebuilt[0]} and {len(rebuilt) - 1} more were rebuilt" if rebuilt else ""
+
+
+def pack(
+    path: Path,
+    root: Path,
+    plateifus: Sequence[str],
+    patch_norm: PatchNorm,
+    stats: Stats | None = None,
+    dtype: PackedType = "float16",
+    jobs: int = 1,
+) -> None:
+    """Normalise cubes and write their usable spectra into one file, whole or not at all."""
+    rows: dict[str, np.ndarray] = {}
+    digests: dict[str, str] = {}
+    n_rows, n_bands, options = 1, 0, dict[str, Any]()
+    for plateifu in plateifus:
+        cube = utils.cube_path(root, plateifu)
+        head = data_io.read_cube_head(cube)
+        n_bands, options = head.wave.size, options or head.recipe.shared
+        whose = f"that of {plateifus[0]}"
+        require_alike(head.recipe.shared, options, cube, whose, data_io.REBUILD_CUBE)
+        usable = hsi_proc_fns.is_usable(head.measured, n_bands)
+        count = int(usable.sum())
+        rows[plateifu] = np.zeros(usable.shape, np.int32)
+        rows[plateifu][usable] = np.arange(n_rows, n_rows + count)
+        digests[plateifu] = head.recipe.digest
+        n_rows += count
+    n_columns = n_bands if stats is None else len(stats.components)
+    spectra = np.broadcast_to(np.zeros(1, dtype), (n_rows, n_columns))
+    recipe = packed_recipe(patch_norm, dtype, stats, options)
+    packed = PackedCubes(path, spectra, rows, digests, recipe)
+    log.info("%s on disk", packed.size)
+    work = partial(usable_spectra, Path(root), patch_norm, stats, dtype)
+    with loops.worker_pool(jobs, "spawn") if jobs > 1 else ThreadPoolExecutor(1) as pool:
+        spectra_of_each = loops.in_order(pool, work, plateifus, 2 * jobs)
+        bar = tqdm(
+            spectra_of_each, desc="packing", total=len(plateifus), unit="galaxy", disable=None
+        )
+        write_packed(path, packed, bar)
+
+
+def usable_spectra(
+    root: Path, patch_norm: PatchNorm, stats: Stats | None, dtype: str, plateifu: str
+) -> np.ndarray:
+    """Normalised spectra of a cube's usable spaxels, (n, C) of the given type."""
+    path = utils.cube_path(root, plateifu)
+    cube = read_normalised(path, patch_norm, stats)
+    spectra = cube.values[cube.usable]
+    with np.errstate(over="ignore"):
+        rounded = spectra.astype(dtype)
+    if not np.isfinite(rounded).all():
+        raise DataError(
+            f"{path}: values up to {np.abs(spectra).max():.3g} with the norm {patch_norm}, too "
+            f"large for {dtype}. Use --packed-type float32."
+        )
+    return rounded
+
+
+# The command
 
 
 @dataclass(frozen=True)
@@ -30,17 +314,17 @@ class Config:
     """Pack the normalised cubes of a split into one memory-mapped file."""
 
     split_dir: str
-    """Split whose galaxies are packed."""
+    """Split whose galaxies are packed, e.g. hard_logOH."""
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
-    patch_norm: utils.PatchNorm = "global"
+    patch_norm: PatchNorm = "PCA"
     """Normalisation of the spectra."""
-    packed_type: data_fns.PackedType = "float16"
-    """Numbers in the file."""
+    packed_type: PackedType = "float16"
+    """Number type in the file."""
     jobs: int = 0
-    """Processes; 0 takes one a CPU."""
+    """Number of processes; 0 uses one per CPU."""
     overwrite: bool = False
-    """Pack anew, also where the file there would serve."""
+    """Pack again even if the file is up to date."""
     debug: bool = False
     """Show tracebacks."""
 
@@ -48,27 +332,18 @@ class Config:
 def main(config: Config) -> int:
     """Pack a split."""
     root = utils.data_dir(config.data_dir)
-    tables, _ = data_io.read_split(utils.split_path(root, config.split_dir))
-    galaxies = pd.concat([tables[p]["plateifu"] for p in ("train", "val")]).unique().tolist()
-    store = data_fns.open_packed(
+    parts, _ = data_io.read_split(utils.split_path(root, config.split_dir))
+    galaxies = [p for part in ("train", "val") for p in parts[part]["plateifu"]]
+    packed = open_packed(
         root,
         config.split_dir,
         config.patch_norm,
-        galaxies,
+        list(dict.fromkeys(galaxies)),
         config.packed_type,
         config.jobs or utils.cpu_count(),
         config.overwrite,
     )
-    spectra = store.packed.spectra
-    log.info(
-        "%d galaxies, %d spectra of %d %s values, %.2f GB: %s",
-        len(store.packed.rows),
-        len(spectra) - 1,
-        spectra.shape[1],
-        spectra.dtype,
-        spectra.nbytes / 1e9,
-        store.path,
-    )
+    log.info("%s: %s", packed.path, packed.size)
     return utils.EXIT_DONE
 
 

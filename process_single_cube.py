@@ -20,6 +20,7 @@ from typing import Literal, TypeVar
 import cube_patch_processing as patches
 import fits_utils
 import utils
+from hsi_proc_fns import Stats
 from utils import LABEL_TASKS, DataError, LabelTask
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def process_galaxy(
     maps: Path | None = None,
     redshift: float | None = None,
     overwrite: bool = False,
+    stats: Stats | None = None,
 ) -> str:
     """Make the cube, the labels and the patches of one galaxy.
 
@@ -88,6 +90,8 @@ def process_galaxy(
         Default: the galaxy's files in the raw folder; MAPS first beside the LOGCUBE.
     redshift : float, optional
     overwrite : bool
+    stats : Stats, optional
+        Needed for patches with the norm PCA: `cube_patch_processing.stats_for`.
 
     Returns
     -------
@@ -133,7 +137,7 @@ def process_galaxy(
         )
         words.append(word)
         if options.patch_norms and not word.startswith("skipped"):
-            words.append(patches.patch_galaxy(root, plateifu, task, options, overwrite))
+            words.append(patches.patch_galaxy(root, plateifu, task, options, stats, overwrite))
     return "written" if "written" in words else words[-1]
 
 
@@ -141,7 +145,7 @@ def main(config: Config) -> int:
     """Process the galaxy and say where the outputs are."""
     root = utils.data_dir(config.data_dir)
     if config.plateifu is None and config.fits is None:
-        raise DataError("no galaxy: give --plateifu 8485-1901 or --fits FILE.")
+        raise DataError("no galaxy given. Expected --plateifu, e.g. 8485-1901, or --fits FILE.")
     for path, kind in ((config.fits, "LOGCUBE"), (config.maps, "MAPS")):
         if path is not None and not path.is_file():
             raise DataError(f"{path}: no such file.")
@@ -151,7 +155,14 @@ def main(config: Config) -> int:
     plateifu = config.plateifu or utils.plateifu_of(config.fits)  # type: ignore[arg-type]
     utils.split_plateifu(plateifu)
     word = process_galaxy(
-        plateifu, root, config, config.fits, config.maps, config.redshift, config.overwrite
+        plateifu,
+        root,
+        config,
+        config.fits,
+        config.maps,
+        config.redshift,
+        config.overwrite,
+        patches.stats_for(root, config),
     )
     log.info("%s: %s. Cube: %s", plateifu, word, utils.cube_path(root, plateifu))
     return utils.EXIT_DONE

@@ -1,0 +1,382 @@
+"""The folder of a training run: its files, starting it, checkpoints, and the model that it holds.
+
+Writes  <run_dir>/: config.json, environment.json, split/ (a copy), log.txt, metrics.csv (one row per
+        epoch), last.pt (all that resuming needs), and all that using the model needs: model.json,
+        best.safetensors, stats.h5 (norm PCA), baseline.safetensors (spectrum-only baseline).
+
+`ModelCard` is the content of model.json. Layouts: docs/data_formats.md#runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+import data_io
+import utils
+from hsi_proc_fns import Stats
+from labels import class_middles
+from recipe import Recipe
+from samples import PatchSpec
+from utils import DataError
+
+MODEL_SCHEMA, MODEL_VERSION = "ssftt-model", 2
+CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE = "config.json", "environment.json", "log.txt"
+MODEL_FILE, WEIGHTS_FILE, STATS_FILE = "model.json", "best.safetensors", "stats.h5"
+BASELINE_FILE, METRICS_FILE = "baseline.safetensors", "metrics.csv"
+CHECKPOINT_FILE, NAN_FILE = "last.pt", "nan_batch.json"
+SPLIT_FOLDER, MAPS_FOLDER, FIGURES_FOLDER = "split", "maps", "figures"
+RESULT_FILE, CONFUSION_FILE = "metrics.json", "confusion.csv"
+PER_CLASS_FILE, PER_GALAXY_FILE = "per_class.csv", "per_galaxy.csv"
+PREDICTIONS_FILE = "predictions.csv.gz"
+
+REPLACED = (
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    BASELINE_FILE,
+    METRICS_FILE,
+    STATS_FILE,
+    NAN_FILE,
+    SPLIT_FOLDER,
+    MAPS_FOLDER,
+    FIGURES_FOLDER,
+    *utils.SPLIT_PARTS,
+)
+"""Names in a run's folder that a new run there replaces or removes."""
+
+
+@dataclass
+class ModelCard:
+    """What using a model requires, besides its weights: the content of model.json.
+
+    Attributes
+    ----------
+    recipe : Recipe
+        Of the run: what was learned, from which samples; options of cubes and labels under "cube"
+        and "labels".
+    spec : PatchSpec
+        How its samples are made.
+    class_names : list of str
+    class_counts : list of int
+        Training samples of each class.
+    class_values : list of float or None
+        12+log(O/H) that each class stands for, dex: the mean of its training samples (of a class
+        without any, its middle). None for BPT.
+    label_median : float
+        Median label of the training samples: dex, or class.
+    network : dict
+        Arguments of the network.
+    parameters : int
+        Number of trainable parameters.
+    split_dir, data_dir : str
+        Split that it learned from, and the data folder at the time.
+    best : dict
+        Row of metrics.csv of the best epoch, and the monitored value's name; empty before it.
+    baselines : dict of str -> float
+        Validation accuracy without a network.
+    code_version : str
+    """
+
+    recipe: Recipe
+    spec: PatchSpec
+    class_names: list[str]
+    class_counts: list[int]
+    class_values: list[float] | None
+    label_median: float
+    network: dict[str, Any]
+    parameters: int
+    split_dir: str
+    data_dir: str
+    best: dict[str, Any] = field(default_factory=dict)
+    baselines: dict[str, float] = field(default_factory=dict)
+    code_version: str = utils.VERSION
+
+    @property
+    def dex_values(self) -> np.ndarray | None:
+        """12+log(O/H) that stands for each class, (class,) dex; None for BPT."""
+        return None if self.class_values is None else np.array(self.class_values)
+
+    def write(self, run_dir: Path) -> None:
+        """Write model.json, whole or not at all."""
+        head = {"schema": MODEL_SCHEMA, "schema_version": MODEL_VERSION}
+        utils.write_json(run_dir / MODEL_FILE, {**head, **asdict(self)})
+
+    @classmethod
+    def read(cls, run_dir: Path) -> ModelCard:
+        """Read model.json.
+
+        Raises
+        ------
+        DataError
+            If it is missing, damaged or of another version.
+        """
+        path = run_dir / MODEL_FILE
+        try:
+            content = json.loads(path.read_text())
+            found = (content.pop("schema", None), content.pop("schema_version", None))
+            if found == (MODEL_SCHEMA, MODEL_VERSION):
+                bands = content["spec"]["bands"]
+                spec = {**content["spec"], "bands": bands and tuple(bands)}
+                recipe = Recipe.from_json(content["recipe"], path)
+                return cls(**{**content, "spec": PatchSpec(**spec), "recipe": recipe})
+        except FileNotFoundError:
+            raise DataError(
+                f"{run_dir}: no {MODEL_FILE}. Expected the folder of a training run "
+                "(python run_SSFTT_training.py --run-dir ...)."
+            ) from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path}: damaged ({error!r}). Copy it again, or retrain.") from None
+        raise DataError(
+            f"{path}: schema {found[0]} version {found[1]}, this code needs {MODEL_SCHEMA} version "
+            f"{MODEL_VERSION}. Retrain the model."
+        )
+
+
+def training_class_values(samples_of: dict[int, np.ndarray], spec: PatchSpec) -> list[float] | None:
+    """Mean 12+log(O/H) of each class's training labels, dex; of an empty class its middle.
+
+    Parameters
+    ----------
+    samples_of : dict of class -> (n,) dex
+    spec : PatchSpec
+    """
+    if spec.label_task != "logOH":
+        return None
+    values = class_middles(spec.n_classes)
+    for k, labels in samples_of.items():
+        values[k] = labels.mean(dtype=float)
+    return values.tolist()
+
+
+# Starting a run
+
+
+def is_run(run_dir: Path) -> bool:
+    """Say whether a folder was made by training: it holds a config.json with its options."""
+    try:
+        saved = json.loads((run_dir / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(saved, dict) and {"label_task", "patch_norm", "split_dir"} <= set(saved)
+
+
+def check_replaceable(run_dir: Path) -> None:
+    """Raise a DataError if a new run in this folder would replace files of other origin."""
+    others = [name for name in REPLACED if (run_dir / name).exists()]
+    if others and not is_run(run_dir):
+        raise DataError(
+            f"{run_dir}: holds {', '.join(others)}, but not a training run. Choose an empty or new "
+            "--run-dir."
+        )
+
+
+def start(run_dir: Path, config: dict[str, Any], root: Path, split_dir: str, is_pca: bool) -> None:
+    """Make the folder of a new run: remove an old run, write the config, copy the split.
+
+    Parameters
+    ----------
+    run_dir : Path
+    config : dict
+        Content of config.json.
+    root : Path
+        Data folder.
+    split_dir : str
+    is_pca : bool
+        Also copy the split's statistics.
+    """
+    data_io.read_split(utils.split_path(root, split_dir))  # first: no folder without a split
+    utils.write_json(run_dir / CONFIG_FILE, config)
+    for name in REPLACED:
+        path = run_dir / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif name != CONFIG_FILE:
+            path.unlink(missing_ok=True)
+    for part in utils.SPLIT_PARTS:
+        _copy(
+            utils.split_path(root, split_dir, part),
+            run_dir / SPLIT_FOLDER / f"{part}.csv",
+        )
+    if is_pca:
+        _copy(utils.stats_path(root, split_dir), run_dir / STATS_FILE)
+    utils.write_json(run_dir / ENVIRONMENT_FILE, environment())
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all."""
+    with utils.atomic_path(target) as part:
+        shutil.copyfile(source, part)
+
+
+def environment() -> dict[str, Any]:
+    """Gather what a run depended on: packages, platform, git state, SLURM job, command line."""
+    packages = {}
+    for name in "numpy scipy pandas h5py astropy scikit-learn torch isal".split():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    return {
+        "version": utils.VERSION,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "git": git_state(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpus": utils.cpu_count(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "command": sys.argv,
+        "created_utc": utils.utc_now(),
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and dirty flag of the checkout that this module is in (None outside of one)."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *words],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
+    except OSError:  # no git
+        return {"commit": None, "dirty": None}
+
+
+# Weights and checkpoints
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a .safetensors file with the usual permissions (its own writer lets nobody else read)."""
+    with utils.atomic_path(path) as part:
+        part.write_bytes(save(tensors, metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a .safetensors file: tensors and metadata.
+
+    Raises
+    ------
+    DataError
+        If it is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise DataError(
+            f"{path}: not readable ({error}). Expected the weights of a training run: copy the run "
+            "again, or retrain."
+        ) from None
+
+
+def write_best(run_dir: Path, card: ModelCard, weights: dict[str, Tensor]) -> None:
+    """Write the weights of the best epoch, then the card that describes them."""
+    content = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    write_tensors(run_dir / WEIGHTS_FILE, content, {"best": json.dumps(card.best)})
+    card.write(run_dir)
+
+
+def write_checkpoint(run_dir: Path, content: dict[str, Any], history: list[dict]) -> None:
+    """Write last.pt (tensors and plain values only) and metrics.csv."""
+    with utils.atomic_path(run_dir / CHECKPOINT_FILE) as part:
+        torch.save(content, part)
+    if history:
+        with utils.atomic_path(run_dir / METRICS_FILE) as part:
+            pd.DataFrame(history).to_csv(part, index=False)
+
+
+def read_checkpoint(run_dir: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read last.pt; no code in it is executed."""
+    path = run_dir / CHECKPOINT_FILE
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise DataError(
+            f"{path}: not a readable checkpoint ({error}). Start the run again with --overwrite."
+        ) from None
+
+
+# Using a run
+
+
+@dataclass
+class SavedModel:
+    """What a run's folder holds of its model.
+
+    Attributes
+    ----------
+    card : ModelCard
+    weights : dict of str -> Tensor
+    stats : Stats or None
+        For the norm PCA.
+    parts : dict of str -> str
+        Part of the run's split by mangaid; training for a galaxy in several (easy splits).
+    """
+
+    card: ModelCard
+    weights: dict[str, Tensor]
+    stats: Stats | None
+    parts: dict[str, str]
+
+
+def read_model(run_dir: Path) -> SavedModel:
+    """Read the best model of a run.
+
+    Raises
+    ------
+    DataError
+        If the folder holds no trained model, a damaged or incomplete one, or one of another version.
+    """
+    run_dir = Path(run_dir)
+    card = ModelCard.read(run_dir)
+    if not (run_dir / WEIGHTS_FILE).is_file():
+        raise DataError(
+            f"{run_dir}: no {WEIGHTS_FILE}. Expected the folder of a training run that has finished "
+            "an epoch (python run_SSFTT_training.py --run-dir ...)."
+        )
+    weights, about = read_tensors(run_dir / WEIGHTS_FILE)
+    if "best" in about:  # a stop may have come between writing weights and card
+        card = replace(card, best=json.loads(about["best"]))
+    needed = [STATS_FILE] if card.spec.patch_norm == "PCA" else []
+    has_split = (run_dir / SPLIT_FOLDER).is_dir()  # a model that was given away may have none
+    needed += [f"{SPLIT_FOLDER}/{part}.csv" for part in utils.SPLIT_PARTS if has_split]
+    lost = [name for name in needed if not (run_dir / name).is_file()]
+    if lost:
+        raise DataError(f"{run_dir}: {lost[0]} is missing. Copy the run again, or retrain.")
+    stats = data_io.read_stats(run_dir / STATS_FILE) if STATS_FILE in needed else None
+    split = data_io.read_split(run_dir / SPLIT_FOLDER)[0] if has_split else {}
+    parts = {m: part for part in reversed(split) for m in split[part]["mangaid"]}
+    return SavedModel(card, weights, stats, parts)
+
+
+def run_data_dir(run_dir: Path, flag: Path | None = None) -> Path:
+    """Choose a run's data folder: the flag, else the run's own if it exists, else the default."""
+    saved = ModelCard.read(Path(run_dir)).data_dir
+    if flag is None and saved and Path(saved).is_dir():
+        return Path(saved)
+    return utils.data_dir(flag)
