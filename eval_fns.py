@@ -1,7 +1,13 @@
-"""Use a trained model: load it, predict, map a cube, evaluate a split.
+"""Use trained models: prediction, evaluation, and the baselines beside them.
 
-Reads   a run folder of run_SSFTT_training.py (model.json, best.safetensors, stats.h5, split/), and
-        processed/cubes and processed/labels of the data folder.
+Three functions are meant for notebooks, each of which returns an object that prints itself:
+
+    >>> model = load_model("runs/demo")                         # a trained model
+    >>> prediction = predict_cube(model, "processed/cubes/8485/8485-1901.h5")
+    >>> evaluation = evaluate_split("runs/demo", "test")        # scores on galaxies it never saw
+
+Reads   a run folder of run_SSFTT_training.py (run_folder.py), and processed/cubes and
+        processed/labels of the data folder.
 Writes  <run_dir>/<part>/: metrics.json, confusion.csv, per_class.csv, per_galaxy.csv,
         predictions.csv.gz. (Maps of whole galaxies: map_galaxies.py.)
 
@@ -10,20 +16,21 @@ Writes  <run_dir>/<part>/: metrics.json, confusion.csv, per_class.csv, per_galax
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import json
+import itertools
 import logging
-from collections.abc import Iterable
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import SSFTT_dense
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -31,110 +38,62 @@ import data_fns
 import data_io
 import hsi_proc_fns
 import loops
+import metrics
+import pack_cubes
+import run_folder
+import samples
 import utils
-from data_fns import PatchSpec
+from data_fns import PatchDataset
+from hsi_proc_fns import Stats
 from HSI_SSFTT import SSFTT, get_SSFTT_model
-from labels import LABEL_NONE, class_middles, label_classes
+from labels import LABEL_NONE, label_classes
+from pack_cubes import NormalisedCube
+from recipe import require_alike
+from run_folder import ModelCard
+from samples import PatchSpec
 from utils import DataError
 
 log = logging.getLogger(__name__)
 
-MODEL_SCHEMA, MODEL_VERSION = "ssftt-model", 1
-MODEL_FILE, WEIGHTS_FILE, STATS_FILE = "model.json", "best.safetensors", "stats.h5"
-BASELINE_FILE, CONFIG_FILE, METRICS_FILE = "baseline.safetensors", "config.json", "metrics.csv"
-SPLIT_FOLDER, MAPS_FOLDER, FIGURES_FOLDER = "split", "maps", "figures"
-RESULT_FILE, CONFUSION_FILE = "metrics.json", "confusion.csv"
-PER_CLASS_FILE, PER_GALAXY_FILE = "per_class.csv", "per_galaxy.csv"
-PREDICTIONS_FILE = "predictions.csv.gz"
-
 Amp = Literal["off", "bf16", "fp16"]
 AMP_TYPES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 READERS = 8
-"""Threads that read cubes at most."""
-N_BOOTSTRAP = 2000
+"""Maximum number of threads that read cubes."""
+BANDS_AT_ONCE = 1000
+"""Bands of all fields that a GPU classifies together: 32 galaxies with 30 components each."""
+SHAPE_STEP = 16
+"""Such fields are padded to multiples of it: cuDNN searches algorithms for every new shape."""
+PATCHES_AT_ONCE = 256
+"""Patches of patch files that are classified together."""
+SOME_SPECTRA = 10_000
+"""Spectra that the spectrum-only baseline is fitted to (more do not change its accuracy), and from
+which a learned projection starts."""
+BASELINE_COMPONENTS = 50
+"""Principal components of the spectra that the baseline uses."""
 FEW_GALAXIES = 10
-"""Fewer drawn again and again do not show how different galaxies are."""
-INTERVAL = (0.025, 0.975)
-"""Quantiles of the bootstrap intervals."""
+"""With fewer galaxies, the bootstrap underestimates how much they differ."""
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt (malloc.h)."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Options of eval_fns.py."""
+    """Evaluate a trained model on a part of its split."""
 
     run_dir: Path
     """Folder of a training run."""
     part: Literal["train", "val", "test"] = "test"
     """Part of the run's split to evaluate."""
     data_dir: Path | None = None
-    """Data folder; default the run's, else MANGA_DATA_DIR, else ./data/manga."""
+    """Data folder; default the run's, else $MANGA_DATA_DIR, else ./data/manga."""
     patch_wise: bool = False
-    """Predict patch by patch instead of whole maps at once: the same numbers, slowly."""
+    """Predict patch by patch instead of whole maps at once: the same numbers, but slower."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     seed: int = 0
-    """Of the bootstrap over galaxies."""
+    """Random seed of the bootstrap over galaxies."""
     debug: bool = False
     """Show the traceback of an error."""
-
-
-# Metrics
-
-
-def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
-    """Count pairs of classes, (true class, predicted class) int."""
-    pairs = np.asarray(truth, np.int64) * n_classes + np.asarray(predicted, np.int64)
-    return np.bincount(pairs, minlength=n_classes**2).reshape(n_classes, n_classes)
-
-
-def class_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall, F1, intersection over union and support of each class.
-
-    Parameters
-    ----------
-    confusion : (..., true class, predicted class) array
-
-    Returns
-    -------
-    dict of (..., class) arrays; 0 where a ratio has no denominator.
-    """
-    hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
-    true, predicted = confusion.sum(-1).astype(float), confusion.sum(-2).astype(float)
-
-    def ratio(over: np.ndarray) -> np.ndarray:
-        return np.divide(hits, over, out=np.zeros_like(hits), where=over > 0)
-
-    return {
-        "precision": ratio(predicted),
-        "recall": ratio(true),
-        "f1": ratio((true + predicted) / 2),
-        "iou": ratio(true + predicted - hits),
-        "support": true,
-    }
-
-
-def overall_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Accuracy, macro F1 and Cohen's kappa.
-
-    Parameters
-    ----------
-    confusion : (..., true class, predicted class) array, not empty
-
-    Returns
-    -------
-    dict of (...) arrays
-        The macro F1 is the mean over the classes that occur in truth or prediction. Kappa
-        (Cohen 1960, eq. 1) is NaN where chance alone agrees everywhere: with one class.
-    """
-    total = confusion.sum((-2, -1)).astype(float)
-    true, predicted = confusion.sum(-1), confusion.sum(-2)
-    accuracy = np.diagonal(confusion, axis1=-2, axis2=-1).sum(-1) / total
-    occurs = (true + predicted) > 0
-    f1 = class_metrics(confusion)["f1"].sum(-1) / occurs.sum(-1)
-    chance = (true * predicted).sum(-1) / total**2
-    undefined = np.full_like(accuracy, np.nan)
-    kappa = np.divide(accuracy - chance, 1 - chance, out=undefined, where=chance < 1)
-    return {"accuracy": accuracy, "macro_f1": f1, "kappa": kappa}
 
 
 # Models
@@ -142,157 +101,108 @@ def overall_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
 
 @dataclass
 class TrainedModel:
-    """A model and all that its use needs.
+    """A model and all that using it requires.
 
     Attributes
     ----------
     network : SSFTT
         In evaluation mode, on `device`.
-    spec : PatchSpec
-        How its patches are made.
+    card : ModelCard
+        Its description: class names, class values, recipe, best epoch, ...
     stats : Stats or None
         For the norm PCA.
-    about : dict
-        model.json: class names, wavelength grid, training labels, best epoch, ...
     device : torch.device
     parts : dict
-        Part of the run's split by mangaid; of a galaxy in several (easy splits) training.
+        Part of the run's split by mangaid; training for a galaxy in several (easy splits).
     """
 
     network: SSFTT
-    spec: PatchSpec
-    stats: data_io.Stats | None
-    about: dict[str, Any]
+    card: ModelCard
+    stats: Stats | None
     device: torch.device
     parts: dict[str, str] = field(default_factory=dict)
 
     @property
-    def class_values(self) -> np.ndarray | None:
-        """12+log(O/H) that stands for each class, (class,) dex: the mean of its training spaxels.
+    def spec(self) -> PatchSpec:
+        """How its samples are made."""
+        return self.card.spec
 
-        None for BPT.
-        """
-        if self.spec.label_task != "logOH":
-            return None
-        known = self.about["training_labels"].get("class_values")
-        return class_middles(self.spec.n_classes) if known is None else np.array(known)
+    def __repr__(self) -> str:
+        """Describe the model in three lines."""
+        spec, best = self.spec, self.card.best
+        cube = self.card.recipe.options.get("cube", {})
+        grid = f"{cube.get('wave_min')}-{cube.get('wave_max')} Angstrom"
+        return (
+            f"SSFTT for {spec.label_task}: {', '.join(self.card.class_names)}\n"
+            f"  input: patches of {spec.patch_size} x {spec.patch_size} spaxels, norm "
+            f"{spec.patch_norm}, cubes of {grid}; {self.card.parameters} parameters\n"
+            f"  split {self.card.split_dir}, best epoch {best.get('epoch')}, validation accuracy "
+            f"{best.get('val_accuracy', float('nan')):.3f}"
+        )
 
 
 def pick_device(name: str) -> torch.device:
-    """Device of a name; "auto" is the GPU if there is one. Settings for both are made.
+    """Choose a device by name and set it up; "auto" is the GPU if there is one.
 
-    On a GPU float32 convolutions keep all their bits (no TF32): --amp bf16 is there for speed.
+    On a GPU, float32 convolutions keep all their bits (no TF32): use --amp bf16 for speed.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise DataError("--device cuda: torch finds no GPU here; use --device cpu.")
+        raise DataError("--device cuda: no GPU found by torch. Use --device cpu.")
     if name == "cpu":
-        utils.keep_freed_memory()
+        keep_freed_memory()
     else:
         torch.backends.cudnn.allow_tf32 = False
     return torch.device(name)
 
 
-def load_model(run_dir: Path, device: str = "auto") -> TrainedModel:
+def keep_freed_memory() -> None:
+    """Have this process reuse the memory it frees, however large the arrays.
+
+    By default, glibc returns blocks over 32 MB to the system and requests them again page by page,
+    which takes half of the time of a training step on a CPU. Kept blocks are reused; the peak
+    memory grows by the gaps between them. Does nothing with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def load_model(run_dir: Path | str, device: str = "auto") -> TrainedModel:
     """Load the best model of a training run; its folder is all that is needed.
+
+    Parameters
+    ----------
+    run_dir : Path
+    device : {"auto", "cpu", "cuda"}
 
     Raises
     ------
     DataError
         If the folder holds no trained model, a damaged one, or one of another version.
     """
-    run_dir = Path(run_dir)
-    path = run_dir / MODEL_FILE
-    if not path.is_file() or not (run_dir / WEIGHTS_FILE).is_file():
-        raise DataError(
-            f"{run_dir}: no {MODEL_FILE} and {WEIGHTS_FILE}: not the folder of a training run that "
-            "has finished an epoch (python run_SSFTT_training.py --run-dir ...)."
-        )
+    saved = run_folder.read_model(Path(run_dir))
+    network = get_SSFTT_model(**saved.card.network)
     try:
-        about = json.loads(path.read_text())
-        with safe_open(run_dir / WEIGHTS_FILE, "pt") as f:
-            weights = {name: f.get_tensor(name) for name in f.keys()}
-            if f.metadata():  # a stop may have come between the two files
-                about["best"] = json.loads(f.metadata()["best"])
-    except (ValueError, SafetensorError) as error:
+        network.load_state_dict(saved.weights)
+    except RuntimeError:
         raise DataError(
-            f"{run_dir}: {MODEL_FILE} or {WEIGHTS_FILE} is damaged ({error}). Train the model anew."
+            f"{run_dir}: {run_folder.WEIGHTS_FILE} does not fit the network described in "
+            f"{run_folder.MODEL_FILE}. Copy the run again, or retrain."
         ) from None
-    found = (about.get("schema"), about.get("schema_version"))
-    if found != (MODEL_SCHEMA, MODEL_VERSION):
-        raise DataError(
-            f"{path}: schema {found[0]} version {found[1]}, this code needs {MODEL_SCHEMA} version "
-            f"{MODEL_VERSION}. Train the model anew."
-        )
     chosen = pick_device(device)
-    network = get_SSFTT_model(**about["model"])
-    network.load_state_dict(weights)
-    patch = about["patch"]
-    spec = PatchSpec(**{**patch, "bands": patch["bands"] and tuple(patch["bands"])})
-    needed = [STATS_FILE] if spec.patch_norm == "PCA" else []
-    has_split = (run_dir / SPLIT_FOLDER).is_dir()  # a model that was given away may have none
-    needed += [f"{SPLIT_FOLDER}/{part}.csv" for part in utils.SPLIT_PARTS if has_split]
-    lost = [name for name in needed if not (run_dir / name).is_file()]
-    if lost:
-        raise DataError(f"{run_dir}: {lost[0]} is gone. Copy the run anew, or train anew.")
-    stats = data_io.read_stats(run_dir / STATS_FILE) if spec.patch_norm == "PCA" else None
-    split = data_io.read_split(run_dir / SPLIT_FOLDER)[0] if has_split else {}
-    parts = {m: part for part in reversed(split) for m in split[part]["mangaid"]}
-    return TrainedModel(network.to(chosen).eval(), spec, stats, about, chosen, parts)
+    network = network.to(chosen).eval()
+    return TrainedModel(network, saved.card, saved.stats, chosen, saved.parts)
 
 
-@torch.inference_mode()
-def predict_logits(
-    network: nn.Module, loader: DataLoader | Iterable, device: torch.device, amp: Amp = "off"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Predict all patches of a loader.
-
-    Returns
-    -------
-    logits : (N, classes) float32
-    rows : (N,) int64
-        Rows of the dataset's samples.
-    """
-    network.eval()
-    logits, rows = [], []
-    for batch in loader:
-        patches = batch.patches.to(device, non_blocking=True)
-        with torch.autocast(device.type, AMP_TYPES[amp], enabled=amp != "off"):
-            logits.append(network(patches).float().cpu())
-        rows.append(batch.rows)
-    return torch.cat(logits).numpy(), torch.cat(rows).cpu().numpy()
+# Prediction
 
 
-def predict(trained: TrainedModel, patches: np.ndarray | torch.Tensor) -> np.ndarray:
-    """Class probabilities of patches.
-
-    Parameters
-    ----------
-    trained : TrainedModel
-    patches : (N, 1, band, P, P) float32
-        Normalised as the model's were; the spaxel in question is [P//2, P//2].
-
-    Returns
-    -------
-    (N, classes) float32, rows sum to 1.
-    """
-    with torch.inference_mode():
-        logits = trained.network(torch.as_tensor(patches).to(trained.device))
-    return logits.float().softmax(1).cpu().numpy()
-
-
-def baseline_logits(weights: dict[str, torch.Tensor], spectra: np.ndarray) -> np.ndarray:
-    """Apply the linear spectrum-only baseline that training fitted; (n, band) -> (n, classes)."""
-    return spectra @ weights["weight"].numpy().T + weights["bias"].numpy()
-
-
-# Maps
-
-
-@dataclass
-class MapPrediction:
-    """What a model says about every spaxel of a cube.
+@dataclass(repr=False)
+class CubePrediction:
+    """A model's prediction for every spaxel of a cube.
 
     Attributes
     ----------
@@ -301,12 +211,13 @@ class MapPrediction:
         LABEL_NONE where the spaxel is not usable.
     probabilities : (y, x, class) float32
         NaN where the spaxel is not usable.
+    class_names : list of str
     inside : (y, x) bool
-        Spaxels with anything measured.
+        Spaxels with any measured bin.
     attrs : dict
         Of the cube: redshift, wcs_header, ...
     class_values : (class,) array or None
-        As of `TrainedModel`.
+        12+log(O/H) that stands for each class, dex; None for BPT.
     part : str
         Part of the run's split that the galaxy is in; empty if in none.
     """
@@ -314,6 +225,7 @@ class MapPrediction:
     plateifu: str
     classes: np.ndarray
     probabilities: np.ndarray
+    class_names: list[str]
     inside: np.ndarray
     attrs: dict[str, Any]
     class_values: np.ndarray | None = None
@@ -324,43 +236,47 @@ class MapPrediction:
         """Spaxels with a prediction, (y, x) bool."""
         return self.classes != LABEL_NONE
 
+    @property
+    def class_counts(self) -> np.ndarray:
+        """Number of spaxels of each class, (class,) int."""
+        return np.bincount(self.classes[self.usable], minlength=len(self.class_names))
 
-def predict_map(trained: TrainedModel, values: np.ndarray, patch_wise: bool = False) -> np.ndarray:
-    """Class probabilities of every spaxel of a normalised cube.
+    @property
+    def logoh(self) -> np.ndarray | None:
+        """Mean 12+log(O/H) over the classes' probabilities, (y, x) dex; None for BPT."""
+        return None if self.class_values is None else self.probabilities @ self.class_values
 
-    Parameters
-    ----------
-    trained : TrainedModel
-    values : (y, x, band) float32
-    patch_wise : bool
-        Run the network on every spaxel's patch instead of once over the map. Same numbers.
+    @property
+    def logoh_spread(self) -> np.ndarray | None:
+        """Standard deviation of 12+log(O/H) over the classes' probabilities, (y, x) dex.
 
-    Returns
-    -------
-    (y, x, class) float32
-    """
-    ny, nx = values.shape[:2]
-    with torch.inference_mode():
-        if not patch_wise:
-            cutout = torch.from_numpy(values).permute(2, 0, 1)[None, None].to(trained.device)
-            logits = trained.network.forward_dense(cutout)[0].permute(1, 2, 0)
-            return logits.float().softmax(2).cpu().numpy()
-    size = trained.spec.patch_size
-    out = np.empty((ny, nx, len(trained.about["class_names"])), np.float32)
-    columns = np.arange(nx)
-    padded = hsi_proc_fns.pad_for_patches(values, size)
-    for y in range(ny):
-        strip = padded[y : y + size]  # the rows that this row's patches cover
-        windows = np.lib.stride_tricks.sliding_window_view(strip, size, axis=1)
-        patches = windows[:, columns].transpose(1, 2, 0, 3)[:, None]  # (x, 1, band, P, P)
-        out[y] = predict(trained, np.ascontiguousarray(patches))
-    return out
+        What the model cannot distinguish; it includes neither the width of a class nor the error
+        of the calibration. None for BPT.
+        """
+        if self.class_values is None or self.logoh is None:
+            return None
+        square = self.probabilities @ self.class_values**2
+        return np.sqrt(np.maximum(square - self.logoh**2, 0))
+
+    def __repr__(self) -> str:
+        """Describe the prediction in three lines."""
+        ny, nx = self.classes.shape
+        counts = zip(self.class_names, self.class_counts, strict=True)
+        seen = f"in the run's {self.part} part" if self.part else "not in the run's split"
+        last = ""
+        if self.logoh is not None and self.usable.any():
+            last = f"; median 12+log(O/H) {np.nanmedian(self.logoh):.3f} dex"
+        return (
+            f"{self.plateifu}: {ny} x {nx} spaxels, {int(self.usable.sum())} classified\n"
+            f"  {', '.join(f'{name}: {count}' for name, count in counts)}\n"
+            f"  {seen}{last}"
+        )
 
 
-def evaluate_cube(
-    model: TrainedModel | Path, path: Path, patch_wise: bool = False
-) -> MapPrediction:
-    """Run a trained model on a whole cube; no label is needed.
+def predict_cube(
+    model: TrainedModel | Path | str, path: Path | str, patch_wise: bool = False
+) -> CubePrediction:
+    """Run a trained model on a whole cube; no labels are needed.
 
     Parameters
     ----------
@@ -369,43 +285,40 @@ def evaluate_cube(
     path : Path
         H5 cube.
     patch_wise : bool
-        Patch by patch instead of the whole map at once. Same numbers.
+        Classify patch by patch instead of the whole map at once: the same numbers, but slower.
 
     Raises
     ------
     DataError
-        If the cube is unreadable, or of another kind (grid, options) than the training's.
+        If the cube is unreadable, or was made with other options than the training's.
     """
     trained = model if isinstance(model, TrainedModel) else load_model(model)
-    return map_cube(trained, load_for(trained, path), utils.plateifu_of(path), patch_wise)
+    cube = read_cube_for(trained, Path(path))
+    return predict_normalised(trained, cube, utils.plateifu_of(path), patch_wise)
 
 
-def load_for(trained: TrainedModel, path: Path) -> data_fns.NormedCube:
-    """Read and normalise a cube as a model's training cubes were.
+def read_cube_for(model: TrainedModel, path: Path) -> NormalisedCube:
+    """Read and normalise a cube like the model's training cubes.
 
     Raises
     ------
     DataError
-        If the cube is unreadable, or of another kind (grid, options) than the training's.
+        If the cube is unreadable, or was made with other options than the training's.
     """
-    cube = data_fns.load_normed(path, trained.spec, trained.stats)
-    if trained.about["cubes"]:
-        want = data_io.CubeKind(**trained.about["cubes"])
-        data_io.CubeKind.of(cube.wave, cube.attrs).check(path, want, "the model's training cubes")
-    return cube
+    cube = pack_cubes.read_normalised(path, model.spec.patch_norm, model.stats)
+    options = model.card.recipe.options["cube"]
+    whose = "those that the model learned from"
+    require_alike(cube.recipe.shared, options, path, whose, data_io.REBUILD_CUBE)
+    bands = model.spec.slice_bands(cube.values.shape[2], path)
+    return cube._replace(values=np.ascontiguousarray(cube.values[..., bands]))
 
 
-def count_readers() -> int:
-    """Choose how many threads read cubes ahead of the network: HDF5 lets one read at a time."""
-    return min(utils.cpu_count(), READERS)
-
-
-def read_labels_for(trained: TrainedModel, path: Path, usable: np.ndarray) -> np.ndarray:
-    """Read a label map that a model may be compared with, (y, x).
+def read_labels_for(model: TrainedModel, path: Path, usable: np.ndarray) -> np.ndarray:
+    """Read a label map that a model's predictions may be compared with, (y, x).
 
     Parameters
     ----------
-    trained : TrainedModel
+    model : TrainedModel
     path : Path
     usable : (y, x) bool
         Usable spaxels of the galaxy's cube.
@@ -413,35 +326,369 @@ def read_labels_for(trained: TrainedModel, path: Path, usable: np.ndarray) -> np
     Raises
     ------
     DataError
-        If it is unreadable, made with other options than the training's, or of another shape.
+        If it is unreadable, was made with other options than the training's, or has another shape.
     """
-    made = data_io.read_label_meta(path).get("options")
-    want = trained.about["training_labels"].get("options")
-    data_fns.check_label_options(utils.plateifu_of(path), made, want, "the training's")
+    made, options = data_io.read_label_meta(path).get("recipe"), model.card.recipe.options["labels"]
+    if made is not None and options:
+        require_alike(made.shared, options, path, "the training labels", samples.REBUILD_LABELS)
     labels = data_io.read_labels(path)
-    data_fns.check_label_shape(labels, usable, path)
+    samples.check_label_shape(labels, usable, path)
     return labels
 
 
-def map_cube(
-    trained: TrainedModel, cube: data_fns.NormedCube, plateifu: str, patch_wise: bool = False
-) -> MapPrediction:
-    """Run a trained model on a cube of `load_for`; see `evaluate_cube`."""
-    probabilities = predict_map(trained, cube.values, patch_wise)
+def predict_normalised(
+    model: TrainedModel, cube: NormalisedCube, plateifu: str, patch_wise: bool = False
+) -> CubePrediction:
+    """Run a trained model on a cube of `read_cube_for`; see `predict_cube`."""
+    probabilities = map_probabilities(model, cube.values, patch_wise)
     classes = probabilities.argmax(2).astype(np.int16)
     classes[~cube.usable] = LABEL_NONE
     probabilities[~cube.usable] = np.nan
-    part = trained.parts.get(str(cube.attrs.get("mangaid") or plateifu), "")
-    values = trained.class_values
-    return MapPrediction(plateifu, classes, probabilities, cube.inside, cube.attrs, values, part)
+    part = model.parts.get(str(cube.attrs.get("mangaid") or plateifu), "")
+    card = model.card
+    return CubePrediction(
+        plateifu,
+        classes,
+        probabilities,
+        card.class_names,
+        cube.inside,
+        cube.attrs,
+        card.dex_values,
+        part,
+    )
+
+
+def map_probabilities(
+    model: TrainedModel, values: np.ndarray, patch_wise: bool = False
+) -> np.ndarray:
+    """Class probabilities of every spaxel of a normalised cube.
+
+    Parameters
+    ----------
+    model : TrainedModel
+    values : (y, x, band) float32
+    patch_wise : bool
+        Run the network on every spaxel's patch instead of once over the map: the same numbers.
+
+    Returns
+    -------
+    (y, x, class) float32
+    """
+    ny, nx = values.shape[:2]
+    if not patch_wise:
+        with torch.inference_mode():
+            cutout = torch.from_numpy(values).permute(2, 0, 1)[None, None].to(model.device)
+            logits = SSFTT_dense.dense_logits(model.network, cutout)[0].permute(1, 2, 0)
+            return logits.float().softmax(2).cpu().numpy()
+    columns, out = np.arange(nx), []
+    for y in range(ny):
+        rows = np.full(nx, y)
+        patches = hsi_proc_fns.extract_patches(values, rows, columns, model.spec.patch_size)
+        patches = patches.transpose(0, 3, 1, 2)[:, None]  # (x, 1, band, P, P)
+        out.append(predict(model, np.ascontiguousarray(patches)))
+    return np.stack(out)
+
+
+def predict(model: TrainedModel, patches: np.ndarray | Tensor) -> np.ndarray:
+    """Class probabilities of patches.
+
+    Parameters
+    ----------
+    model : TrainedModel
+    patches : (N, 1, band, P, P) float32
+        Normalised like the training patches; the spaxel in question is [P//2, P//2].
+
+    Returns
+    -------
+    (N, classes) float32, rows sum to 1.
+    """
+    with torch.inference_mode():
+        logits = model.network(torch.as_tensor(patches).to(model.device))
+    return logits.float().softmax(1).cpu().numpy()
+
+
+@torch.inference_mode()
+def sample_logits(
+    network: SSFTT, loader: DataLoader, device: torch.device, amp: Amp = "off"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class logits of all samples of a loader.
+
+    Whole galaxies at a time where the dataset has them (packed cubes), otherwise patch by patch:
+    the same numbers.
+
+    Returns
+    -------
+    logits : (N, classes) float32
+    rows : (N,) int64
+        Into the dataset's samples.
+    """
+    dataset = dataset_of(loader)
+    network.eval()
+    if dataset.has_fields:
+        return field_logits(network, dataset, device, amp)
+    logits, rows = [], []
+    for batch in loader:
+        patches = batch.patches.to(device, non_blocking=True)
+        with torch.autocast(device.type, AMP_TYPES[amp], enabled=amp != "off"):
+            logits.append(network(patches).float().cpu())
+        rows.append(batch.rows)
+    return torch.cat(logits).numpy(), torch.cat(rows).cpu().numpy()
+
+
+@torch.inference_mode()
+def field_logits(
+    network: SSFTT,
+    dataset: PatchDataset,
+    device: torch.device,
+    amp: Amp = "off",
+    at_once: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Like `sample_logits`, for whole galaxies.
+
+    A GPU classifies `at_once` galaxies together (default: by their number of bands), the smaller
+    ones padded with zeros, as beyond any field of view; a CPU one at a time, without padding.
+    """
+    logits, order, chosen = [], [], dataset.samples
+    if at_once is None:
+        at_once = max(1, BANDS_AT_ONCE // dataset.n_bands) if device.type == "cuda" else 1
+    step = SHAPE_STEP if at_once > 1 else 1
+    parts = chosen.by_galaxy()
+    while some := list(itertools.islice(parts, at_once)):
+        fields, corners = zip(*(dataset.field(galaxy) for galaxy, _ in some), strict=True)
+        ny, nx = (-(-max(f.shape[axis] for f in fields) // step) * step for axis in (3, 4))
+        padded = [F.pad(f, (0, nx - f.shape[4], 0, ny - f.shape[3])) for f in fields]
+        with torch.autocast(device.type, AMP_TYPES[amp], enabled=amp != "off"):
+            whole = torch.cat(padded).to(device, non_blocking=True)
+            dense = SSFTT_dense.dense_logits(network, whole)
+        there = [
+            (i * ny + chosen.y[rows].astype(np.int64) - y) * nx + chosen.x[rows] - x
+            for i, ((_, rows), (y, x)) in enumerate(zip(some, corners, strict=True))
+        ]
+        spaxels = torch.from_numpy(np.concatenate(there)).to(device)
+        logits.append(dense.movedim(1, 3).flatten(0, 2)[spaxels].float())
+        order += [rows for _, rows in some]
+    return torch.cat(logits).cpu().numpy(), np.concatenate(order)
+
+
+def dataset_of(loader: DataLoader) -> PatchDataset:
+    """Return the dataset of a loader of `data_fns.get_dataloaders`."""
+    assert isinstance(loader.dataset, PatchDataset)
+    return loader.dataset
+
+
+# Baselines
+
+
+def sample_spectra(dataset: PatchDataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw samples without replacement: rows (n,), ascending, and spectra (n, band) float64."""
+    n = len(dataset)
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(n, size=min(n, SOME_SPECTRA), replace=False))
+    return rows, dataset.centres(rows).astype(np.float64)
+
+
+def fit_spectrum_baseline(dataset: PatchDataset, seed: int) -> dict[str, Tensor]:
+    """Fit a logistic regression to the spectra of single spaxels, without their neighbours.
+
+    Returns
+    -------
+    dict of weight (classes, band) and bias (classes,)
+        Scaling, principal components and regression are linear, so that one matrix combines them.
+        Classes that do not occur get a bias of -inf.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+
+    rows, spectra = sample_spectra(dataset, seed)
+    classes = dataset.samples.classes[rows]
+    n_classes, n_bands = len(dataset.spec.class_names), spectra.shape[1]
+    weight = np.zeros((n_classes, n_bands))
+    bias = np.full(n_classes, -np.inf)
+    present = np.unique(classes)
+    if present.size == 1:
+        bias[present] = 0.0
+    else:
+        pca = PCA(min(BASELINE_COMPONENTS, n_bands, len(rows)), random_state=seed, whiten=True)
+        regression = LogisticRegression(max_iter=300).fit(pca.fit_transform(spectra), classes)
+        coefficients, intercept = regression.coef_, regression.intercept_
+        if present.size == 2:  # sklearn keeps one row for two classes
+            coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
+            intercept = np.concatenate([-intercept / 2, intercept / 2])
+        whiten = hsi_proc_fns.whitening(pca.components_, pca.explained_variance_)
+        weight[present] = coefficients @ whiten
+        bias[present] = intercept - weight[present] @ pca.mean_
+    return {
+        "weight": torch.from_numpy(weight.astype(np.float32)),
+        "bias": torch.from_numpy(bias.astype(np.float32)),
+    }
+
+
+def baseline_logits(weights: dict[str, Tensor], spectra: np.ndarray) -> np.ndarray:
+    """Apply the linear spectrum-only baseline of a run; (n, band) -> (n, classes)."""
+    return spectra @ weights["weight"].numpy().T + weights["bias"].numpy()
+
+
+def read_baseline(run_dir: Path) -> dict[str, Tensor] | None:
+    """Read a run's spectrum-only baseline; None if it was not fitted."""
+    path = run_dir / run_folder.BASELINE_FILE
+    return run_folder.read_tensors(path)[0] if path.is_file() else None
+
+
+def baseline_scores(
+    train: PatchDataset, val: PatchDataset, weights: dict[str, Tensor] | None
+) -> dict[str, float]:
+    """Score the majority class and the spectrum-only baseline on the validation part."""
+    truth = val.samples.classes
+    counts = train.samples.class_counts(len(train.spec.class_names))
+    scores = {"val_majority_accuracy": float((truth == counts.argmax()).mean())}
+    if weights is not None:
+        blocks = np.array_split(np.arange(len(val)), max(1, len(val) // SOME_SPECTRA))
+        guesses = [baseline_logits(weights, val.centres(rows)).argmax(1) for rows in blocks]
+        scores["val_spectrum_accuracy"] = float((truth == np.concatenate(guesses)).mean())
+    return scores
 
 
 # Splits
 
 
-def predict_split(
-    trained: TrainedModel,
-    run_dir: Path,
+@dataclass(repr=False)
+class Evaluation:
+    """How well a model does on a part of its split.
+
+    Attributes
+    ----------
+    scores : dict
+        Content of metrics.json: see `metrics.score_predictions`; also part, split, split_kind,
+        label_task, best_epoch.
+    class_names : list of str
+    confusion : (true class, predicted class) int
+    per_class, per_galaxy : DataFrame
+    predictions : DataFrame
+        One row per spaxel: see `predict_from_cubes`.
+    """
+
+    scores: dict[str, Any]
+    class_names: list[str]
+    confusion: np.ndarray
+    per_class: pd.DataFrame
+    per_galaxy: pd.DataFrame
+    predictions: pd.DataFrame
+
+    def write(self, folder: Path) -> None:
+        """Write the results into a folder."""
+        names = pd.Index(self.class_names, name="true")
+        table = pd.DataFrame(self.confusion, index=names, columns=self.class_names)
+        for content, name in (
+            (table.reset_index(), run_folder.CONFUSION_FILE),
+            (self.per_class, run_folder.PER_CLASS_FILE),
+            (self.per_galaxy, run_folder.PER_GALAXY_FILE),
+            (self.predictions, run_folder.PREDICTIONS_FILE),
+        ):
+            with utils.atomic_path(folder / name) as temporary:
+                content.to_csv(temporary, index=False)
+        utils.write_json(folder / run_folder.RESULT_FILE, self.scores)
+
+    def __repr__(self) -> str:
+        """Describe the scores in a few lines."""
+        result, intervals = self.scores, self.scores["intervals"]
+        lines = [
+            f"{result['label_task']}, {result['part']} part of the split {result['split']} "
+            f"({result['split_kind']}): {result['galaxies']} galaxies, {result['spaxels']} spaxels"
+        ]
+        if result["split_kind"] == "easy":
+            lines.append("  an easy split: neighbours of the test spaxels were trained on")
+        names = {
+            "accuracy": "accuracy",
+            "majority_accuracy": "  majority class",
+            "spectrum_accuracy": "  spectrum only",
+            "macro_f1": "macro F1",
+            "kappa": "kappa",
+            "mae_dex": "MAE (dex)",
+            "constant_mae_dex": "  constant",
+            "rmse_dex": "RMSE (dex)",
+            "constant_rmse_dex": "  constant",
+        }
+        for key, name in names.items():
+            if result.get(key) is not None:
+                low_high = intervals.get(key)
+                spread = f"  [{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else ""
+                lines.append(f"  {name:<18}{result[key]:.3f}{spread}")
+        if intervals:
+            n = result["galaxies"]
+            few = "; with so few they are too narrow" if n < FEW_GALAXIES else ""
+            lines.append(f"  [95 % intervals from a bootstrap over {n} galaxies{few}]")
+        return "\n".join(lines)
+
+
+def evaluate_split(
+    run_dir: Path | str,
+    part: str = "test",
+    data_dir: Path | None = None,
+    patch_wise: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> Evaluation:
+    """Evaluate a run on a part of its own split and write the results to <run_dir>/<part>/.
+
+    The split is the copy in the run folder: rebuilding the data folder's splits afterwards cannot
+    move training galaxies into the test part. Galaxies are mapped from their cubes; a run that
+    learned from patch files is evaluated on these if there are no cubes at all.
+
+    Parameters
+    ----------
+    run_dir : Path
+    part : {"train", "val", "test"}
+    data_dir : Path, optional
+        Default: the run's, else as everywhere.
+    patch_wise : bool
+        As in `predict_cube`.
+    device : {"auto", "cpu", "cuda"}
+    seed : int
+        Random seed of the bootstrap over galaxies.
+    """
+    run_dir = Path(run_dir)
+    model = load_model(run_dir, device)
+    root = run_folder.run_data_dir(run_dir, data_dir)
+    parts, split = data_io.read_split(run_dir / run_folder.SPLIT_FOLDER)
+    baseline = read_baseline(run_dir)
+    cubes = [utils.cube_path(root, p) for p in parts[part]["plateifu"].unique()]
+    source = model.card.recipe.options["source"]
+    if source == "patches" and not any(path.is_file() for path in cubes):
+        log.info("evaluating the patch files: there are no cubes")
+        frame = predict_from_patch_files(model, baseline, root, parts[part])
+    else:
+        frame = predict_from_cubes(model, baseline, root, parts[part], patch_wise)
+    if frame.empty:
+        raise DataError(
+            f"{run_dir}: no labelled spaxel in the {part} part of the split. Choose another --part."
+        )
+    card = model.card
+    overall, confusion, per_class, per_galaxy = metrics.score_predictions(
+        frame, card.class_names, card.class_counts, card.dex_values, card.label_median, seed
+    )
+    scores = {
+        "part": part,
+        "split": model.card.split_dir,
+        "split_kind": split.options["kind"],
+        "label_task": model.spec.label_task,
+        "best_epoch": model.card.best["epoch"],
+        **{k: None if v != v else v for k, v in overall.items()},  # JSON has no NaN
+        "created_utc": utils.utc_now(),
+    }
+    names = model.card.class_names
+    evaluation = Evaluation(scores, names, confusion, per_class, per_galaxy, frame)
+    evaluation.write(run_dir / part)
+    return evaluation
+
+
+def count_readers() -> int:
+    """Choose the number of threads that read cubes ahead of the network."""
+    return min(utils.cpu_count(), READERS)
+
+
+def predict_from_cubes(
+    model: TrainedModel,
+    baseline: dict[str, Tensor] | None,
     root: Path,
     table: pd.DataFrame,
     patch_wise: bool = False,
@@ -450,15 +697,15 @@ def predict_split(
 
     Parameters
     ----------
-    trained : TrainedModel
-    run_dir : Path
-        Folder of its run; its spectrum-only baseline is applied beside it if there is one.
+    model : TrainedModel
+    baseline : dict, optional
+        Spectrum-only baseline to apply as well.
     root : Path
         Data folder.
     table : DataFrame
         The part: plateifu, mangaid, and y and x where the split is by spaxel.
     patch_wise : bool
-        As in `evaluate_cube`.
+        As in `predict_cube`.
 
     Raises
     ------
@@ -467,22 +714,19 @@ def predict_split(
 
     Returns
     -------
-    DataFrame, one row a spaxel
+    DataFrame, one row per spaxel
         plateifu, mangaid, y, x, value (label: dex or class), true, predicted, probability (of the
         predicted class) and, with a baseline, spectrum_only (its class).
     """
-    baseline = None
-    if (run_dir / BASELINE_FILE).is_file():
-        baseline = load_file(run_dir / BASELINE_FILE)
-    spec, frames = trained.spec, []
+    spec, frames = model.spec, []
     groups = table.groupby("plateifu", sort=False)
     paths = [utils.cube_path(root, plateifu) for plateifu in table["plateifu"].unique()]
-    cubes = loops.in_threads(functools.partial(load_for, trained), paths, count_readers())
+    cubes = loops.in_threads(functools.partial(read_cube_for, model), paths, count_readers())
     bar = tqdm(groups, desc="galaxies", unit="galaxy", disable=None)
     for (plateifu, rows), cube in zip(bar, cubes, strict=True):
         label_path = utils.label_path(root, spec.label_task, plateifu)
-        labels = read_labels_for(trained, label_path, cube.usable)
-        result = map_cube(trained, cube, plateifu, patch_wise)
+        labels = read_labels_for(model, label_path, cube.usable)
+        result = predict_normalised(model, cube, plateifu, patch_wise)
         classes = label_classes(labels, spec.label_task, spec.n_classes)
         wanted = (classes != LABEL_NONE) & cube.usable
         if {"y", "x"} <= set(rows.columns):
@@ -508,270 +752,38 @@ def predict_split(
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-def predict_patch_files(
-    trained: TrainedModel, run_dir: Path, root: Path, table: pd.DataFrame
+def predict_from_patch_files(
+    model: TrainedModel, baseline: dict[str, Tensor] | None, root: Path, table: pd.DataFrame
 ) -> pd.DataFrame:
-    """Do as `predict_split`, from patch files where there are no cubes."""
-    dataset = data_fns.get_dataset(root, table, trained.spec, "patches", trained.stats)
-    samples = dataset.samples
-    batches = data_fns.Batches(samples.classes, 256, shuffle=False)
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=data_fns.collate)
-    logits, rows = predict_logits(trained.network, loader, trained.device)
-    plateifus = np.array(samples.plateifus)[samples.galaxy[rows]]
+    """Like `predict_from_cubes`, but from patch files."""
+    spec = model.spec
+    chosen = samples.get_samples(table, spec, root, None, model.stats)
+    dataset = data_fns.PatchFileDataset(chosen, spec, root)
+    sampler = data_fns.SpaxelBatchSampler(chosen.classes, PATCHES_AT_ONCE, shuffle=False)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=data_fns.collate)
+    logits, rows = sample_logits(model.network, loader, model.device)
+    plateifus = np.array(chosen.plateifus)[chosen.galaxy[rows]]
     mangaids = table.drop_duplicates("plateifu").set_index("plateifu")["mangaid"]
     frame = pd.DataFrame(
         {
             "plateifu": plateifus,
             "mangaid": mangaids.loc[plateifus].to_numpy(),
-            "y": samples.y[rows],
-            "x": samples.x[rows],
-            "value": samples.values[rows],
-            "true": samples.classes[rows],
+            "y": chosen.y[rows],
+            "x": chosen.x[rows],
+            "value": chosen.values[rows],
+            "true": chosen.classes[rows],
             "predicted": logits.argmax(1),
             "probability": torch.from_numpy(logits).softmax(1).numpy().max(1),
         }
     )
-    if (run_dir / BASELINE_FILE).is_file():
-        baseline = load_file(run_dir / BASELINE_FILE)
+    if baseline is not None:
         frame["spectrum_only"] = baseline_logits(baseline, dataset.centres(rows)).argmax(1)
     return frame
 
 
-def score_predictions(
-    frame: pd.DataFrame, trained: TrainedModel, seed: int = 0
-) -> tuple[dict[str, Any], np.ndarray, pd.DataFrame, pd.DataFrame]:
-    """Score predictions: all spaxels together, each class, each galaxy.
-
-    Parameters
-    ----------
-    frame : DataFrame
-        From `predict_split`.
-    trained : TrainedModel
-    seed : int
-        Of the bootstrap.
-
-    Returns
-    -------
-    overall : dict
-        accuracy, macro_f1, kappa; majority_accuracy (of the training's majority class) and
-        spectrum_accuracy; for metallicities mae_dex and rmse_dex of the predicted class's value
-        against the label, and constant_mae_dex and constant_rmse_dex of the training median;
-        `intervals`: 95 % of the bootstrap over galaxies, since the spaxels of one galaxy are not
-        independent (a galaxy is a mangaid).
-    confusion : (true class, predicted class) int
-    per_class, per_galaxy : DataFrame
-    """
-    names = trained.about["class_names"]
-    n, labels = len(names), trained.about["training_labels"]
-    majority = int(np.argmax(labels["class_counts"]))
-    frame = frame.assign(majority=frame["true"] == majority)
-    values = trained.class_values
-    is_dex = values is not None
-    if values is not None:
-        frame["error"] = values[frame["predicted"]] - frame["value"]
-        frame["constant_error"] = labels["median"] - frame["value"]
-
-    galaxies = {k: g for k, g in frame.groupby("plateifu", sort=False)}
-    rows = []
-    for plateifu, g in galaxies.items():
-        confusion = confusion_matrix(g["true"], g["predicted"], n)
-        row = {"plateifu": plateifu, "mangaid": g["mangaid"].iloc[0], "spaxels": len(g)}
-        row |= {k: float(v) for k, v in overall_metrics(confusion).items()}
-        row["majority_accuracy"] = g["majority"].mean()
-        if is_dex:
-            row |= _dex_errors(g)
-        rows.append(row)
-
-    confusion = confusion_matrix(frame["true"], frame["predicted"], n)
-    overall: dict[str, Any] = {
-        "galaxies": frame["mangaid"].nunique(),
-        "spaxels": len(frame),
-        **{k: float(v) for k, v in overall_metrics(confusion).items()},
-        "majority_accuracy": float(frame["majority"].mean()),
-    }
-    if "spectrum_only" in frame:
-        overall["spectrum_accuracy"] = float((frame["true"] == frame["spectrum_only"]).mean())
-    if is_dex:
-        overall |= _dex_errors(frame)
-    overall["intervals"] = bootstrap_intervals(frame, n, seed)
-    per_class = pd.DataFrame(class_metrics(confusion)).astype({"support": int})
-    occurs = (confusion.sum(0) + confusion.sum(1)) > 0
-    per_class.loc[~occurs, ["precision", "recall", "f1", "iou"]] = np.nan
-    per_class.insert(0, "class", names)
-    return overall, confusion, per_class, pd.DataFrame(rows)
-
-
-def _dex_errors(frame: pd.DataFrame) -> dict[str, float]:
-    """Mean absolute and root mean square error of the model and of the constant, dex."""
-    out = {}
-    for prefix, name in (("", "error"), ("constant_", "constant_error")):
-        error = frame[name].to_numpy(float)
-        out[f"{prefix}mae_dex"] = float(np.abs(error).mean())
-        out[f"{prefix}rmse_dex"] = float(np.sqrt((error**2).mean()))
-    return out
-
-
-def bootstrap_intervals(
-    frame: pd.DataFrame, n_classes: int, seed: int = 0, n_draws: int = N_BOOTSTRAP
-) -> dict[str, list[float]]:
-    """Draw galaxies with replacement and see how far the scores move.
-
-    Parameters
-    ----------
-    frame : DataFrame
-        mangaid, true, predicted and, for metallicities, error in dex; one row a spaxel.
-    n_classes, seed, n_draws : int
-
-    Returns
-    -------
-    dict of score -> [low, high]
-        95 % percentile intervals (Efron 1979); empty for a single galaxy, which cannot tell.
-    """
-    groups = [g for _, g in frame.groupby("mangaid", sort=True)]
-    if len(groups) < 2:
-        return {}
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=n_draws)
-    each = np.stack([confusion_matrix(g["true"], g["predicted"], n_classes) for g in groups])
-    scores = overall_metrics(np.tensordot(draws, each, axes=1))
-    if "error" in frame:
-        sums = np.array([[len(g), g["error"].abs().sum(), (g["error"] ** 2).sum()] for g in groups])
-        count, absolute, square = (draws @ sums).T
-        scores |= {"mae_dex": absolute / count, "rmse_dex": np.sqrt(square / count)}
-    defined = {k: v[np.isfinite(v)] for k, v in scores.items()}
-    return {k: np.quantile(v, INTERVAL).tolist() for k, v in defined.items() if v.size}
-
-
-def evaluate_split(
-    run_dir: Path,
-    part: str = "test",
-    data_dir: Path | None = None,
-    patch_wise: bool = False,
-    device: str = "auto",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Evaluate a run on a part of its own split and write the results to <run_dir>/<part>/.
-
-    The split is the copy in the run folder: remaking the data folder's splits afterwards cannot
-    move training galaxies into the test. Galaxies are mapped from their cubes; patch files serve
-    a run that learned from them where there is no cube at all.
-
-    Parameters
-    ----------
-    run_dir : Path
-    part : {"train", "val", "test"}
-    data_dir : Path, optional
-        Default: the run's, else as everywhere.
-    patch_wise : bool
-        As in `evaluate_cube`.
-    device : {"auto", "cpu", "cuda"}
-    seed : int
-        Of the bootstrap over galaxies.
-
-    Returns
-    -------
-    dict
-        Content of metrics.json: see `score_predictions`.
-    """
-    run_dir = Path(run_dir)
-    trained = load_model(run_dir, device)
-    config = json.loads((run_dir / CONFIG_FILE).read_text())
-    root = run_data_dir(run_dir, data_dir)
-    parts, meta = data_io.read_split(run_dir / SPLIT_FOLDER)
-    cubes = [utils.cube_path(root, p) for p in parts[part]["plateifu"].unique()]
-    if config["source"] == "patches" and not any(path.is_file() for path in cubes):
-        log.info("evaluating the patch files: there is no cube")
-        frame = predict_patch_files(trained, run_dir, root, parts[part])
-    else:
-        frame = predict_split(trained, run_dir, root, parts[part], patch_wise)
-    if frame.empty:
-        raise DataError(f"{run_dir}: no labelled spaxel in the {part} part of the split.")
-    overall, confusion, per_class, per_galaxy = score_predictions(frame, trained, seed)
-    result = {
-        "part": part,
-        "split": trained.about["split_dir"],
-        "split_kind": meta.get("kind"),
-        "label_task": trained.spec.label_task,
-        "best_epoch": trained.about["best"]["epoch"],
-        **{k: None if v != v else v for k, v in overall.items()},  # NaN is no JSON
-        "created_utc": utils.utc_now(),
-    }
-    out = run_dir / part
-    names = trained.about["class_names"]
-    table = pd.DataFrame(confusion, index=pd.Index(names, name="true"), columns=names)
-    for content, name in (
-        (table.reset_index(), CONFUSION_FILE),
-        (per_class, PER_CLASS_FILE),
-        (per_galaxy, PER_GALAXY_FILE),
-        (frame, PREDICTIONS_FILE),
-    ):
-        with utils.atomic_path(out / name) as temporary:
-            content.to_csv(temporary, index=False)
-    utils.write_json(out / RESULT_FILE, result)
-    return result
-
-
-def run_data_dir(run_dir: Path, flag: Path | None = None) -> Path:
-    """Find a run's data folder: the flag, else the run's own if it exists, else the default."""
-    saved = json.loads((Path(run_dir) / MODEL_FILE).read_text()).get("data_dir")
-    if flag is None and saved and Path(saved).is_dir():
-        return Path(saved)
-    return utils.data_dir(flag)
-
-
-def expected_value(probabilities: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of 12+log(O/H) over the classes' probabilities.
-
-    Parameters
-    ----------
-    probabilities : (..., class)
-    values : (class,) dex
-        What stands for each class (`TrainedModel.class_values`).
-
-    Returns
-    -------
-    mean, deviation : (...) dex
-        What the model cannot tell apart; neither the width of a class nor the calibration's error
-        is in it.
-    """
-    mean = probabilities @ values
-    return mean, np.sqrt(np.maximum(probabilities @ values**2 - mean**2, 0))
-
-
-def describe_result(result: dict[str, Any]) -> str:
-    """Put the scores of `evaluate_split` into a few lines."""
-    intervals = result["intervals"]
-    lines = [
-        f"{result['label_task']}, {result['part']} part of the split {result['split']} "
-        f"({result['split_kind']}): {result['galaxies']} galaxies, {result['spaxels']} spaxels"
-    ]
-    if result["split_kind"] == "easy":
-        lines.append("  an easy split: neighbours of the test spaxels were trained on")
-    labels = {
-        "accuracy": "accuracy",
-        "majority_accuracy": "  majority class",
-        "spectrum_accuracy": "  spectrum only",
-        "macro_f1": "macro F1",
-        "kappa": "kappa",
-        "mae_dex": "MAE (dex)",
-        "constant_mae_dex": "  constant",
-        "rmse_dex": "RMSE (dex)",
-        "constant_rmse_dex": "  constant",
-    }
-    for key, label in labels.items():
-        if result.get(key) is not None:
-            low_high = intervals.get(key)
-            spread = f"  [{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else ""
-            lines.append(f"  {label:<18}{result[key]:.3f}{spread}")
-    if intervals:
-        few = ": so few, they are too narrow" if result["galaxies"] < FEW_GALAXIES else ""
-        lines.append(f"  [95 % intervals from a bootstrap over {result['galaxies']} galaxies{few}]")
-    return "\n".join(lines)
-
-
 def main(config: EvalConfig) -> int:
     """Evaluate a part of the run's split."""
-    result = evaluate_split(
+    evaluation = evaluate_split(
         config.run_dir,
         config.part,
         config.data_dir,
@@ -779,7 +791,7 @@ def main(config: EvalConfig) -> int:
         config.device,
         config.seed,
     )
-    print(describe_result(result))
+    print(evaluation)
     log.info("results in %s", config.run_dir / config.part)
     return utils.EXIT_DONE
 
