@@ -31,6 +31,7 @@ import data_fns
 import data_io
 import hsi_proc_fns
 import loops
+import SSFTT_dense
 import utils
 from data_fns import PatchSpec
 from HSI_SSFTT import SSFTT, get_SSFTT_model
@@ -342,7 +343,7 @@ def predict_map(trained: TrainedModel, values: np.ndarray, patch_wise: bool = Fa
     with torch.inference_mode():
         if not patch_wise:
             cutout = torch.from_numpy(values).permute(2, 0, 1)[None, None].to(trained.device)
-            logits = trained.network.forward_dense(cutout)[0].permute(1, 2, 0)
+            logits = SSFTT_dense.dense_logits(trained.network, cutout)[0].permute(1, 2, 0)
             return logits.float().softmax(2).cpu().numpy()
     size = trained.spec.patch_size
     out = np.empty((ny, nx, len(trained.about["class_names"])), np.float32)

@@ -418,8 +418,8 @@ def test_compiling_reaches_the_faces_that_training_calls(config, monkeypatch):
     steps = len(seen)
     assert steps == seen.count("forward") == 3
     assert training.main(replace(config, source="packed", cutout=5, overwrite=True)) == 0
-    assert seen[steps:].count("forward_inner") == len(seen) - steps > 0
-    assert eval_fns.load_model(config.run_dir, "cpu").network.arguments["n_classes"] == 6
+    assert seen[steps:].count("cutout_logits") == len(seen) - steps > 0
+    assert eval_fns.load_model(config.run_dir, "cpu").network.config.n_classes == 6
 
 
 @pytest.mark.gpu
@@ -551,7 +551,7 @@ def test_every_task_scale_and_norm_trains(config, task, n_classes, norm):
     )
     assert training.main(config) == 0
     model = eval_fns.load_model(config.run_dir)
-    assert model.network.arguments["n_classes"] == (3 if task == "BPT" else n_classes)
+    assert model.network.config.n_classes == (3 if task == "BPT" else n_classes)
     assert np.isfinite(numbers_of(config.run_dir).to_numpy()).all()
 
 
@@ -623,7 +623,7 @@ def test_projection_starts_as_whitened_principal_components(config, tmp_path):
         values = model.projection(torch.from_numpy(spectra)[:, :, None, None])[..., 0, 0].numpy()
     np.testing.assert_allclose(values.mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(np.cov(values.T), np.eye(5), atol=1e-3)
-    model.arguments["projection"] = len(spectra)
+    model.config = replace(model.config, bands=len(spectra), projection=len(spectra))
     with pytest.raises(DataError, match="training samples"):
         training.start_projection(model, loader.dataset, 0)
 
