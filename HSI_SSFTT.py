@@ -96,6 +96,11 @@ class SSFTTConfig:
         """Bands that the first convolution leaves."""
         return (self.components - self.spectral_kernel) // self.spectral_stride + 1
 
+    @property
+    def folded_channels(self) -> int:
+        """Channels of the second convolution's input: filters and bands of the first, folded."""
+        return self.channels * self.spectral_bands
+
 
 class ClassTokenBlock(nn.Module):
     """One pre-norm transformer encoder block, evaluated for the class token only.
@@ -157,7 +162,7 @@ class SSFTT(nn.Module):
             nn.ReLU(inplace=True),
         )
         self.spatial = nn.Sequential(
-            nn.Conv2d(config.channels * config.spectral_bands, dim, kernel),
+            nn.Conv2d(config.folded_channels, dim, kernel),
             nn.BatchNorm2d(dim),
             nn.ReLU(inplace=True),
         )

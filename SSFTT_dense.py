@@ -372,8 +372,7 @@ def dense_logits(model: SSFTT, cutouts: Tensor, block_bytes: int = BLOCK_BYTES) 
     if model.training:
         return cutout_logits(model, padded)
     margin = size - model.config.window  # rows that the two convolutions take off
-    widest = model.config.channels * model.config.spectral_bands
-    row_bytes = len(padded) * widest * padded.shape[-1] * padded.element_size()
+    row_bytes = len(padded) * model.config.folded_channels * padded[0, 0, 0, 0].nbytes
     # the first convolution gives the rows of a block and half the margin: a multiple of these
     rows = (block_bytes // row_bytes - margin // 2) // ROW_MULTIPLE * ROW_MULTIPLE - margin // 2
     rows = max(1, rows)

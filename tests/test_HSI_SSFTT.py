@@ -111,7 +111,7 @@ def test_weights_load_into_the_network_that_the_saved_config_makes():
     again = get_SSFTT_model(**dataclasses.asdict(model.config))
     again.load_state_dict(model.state_dict())
     assert again.spectral[0].weight.shape == (8, 1, 9, 3, 3)
-    assert again.spatial[0].in_channels == 8 * 3
+    assert again.config.folded_channels == 8 * 3
 
 
 def test_defaults_of_the_function_and_of_the_config_are_the_same():

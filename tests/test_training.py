@@ -400,15 +400,15 @@ def test_labels_on_another_scale_than_the_classes_are_refused(config, root, tmp_
         training.main(replace(config, data_dir=root))
 
 
-def test_compiling_reaches_the_faces_that_training_calls(config, monkeypatch):
+def test_compiling_reaches_what_training_calls(config, monkeypatch):
     seen = []
 
-    def compile_(face, dynamic):
+    def compile_(function, dynamic):
         assert not dynamic
 
         def compiled(*args):
-            seen.append(face.__name__)
-            return face(*args)
+            seen.append(function.__name__)
+            return function(*args)
 
         return compiled
 
