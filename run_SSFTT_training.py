@@ -45,6 +45,7 @@ import data_fns
 import data_io
 import eval_fns
 import hsi_proc_fns
+import SSFTT_dense
 import utils
 from data_fns import Batch, Batches, CutoutBatch, PatchDataset, PatchSpec
 from HSI_SSFTT import SSFTT, count_parameters, get_SSFTT_model
@@ -247,6 +248,8 @@ class Training:
     about: dict[str, Any]
     """Content of model.json."""
     progress: Progress = field(default_factory=Progress)
+    cutout_logits: Callable[..., Tensor] = SSFTT_dense.cutout_logits
+    """Of cutouts; compiled with --compile."""
 
     @property
     def batches(self) -> Batches:
@@ -297,7 +300,9 @@ def train_epoch(training: Training, stopper: Stopper) -> bool:
         with torch.autocast(
             device.type, eval_fns.AMP_TYPES[config.amp], enabled=config.amp != "off"
         ):
-            loss, booked = batch_loss(model, batch, device, config.label_smoothing)
+            loss, booked = batch_loss(
+                model, batch, device, config.label_smoothing, training.cutout_logits
+            )
         training.optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(training.optimiser)
@@ -316,7 +321,11 @@ def train_epoch(training: Training, stopper: Stopper) -> bool:
 
 
 def batch_loss(
-    model: SSFTT, batch: Batch | CutoutBatch, device: torch.device, label_smoothing: float = 0.0
+    model: SSFTT,
+    batch: Batch | CutoutBatch,
+    device: torch.device,
+    label_smoothing: float = 0.0,
+    cutout_logits: Callable[..., Tensor] = SSFTT_dense.cutout_logits,
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy of a batch of patches or cutouts.
 
@@ -332,7 +341,7 @@ def batch_loss(
     classes = batch.classes.to(device, non_blocking=True)
     if isinstance(batch, CutoutBatch):
         weights = batch.weights.to(device, non_blocking=True)
-        logits = model.forward_inner(patches, weights)
+        logits = cutout_logits(model, patches, weights)
     else:
         weights = torch.ones_like(classes, dtype=torch.float32)
         logits = model(patches)
@@ -440,7 +449,8 @@ def predict_fields(
         ny, nx = (-(-max(f.shape[axis] for f in fields) // step) * step for axis in (3, 4))
         padded = [F.pad(f, (0, nx - f.shape[4], 0, ny - f.shape[3])) for f in fields]
         with torch.autocast(device.type, eval_fns.AMP_TYPES[amp], enabled=amp != "off"):
-            dense = network.forward_dense(torch.cat(padded).to(device, non_blocking=True))
+            cutouts = torch.cat(padded).to(device, non_blocking=True)
+            dense = SSFTT_dense.dense_logits(network, cutouts)
         there = [
             (i * ny + samples.y[rows].astype(np.int64) - y) * nx + samples.x[rows] - x
             for i, ((_, rows), (y, x)) in enumerate(zip(some, corners, strict=True))
@@ -762,7 +772,7 @@ def start_projection(model: SSFTT, dataset: PatchDataset, seed: int) -> None:
     from sklearn.decomposition import PCA
 
     _, spectra = sample_spectra(dataset, seed)
-    k = model.arguments["projection"]
+    k = model.config.projection or 0
     if len(spectra) <= k:
         raise DataError(f"--projection {k}: needs more than the {len(spectra)} training samples.")
     pca = PCA(k, svd_solver="covariance_eigh").fit(spectra)
@@ -849,7 +859,7 @@ def describe_model(config: TrainConfig, loader: DataLoader, model: SSFTT) -> dic
     return {
         "schema": eval_fns.MODEL_SCHEMA,
         "schema_version": eval_fns.MODEL_VERSION,
-        "model": model.arguments,
+        "model": asdict(model.config),
         "parameters": count_parameters(model),
         "patch": asdict(config.spec),
         "class_names": names,
@@ -929,8 +939,7 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
     ).to(device)
     if config.projection:
         start_projection(model, _dataset(loaders["train"]), weight_seed)
-    if config.compile:
-        compile_steps(model)
+    cutout_logits = compile_steps(model) if config.compile else SSFTT_dense.cutout_logits
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
     )
@@ -938,13 +947,17 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, learning_rate(config, steps))
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     about = describe_model(config, loaders["train"], model)
-    return Training(config, run_dir, device, loaders, model, optimiser, scheduler, scaler, about)
+    parts = (loaders, model, optimiser, scheduler, scaler, about)
+    return Training(config, run_dir, device, *parts, cutout_logits=cutout_logits)
 
 
-def compile_steps(model: SSFTT) -> None:
-    """Compile what training calls; maps come in too many sizes."""
-    for name in ("forward", "forward_inner"):  # shapes repeat: another one is compiled for itself
-        setattr(model, name, torch.compile(getattr(model, name), dynamic=False))
+def compile_steps(model: SSFTT) -> Callable[..., Tensor]:
+    """Compile the model's forward; return `SSFTT_dense.cutout_logits` compiled.
+
+    Shapes repeat in training, so each is compiled for itself; those of maps do not.
+    """
+    model.forward = torch.compile(model.forward, dynamic=False)  # type: ignore[method-assign]
+    return torch.compile(SSFTT_dense.cutout_logits, dynamic=False)
 
 
 def train(training: Training, stopper: Stopper) -> int:
@@ -993,7 +1006,7 @@ def run(training: Training, stopper: Stopper, resuming: bool) -> int:
     log.info(
         "model: %d parameters, patches of %d bands x %d x %d spaxels",
         count_parameters(training.model),
-        training.model.arguments["bands"],
+        training.model.config.bands,
         config.patch_size,
         config.patch_size,
     )

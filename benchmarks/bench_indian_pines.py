@@ -24,8 +24,8 @@ the network stand, from the same training pixels: the class of the nearest train
 (row, column), no spectrum; a support vector machine on the pixel's own spectrum, no neighbours;
 the commonest training class.
 
-Then the map of the whole image, forward_dense against forward on all 21,025 patches (cut
-beforehand, not timed), in turn in the same run, and both compared pixel by pixel for every
+Then the map of the whole image, SSFTT_dense.dense_logits against the network on all 21,025 patches
+(cut beforehand, not timed), in turn in the same run, and both compared pixel by pixel for every
 network trained. About ten minutes on two cores.
 
     python benchmarks/bench_indian_pines.py
@@ -59,6 +59,7 @@ from tqdm import tqdm
 
 import eval_fns
 import hsi_proc_fns
+import SSFTT_dense
 import utils
 from HSI_SSFTT import SSFTT, get_SSFTT_model
 from labels import LABEL_NONE
@@ -301,7 +302,7 @@ def map_patches(model: SSFTT, patches: Tensor) -> Tensor:
 @torch.inference_mode()
 def map_dense(model: SSFTT, cutout: Tensor) -> Tensor:
     """Logits (y * x, classes) of one cutout (1, 1, C, y, x)."""
-    return model.forward_dense(cutout)[0].flatten(1).T
+    return SSFTT_dense.dense_logits(model, cutout)[0].flatten(1).T
 
 
 # Scores

@@ -26,8 +26,10 @@ import bench_process
 import bench_storage
 import compare_training
 import measuring
+import roofline
 import run_all
 
+import SSFTT_dense
 import utils
 from run_SSFTT_training import TrainConfig
 
@@ -266,7 +268,7 @@ def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch):
     assert {row["name"] for row in found["rows"]} >= {"dense_forward", "map_latency"}
 
 
-def test_a_device_that_reckons_wrongly_is_refused(monkeypatch):
+def test_a_device_whose_gradients_are_wrong_is_refused(monkeypatch):
     bench = bench_network.Bench.of(bench_network.Config(**TINY, amp="bf16"))
     bench_network.check_device(bench)
     real = bench_network.batch_loss
@@ -276,7 +278,7 @@ def test_a_device_that_reckons_wrongly_is_refused(monkeypatch):
         return loss * (1.5 if torch.is_autocast_enabled("cpu") else 1), booked
 
     monkeypatch.setattr(bench_network, "batch_loss", wrong)
-    with pytest.raises(utils.DataError, match=r"amp bf16 are 0\.5"):
+    with pytest.raises(utils.DataError, match=r"amp bf16 differ from the CPU.s by 0\.5"):
         bench_network.check_device(bench)
 
 
@@ -284,7 +286,9 @@ def test_a_device_that_reckons_wrongly_is_refused(monkeypatch):
 def test_epochs_of_training_itself_are_timed_by_batch_size(tmp_path, monkeypatch, compiled):
     """Here, where nothing waits for a compiler: what would be compiled is called as it is."""
     reached = []
-    monkeypatch.setattr(torch, "compile", lambda face, **_: reached.append(face.__name__) or face)
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: reached.append(function.__name__) or function
+    )
     config = bench_network.Config(**TINY, amp="bf16", compile=compiled)
     bench, seen = bench_network.Bench.of(config), []
     real = bench_network.run_SSFTT_training.train_epoch
@@ -325,10 +329,10 @@ def one_batch(variant, changes, cutout, n=1):
 def test_operations_are_those_that_torch_counts(variant, changes, cutout, training):
     model, batch = one_batch(variant, changes, cutout)
     with FlopCounterMode(display=False) as counter:
-        logits = model.classify_windows(model.features(batch.patches))
+        logits = SSFTT_dense.classify_windows(model, model.features(batch.patches))
         if training:
             logits.sum().backward()
-    counted = bench_network.count_flops(model, cutout, training)
+    counted = roofline.count_flops(model.config, cutout, training)
     assert counted == counter.get_total_flops()
 
 
@@ -356,7 +360,7 @@ def test_least_traffic_is_below_that_of_every_operation_by_itself(variant, chang
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-    least = 2 * bench_network.count_bytes(model, cutout, itemsize=4, cutouts=2)
+    least = 2 * roofline.count_bytes(model, cutout, itemsize=4, cutouts=2)
     assert 0.05 * traffic.total < least < traffic.total
 
 
@@ -366,7 +370,7 @@ def test_patches_of_a_cutout_give_its_logits():
     cutout = bench_network.random_spectra(1, 5, 6, TINY["bands"])
     with torch.inference_mode():
         each = model(bench_network.patches_of(cutout, 7, 30))
-        dense = model.forward_dense(cutout)[0].flatten(1).T
+        dense = SSFTT_dense.dense_logits(model, cutout)[0].flatten(1).T
     torch.testing.assert_close(dense, each, rtol=1e-4, atol=1e-5)
 
 
@@ -374,17 +378,16 @@ def test_pipeline_counts_labelled_spaxels_only(tmp_path):
     bench = bench_network.Bench.of(bench_network.Config(**TINY))
     step = bench_network.Step(bench, "fiducial", False, 1)
     loader = bench_network.packed_loader(bench, tmp_path / "x.h5", TINY["bands"], 5, 2)
-    found = {}
-    bench_network.one_pass(step, loader, found, "x")
+    found = step.learn_all(loader)
     loader.batch_sampler.set_epoch(0)
-    assert found["x"] == sum(int((batch.weights > 0).sum()) for batch in loader)
+    assert found == sum(int((batch.weights > 0).sum()) for batch in loader)
 
 
 def test_traces_share_out_the_whole_time():
     bench = bench_network.Bench.of(bench_network.Config(**TINY))
     step = bench_network.Step(bench, "fiducial", True, 1)
     found, busy = bench_network.trace_step(step, lines=10_000)
-    assert busy == ""  # told of GPUs alone
+    assert busy == ""  # reported for GPUs only
     assert sum(share for _, share in found) == pytest.approx(1)
     assert any("convolution" in name for name, _ in found)
 

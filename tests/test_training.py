@@ -401,15 +401,15 @@ def test_labels_on_another_scale_than_the_classes_are_refused(config, root, tmp_
         training.main(replace(config, data_dir=root))
 
 
-def test_compiling_reaches_the_faces_that_training_calls(config, monkeypatch):
+def test_compiling_reaches_what_training_calls(config, monkeypatch):
     seen = []
 
-    def compile_(face, dynamic):
+    def compile_(function, dynamic):
         assert not dynamic
 
         def compiled(*args):
-            seen.append(face.__name__)
-            return face(*args)
+            seen.append(function.__name__)
+            return function(*args)
 
         return compiled
 
@@ -419,8 +419,8 @@ def test_compiling_reaches_the_faces_that_training_calls(config, monkeypatch):
     steps = len(seen)
     assert steps == seen.count("forward") == 3
     assert training.main(replace(config, source="packed", cutout=5, overwrite=True)) == 0
-    assert seen[steps:].count("forward_inner") == len(seen) - steps > 0
-    assert eval_fns.load_model(config.run_dir, "cpu").network.arguments["n_classes"] == 6
+    assert seen[steps:].count("cutout_logits") == len(seen) - steps > 0
+    assert eval_fns.load_model(config.run_dir, "cpu").network.config.n_classes == 6
 
 
 @pytest.mark.gpu
@@ -552,7 +552,7 @@ def test_every_task_scale_and_norm_trains(config, task, n_classes, norm):
     )
     assert training.main(config) == 0
     model = eval_fns.load_model(config.run_dir)
-    assert model.network.arguments["n_classes"] == (3 if task == "BPT" else n_classes)
+    assert model.network.config.n_classes == (3 if task == "BPT" else n_classes)
     assert np.isfinite(numbers_of(config.run_dir).to_numpy()).all()
 
 
@@ -624,7 +624,7 @@ def test_projection_starts_as_whitened_principal_components(config, tmp_path):
         values = model.projection(torch.from_numpy(spectra)[:, :, None, None])[..., 0, 0].numpy()
     np.testing.assert_allclose(values.mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(np.cov(values.T), np.eye(5), atol=1e-3)
-    model.arguments["projection"] = len(spectra)
+    model.config = replace(model.config, bands=len(spectra), projection=len(spectra))
     with pytest.raises(DataError, match="training samples"):
         training.start_projection(model, loader.dataset, 0)
 
