@@ -27,7 +27,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import SSFTT_dense
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +41,7 @@ import metrics
 import pack_cubes
 import run_folder
 import samples
+import SSFTT_dense
 import utils
 from data_fns import PatchDataset
 from hsi_proc_fns import Stats

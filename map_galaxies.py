@@ -3,9 +3,9 @@
 Reads   a run folder of run_SSFTT_training.py; processed/cubes/<plate>/<plateifu>.h5. No label is
         needed: these may be galaxies that nobody has labelled.
 Writes  <run_dir>/maps/<plateifu>.fits, classes, probabilities and, for metallicities, 12+log(O/H),
-        with the cube's sky coordinates; <run_dir>/maps/galaxies.csv, a line a galaxy.
+        with the cube's sky coordinates; <run_dir>/maps/galaxies.csv, one row per galaxy.
 Layouts: docs/data_formats.md. Every usable spaxel gets a class, star-forming or not. Maps that
-this model made of these cubes are left alone; others are made anew.
+this model made from today's cubes are left alone; others are made again.
 
     python map_galaxies.py --run-dir runs/demo                          # every cube there is
     python map_galaxies.py --run-dir runs/demo --plateifu 8485-1901 7815-3702
@@ -13,13 +13,11 @@ this model made of these cubes are left alone; others are made anew.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -28,12 +26,15 @@ from astropy.io import fits
 import data_io
 import eval_fns
 import loops
+import run_folder
 import utils
-from data_fns import NormedCube
+from pack_cubes import NormalisedCube
+from recipe import Recipe, file_digest
 
 log = logging.getLogger(__name__)
 
 TABLE_FILE = "galaxies.csv"
+MAP_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +44,22 @@ class Config(loops.GalaxyChoice):
     run_dir: Path
     """Folder of a training run."""
     data_dir: Path | None = None
-    """Data folder; default the run's, else MANGA_DATA_DIR, else ./data/manga."""
+    """Data folder; default the run's, else $MANGA_DATA_DIR, else ./data/manga."""
     jobs: int = 0
-    """Threads that read cubes ahead of the network; 0 takes one a CPU, up to 8."""
+    """Number of threads that read cubes ahead of the network; 0 uses one per CPU, at most 8."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     overwrite: bool = False
     """Also replace maps that are up to date."""
 
 
-def recipe_of(weights_sha256: str, attrs: dict[str, Any]) -> str:
-    """Tell what a map is made from in 16 characters: the model's weights, the cube's content."""
-    made_from = json.dumps([weights_sha256, data_io.recipe_of(attrs)], sort_keys=True)
-    return hashlib.sha256(made_from.encode()).hexdigest()[:16]
+def map_recipe(weights_digest: str, cube: Recipe) -> Recipe:
+    """Name what decides a map: the model's weights and the cube."""
+    return Recipe("map", MAP_VERSION, {}, {"weights": weights_digest, "cube": cube.digest})
 
 
 def read_map_header(path: Path) -> fits.Header:
-    """Primary header of a map; an empty one if there is no readable map."""
+    """Read the primary header of a map; an empty one if there is no readable map."""
     try:
         return fits.getheader(path)
     except OSError:
@@ -67,39 +67,38 @@ def read_map_header(path: Path) -> fits.Header:
 
 
 def write_map(
-    path: Path, result: eval_fns.MapPrediction, trained: eval_fns.TrainedModel, cards: dict
+    path: Path, result: eval_fns.CubePrediction, trained: eval_fns.TrainedModel, cards: dict
 ) -> None:
     """Write a map as FITS, whole or not at all.
 
     Parameters
     ----------
     path : Path
-    result : MapPrediction
+    result : CubePrediction
     trained : TrainedModel
     cards : dict
-        More cards for the primary header; None values are left out.
+        Additional cards for the primary header; None values are left out.
     """
-    names = trained.about["class_names"]
+    names = result.class_names
     images = {"CLASS": result.classes, "PROBABILITY": np.moveaxis(result.probabilities, 2, 0)}
     median, values = None, result.class_values
     if values is not None:
-        images["LOGOH"], images["LOGOH_SPREAD"] = eval_fns.expected_value(
-            result.probabilities, values
-        )
+        images["LOGOH"], images["LOGOH_SPREAD"] = result.logoh, result.logoh_spread
         median = float(np.median(images["LOGOH"][result.usable])) if result.usable.any() else None
-    counts = np.bincount(result.classes[result.usable], minlength=len(names))
     cards = {
         "PLATEIFU": (result.plateifu, "galaxy"),
         "MANGAID": (result.attrs.get("mangaid"), "galaxy, however often observed"),
         "REDSHIFT": (result.attrs.get("redshift"), "of the cube"),
         "TASK": (trained.spec.label_task, "label that was learned"),
-        "EPOCH": (trained.about["best"]["epoch"], "of the weights"),
+        "EPOCH": (trained.card.best["epoch"], "of the weights"),
         **cards,
         "PART": (result.part, "of the run's split; empty if in none"),
         "SPAXELS": (int(result.usable.sum()), "with a prediction"),
         "MEDIAN": (median, "12+log(O/H) of those spaxels, dex"),
         **{f"CLASS{k}": (name, "") for k, name in enumerate(names)},
-        **{f"COUNT{k}": (int(n), "spaxels of the class") for k, n in enumerate(counts)},
+        **{
+            f"COUNT{k}": (int(n), "spaxels of the class") for k, n in enumerate(result.class_counts)
+        },
         **{
             f"VALUE{k}": (float(v), "dex, of the class")
             for k, v in enumerate([] if values is None else values)
@@ -122,7 +121,7 @@ def write_map(
 
 
 def tabulate_maps(folder: Path) -> pd.DataFrame:
-    """Table of all maps in a folder, a line a galaxy, from their headers.
+    """Tabulate all maps in a folder from their headers, one row per galaxy.
 
     Returns
     -------
@@ -172,15 +171,16 @@ def map_galaxies(
     -------
     dict of plateifu -> {"written", "up to date", "failed"}
     """
-    folder = run_dir / eval_fns.MAPS_FOLDER
-    weights = utils.sha256_of(run_dir / eval_fns.WEIGHTS_FILE)
+    folder = run_dir / run_folder.MAPS_FOLDER
+    weights = file_digest(run_dir / run_folder.WEIGHTS_FILE)
 
-    def read(plateifu: str) -> NormedCube | Exception | None:
+    def read(plateifu: str) -> NormalisedCube | Exception | None:
         path = utils.cube_path(root, plateifu)
         try:
-            recipe = recipe_of(weights, data_io.read_cube_attrs(path))
+            recipe = map_recipe(weights, data_io.read_cube_head(path).recipe)
             made = read_map_header(folder / f"{plateifu}.fits").get("RECIPE")
-            return None if made == recipe and not overwrite else eval_fns.load_for(trained, path)
+            is_done = made == recipe.digest and not overwrite
+            return None if is_done else eval_fns.read_cube_for(trained, path)
         except Exception as error:  # raised when its galaxy's turn comes
             return error
 
@@ -192,12 +192,12 @@ def map_galaxies(
             raise cube
         if cube is None:
             return "up to date"
-        result = eval_fns.map_cube(trained, cube, plateifu)
+        result = eval_fns.predict_normalised(trained, cube, plateifu)
         if not result.usable.any():
-            log.warning("%s: no usable spaxel, and so no prediction", plateifu)
+            log.warning("%s: no usable spaxel, hence no prediction", plateifu)
         cards = {
             "RUN": (run_dir.resolve().name, "folder of the training run"),
-            "RECIPE": (recipe_of(weights, cube.attrs), "hash of the weights and the cube"),
+            "RECIPE": map_recipe(weights, cube.recipe).digest,
         }
         write_map(folder / f"{plateifu}.fits", result, trained, cards)
         return "written"
@@ -208,10 +208,10 @@ def map_galaxies(
 def main(config: Config) -> int:
     """Map the chosen galaxies and tabulate all maps of the run."""
     trained = eval_fns.load_model(config.run_dir, config.device)
-    root = eval_fns.run_data_dir(config.run_dir, config.data_dir)
+    root = run_folder.run_data_dir(config.run_dir, config.data_dir)
     available = [p.stem for p in utils.processed_cubes(root)]
     galaxies = loops.chosen_galaxies(config, available)
-    folder = config.run_dir / eval_fns.MAPS_FOLDER
+    folder = config.run_dir / run_folder.MAPS_FOLDER
     readers = config.jobs or eval_fns.count_readers()
     failed_csv = loops.failed_path(folder, config.shard)
     outcome = map_galaxies(
@@ -219,13 +219,24 @@ def main(config: Config) -> int:
     )
     table = tabulate_maps(folder)
     if len(table):
+        gone = [not utils.cube_path(root, p).is_file() for p in table["plateifu"]]
+        table["cube"] = np.where(gone, "gone", "")
+        if any(gone):
+            log.warning(
+                "%d of the maps (%s, ...) are of cubes that no longer exist in %s: marked as gone "
+                "in %s",
+                sum(gone),
+                table["plateifu"][gone].iloc[0],
+                root,
+                TABLE_FILE,
+            )
         with utils.atomic_path(folder / TABLE_FILE) as part:
             table.to_csv(part, index=False)
         shown = (table["part"] == "train") & table["plateifu"].isin(galaxies)
         if shown.any():
             log.warning(
                 "%d of these galaxies (%s%s) were trained on: their maps do not show how well the "
-                "model does on new ones",
+                "model works on new ones",
                 shown.sum(),
                 ", ".join(table["plateifu"][shown][:3]),
                 ", ..." if shown.sum() > 3 else "",

@@ -1,6 +1,6 @@
 """The folder of a training run: its files, starting it, checkpoints, and the model that it holds.
 
-Writes  <run_dir>/: config.json, environment.json, split/ (a copy), log.txt, metrics.csv (one row per
+Writes  <run_dir>/: config.json, environment.json, split/ (a copy), log.txt, metrics.csv (a row per
         epoch), last.pt (all that resuming needs), and all that using the model needs: model.json,
         best.safetensors, stats.h5 (norm PCA), baseline.safetensors (spectrum-only baseline).
 
@@ -188,27 +188,24 @@ def check_replaceable(run_dir: Path) -> None:
         )
 
 
-def start(run_dir: Path, config: dict[str, Any], root: Path, split_dir: str, is_pca: bool) -> None:
-    """Make the folder of a new run: remove an old run, write the config, copy the split.
+def start(run_dir: Path, root: Path, split_dir: str, is_pca: bool) -> None:
+    """Make the folder of a new run: remove an old run, copy the split and its statistics.
 
     Parameters
     ----------
     run_dir : Path
-    config : dict
-        Content of config.json.
     root : Path
         Data folder.
     split_dir : str
     is_pca : bool
-        Also copy the split's statistics.
+        Whether the run needs the split's statistics.
     """
     data_io.read_split(utils.split_path(root, split_dir))  # first: no folder without a split
-    utils.write_json(run_dir / CONFIG_FILE, config)
     for name in REPLACED:
         path = run_dir / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif name != CONFIG_FILE:
+        else:
             path.unlink(missing_ok=True)
     for part in utils.SPLIT_PARTS:
         _copy(
@@ -271,7 +268,7 @@ def git_state() -> dict[str, Any]:
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a .safetensors file with the usual permissions (its own writer lets nobody else read)."""
+    """Write a .safetensors file with the usual permissions (its own writer makes it private)."""
     with utils.atomic_path(path) as part:
         part.write_bytes(save(tensors, metadata))
 
@@ -350,14 +347,14 @@ def read_model(run_dir: Path) -> SavedModel:
     Raises
     ------
     DataError
-        If the folder holds no trained model, a damaged or incomplete one, or one of another version.
+        If the folder holds no trained model, or a damaged, incomplete or outdated one.
     """
     run_dir = Path(run_dir)
     card = ModelCard.read(run_dir)
     if not (run_dir / WEIGHTS_FILE).is_file():
         raise DataError(
-            f"{run_dir}: no {WEIGHTS_FILE}. Expected the folder of a training run that has finished "
-            "an epoch (python run_SSFTT_training.py --run-dir ...)."
+            f"{run_dir}: no {WEIGHTS_FILE}. Expected the folder of a training run with a finished "
+            "epoch (python run_SSFTT_training.py --run-dir ...)."
         )
     weights, about = read_tensors(run_dir / WEIGHTS_FILE)
     if "best" in about:  # a stop may have come between writing weights and card

@@ -431,7 +431,12 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     try:
         words = with_config_file(argv)
         description = re.sub(r"\n(?=Writes |Layouts?: )", "\n\n", doc)  # else the help joins lines
-        config = tyro.cli(config_class, args=words, description=description)
+        config = tyro.cli(
+            config_class,
+            args=words,
+            description=description,
+            config=(tyro.conf.OmitArgPrefixes,),  # groups of options, but flat flags
+        )
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)

@@ -34,7 +34,7 @@ from matplotlib.ticker import MaxNLocator
 
 import data_io
 import utils
-from hsi_proc_fns import field_of_view
+from hsi_proc_fns import Stats, field_of_view
 from labels import (
     AGN,
     BPT_LINES,
@@ -52,6 +52,7 @@ from utils import DataError
 
 if TYPE_CHECKING:
     import eval_fns
+    from run_folder import ModelCard
 
 log = logging.getLogger(__name__)
 
@@ -356,7 +357,7 @@ def plot_value_map(
 
 def plot_comparison(
     axes: Sequence[Axes],
-    prediction: eval_fns.MapPrediction,
+    prediction: eval_fns.CubePrediction,
     labels: np.ndarray,
     label_task: str,
     n_classes: int,
@@ -366,14 +367,14 @@ def plot_comparison(
     Parameters
     ----------
     axes : 3 Axes
-    prediction : MapPrediction
+    prediction : CubePrediction
     labels : (y, x) array
         Label map as read by data_io.read_labels.
     label_task, n_classes
 
     Notes
     -----
-    The difference is the value of the predicted class (MapPrediction) less the label in dex,
+    The difference is the value of the predicted class (CubePrediction) less the label in dex,
     hence steps of a class's width where the label varies smoothly; or for BPT whether the two
     classes agree. Its title carries the score over the spaxels that have a label.
     """
@@ -404,7 +405,7 @@ def plot_comparison(
     return axes
 
 
-def title_of(prediction: eval_fns.MapPrediction) -> str:
+def title_of(prediction: eval_fns.CubePrediction) -> str:
     """Title of a predicted map: says if the model saw the galaxy's labels in training."""
     seen = {"train": " (trained on)", "val": " (validation galaxy)"}
     return f"prediction{seen.get(prediction.part, '')}"
@@ -504,7 +505,7 @@ def plot_bpt(
 
 
 def plot_training_curves(
-    axes: Sequence[Axes], metrics: pd.DataFrame, about: Mapping[str, Any] | None = None
+    axes: Sequence[Axes], metrics: pd.DataFrame, card: ModelCard | None = None
 ) -> Sequence[Axes]:
     """Draw loss and accuracy against the epoch.
 
@@ -513,10 +514,9 @@ def plot_training_curves(
     axes : 2 Axes
     metrics : DataFrame
         metrics.csv of a run.
-    about : mapping, optional
-        Its model.json: marks the best epoch and what the validation part gives without a network.
+    card : ModelCard, optional
+        Marks the best epoch and the scores of the validation part without a network.
     """
-    about = about or {}
     curves = {"train": ("training", OTHER_COLOUR), "val": ("validation", MODEL_COLOUR)}
     last = int(metrics["epoch"].max())
     ticks = np.union1d(1, np.arange(last, 0, -max(1, -(-last // 5))))
@@ -524,12 +524,12 @@ def plot_training_curves(
         for part, (label, colour) in curves.items():
             curve = metrics[f"{part}_{name}"]
             ax.plot(metrics["epoch"], curve, "o-", ms=3, color=colour, label=label)
-        if best := about.get("best"):
+        if card is not None and (best := card.best):
             label = f"best epoch: {best['epoch']}"
             ax.axvline(best["epoch"], color="k", lw=0.8, ls=":", label=label)
         ax.set(xlabel="epoch", ylabel=name if name == "accuracy" else "cross entropy (nat)")
         ax.set(xlim=(1 - 0.03 * last, 1.03 * last), xticks=ticks)
-    baselines = about.get("baselines") or {}
+    baselines = card.baselines if card is not None else {}
     lines = {"spectrum": ("linear model", "-."), "majority": ("majority class", "--")}
     for key, (name, line) in lines.items():
         if (value := baselines.get(f"val_{key}_accuracy")) is not None:
@@ -617,7 +617,7 @@ def plot_spectrum(
     return ax
 
 
-def plot_explained_variance(ax: Axes, stats: data_io.Stats) -> Axes:
+def plot_explained_variance(ax: Axes, stats: Stats) -> Axes:
     """Draw each component's share of the variance and the sum of those up to it.
 
     What they leave, spread over all other directions, is said in words.
@@ -637,7 +637,7 @@ def plot_explained_variance(ax: Axes, stats: data_io.Stats) -> Axes:
     return ax
 
 
-def plot_components(axes: Sequence[Axes], stats: data_io.Stats) -> Sequence[Axes]:
+def plot_components(axes: Sequence[Axes], stats: Stats) -> Sequence[Axes]:
     """Draw the mean spectrum and the first components, one in each of the axes."""
     curves = [("mean", stats.mean)]
     curves += [(f"component {k + 1}", c) for k, c in enumerate(stats.components)]
@@ -705,7 +705,7 @@ def plot_histograms(ax: Axes, values: Mapping[str, np.ndarray], label: str, bins
 
 def galaxy_figure(
     trained: eval_fns.TrainedModel, root: Path, plateifu: str
-) -> tuple[Figure, eval_fns.MapPrediction]:
+) -> tuple[Figure, eval_fns.CubePrediction]:
     """Make a galaxy's figure: with labels three maps, without the prediction and its probability.
 
     Raises
@@ -715,8 +715,8 @@ def galaxy_figure(
     """
     import eval_fns
 
-    prediction = eval_fns.evaluate_cube(trained, utils.cube_path(root, plateifu))
-    task, n_classes = trained.spec.label_task, len(trained.about["class_names"])
+    prediction = eval_fns.predict_cube(trained, utils.cube_path(root, plateifu))
+    task, n_classes = trained.spec.label_task, len(trained.card.class_names)
     label_file = utils.label_path(root, task, plateifu)
     if label_file.is_file():
         labels = eval_fns.read_labels_for(trained, label_file, prediction.usable)
@@ -735,7 +735,7 @@ def galaxy_figure(
     return figure, prediction
 
 
-def bpt_figure(root: Path, prediction: eval_fns.MapPrediction, label_task: str) -> Figure:
+def bpt_figure(root: Path, prediction: eval_fns.CubePrediction, label_task: str) -> Figure:
     """Make a galaxy's BPT diagrams, coloured by label and by prediction.
 
     They show the usable spaxels whose four lines exceed the signal-to-noise cut of the labels; the
@@ -754,7 +754,8 @@ def bpt_figure(root: Path, prediction: eval_fns.MapPrediction, label_task: str) 
     named = utils.raw_dir(root, plateifu) / meta.get("source_file", "")
     maps_file = named if named.is_file() else utils.find_raw(root, plateifu, "MAPS")
     maps = fits_utils.read_line_maps(maps_file, BPT_LINES)[0]
-    snr = meta.get("options", {}).get("min_snr", fits_utils.LabelOptions.min_snr)
+    made = meta["recipe"].options if "recipe" in meta else {}
+    snr = made.get("min_snr", fits_utils.LabelOptions.min_snr)
     shown = detected(maps, BPT_LINES, snr) & prediction.usable
     nitrogen = log_ratio(maps, "N2")[0][shown]
     oxygen = log_ratio(maps, "O3N2")[0][shown] + nitrogen
@@ -784,7 +785,7 @@ def spectrum_figure(root: Path, plateifu: str) -> Figure:
     return figure
 
 
-def components_figure(stats: data_io.Stats, n: int = 5) -> Figure:
+def components_figure(stats: Stats, n: int = 5) -> Figure:
     """Make the figure of the mean spectrum and the first n components."""
     rows = min(n, len(stats.components)) + 1
     figure = Figure(figsize=(9, 1.5 * rows), layout="constrained")
@@ -792,39 +793,38 @@ def components_figure(stats: data_io.Stats, n: int = 5) -> Figure:
     return figure
 
 
-def variance_figure(stats: data_io.Stats) -> Figure:
+def variance_figure(stats: Stats) -> Figure:
     """Make the figure of the variance that the components explain."""
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     plot_explained_variance(figure.subplots(), stats)
     return figure
 
 
-def run_figures(run_dir: Path, about: dict[str, Any], part: str = "test") -> dict[str, Figure]:
+def run_figures(run_dir: Path, card: ModelCard, part: str = "test") -> dict[str, Figure]:
     """Make the figures of a run: curves, confusion (if evaluated), explained variance (if PCA).
 
-    `about` is the model's description (`TrainedModel.about`). What is missing is logged, with the
-    command that makes it.
+    What is missing is logged, with the command that creates it.
     """
-    import eval_fns
+    import run_folder
 
     figures = {}
-    metrics = run_dir / eval_fns.METRICS_FILE
+    metrics = run_dir / run_folder.METRICS_FILE
     if metrics.is_file():
         figures["training_curves"] = Figure(figsize=(11, 3.4), layout="constrained")
         axes = figures["training_curves"].subplots(1, 2)
-        plot_training_curves(axes, pd.read_csv(metrics), about)
+        plot_training_curves(axes, pd.read_csv(metrics), card)
     else:
-        command = f"python run_SSFTT_training.py --config {run_dir / eval_fns.CONFIG_FILE}"
-        log.warning("no training curves: no %s; train anew with %s --run-dir NEW", metrics, command)
-    evaluation = run_dir / part / eval_fns.RESULT_FILE
+        command = f"python run_SSFTT_training.py --config {run_dir / run_folder.CONFIG_FILE}"
+        log.warning("no training curves: no %s; retrain with %s --run-dir NEW", metrics, command)
+    evaluation = run_dir / part / run_folder.RESULT_FILE
     if evaluation.is_file():
         result = json.loads(evaluation.read_text())
-        best = about["best"]["epoch"]
+        best = card.best["epoch"]
         if result["best_epoch"] != best:
             log.warning(
                 "%s is of epoch %d, the model of epoch %d", evaluation, result["best_epoch"], best
             )
-        table = pd.read_csv(run_dir / part / eval_fns.CONFUSION_FILE, index_col="true")
+        table = pd.read_csv(run_dir / part / run_folder.CONFUSION_FILE, index_col="true")
         figures[f"confusion_{part}"] = Figure(figsize=(6, 5.6), layout="constrained")
         ax = figures[f"confusion_{part}"].subplots()
         spaxels = _counted(result["spaxels"], "spaxel")
@@ -837,7 +837,7 @@ def run_figures(run_dir: Path, about: dict[str, Any], part: str = "test") -> dic
     else:
         command = f"python eval_fns.py --run-dir {run_dir} --part {part}"
         log.warning("no confusion matrix: no %s; make it with %s", evaluation, command)
-    stats = run_dir / eval_fns.STATS_FILE
+    stats = run_dir / run_folder.STATS_FILE
     if stats.is_file():
         figures["explained_variance"] = variance_figure(data_io.read_stats(stats))
     return figures
@@ -853,11 +853,12 @@ def save(figure: Figure, path: Path) -> None:
 def main(config: VisConfig) -> int:
     """Draw a run's figures and those of the galaxies asked for."""
     import eval_fns
+    import run_folder
 
     trained = eval_fns.load_model(config.run_dir, config.device)
-    root = eval_fns.run_data_dir(config.run_dir, config.data_dir)
-    out = config.run_dir / eval_fns.FIGURES_FOLDER
-    for name, figure in run_figures(config.run_dir, trained.about, config.part).items():
+    root = run_folder.run_data_dir(config.run_dir, config.data_dir)
+    out = config.run_dir / run_folder.FIGURES_FOLDER
+    for name, figure in run_figures(config.run_dir, trained.card, config.part).items():
         save(figure, out / f"{name}.png")
     failed = 0
     for plateifu in config.plateifu:

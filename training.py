@@ -1,0 +1,430 @@
+"""The training loop: one epoch, validation, checkpoints, and stopping on a signal.
+
+Everything is prepared by run_SSFTT_training.py; `train` works with the `Training` it is given. All
+files are written through run_folder.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import eval_fns
+import metrics
+import run_folder
+import SSFTT_dense
+import utils
+from data_fns import Batch, CutoutBatch, SpaxelBatchSampler
+from eval_fns import dataset_of
+from HSI_SSFTT import SSFTT
+from labels import LABEL_NONE
+from run_folder import ModelCard
+from samples import DataOptions, patch_file
+from utils import DataError
+
+log = logging.getLogger(__name__)
+
+CHECK_STEPS = 50
+"""Steps between two checks of the losses, for each of which a GPU has to wait."""
+
+
+@dataclass(frozen=True)
+class OptimisationOptions:
+    """How the network learns."""
+
+    epochs: int = 30
+    """Passes over the training samples."""
+    lr: float = 1e-3
+    """Peak learning rate of Adam; 3e-4 where full spectra or a projection are learned on
+    cutouts."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate over the epochs."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW)."""
+    label_smoothing: float = 0.0
+    """Fraction of the target spread evenly over the classes."""
+    monitor: Literal["accuracy", "macro_f1", "loss"] = "accuracy"
+    """Validation score that selects the best epoch."""
+    patience: int = 8
+    """Stop after this number of epochs without a better one; 0: never."""
+    baselines: bool = True
+    """Also fit the spectrum-only baseline."""
+    amp: eval_fns.Amp = "off"
+    """Mixed precision."""
+
+
+@dataclass
+class Progress:
+    """State of a run; saved with the weights."""
+
+    epoch: int = 0
+    """Current epoch, from 0; earlier ones are finished."""
+    step: int = 0
+    """Finished steps of the current epoch."""
+    loss_sum: float = 0.0
+    hits: float = 0.0
+    weight: float = 0.0
+    """Sums over these steps, of weighted spaxels; a patch has weight 1."""
+    seen: int = 0
+    """Labelled spaxels in these steps."""
+    seconds: float = 0.0
+    """Training time in this epoch."""
+    best: float = -math.inf
+    """Best monitored value; larger is better."""
+    best_epoch: int = -1
+    finished: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Rows of metrics.csv."""
+
+
+@dataclass
+class Training:
+    """Everything that one run works with."""
+
+    data: DataOptions
+    options: OptimisationOptions
+    run_dir: Path
+    device: torch.device
+    loaders: dict[str, DataLoader]
+    model: SSFTT
+    optimiser: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    scaler: torch.amp.GradScaler
+    card: ModelCard
+    config: dict[str, Any]
+    """All options as plain values, for the record."""
+    cutout_logits: Callable[..., Tensor] = SSFTT_dense.cutout_logits
+    """Of cutouts; compiled with --compile."""
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def sampler(self) -> SpaxelBatchSampler:
+        """Sampler of the training part."""
+        sampler = self.loaders["train"].batch_sampler
+        assert isinstance(sampler, SpaxelBatchSampler)
+        return sampler
+
+
+class Stopper:
+    """Remember that a signal requested the end of the run."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def handling(self, *numbers: signal.Signals) -> Iterator[None]:
+        """Handle these signals (only the main thread can), unless they are to be ignored."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        handled = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {n: signal.signal(n, self._note) for n in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        log.info("%s: stopping after this step", signal.Signals(number).name)
+        self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)  # a second Ctrl-C ends it at once
+
+
+# One epoch
+
+
+def train_epoch(training: Training, stopper: Stopper) -> bool:
+    """Take the remaining steps of the epoch; False if a signal ended it early."""
+    torch.backends.cudnn.benchmark = True  # shapes repeat: choose convolutions by trial
+    options, progress = training.options, training.progress
+    device, scaler = training.device, training.scaler
+    training.model.train()
+    training.sampler.set_epoch(progress.epoch, skip=progress.step)
+    start, seconds_before = time.monotonic(), progress.seconds
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    unchecked: list[tuple[Tensor, Tensor]] = []  # losses and rows, left on the device for a while
+
+    bar = tqdm(
+        training.loaders["train"],
+        desc=f"epoch {progress.epoch + 1}/{options.epochs}",
+        initial=progress.step,
+        total=len(training.sampler),
+        unit="batch",
+        leave=False,
+        disable=None,
+    )
+    for batch in bar:
+        with torch.autocast(
+            device.type, eval_fns.AMP_TYPES[options.amp], enabled=options.amp != "off"
+        ):
+            loss, booked = batch_loss(training, batch)
+        training.optimiser.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(training.optimiser)
+        scaler.update()
+        training.scheduler.step()
+        sums += booked
+        progress.step += 1
+        unchecked.append((loss.detach(), batch.rows))
+        if len(unchecked) == CHECK_STEPS:
+            check_losses(training, unchecked)
+        if stopper.requested:
+            break
+    check_losses(training, unchecked)
+    progress.seconds = seconds_before + time.monotonic() - start
+    loss_sum, hits, weight, seen = sums.tolist()
+    progress.loss_sum += loss_sum
+    progress.hits += hits
+    progress.weight += weight
+    progress.seen += int(seen)
+    return not stopper.requested
+
+
+def batch_loss(training: Training, batch: Batch | CutoutBatch) -> tuple[Tensor, Tensor]:
+    """Cross entropy of a batch of patches or cutouts.
+
+    Returns
+    -------
+    loss : ()
+        Patches: the mean. Cutouts: the mean over cutouts of the weighted sum over their spaxels,
+        whose expected value is the mean over patches (`CutoutBatch`).
+    booked : (4,) float64
+        Weighted sums of losses and hits, sum of weights, number of labelled spaxels.
+    """
+    device = training.device
+    patches = batch.patches.to(device, non_blocking=True)
+    classes = batch.classes.to(device, non_blocking=True)
+    if isinstance(batch, CutoutBatch):
+        weights = batch.weights.to(device, non_blocking=True)
+        logits = training.cutout_logits(training.model, patches, weights)
+    else:
+        weights = torch.ones_like(classes, dtype=torch.float32)
+        logits = training.model(patches)
+    each = F.cross_entropy(
+        logits.float(),
+        classes,
+        reduction="none",
+        ignore_index=LABEL_NONE,
+        label_smoothing=training.options.label_smoothing,
+    )
+    loss = (each * weights).sum() / len(classes)
+    with torch.no_grad():
+        hits = (logits.argmax(1) == classes) * weights
+        parts = (loss * len(classes), hits.sum(), weights.sum(), (weights > 0).sum())
+        return loss, torch.stack([part.double() for part in parts])
+
+
+def check_losses(training: Training, losses: list[tuple[Tensor, Tensor]]) -> None:
+    """Stop at a loss that is not finite; drop the finite ones from the list.
+
+    Parameters
+    ----------
+    training : Training
+    losses : list of (loss, rows of the batch)
+    """
+    values = torch.stack([loss for loss, _ in losses]).tolist() if losses else []
+    rows = [rows for _, rows in losses]
+    losses.clear()
+    for loss, where in zip(values, rows, strict=True):
+        if not math.isfinite(loss):
+            refuse_loss(training, loss, where)
+
+
+def refuse_loss(training: Training, loss: float, rows: Tensor) -> NoReturn:
+    """Save the batch of a loss that is not finite, and raise a DataError that names its files."""
+    data, progress = training.data, training.progress
+    samples = dataset_of(training.loaders["train"]).samples
+    plateifus = sorted({samples.plateifus[samples.galaxy[row]] for row in rows.tolist()})
+    out = training.run_dir / run_folder.NAN_FILE
+    content = {
+        "epoch": progress.epoch,
+        "loss": loss,
+        "rows": rows.tolist(),
+        "spaxels": samples.spaxel_names(rows.tolist()),
+    }
+    utils.write_json(out, content)
+    files = [
+        str(
+            patch_file(data.root, data.spec, p)
+            if data.source == "patches"
+            else utils.cube_path(data.root, p)
+        )
+        for p in plateifus
+    ]
+    some = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+    raise DataError(
+        f"the loss is {loss} in epoch {progress.epoch + 1}, expected a finite number; {out} lists "
+        f"the batch. Lower --lr ({training.options.lr:g}); if that does not help, look for values "
+        f"that are not finite in {some}."
+    )
+
+
+def validate(training: Training) -> dict[str, float]:
+    """Loss and scores over the validation part."""
+    torch.backends.cudnn.benchmark = False  # many shapes, each once per epoch
+    loader, model = training.loaders["val"], training.model
+    logits, rows = eval_fns.sample_logits(model, loader, training.device, training.options.amp)
+    classes = dataset_of(loader).samples.classes[rows]
+    loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(classes))
+    n_classes = len(training.card.class_names)
+    confusion = metrics.confusion_matrix(classes, logits.argmax(1), n_classes)
+    scores = metrics.overall_metrics(confusion)
+    return {"loss": float(loss), **{k: float(v) for k, v in scores.items()}}
+
+
+def finish_epoch(training: Training, scores: dict[str, float]) -> None:
+    """Record an epoch: history, best weights, early stopping."""
+    options, progress = training.options, training.progress
+    row = {
+        "epoch": progress.epoch + 1,
+        "train_loss": progress.loss_sum / progress.weight,
+        "train_accuracy": progress.hits / progress.weight,
+        **{f"val_{k}": v for k, v in scores.items()},
+        "lr": training.optimiser.param_groups[0]["lr"],
+        "seconds": round(progress.seconds, 2),
+        "spaxels_per_s": round(progress.seen / max(progress.seconds, 1e-9), 1),
+    }
+    progress.history.append(row)
+    score = -scores["loss"] if options.monitor == "loss" else scores[options.monitor]
+    better = score > progress.best
+    if better:
+        progress.best, progress.best_epoch = score, progress.epoch + 1
+        training.card.best = {**row, "monitor": options.monitor}
+        run_folder.write_best(training.run_dir, training.card, training.model.state_dict())
+    log.info(
+        "epoch %d/%d: loss %.4f, accuracy %.3f; validation loss %.4f, accuracy %.3f, macro F1 %.3f"
+        "%s; %.0f spaxels/s, %.1f min left",
+        progress.epoch + 1,
+        options.epochs,
+        row["train_loss"],
+        row["train_accuracy"],
+        scores["loss"],
+        scores["accuracy"],
+        scores["macro_f1"],
+        " (best)" if better else "",
+        row["spaxels_per_s"],
+        (options.epochs - progress.epoch - 1) * progress.seconds / 60,
+    )
+    progress.epoch += 1
+    progress.step = progress.seen = 0
+    progress.loss_sum = progress.hits = progress.weight = progress.seconds = 0.0
+    if out_of_patience(training):
+        log.info("stopping early: no better epoch in %d", progress.epoch - progress.best_epoch)
+    progress.finished = out_of_patience(training) or progress.epoch >= options.epochs
+
+
+def out_of_patience(training: Training) -> bool:
+    """Say whether too many epochs have passed since the best one."""
+    patience, progress = training.options.patience, training.progress
+    return bool(patience) and progress.epoch - progress.best_epoch >= patience
+
+
+# Checkpoints
+
+
+def save_checkpoint(training: Training) -> None:
+    """Save everything that continuing the run needs."""
+    on_gpu = training.device.type == "cuda"
+    content = {
+        "model": training.model.state_dict(),
+        "optimiser": training.optimiser.state_dict(),
+        "scheduler": training.scheduler.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "progress": asdict(training.progress),
+        "rng": {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if on_gpu else None,
+        },
+        "config": training.config,
+    }
+    run_folder.write_checkpoint(training.run_dir, content, training.progress.history)
+
+
+def restore(training: Training) -> None:
+    """Continue a run from its last.pt.
+
+    Raises
+    ------
+    DataError
+        If the run was made with other options or data than those of now.
+    """
+    run_dir, epochs = training.run_dir, training.options.epochs
+    card = ModelCard.read(run_dir)
+    remedy = "Start again with --overwrite, or put back what the run began with"
+    training.card.recipe.require(card.recipe, run_dir, remedy)
+    training.card = card
+    saved = run_folder.read_checkpoint(run_dir, training.device)
+    training.model.load_state_dict(saved["model"])
+    training.optimiser.load_state_dict(saved["optimiser"])
+    training.scheduler.load_state_dict(saved["scheduler"])
+    training.scaler.load_state_dict(saved["scaler"])
+    training.progress = progress = Progress(**saved["progress"])
+    torch.set_rng_state(saved["rng"]["torch"].cpu())
+    if training.device.type == "cuda" and saved["rng"]["cuda"] is not None:  # None: was on a CPU
+        torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
+    if progress.epoch > epochs:
+        log.warning(
+            "%s: has %d epochs already, more than --epochs %d", run_dir, progress.epoch, epochs
+        )
+    was_finished = progress.finished
+    progress.finished = progress.epoch >= epochs or out_of_patience(training)
+    if was_finished and not progress.finished:
+        log.info(
+            "continuing to epoch %d: from here the learning rate follows the curve of a run of "
+            "this length, and rises again",
+            epochs,
+        )
+
+
+# The loop
+
+
+def in_words(scores: dict[str, float]) -> str:
+    """List scores with three decimals."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
+
+
+def train(training: Training, stopper: Stopper) -> int:
+    """Train until finished or told to stop; return the exit code."""
+    progress, run_dir = training.progress, training.run_dir
+    if progress.finished:
+        log.info("%s: the run is finished; nothing to do", run_dir)
+        return utils.EXIT_DONE
+    while not progress.finished:
+        if train_epoch(training, stopper):
+            finish_epoch(training, validate(training))
+        save_checkpoint(training)
+        if stopper.requested and not progress.finished:
+            log.info(
+                "stopped in epoch %d after step %d; continue with --resume auto --run-dir %s",
+                progress.epoch + 1,
+                progress.step,
+                run_dir,
+            )
+            return utils.EXIT_AGAIN
+    best = training.card.best
+    log.info(
+        "best epoch %d: validation accuracy %.3f, macro F1 %.3f; without a network: %s",
+        best.get("epoch", 0),
+        best.get("val_accuracy", math.nan),
+        best.get("val_macro_f1", math.nan),
+        in_words(training.card.baselines),
+    )
+    log.info("results in %s; next: python eval_fns.py --run-dir %s", run_dir, run_dir)
+    return utils.EXIT_DONE
