@@ -508,9 +508,13 @@ def get_dataloaders(
     store, stats = None, None
     if options.source == "packed":
         galaxies = pd.concat([tables[part]["plateifu"] for part in parts]).unique().tolist()
-        jobs = options.workers or utils.cpu_count()
         packed = pack_cubes.open_packed(
-            root, options.split, spec.patch_norm, galaxies, options.packed_type, jobs
+            root,
+            options.split,
+            spec.patch_norm,
+            galaxies,
+            options.packed_type,
+            max(options.workers, 1),
         )
         log.info("%s: %s", packed.path, packed.size)
         store = PackedSpectra(packed)

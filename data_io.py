@@ -215,7 +215,7 @@ def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
 def _first_line(error: Exception) -> str:
     """Reason of an HDF5 error, without its memory addresses."""
     found = re.search(r"error message = '([^']+)'", str(error))
-    return found[1] if found else str(error).partition("\n")[0]
+    return found[1] if found else str(error).partition("\n")[0] or type(error).__name__
 
 
 def read_cube(path: Path, with_errors: bool = True) -> Cube:

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -80,7 +80,8 @@ def write_map(
         Additional cards for the primary header; None values are left out.
     """
     names = result.class_names
-    images = {"CLASS": result.classes, "PROBABILITY": np.moveaxis(result.probabilities, 2, 0)}
+    probabilities = np.moveaxis(result.probabilities, 2, 0)
+    images: dict[str, Any] = {"CLASS": result.classes, "PROBABILITY": probabilities}
     median, values = None, result.class_values
     if values is not None:
         images["LOGOH"], images["LOGOH_SPREAD"] = result.logoh, result.logoh_spread

@@ -99,8 +99,8 @@ class DataOptions:
     augment: bool = True
     """Turn and mirror patches at random (odd patch sizes only)."""
     workers: int = 0
-    """Processes that cut batches and pack cubes; 0 uses this process for batches, which is fast
-    enough for principal components, and one process per CPU for packing."""
+    """Processes that cut batches and pack cubes; 0 uses this process, which is fast enough for
+    principal components."""
 
     @property
     def root(self) -> Path:

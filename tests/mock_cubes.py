@@ -6,15 +6,17 @@ can learn the labels. Nothing here claims to be a galaxy: mock_manga.py makes th
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 import data_io
 import utils
+from hsi_proc_fns import Stats
 from labels import LABEL_NONE, label_classes
+from recipe import Recipe
 from utils import LABEL_TASKS
 
 N_BAND = 40
@@ -56,6 +58,27 @@ def make_cube(
     return flux.astype(np.float32)
 
 
+def cube_recipe(n_band: int = N_BAND, source: str = "", **options: Any) -> Recipe:
+    """Recipe of a cube of `make_data_dir`; `source` stands for the content of its LOGCUBE."""
+    grid = {"wave_min": 5000.0, "wave_max": 8000.0, "n_band": n_band, "deredden": True}
+    options = {**grid, "remove_gas_velocity": True, "redshift": None, **options}
+    return Recipe("cube", data_io.CUBE_VERSION, options, {"LOGCUBE": source})
+
+
+def write_labels(root: Path, task: str, plateifu: str, values: np.ndarray, **options: Any) -> None:
+    """Write a label map with provenance."""
+    error = np.where(np.isfinite(values), 0.03, np.nan)
+    options = {"label_task": task, "diagnostic": "O3N2-M13", "min_snr": 3.0, **options}
+    recipe = Recipe("labels", data_io.LABEL_VERSION, options, {"MAPS": plateifu})
+    data_io.write_labels(utils.label_path(root, task, plateifu), values, error, recipe, {})
+
+
+def write_split(root: Path, name: str, parts: dict[str, pd.DataFrame], seed: int = 0) -> None:
+    """Write a split whose name is its kind."""
+    recipe = Recipe("split", data_io.SPLIT_VERSION, {"kind": name, "seed": seed})
+    data_io.write_split(utils.split_path(root, name), parts, recipe)
+
+
 def make_data_dir(
     root: Path,
     plateifus: tuple[str, ...] = PLATEIFUS,
@@ -72,12 +95,11 @@ def make_data_dir(
         labels["logOH"][4, 4], labels["BPT"][4, 4] = 8.5, 1
         flux = make_cube(labels["logOH"], labels["BPT"], rng, n_band)
         attrs = {"plateifu": plateifu, "mangaid": f"1-{i}", "redshift": 0.03}
-        attrs["config_json"] = json.dumps({"deredden": True, "remove_gas_velocity": True})
-        cube = data_io.Cube(flux, wave_grid(n_band), attrs=attrs)
+        recipe = cube_recipe(n_band, f"{plateifu} {seed}")
+        cube = data_io.Cube(flux, wave_grid(n_band), recipe, attrs=attrs)
         data_io.write_cube(utils.cube_path(root, plateifu), cube)
         for task, values in labels.items():
-            error = np.where(np.isfinite(values), 0.03, np.nan)
-            data_io.write_labels(utils.label_path(root, task, plateifu), values, error, {})
+            write_labels(root, task, plateifu, values)
         spectra.append(flux[np.isfinite(flux).all(axis=2)])
     table = pd.DataFrame(
         {"plateifu": plateifus, "mangaid": [f"1-{i}" for i in range(len(plateifus))]}
@@ -88,7 +110,7 @@ def make_data_dir(
         "val": table[n // 2 : 3 * n // 4],
         "test": table[3 * n // 4 :],
     }
-    data_io.write_split(utils.split_path(root, "hard"), hard, {"kind": "hard", "seed": seed})
+    write_split(root, "hard", hard, seed)
     y, x = np.indices(shape).reshape(2, -1)
     spaxels = table.merge(pd.DataFrame({"y": y, "x": x}), how="cross").sample(
         frac=1, random_state=seed
@@ -99,13 +121,13 @@ def make_data_dir(
         "val": spaxels[m // 2 : 3 * m // 4],
         "test": spaxels[3 * m // 4 :],
     }
-    data_io.write_split(utils.split_path(root, "easy"), easy, {"kind": "easy", "seed": seed})
+    write_split(root, "easy", easy, seed)
     whole = np.concatenate(spectra).astype(float)
     whole /= np.abs(whole).mean(axis=1, keepdims=True)
     mean = whole.mean(axis=0)
     _, s, components = np.linalg.svd(whole - mean, full_matrices=False)
     variance = s**2 / len(whole)
-    stats = data_io.Stats(
+    arrays = (
         wave_grid(n_band),
         mean,
         whole.std(axis=0),
@@ -113,8 +135,12 @@ def make_data_dir(
         variance[:n_components],
         variance[:n_components] / variance.sum(),
     )
-    for split in ("hard", "easy"):
-        data_io.write_stats(utils.stats_path(root, split), stats)
+    for split, parts in {"hard": hard, "easy": easy}.items():
+        galaxies = sorted(parts["train"]["plateifu"].unique())
+        inputs = data_io.stats_inputs(data_io.cube_digests(root, galaxies))
+        options = {"n_components": n_components, "cube": cube_recipe(n_band).shared}
+        recipe = Recipe("statistics", data_io.STATS_VERSION, options, inputs)
+        data_io.write_stats(utils.stats_path(root, split), Stats(*arrays, recipe))
     return root
 
 
@@ -139,12 +165,9 @@ def write_patch_files(root: Path, task: str, norm: str, size: int, split: str = 
                         patch[i, j] = normed[at]
             rows.append((len(patches), y, x, labels[y, x]))
             patches.append(patch)
-        meta = {
-            "patch_norm": norm,
-            "patch_size": size,
-            "cubes": data_io.CubeKind.of(cube.wave, cube.attrs)._asdict(),
-            **data_io.patch_source(path, utils.label_path(root, task, path.stem)),
-        }
+        made = data_io.read_label_meta(utils.label_path(root, task, path.stem))["recipe"]
+        used = stats if norm == "PCA" else None
+        recipe = data_io.patch_recipe(cube.recipe, labels, made, norm, size, used)
         index = pd.DataFrame(rows, columns=["row", "y", "x", "label"])
         out = utils.patch_path(root, task, norm, path.stem)
-        data_io.write_patches(out, np.stack(patches), index, meta)
+        data_io.write_patches(out, np.stack(patches), index, recipe, {})
