@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 import data_io
 import pack_cubes
 import utils
-from hsi_proc_fns import Stats
+from hsi_proc_fns import Stats, band_slice
 from labels import LABEL_NONE
 from pack_cubes import PackedCubes
 from recipe import require_alike
@@ -193,7 +193,7 @@ class PatchFileDataset(PatchDataset):
             patches = data_io.read_patches(path)[0]
             start = patches.shape[1] // 2 - self.spec.patch_size // 2
             inner = slice(start, start + self.spec.patch_size)
-            bands = self.spec.slice_bands(patches.shape[3], path)
+            bands = band_slice(self.spec.bands, patches.shape[3], path)
             self._maps[plateifu] = patches[:, inner, inner, bands]
         return self._maps[plateifu]
 
@@ -262,7 +262,7 @@ class PackedDataset(PatchDataset):
     ) -> None:
         super().__init__(samples, spec)
         self.store, self.cutout = store, cutout
-        self._bands = spec.slice_bands(store.tensor.shape[1], store.path)
+        self._bands = band_slice(spec.bands, store.tensor.shape[1], store.path)
         size = spec.patch_size + cutout - 1
         before = spec.patch_size // 2 + cutout // 2
         edges = (before, size - 1 - before)
@@ -606,6 +606,12 @@ def _ignore_signals(_worker: int) -> None:
     """Leave signals to the parent process, which ends its workers."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def dataset_of(loader: DataLoader) -> PatchDataset:
+    """Return the dataset of a loader of `get_dataloaders`."""
+    assert isinstance(loader.dataset, PatchDataset)
+    return loader.dataset
 
 
 def collate(batch: Any) -> Any:

@@ -43,7 +43,7 @@ import run_folder
 import samples
 import SSFTT_dense
 import utils
-from data_fns import PatchDataset
+from data_fns import PatchDataset, dataset_of
 from hsi_proc_fns import Stats
 from HSI_SSFTT import SSFTT, get_SSFTT_model
 from labels import LABEL_NONE, label_classes
@@ -305,12 +305,12 @@ def read_cube_for(model: TrainedModel, path: Path) -> NormalisedCube:
     DataError
         If the cube is unreadable, or was made with other options than the training's.
     """
-    cube = pack_cubes.read_normalised(path, model.spec.patch_norm, model.stats)
+    spec = model.spec
+    cube = pack_cubes.read_normalised(path, spec.patch_norm, model.stats, spec.bands)
     options = model.card.recipe.options["cube"]
     whose = "those that the model learned from"
     require_alike(cube.recipe.shared, options, path, whose, data_io.REBUILD_CUBE)
-    bands = model.spec.slice_bands(cube.values.shape[2], path)
-    return cube._replace(values=np.ascontiguousarray(cube.values[..., bands]))
+    return cube
 
 
 def read_labels_for(model: TrainedModel, path: Path, usable: np.ndarray) -> np.ndarray:
@@ -468,12 +468,6 @@ def field_logits(
         logits.append(dense.movedim(1, 3).flatten(0, 2)[spaxels].float())
         order += [rows for _, rows in some]
     return torch.cat(logits).cpu().numpy(), np.concatenate(order)
-
-
-def dataset_of(loader: DataLoader) -> PatchDataset:
-    """Return the dataset of a loader of `data_fns.get_dataloaders`."""
-    assert isinstance(loader.dataset, PatchDataset)
-    return loader.dataset
 
 
 # Baselines

@@ -242,6 +242,25 @@ def _to_unit_range(spectra: np.ndarray, axis: int | None) -> np.ndarray:
     return np.divide(spectra - low, width, out=np.zeros_like(spectra), where=width > 0)
 
 
+def band_slice(bands: tuple[int, int] | None, n_bands: int, where: object) -> slice:
+    """Slice of the band axis from the first band to the one before the last; None: all.
+
+    Raises
+    ------
+    DataError
+        If `where`, which has `n_bands` bands, does not contain them.
+    """
+    if bands is None:
+        return slice(None)
+    low, high = bands
+    if not 0 <= low < high <= n_bands:
+        raise DataError(
+            f"--bands {low} {high}: {where} has {n_bands} bands. Expected 0 <= first < last <= "
+            f"{n_bands}."
+        )
+    return slice(low, high)
+
+
 def pad_for_patches(cube: np.ndarray, patch_size: int) -> np.ndarray:
     """Pad (y, x, C) with zeros so that the patch of spaxel (y, x) starts at (y, x).
 

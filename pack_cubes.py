@@ -85,8 +85,10 @@ class PackedCubes:
         )
 
 
-def read_normalised(path: Path, patch_norm: PatchNorm, stats: Stats | None) -> NormalisedCube:
-    """Read a cube and normalise it.
+def read_normalised(
+    path: Path, patch_norm: PatchNorm, stats: Stats | None, bands: tuple[int, int] | None = None
+) -> NormalisedCube:
+    """Read a cube, normalise it and cut out bands.
 
     Parameters
     ----------
@@ -94,6 +96,8 @@ def read_normalised(path: Path, patch_norm: PatchNorm, stats: Stats | None) -> N
         H5 cube.
     patch_norm, stats
         As in `hsi_proc_fns.normalise`.
+    bands : (first, last), optional
+        Keep only these, from the first to the one before the last.
 
     Raises
     ------
@@ -109,7 +113,9 @@ def read_normalised(path: Path, patch_norm: PatchNorm, stats: Stats | None) -> N
         )
     usable = hsi_proc_fns.usable_spaxels(cube.flux)
     values = hsi_proc_fns.normalise(cube.flux, patch_norm, stats, usable)
+    kept = hsi_proc_fns.band_slice(bands, values.shape[2], path)
     inside = np.isfinite(cube.flux).any(axis=2)
+    values = np.ascontiguousarray(values[..., kept])
     return NormalisedCube(values, usable, inside, cube.recipe, cube.attrs)
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import logging
 import math
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -38,10 +37,9 @@ import hsi_proc_fns
 import run_folder
 import SSFTT_dense
 import utils
-from data_fns import PatchDataset
-from eval_fns import dataset_of
+from data_fns import PatchDataset, dataset_of
 from HSI_SSFTT import SSFTT, count_parameters, get_SSFTT_model
-from recipe import Recipe, digest_of, option_differences
+from recipe import Recipe, digest_of
 from run_folder import ModelCard
 from samples import DataOptions, Samples
 from training import OptimisationOptions, Stopper, Training, in_words, restore, train
@@ -49,7 +47,6 @@ from utils import DataError
 
 log = logging.getLogger(__name__)
 
-RUNS_FOLDER = Path("runs")
 FINAL_LR = 0.01
 """Learning rate at the end of the cosine, as a fraction of the peak."""
 MAY_CHANGE = ("data_dir", "workers", "epochs", "patience", "device")
@@ -157,48 +154,6 @@ def check_options(config: TrainConfig) -> None:
             limit = f"{low} or more" if high == infinity else f"at least {low} and below {high}"
             raise DataError(f"--{name.replace('_', '-')} {value:g}: expected {limit}.")
     data.check()
-
-
-def choose_run_dir(config: TrainConfig) -> tuple[Path, bool]:
-    """Choose the folder of the run, and whether a run there is resumed.
-
-    Raises
-    ------
-    DataError
-        If the folder holds a run and the options do not say what to do with it, or files of other
-        origin that a run would replace.
-    """
-    run = config.run
-    if run.run_dir is None:
-        for found in newest_runs() if run.resume == "auto" else ():
-            if not option_differences(own_options(found), config.deciding):
-                return found, True
-        name = f"{config.data.label_task}_{config.data.patch_norm}"
-        return RUNS_FOLDER / f"{time.strftime('%Y%m%dT%H%M%S')}_{name}", False
-    if (run.run_dir / run_folder.CHECKPOINT_FILE).is_file() and not run.overwrite:
-        if run.resume == "auto":
-            return run.run_dir, True
-        raise DataError(
-            f"{run.run_dir}: holds a run. Continue it with --resume auto, or replace it with "
-            "--overwrite."
-        )
-    run_folder.check_replaceable(run.run_dir)
-    return run.run_dir, False
-
-
-def newest_runs() -> list[Path]:
-    """List the folders in ./runs that hold a checkpoint, the newest first."""
-    found = [path.parent for path in RUNS_FOLDER.glob(f"*/{run_folder.CHECKPOINT_FILE}")]
-    return sorted(found, key=lambda r: -(r / run_folder.CHECKPOINT_FILE).stat().st_mtime_ns)
-
-
-def own_options(run_dir: Path) -> dict[str, Any]:
-    """Options of the run in a folder, without those of its cubes and labels; {} if unreadable."""
-    try:
-        options = ModelCard.read(run_dir).recipe.options
-    except DataError:
-        return {}
-    return {k: v for k, v in options.items() if k not in ("cube", "labels")}
 
 
 def create_statistics(data: DataOptions) -> None:
@@ -338,22 +293,14 @@ def run_recipe(config: TrainConfig, train: Samples, val: Samples) -> Recipe:
 # The run
 
 
-def check_same_options(config: TrainConfig, run_dir: Path) -> None:
-    """Raise a DataError if a run to be resumed was made with other options."""
-    changed = option_differences(own_options(run_dir), config.deciding)
-    if changed:
-        raise DataError(
-            f"{run_dir}: the run was made with {', '.join(changed)}. Give the same options "
-            f"(--config {run_dir} --run-dir {run_dir}), or start again with --overwrite."
-        )
-
-
 def main(config: TrainConfig) -> int:
     """Train as the config says; return the exit code."""
     check_options(config)
-    run_dir, resuming = choose_run_dir(config)
-    if resuming:
-        check_same_options(config, run_dir)
+    run = config.run
+    name = f"{config.data.label_task}_{config.data.patch_norm}"
+    run_dir, resuming = run_folder.choose(
+        run.run_dir, run.resume == "auto", run.overwrite, config.deciding, name
+    )
     stopper = Stopper()
     with stopper.handling(signal.SIGUSR1, signal.SIGTERM):
         training = set_up(config, run_dir)

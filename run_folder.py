@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -32,10 +33,11 @@ import data_io
 import utils
 from hsi_proc_fns import Stats
 from labels import class_middles
-from recipe import Recipe
+from recipe import Recipe, option_differences
 from samples import PatchSpec
 from utils import DataError
 
+RUNS_FOLDER = Path("runs")
 MODEL_SCHEMA, MODEL_VERSION = "ssftt-model", 2
 CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE = "config.json", "environment.json", "log.txt"
 MODEL_FILE, WEIGHTS_FILE, STATS_FILE = "model.json", "best.safetensors", "stats.h5"
@@ -178,14 +180,69 @@ def is_run(run_dir: Path) -> bool:
     return isinstance(saved, dict) and {"label_task", "patch_norm", "split_dir"} <= set(saved)
 
 
-def check_replaceable(run_dir: Path) -> None:
-    """Raise a DataError if a new run in this folder would replace files of other origin."""
-    others = [name for name in REPLACED if (run_dir / name).exists()]
+def choose(
+    run_dir: Path | None, resume: bool, overwrite: bool, options: dict[str, Any], name: str
+) -> tuple[Path, bool]:
+    """Choose the folder of a run, and whether a run there is resumed.
+
+    Parameters
+    ----------
+    run_dir : Path, optional
+        Default: with `resume` the newest run in ./runs that was made with these options, else a
+        new folder there.
+    resume, overwrite : bool
+        Continue a run that is there; replace it.
+    options : dict
+        Options that decide the run, as in its recipe.
+    name : str
+        Ending of the name of a new folder in ./runs.
+
+    Raises
+    ------
+    DataError
+        If the folder holds a run and neither flag is given, a run to be resumed was made with
+        other options, or there are files of other origin that a run would replace.
+    """
+    if run_dir is None:
+        for found in newest_runs() if resume else ():
+            if not option_differences(own_options(found), options):
+                return found, True
+        return RUNS_FOLDER / f"{time.strftime('%Y%m%dT%H%M%S')}_{name}", False
+    if (run_dir / CHECKPOINT_FILE).is_file() and not overwrite:
+        if not resume:
+            raise DataError(
+                f"{run_dir}: holds a run. Continue it with --resume auto, or replace it with "
+                "--overwrite."
+            )
+        changed = option_differences(own_options(run_dir), options)
+        if changed:
+            raise DataError(
+                f"{run_dir}: the run was made with {', '.join(changed)}. Give the same options "
+                f"(--config {run_dir} --run-dir {run_dir}), or start again with --overwrite."
+            )
+        return run_dir, True
+    others = [file for file in REPLACED if (run_dir / file).exists()]
     if others and not is_run(run_dir):
         raise DataError(
             f"{run_dir}: holds {', '.join(others)}, but not a training run. Choose an empty or new "
             "--run-dir."
         )
+    return run_dir, False
+
+
+def newest_runs() -> list[Path]:
+    """List the folders in ./runs that hold a checkpoint, the newest first."""
+    found = [path.parent for path in RUNS_FOLDER.glob(f"*/{CHECKPOINT_FILE}")]
+    return sorted(found, key=lambda run: -(run / CHECKPOINT_FILE).stat().st_mtime_ns)
+
+
+def own_options(run_dir: Path) -> dict[str, Any]:
+    """Options of the run in a folder, without those of its cubes and labels; {} if unreadable."""
+    try:
+        options = ModelCard.read(run_dir).recipe.options
+    except DataError:
+        return {}
+    return {k: v for k, v in options.items() if k not in ("cube", "labels")}
 
 
 def start(run_dir: Path, root: Path, split_dir: str, is_pca: bool) -> None:

@@ -50,18 +50,6 @@ class PatchSpec:
         """Names of the classes, in order."""
         return class_names(self.label_task, None if self.label_task == "BPT" else self.n_classes)
 
-    def slice_bands(self, n_bands: int, where: Path | str) -> slice:
-        """Slice of the band axis, checked against the number of bands."""
-        if self.bands is None:
-            return slice(None)
-        low, high = self.bands
-        if not 0 <= low < high <= n_bands:
-            raise DataError(
-                f"--bands {low} {high}: {where} has {n_bands} bands; expected 0 <= first < last <= "
-                f"{n_bands}."
-            )
-        return slice(low, high)
-
 
 @dataclass(frozen=True)
 class DataOptions:

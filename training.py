@@ -28,8 +28,7 @@ import metrics
 import run_folder
 import SSFTT_dense
 import utils
-from data_fns import Batch, CutoutBatch, SpaxelBatchSampler
-from eval_fns import dataset_of
+from data_fns import Batch, CutoutBatch, SpaxelBatchSampler, dataset_of
 from HSI_SSFTT import SSFTT
 from labels import LABEL_NONE
 from run_folder import ModelCard
