@@ -1,7 +1,7 @@
-"""Process a whole set of galaxies: cubes, labels, patches if asked for, then the split CSVs.
+"""Process a whole set of galaxies: cubes, labels, patches on request, then the split CSVs.
 
-Runs what process_single_cube.py does on every galaxy, in parallel; a galaxy that fails is listed
-in processed/failed.csv and the loop goes on. Running it again does only what is missing.
+Does the work of process_single_cube.py for every galaxy, in parallel. A galaxy that fails is listed
+in processed/failed.csv and the loop continues; running it again does only what is missing.
 
 Reads   raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz
 Writes  processed/cubes, processed/labels, processed/patches (see process_single_cube.py),
@@ -31,10 +31,10 @@ class Config(single.GalaxyOptions, loops.GalaxyChoice):
     """Process a whole set of galaxies."""
 
     splits: bool = True
-    """At the end write a split by whole galaxies, splits/hard_<label_task>, for each label task
-    that has none yet (create_data_splits.py has the options)."""
+    """At the end, create a split by whole galaxies, splits/hard_<label_task>, for each label task
+    that has none (options: create_data_splits.py)."""
     seed: int = 0
-    """Seed of that split."""
+    """Random seed of that split."""
 
 
 def galaxies_with_files(config: Config) -> list[str]:
@@ -62,14 +62,14 @@ def main(config: Config) -> int:
         return code
     if code != utils.EXIT_DONE:
         log.warning(
-            "no split is made while galaxies fail: run this again, or create_data_splits.py"
+            "no split is created while galaxies fail: run this again, or create_data_splits.py"
         )
         return code
     for task in config.label_tasks:
         name = utils.default_split(task)
         if all(utils.split_path(root, name, part).is_file() for part in utils.SPLIT_PARTS):
             log.info(
-                "split %s exists already and is kept (models may know it); one of all galaxies: "
+                "split %s exists and is kept, since models may have learned from it; replace it with "
                 "create_data_splits.py --label-task %s --overwrite",
                 name,
                 task,
@@ -81,7 +81,9 @@ def main(config: Config) -> int:
                     task, data_dir=root, skip_critical=config.skip_critical, seed=config.seed
                 )
             )
-        except utils.DataError as error:  # a handful of galaxies is worth processing all the same
+        except (
+            utils.DataError
+        ) as error:  # e.g. too few galaxies, which are worth processing all the same
             log.warning("no split %s: %s", name, error)
     return code
 

@@ -1,10 +1,9 @@
-"""Read MaNGA's FITS files and turn them into H5 cubes and label maps.
+"""Turn MaNGA's FITS files into H5 cubes and label maps.
 
 `process_cube`  LOGCUBE (DAP model cube or DRP) -> processed/cubes/<plate>/<plateifu>.h5
 `process_map`   MAPS -> processed/labels/<label_task>/<plateifu>.npy, _err.npy, .json, .png
 
-A file is decompressed with igzip only as far as its last needed HDU, and only needed arrays are
-kept. Line channels and HDUs go by name, so releases DR15 to DR17 and every DAPTYPE read alike
+Line channels and HDUs are found by name, so releases DR15 to DR17 and every DAPTYPE are read alike
 (data models: docs/data_formats.md). Axis order in FITS: (band, y, x).
 
     >>> process_cube(logcube, utils.cube_path(root, "8485-1901"), CubeOptions())
@@ -54,9 +53,9 @@ C_KMS = 299792.458
 """Speed of light, km/s (exact)."""
 
 THREADS = 2
-"""That resample rows of spaxels; numpy and sparse products let others run meanwhile."""
+"""Threads that resample rows of spaxels; numpy and sparse products release the interpreter."""
 LOOK_AHEAD = 8
-"""Rows resampled before they are asked for, so that writing and resampling overlap."""
+"""Rows resampled in advance, so that writing and resampling overlap."""
 
 WAVE_LOG_FIRST, WAVE_LOG_STEP, WAVE_N = 3.5589, 1e-4, 4563
 """The LOGCUBE grid: pixel i is at 10**(3.5589 + 1e-4 i) Angstrom, vacuum (DAP data model)."""
@@ -66,16 +65,16 @@ WAVE_TOLERANCE = 1e-6
 
 DAP_BAD = 0b11111
 """MANGA_DAPSPECMASK bits 0-4: IGNORED FORESTAR FLUXINVALID IVARINVALID ARTIFACT. The bits above
-speak of the DAP's fit, not of the flux."""
+concern the DAP's fit, not the flux."""
 
 DRP_BAD = 1 << 10 | 1 << 3
 """MANGA_DRP3PIXMASK: DONOTUSE, FORESTAR."""
 
 MAPS_DONOTUSE = 1 << 30
-"""MANGA_DAPPIXMASK: DONOTUSE; every other bit that spoils a value sets it too."""
+"""MANGA_DAPPIXMASK: DONOTUSE; it is also set with every other bit that invalidates a value."""
 
 CRITICAL = 1 << 30
-"""DRP3QUAL and DAPQUAL: the whole file is not to be trusted."""
+"""DRP3QUAL and DAPQUAL: the whole file is unreliable."""
 
 ESSENTIAL = ("FLUX", "IVAR", "MASK", "WAVE")
 SKIPPED = "skipped: CRITICAL"
@@ -122,7 +121,7 @@ def redshift_of(primary: fits.Header, path: Path) -> float:
     Raises
     ------
     DataError
-        If there is none, or it is not a galaxy's.
+        If there is none, or it is out of the survey's range.
     """
     cz = primary.get("SCINPVEL")
     if cz is None:
@@ -134,29 +133,29 @@ def redshift_of(primary: fits.Header, path: Path) -> float:
 
 
 def _checked_redshift(z: float, where: str) -> float:
-    """Return z if the survey could hold it."""
+    """Return z if it is in the survey's range."""
     if not (np.isfinite(z) and -0.01 < z < 1.0):
         raise DataError(
-            f"{where}: redshift {z} is no MaNGA galaxy's. Give --redshift, from -0.01 to 1."
+            f"{where}: redshift {z}, expected a value from -0.01 to 1. Give --redshift."
         )
     return z
 
 
 def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, bool]:
-    """Galaxy and quality of a file, before anything is made of it.
+    """Check galaxy and quality of a file before processing it.
 
     Parameters
     ----------
     primary : fits.Header
     source : Path
     target : Path
-        Output, whose name (or else the source's) holds the galaxy that is expected.
+        Output, whose name (or else the source's) contains the expected plateifu.
 
     Returns
     -------
     plateifu : str
     is_critical : bool
-        DRP3QUAL or DAPQUAL says CRITICAL; warned of here.
+        DRP3QUAL or DAPQUAL says CRITICAL; a warning is logged here.
 
     Raises
     ------
@@ -167,7 +166,7 @@ def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, b
     expected = named[0] if named else utils.plateifu_of(source)
     found = str(primary.get("PLATEIFU") or expected).strip()
     if found != expected:
-        raise DataError(f"{source}: holds galaxy {found}, not {expected}. Check --plateifu.")
+        raise DataError(f"{source}: holds galaxy {found}, expected {expected}. Check --plateifu.")
     critical = [k for k in ("DRP3QUAL", "DAPQUAL") if int(primary.get(k) or 0) & CRITICAL]
     if critical:
         log.warning("%s: %s says CRITICAL", source, " and ".join(critical))
@@ -187,11 +186,11 @@ class RawCube:
         Pixels `pixels` of the spectra.
     mask : (n, y, x) int
     bad_bits : int
-        Bits of `mask` that spoil a pixel.
+        Bits of `mask` that invalidate a pixel.
     redcorr : (n,) float
         Factor that undoes the Galaxy's reddening.
     header : fits.Header
-        Of FLUX.
+        Header of FLUX.
     """
 
     flux: np.ndarray
@@ -222,8 +221,8 @@ def process_cube(
 ) -> str:
     """De-redshift and resample one LOGCUBE, and write it as H5.
 
-    Flux density is multiplied by (1 + z) as wavelengths are divided by it, so a line's integral
-    stays what was observed (docs/science_choices.md#rest-frame).
+    Flux density is multiplied by (1 + z) as wavelengths are divided by it, so that
+    the integral of a line stays as observed (docs/science_choices.md#rest-frame).
 
     Parameters
     ----------
@@ -239,11 +238,10 @@ def process_cube(
     catalogue : Path, optional
         dapall or drpall; needed for DRP cubes without `redshift`.
     skip_critical : bool
-        Do not process a cube whose quality word says CRITICAL. Otherwise it is warned of and
-        recorded.
+        Do not process a cube whose quality flag says CRITICAL. Otherwise a warning is logged and
+        the flag recorded.
     overwrite : bool
-        Replace an output that other options or another source made. One that is up to date is
-        left alone.
+        Replace an output that was made with other options or from another source.
     compression : {None, "gzip"}
 
     Returns
@@ -253,11 +251,11 @@ def process_cube(
     Raises
     ------
     DataError
-        Any problem with the input; nothing is written then.
+        Any problem with the input; in that case nothing is written.
     """
     source, target = Path(source), Path(target)
     if not source.is_file():
-        raise DataError(f"{source}: no such file.")
+        raise DataError(f"{source}: no such file. Fetch it with download_utils.py.")
     _check_grid(options)
     chosen, inputs = {**asdict(options), "redshift": redshift}, dict[str, str]()
     if options.remove_gas_velocity and maps is not None and maps.is_file():
@@ -291,12 +289,15 @@ def process_cube(
         pixels = resample.used_pixels(resample.overlap_matrix(edges / (1 + z), ends))
         if pixels.stop == pixels.start:
             raise DataError(
-                f"{source}: at redshift {z:.4f} the cube holds nothing of "
+                f"{source}: at redshift {z:.4f} the cube does not cover "
                 f"{options.wave_min:g}-{options.wave_max:g} Angstrom. Check --redshift."
             )
         raw = _read_logcube(source, pixels, options.deredden, primary)
         if stretch is not None and stretch.shape != raw.flux.shape[1:]:
-            raise DataError(f"{maps}: maps of {stretch.shape}, cube of {raw.flux.shape[1:]}.")
+            raise DataError(
+                f"{maps}: maps of {stretch.shape} spaxels, expected {raw.flux.shape[1:]} as in the "
+                "cube. Check --maps."
+            )
         attrs = {
             "plateifu": plateifu,
             "mangaid": mangaid,
@@ -324,8 +325,8 @@ def process_cube(
     measured = data_io.write_cube_rows(target, shape, wave, attrs, recipe, rows, compression)
     if not hsi_proc_fns.is_usable(measured, options.n_band).any():
         log.warning(
-            "%s: no spaxel has enough of %g-%g Angstrom measured (at best %.0f %%): is z = %.4f "
-            "right?",
+            "%s: no spaxel has enough measured bins in %g-%g Angstrom (at best %.0f %%): is the "
+            "redshift %.4f right?",
             target,
             options.wave_min,
             options.wave_max,
@@ -336,16 +337,16 @@ def process_cube(
 
 
 def _check_grid(options: CubeOptions) -> None:
-    """Raise if the target grid makes no sense."""
+    """Raise a DataError unless the target grid is valid."""
     if not (0 < options.wave_min < options.wave_max and options.n_band > 0):
         raise DataError(
-            f"grid of {options.n_band} bins from {options.wave_min:g} to {options.wave_max:g} "
-            "Angstrom: expected 0 < --wave-min < --wave-max and --n-band > 0."
+            f"wavelength grid of {options.n_band} bins from {options.wave_min:g} to "
+            f"{options.wave_max:g} Angstrom: expected 0 < --wave-min < --wave-max and --n-band > 0."
         )
 
 
 def _is_dap(primary: fits.Header) -> bool:
-    """Tell a DAP model cube from a DRP cube."""
+    """Say whether this is a DAP model cube, not a DRP cube."""
     return primary.get("MASKNAME", "").startswith("MANGA_DAP") or "DAPTYPE" in primary
 
 
@@ -356,20 +357,20 @@ def _identify(
     redshift: float | None,
     catalogue: Path | None,
 ) -> tuple[float, str]:
-    """Redshift (flag, then header, then catalogue) and mangaid of a cube."""
+    """Determine redshift (flag, then header, then catalogue) and mangaid of a cube."""
     mangaid = str(primary.get("MANGAID", "")).strip()
     if redshift is not None:
         return _checked_redshift(redshift, "--redshift"), mangaid
     if primary.get("SCINPVEL") is None and catalogue is not None:
         row = catalogue_row(catalogue, plateifu)
         if row["redshift"] is None:
-            raise DataError(f"{catalogue}: no redshift of {plateifu}. Give --redshift.")
+            raise DataError(f"{catalogue}: contains no redshift of {plateifu}. Give --redshift.")
         return _checked_redshift(row["redshift"], str(catalogue)), mangaid or row["mangaid"]
     return redshift_of(primary, source), mangaid
 
 
 def _read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Header) -> RawCube:
-    """Read the arrays of a LOGCUBE, checking that they belong together."""
+    """Read the arrays of a LOGCUBE and check that they belong together."""
     shape: tuple[int, ...] = ()
     kept: dict[str, np.ndarray] = {}
     header = primary
@@ -377,7 +378,7 @@ def _read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Heade
     wanted = (*ESSENTIAL, "REDCORR") if _is_dap(primary) else ESSENTIAL
     for name, hdu in iterate_hdus(path, wanted, pixels):
         if hdu.data is None:
-            raise DataError(f"{path}: HDU {name} holds no data.")
+            raise DataError(f"{path}: HDU {name} is empty. Fetch it again with download_utils.py.")
         if name == "WAVE":
             _check_wave(hdu.data, path)
         elif name == "REDCORR":
@@ -387,8 +388,8 @@ def _read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Heade
             shape = shape or found
             if len(found) != 3 or found != shape or found[0] != WAVE_N:
                 raise DataError(
-                    f"{path}: {name} has shape {found}, expected ({WAVE_N}, y, x) as FLUX "
-                    f"({shape})."
+                    f"{path}: {name} has shape {found}, expected ({WAVE_N}, y, x) like FLUX "
+                    f"{shape}. Fetch it again with download_utils.py --overwrite."
                 )
             kept[name] = hdu.data
             header = hdu.header if name == "FLUX" else header
@@ -414,7 +415,7 @@ def _resampled_rows(
     stretch: np.ndarray | None,
     path: Path,
 ) -> Iterator[data_io.Rows]:
-    """Resample a cube, a few rows of spaxels at a time, the next ones while these are used.
+    """Resample a cube a few rows of spaxels at a time, the next ones in the background.
 
     Parameters
     ----------
@@ -427,12 +428,12 @@ def _resampled_rows(
     stretch : (y, x) array, optional
         1 + v/c of each spaxel, on top of `one_plus_z`.
     path : Path
-        Of the LOGCUBE, for the message.
+        LOGCUBE, for the message.
 
     Raises
     ------
     DataError
-        In the end, if every pixel was masked.
+        After the last row, if every pixel was masked.
     """
     ny = raw.flux.shape[1]
     matrix = resample.overlap_matrix(edges / one_plus_z, bins)
@@ -456,21 +457,23 @@ def _resampled_rows(
             any_good = any_good or bool(np.any(stacked.good_fraction))
             yield stacked
     if not any_good:
-        raise DataError(f"{path}: every pixel in the wavelength range is masked; nothing to keep.")
+        raise DataError(
+            f"{path}: every pixel in the wavelength range is masked. Choose another range."
+        )
 
 
 def _check_wave(wave: np.ndarray, path: Path) -> None:
-    """Raise if WAVE is not the LOGCUBE grid."""
+    """Raise a DataError unless WAVE is the LOGCUBE grid."""
     expected = 10 ** (WAVE_LOG_FIRST + WAVE_LOG_STEP * np.arange(WAVE_N))
     if wave.shape != expected.shape or np.max(np.abs(wave / expected - 1)) > WAVE_TOLERANCE:
         raise DataError(
-            f"{path}: WAVE is not the LOGCUBE grid of {WAVE_N} pixels from {expected[0]:.3f} to "
-            f"{expected[-1]:.3f} Angstrom; a LINCUBE or a cut file cannot be processed."
+            f"{path}: wrong wavelengths in WAVE, expected the LOGCUBE grid of {WAVE_N} pixels from "
+            f"{expected[0]:.3f} to {expected[-1]:.3f} Angstrom. Give a LOGCUBE, uncut, not a LINCUBE."
         )
 
 
 def galactic_correction(primary: fits.Header, path: Path) -> np.ndarray:
-    """Factor that undoes the Galaxy's reddening, from the header's E(B-V).
+    """Compute the factor that undoes the Galaxy's reddening, from the header's E(B-V).
 
     For DRP cubes, which have no REDCORR: 10**(0.4 A), O'Donnell (1994) with R_V = 3.1, as the DAP
     does (header GEXTLAW, RVGAL). (n,) float64 on the LOGCUBE grid.
@@ -489,9 +492,12 @@ def galactic_correction(primary: fits.Header, path: Path) -> np.ndarray:
 
 
 def _gas_stretch(maps: Path | None, source: Path) -> np.ndarray:
-    """1 + v/c of the gas, (y, x), from the Ha velocity in MAPS; 1 where it was not measured."""
+    """Read 1 + v/c of the gas, (y, x), from the Ha velocity in MAPS; 1 where not measured."""
     if maps is None:
-        raise DataError(f"{source}: removing the gas velocity needs the galaxy's MAPS file.")
+        raise DataError(
+            f"{source}: no MAPS file of the galaxy, expected one for --remove-gas-velocity. Give "
+            "--maps."
+        )
     names = ("EMLINE_GVEL", "EMLINE_GVEL_MASK")
     hdus = read_hdus(maps, names)
     channel = line_channels(hdus["EMLINE_GVEL"].header, (HA,), maps)[HA]
@@ -501,7 +507,7 @@ def _gas_stretch(maps: Path | None, source: Path) -> np.ndarray:
 
 
 def _celestial(header: fits.Header) -> str:
-    """Celestial WCS cards of a cube header, as a header string."""
+    """Select the celestial WCS cards of a cube header, as a header string."""
     keep = fits.Header()
     for card in header.cards:
         key = card.keyword
@@ -516,23 +522,26 @@ def _celestial(header: fits.Header) -> str:
 
 
 def line_channels(header: fits.Header, lines: Sequence[str], path: Path) -> dict[str, int]:
-    """Index of every line's channel, from the header cards C01.. (C1.. where there are few).
+    """Map every line to its channel, from the header cards C01.. (C1.. where there are few).
 
     Raises
     ------
     DataError
-        If one of `lines` is not there; the message lists those that are.
+        If one of `lines` is missing; the message lists those that exist.
     """
     cards = ((k[1:], v) for k, v in header.items() if k[:1] == "C" and k[1:].isdigit())
     channels = {str(value).strip(): int(number) - 1 for number, value in cards}
     unknown = [line for line in lines if line not in channels]
     if unknown:
-        raise DataError(f"{path}: no channel {', '.join(unknown)}; it holds {', '.join(channels)}.")
+        raise DataError(
+            f"{path}: no channel {', '.join(unknown)}; it contains {', '.join(channels)}. Give a "
+            "DAP MAPS file of DR15 to DR17."
+        )
     return channels
 
 
 def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[LineMaps, Hdu, Hdu]:
-    """Gaussian-fit fluxes of emission lines from a MAPS file.
+    """Read Gaussian-fit fluxes of emission lines from a MAPS file.
 
     Parameters
     ----------
@@ -556,7 +565,10 @@ def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[LineMaps, Hdu, Hdu
     for name, array in zip(names, arrays, strict=True):
         if array is None or array.ndim != 3 or array.shape != shape:
             found = None if array is None else array.shape
-            raise DataError(f"{path}: {name} has shape {found}, expected (channel, y, x) {shape}.")
+            raise DataError(
+                f"{path}: {name} has shape {found}, expected (channel, y, x) {shape}. Fetch it "
+                "again with download_utils.py --overwrite."
+            )
     flux, ivar, mask = ({k: a[channels[k]] for k in lines} for a in arrays)  # type: ignore[index]
     bad = {k: (m & MAPS_DONOTUSE) != 0 for k, m in mask.items()}
     return LineMaps(flux, ivar, bad), hdus["PRIMARY"], hdus[quantity]
@@ -591,11 +603,11 @@ def process_map(
     Raises
     ------
     DataError
-        Any problem with the input; nothing is written then.
+        Any problem with the input; in that case nothing is written.
     """
     source, target = Path(source), Path(target)
     if not source.is_file():
-        raise DataError(f"{source}: no such file.")
+        raise DataError(f"{source}: no such file. Fetch it with download_utils.py.")
     chosen, inputs = {**asdict(options), "label_task": label_task}, {"MAPS": file_digest(source)}
     recipe = Recipe("labels", data_io.LABEL_VERSION, chosen, inputs)
     if target.is_file() and not overwrite:
@@ -630,7 +642,7 @@ def process_map(
         counts = {n: int((classes == i).sum()) for i, n in enumerate(class_names("logOH", 6))}
     n_labelled = sum(counts.values())
     if not n_labelled:
-        log.warning("%s: no spaxel gets a %s label", source, label_task)
+        log.warning("%s: no spaxel has a %s label", source, label_task)
     meta: dict[str, Any] = {
         "plateifu": plateifu,
         "mangaid": str(primary.get("MANGAID", "")).strip(),

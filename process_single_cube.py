@@ -1,10 +1,10 @@
-"""Process one galaxy: LOGCUBE and MAPS to an H5 cube, label maps and, if asked for, patches.
+"""Process one galaxy: LOGCUBE and MAPS to an H5 cube, label maps and, on request, patches.
 
 Reads   raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz, or the files given.
 Writes  processed/cubes/<plate>/<plateifu>.h5
         processed/labels/<label_task>/<plateifu>.npy, _err.npy, .json, .png
         processed/patches/<label_task>/<patch_norm>/<plateifu>/ for each of --patch-norms
-Layouts: docs/data_formats.md. Outputs that are up to date are left alone.
+Layouts: docs/data_formats.md. Outputs that are up to date are skipped.
 
     python process_single_cube.py --plateifu 8485-1901
     python process_single_cube.py --fits manga-8485-1901-LOGCUBE-SPX-MILESHC-MASTARSSP.fits.gz
@@ -30,16 +30,17 @@ Options = TypeVar("Options", fits_utils.CubeOptions, fits_utils.LabelOptions)
 
 @dataclass(frozen=True)
 class GalaxyOptions(fits_utils.CubeOptions, fits_utils.LabelOptions, patches.PatchOptions):
-    """Everything that shapes one galaxy's outputs."""
+    """Options that decide the outputs of one galaxy."""
 
     label_tasks: tuple[LabelTask, ...] = LABEL_TASKS  # type: ignore[assignment]
-    """Labels to make (BPT logOH); none with an empty --label-tasks."""
+    """Labels to make; an empty --label-tasks makes none."""
     daptype: str | None = None
-    """DAP analysis to read where several lie side by side, e.g. SPX-MILESHC-MASTARSSP."""
+    """DAP analysis to read if there are several, e.g. SPX-MILESHC-MASTARSSP."""
     skip_critical: bool = False
-    """Leave out galaxies whose quality word says CRITICAL; otherwise they are warned of."""
+    """Leave out galaxies whose quality flag says CRITICAL; otherwise a warning is logged."""
     catalogue: Path | None = None
-    """dapall or drpall for the redshifts of DRP cubes; default the one in <data-dir>/raw/."""
+    """dapall or drpall catalogue, for the redshifts of DRP cubes; default the one in
+    <data-dir>/raw/."""
     compression: Literal["none", "gzip"] = "none"
     """Compression of the cube's flux and ivar."""
 
@@ -53,11 +54,11 @@ class Config(GalaxyOptions):
     """Process one galaxy."""
 
     plateifu: str | None = None
-    """Galaxy, e.g. 8485-1901; default the one that --fits names."""
+    """Galaxy, e.g. 8485-1901; default the one in the name of the --fits file."""
     fits: Path | None = None
     """LOGCUBE to read; default the galaxy's in <data-dir>/raw/."""
     maps: Path | None = None
-    """MAPS to read; default the one beside LOGCUBE, else the galaxy's in <data-dir>/raw/."""
+    """MAPS to read; default the one beside the LOGCUBE, else the galaxy's in <data-dir>/raw/."""
     redshift: float | None = None
     """Redshift to use instead of the header's or the catalogue's."""
     data_dir: Path | None = None
@@ -100,7 +101,7 @@ def process_galaxy(
     Raises
     ------
     DataError
-        Any problem with the input. Outputs finished before it stay.
+        Any problem with the input. Outputs that were finished before are kept.
     """
     logcube = logcube or utils.find_raw(root, plateifu, "LOGCUBE", options.daptype)
     needs_maps = bool(options.label_tasks) or options.remove_gas_velocity
@@ -142,16 +143,20 @@ def process_galaxy(
 
 
 def main(config: Config) -> int:
-    """Process the galaxy and say where the outputs are."""
+    """Process the galaxy and log where the outputs are."""
     root = utils.data_dir(config.data_dir)
     if config.plateifu is None and config.fits is None:
         raise DataError("no galaxy given. Expected --plateifu, e.g. 8485-1901, or --fits FILE.")
     for path, kind in ((config.fits, "LOGCUBE"), (config.maps, "MAPS")):
         if path is not None and not path.is_file():
-            raise DataError(f"{path}: no such file.")
+            raise DataError(
+                f"{path}: no such file. Check --{'fits' if kind == 'LOGCUBE' else 'maps'}."
+            )
         other = {"LOGCUBE": "-MAPS-", "MAPS": "-LOGCUBE"}[kind]
         if path is not None and other in path.name:
-            raise DataError(f"{path}: its name says {other.strip('-')}, expected a {kind} file.")
+            raise DataError(
+                f"{path}: a {other.strip('-')} file by its name, expected a {kind} file."
+            )
     plateifu = config.plateifu or utils.plateifu_of(config.fits)  # type: ignore[arg-type]
     utils.split_plateifu(plateifu)
     word = process_galaxy(
