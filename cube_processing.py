@@ -69,7 +69,7 @@ def main(config: Config) -> int:
         name = utils.default_split(task)
         if all(utils.split_path(root, name, part).is_file() for part in utils.SPLIT_PARTS):
             log.info(
-                "split %s exists and is kept, since models may have learned from it; replace it with "
+                "split %s exists and is kept (models may have learned from it); replace it with "
                 "create_data_splits.py --label-task %s --overwrite",
                 name,
                 task,

@@ -468,7 +468,7 @@ def _check_wave(wave: np.ndarray, path: Path) -> None:
     if wave.shape != expected.shape or np.max(np.abs(wave / expected - 1)) > WAVE_TOLERANCE:
         raise DataError(
             f"{path}: wrong wavelengths in WAVE, expected the LOGCUBE grid of {WAVE_N} pixels from "
-            f"{expected[0]:.3f} to {expected[-1]:.3f} Angstrom. Give a LOGCUBE, uncut, not a LINCUBE."
+            f"{expected[0]:.3f} to {expected[-1]:.3f} Angstrom. Give an uncut LOGCUBE."
         )
 
 
