@@ -78,80 +78,18 @@ class MockConfig:
     """Show the traceback of an error."""
 
 
-# The survey
-
-
-def simulate_survey(config: MockConfig) -> dict[str, str]:
-    """Simulate the galaxies of a survey that are missing, then write the catalogue.
-
-    Returns
-    -------
-    dict of plateifu -> {"written", "up to date", "failed"}
-
-    Raises
-    ------
-    DataError
-        Unknown bundle size, no galaxies, or a folder with real galaxies or other bundles.
-    """
-    if config.n_galaxies < 1:
-        raise DataError(f"--n-galaxies {config.n_galaxies}: expected 1 or more.")
-    unknown = sorted(set(config.bundles) - BUNDLES.keys())
-    if unknown:
-        sizes = ", ".join(map(str, BUNDLES))
-        raise DataError(f"--bundles {unknown[0]}: no such bundle size. Expected some of {sizes}.")
-    root = utils.data_dir(config.data_dir)
-    galaxies = [draw_params(config.seed, i, config.bundles) for i in range(config.n_galaxies)]
-    check_folder(root, galaxies)
-    work = partial(
-        _simulate_one,
-        root=root,
-        params={p.plateifu: p for p in galaxies},
-        overwrite=config.overwrite,
-    )
-    outcome = loops.for_each_galaxy(
-        work, [p.plateifu for p in galaxies], "simulate", root / "failed_mock.csv", config.jobs
-    )
-    write_catalogue(root, simulated_galaxies(root))
-    return outcome
-
-
-def _simulate_one(
-    plateifu: str, root: Path, params: Mapping[str, GalaxyParams], overwrite: bool
-) -> str:
-    """Simulate and write one galaxy unless its files exist."""
-    wanted, truth = params[plateifu], truth_path(root, plateifu)
-    if truth.is_file() and not overwrite:
-        if read_meta(truth).get("params") != json.loads(json.dumps(asdict(wanted))):
-            raise DataError(
-                f"{truth}: made with other settings. Expected this seed, these bundles and this "
-                "version of the code. Use --overwrite, or another --data-dir."
-            )
-        if all(utils.raw_paths(root, plateifu, form, DAPTYPE) for form in ("LOGCUBE", "MAPS")):
-            return "up to date"
-    write_galaxy(root, simulate_galaxy(wanted))
-    return "written"
-
-
-def write_galaxy(data_dir: Path, galaxy: Galaxy) -> list[Path]:
-    """Write LOGCUBE, MAPS and, last, the truth file of a galaxy; return their paths."""
-    import mock.dr17_files as dr17  # here and below: --help does not need astropy
-
-    plateifu, daptype = galaxy.scene.plateifu, galaxy.scene.cards["DAPTYPE"]
-    forms = {"LOGCUBE": dr17.logcube_hdus, "MAPS": dr17.maps_hdus}
-    paths = [dr17.raw_file(data_dir, plateifu, form, daptype) for form in forms]
-    for path, hdus in zip(paths, forms.values(), strict=True):
-        dr17.write_gzipped_fits(path, hdus(galaxy))
-    truth = truth_path(data_dir, plateifu)
-    write_truth(truth, galaxy)
-    return [*paths, truth]
-
-
 # The data folder
+
+
+def _slot(plateifu: str) -> tuple[str, str]:
+    """Plate and running number on the plate: what identifies a simulated galaxy of any bundle."""
+    plate, ifu = utils.split_plateifu(plateifu)
+    return plate, ifu[-2:]
 
 
 def check_folder(root: Path, galaxies: Sequence[GalaxyParams]) -> None:
     """Raise a DataError if a folder holds real galaxies, or simulated ones of other bundles."""
-    import fits_utils
+    import fits_utils  # here and below: --help does not need astropy
 
     catalogue = root / "raw" / DAPALL
     if catalogue.is_file():
@@ -170,12 +108,6 @@ def check_folder(root: Path, galaxies: Sequence[GalaxyParams]) -> None:
                 f"{path}: has a bundle of another size than this survey's galaxy. Expected "
                 f"{expected}. Use the same --bundles as before, or another --data-dir."
             )
-
-
-def _slot(plateifu: str) -> tuple[str, str]:
-    """Plate and running number on the plate: what identifies a simulated galaxy of any bundle."""
-    plate, ifu = utils.split_plateifu(plateifu)
-    return plate, ifu[-2:]
 
 
 def simulated_galaxies(root: Path) -> list[GalaxyParams]:
@@ -236,6 +168,74 @@ def write_catalogue(data_dir: Path, galaxies: Sequence[GalaxyParams]) -> Path:
     with utils.atomic_path(path) as part:
         fits.HDUList([fits.PrimaryHDU(), *map(table, DAPTYPES)]).writeto(part)
     return path
+
+
+# The survey
+
+
+def write_galaxy(data_dir: Path, galaxy: Galaxy) -> list[Path]:
+    """Write LOGCUBE, MAPS and, last, the truth file of a galaxy; return their paths."""
+    import mock.dr17_files as dr17
+
+    plateifu, daptype = galaxy.scene.plateifu, galaxy.scene.cards["DAPTYPE"]
+    forms = {"LOGCUBE": dr17.logcube_hdus, "MAPS": dr17.maps_hdus}
+    paths = [dr17.raw_file(data_dir, plateifu, form, daptype) for form in forms]
+    for path, hdus in zip(paths, forms.values(), strict=True):
+        dr17.write_gzipped_fits(path, hdus(galaxy))
+    truth = truth_path(data_dir, plateifu)
+    write_truth(truth, galaxy)
+    return [*paths, truth]
+
+
+def _simulate_one(
+    plateifu: str, root: Path, params: Mapping[str, GalaxyParams], overwrite: bool
+) -> str:
+    """Simulate and write one galaxy unless its files exist."""
+    wanted, truth = params[plateifu], truth_path(root, plateifu)
+    if truth.is_file() and not overwrite:
+        if read_meta(truth).get("params") != json.loads(json.dumps(asdict(wanted))):
+            raise DataError(
+                f"{truth}: made with other settings. Expected this seed, these bundles and this "
+                "version of the code. Use --overwrite, or another --data-dir."
+            )
+        if all(utils.raw_paths(root, plateifu, form, DAPTYPE) for form in ("LOGCUBE", "MAPS")):
+            return "up to date"
+    write_galaxy(root, simulate_galaxy(wanted))
+    return "written"
+
+
+def simulate_survey(config: MockConfig) -> dict[str, str]:
+    """Simulate the galaxies of a survey that are missing, then write the catalogue.
+
+    Returns
+    -------
+    dict of plateifu -> {"written", "up to date", "failed"}
+
+    Raises
+    ------
+    DataError
+        Unknown bundle size, no galaxies, or a folder with real galaxies or other bundles.
+    """
+    if config.n_galaxies < 1:
+        raise DataError(f"--n-galaxies {config.n_galaxies}: expected 1 or more.")
+    unknown = sorted(set(config.bundles) - BUNDLES.keys())
+    if unknown:
+        sizes = ", ".join(map(str, BUNDLES))
+        raise DataError(f"--bundles {unknown[0]}: no such bundle size. Expected some of {sizes}.")
+    root = utils.data_dir(config.data_dir)
+    galaxies = [draw_params(config.seed, i, config.bundles) for i in range(config.n_galaxies)]
+    check_folder(root, galaxies)
+    work = partial(
+        _simulate_one,
+        root=root,
+        params={p.plateifu: p for p in galaxies},
+        overwrite=config.overwrite,
+    )
+    outcome = loops.for_each_galaxy(
+        work, [p.plateifu for p in galaxies], "simulate", root / "failed_mock.csv", config.jobs
+    )
+    write_catalogue(root, simulated_galaxies(root))
+    return outcome
 
 
 def main(config: MockConfig) -> int:

@@ -58,42 +58,18 @@ STARS_METAL = -0.1
 """[Z/H] of the invented stars."""
 
 
-def resynthesise(data_dir: Path, maps: Path, seed: int, overwrite: bool = False) -> list[Path]:
-    """Write a LOGCUBE that a real MAPS file could have come from, and a copy of the MAPS file.
-
-    The files keep the galaxy's own plateifu and DAPTYPE. The cube's noise has the S/N of the maps,
-    but is not the noise that the real line fluxes were measured on; those fluxes are the truth.
-
-    Returns
-    -------
-    list of Path
-        LOGCUBE, MAPS, truth file.
-
-    Raises
-    ------
-    DataError
-        If the MAPS file cannot be used, or another LOGCUBE of the galaxy exists.
-    """
-    scene = read_scene(maps)
-    daptype = str(scene.cards["DAPTYPE"]).strip()
-    cube, copy = (raw_file(data_dir, scene.plateifu, form, daptype) for form in ("LOGCUBE", "MAPS"))
-    truth = truth_path(data_dir, scene.plateifu)
-    scene.meta["seed"] = seed
-    if cube.is_file() and not overwrite:
-        if not truth.is_file() or read_meta(truth) != scene.meta:
-            raise DataError(
-                f"{cube}: exists, but was not made from this MAPS file and seed. "
-                "Use --overwrite, or another --data-dir."
-            )
-        log.info("%s: up to date", cube)
-        return [cube, copy, truth]
-    galaxy = observe(scene, np.random.default_rng([seed, 5]))
-    if not copy.is_file() or utils.sha256_of(copy) != scene.meta["sha256"]:
-        with utils.atomic_path(copy) as part:
-            shutil.copyfile(maps, part)
-    write_gzipped_fits(cube, logcube_hdus(galaxy))
-    write_truth(truth, galaxy)
-    return [cube, copy, truth]
+def _read_maps(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    """Primary header, the arrays that a scene needs, and the line channels of a MAPS file."""
+    hdus = fits_stream.read_hdus(path, ("PRIMARY", *MAPS_NEEDED))
+    primary = dict(hdus.pop("PRIMARY").header)
+    absent = [card for card in CARDS_NEEDED if card not in primary]
+    if absent:
+        raise DataError(
+            f"{path}: no {', '.join(absent)} in the primary header. Expected a DAP MAPS file of "
+            "DR15 to DR17; fetch one with download_utils.py."
+        )
+    channels = fits_utils.line_channels(hdus["EMLINE_GFLUX"].header, ("Ha-6564",), path)
+    return primary, {name: hdu.data for name, hdu in hdus.items()}, channels
 
 
 def read_scene(path: Path) -> Scene:
@@ -181,15 +157,39 @@ def read_scene(path: Path) -> Scene:
     return scene
 
 
-def _read_maps(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
-    """Primary header, the arrays that a scene needs, and the line channels of a MAPS file."""
-    hdus = fits_stream.read_hdus(path, ("PRIMARY", *MAPS_NEEDED))
-    primary = dict(hdus.pop("PRIMARY").header)
-    absent = [card for card in CARDS_NEEDED if card not in primary]
-    if absent:
-        raise DataError(
-            f"{path}: no {', '.join(absent)} in the primary header. Expected a DAP MAPS file of "
-            "DR15 to DR17; fetch one with download_utils.py."
-        )
-    channels = fits_utils.line_channels(hdus["EMLINE_GFLUX"].header, ("Ha-6564",), path)
-    return primary, {name: hdu.data for name, hdu in hdus.items()}, channels
+def resynthesise(data_dir: Path, maps: Path, seed: int, overwrite: bool = False) -> list[Path]:
+    """Write a LOGCUBE that a real MAPS file could have come from, and a copy of the MAPS file.
+
+    The files keep the galaxy's own plateifu and DAPTYPE. The cube's noise has the S/N of the maps,
+    but is not the noise that the real line fluxes were measured on; those fluxes are the truth.
+
+    Returns
+    -------
+    list of Path
+        LOGCUBE, MAPS, truth file.
+
+    Raises
+    ------
+    DataError
+        If the MAPS file cannot be used, or another LOGCUBE of the galaxy exists.
+    """
+    scene = read_scene(maps)
+    daptype = str(scene.cards["DAPTYPE"]).strip()
+    cube, copy = (raw_file(data_dir, scene.plateifu, form, daptype) for form in ("LOGCUBE", "MAPS"))
+    truth = truth_path(data_dir, scene.plateifu)
+    scene.meta["seed"] = seed
+    if cube.is_file() and not overwrite:
+        if not truth.is_file() or read_meta(truth) != scene.meta:
+            raise DataError(
+                f"{cube}: exists, but was not made from this MAPS file and seed. "
+                "Use --overwrite, or another --data-dir."
+            )
+        log.info("%s: up to date", cube)
+        return [cube, copy, truth]
+    galaxy = observe(scene, np.random.default_rng([seed, 5]))
+    if not copy.is_file() or utils.sha256_of(copy) != scene.meta["sha256"]:
+        with utils.atomic_path(copy) as part:
+            shutil.copyfile(maps, part)
+    write_gzipped_fits(cube, logcube_hdus(galaxy))
+    write_truth(truth, galaxy)
+    return [cube, copy, truth]

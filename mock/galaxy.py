@@ -162,14 +162,6 @@ class GalaxyParams:
     dead_fibre: bool
 
 
-def simulate_galaxy(params: GalaxyParams) -> Galaxy:
-    """Simulate one galaxy: noiseless scene, observation, fits; all decided by `params`."""
-    rng = np.random.default_rng([params.seed, 5, params.index])
-    galaxy = observe(build_scene(params), rng)
-    galaxy.fit = fit_lines(galaxy, rng) | fit_stars(galaxy, rng)
-    return galaxy
-
-
 # Parameters
 
 
@@ -186,6 +178,26 @@ def twin_index(index: int) -> int:
 def bundle_radius_arcsec(bundle: int) -> float:
     """Distance from the centre of a bundle to its corners, arcsec."""
     return BUNDLES[bundle][0] * FIBRE_PITCH_ARCSEC + 1.25
+
+
+def _kind(u: float) -> Kind:
+    """Kind of galaxy for a number in [0, 1): the centres of 26 % are not star-forming."""
+    if u < 0.74:
+        return "star-forming"
+    if u < 0.83:
+        return "composite"
+    return "Seyfert" if u < 0.94 else "LINER"
+
+
+def _agn_fraction(kind: Kind, rng: np.random.Generator) -> float:
+    """Draw the ratio of the active nucleus' Halpha to that of the H II regions, in the centre."""
+    low, high = {
+        "star-forming": (0.0, 0.0),
+        "composite": (0.5, 1.0),
+        "Seyfert": (2.5, 6.0),
+        "LINER": (3.0, 5.0),
+    }[kind]
+    return float(rng.uniform(low, high))
 
 
 def draw_params(seed: int, index: int, bundles: Sequence[int] = ()) -> GalaxyParams:
@@ -258,24 +270,87 @@ def draw_params(seed: int, index: int, bundles: Sequence[int] = ()) -> GalaxyPar
     )
 
 
-def _kind(u: float) -> Kind:
-    """Kind of galaxy for a number in [0, 1): the centres of 26 % are not star-forming."""
-    if u < 0.74:
-        return "star-forming"
-    if u < 0.83:
-        return "composite"
-    return "Seyfert" if u < 0.94 else "LINER"
+# Field of view, foreground star, dead fibre, header
 
 
-def _agn_fraction(kind: Kind, rng: np.random.Generator) -> float:
-    """Draw the ratio of the active nucleus' Halpha to that of the H II regions, in the centre."""
-    low, high = {
-        "star-forming": (0.0, 0.0),
-        "composite": (0.5, 1.0),
-        "Seyfert": (2.5, 6.0),
-        "LINER": (3.0, 5.0),
-    }[kind]
-    return float(rng.uniform(low, high))
+def _field_of_view(size: int, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Coverage 0 to 1, mask bits and footprint (y, x) of a dithered bundle of a given radius.
+
+    Dithering and the cube's kernel (Law et al. 2016, section 9) soften the edge by 1.5 arcsec.
+    LOWCOV marks less than 30 % of the full weight, as in the DRP.
+    """
+    east, north = sky_offsets(size)
+    soft = np.clip((hexagon_distance(east, north, radius) + 0.75) / 1.5, 0, 1)
+    cover = soft**2 * (3 - 2 * soft)
+    bits = np.zeros((size, size), np.int32)
+    bits[cover < 0.3] |= LOWCOV | DONOTUSE
+    bits[cover < 0.02] |= NOCOV
+    return cover, bits, cover >= 0.02
+
+
+def _foreground_star(p: GalaxyParams, rng: np.random.Generator) -> tuple[float, float] | None:
+    """Position (y, x) of a foreground star in spaxels, None without one."""
+    distance = rng.uniform(0.45, 0.8) * bundle_radius_arcsec(p.bundle)
+    angle = rng.uniform(0, 2 * np.pi)
+    if not p.foreground_star:
+        return None
+    centre = BUNDLES[p.bundle][1] // 2
+    return (
+        centre + distance * np.sin(angle) / SPAXEL_ARCSEC,
+        centre + distance * np.cos(angle) / SPAXEL_ARCSEC,
+    )
+
+
+def _dead_fibre(p: GalaxyParams, rng: np.random.Generator) -> tuple[float, float] | None:
+    """Position (y, x) of a dead fibre in spaxels, in any ring around the central fibre."""
+    rings, size, _ = BUNDLES[p.bundle]
+    ring, angle = rng.integers(1, rings + 1), rng.integers(6) * np.pi / 3
+    if not p.dead_fibre:
+        return None
+    centre, step = size // 2, ring * FIBRE_PITCH_ARCSEC / SPAXEL_ARCSEC
+    return centre + step * np.sin(angle) * 0.9, centre + step * np.cos(angle) * 0.9
+
+
+def _flag_disc(
+    bits: np.ndarray, yx: tuple[float, float] | None, radius_arcsec: float, bit: int
+) -> None:
+    """Set a bit, and DONOTUSE, on the covered spaxels around a position; in place."""
+    if yx is None:
+        return
+    y, x = np.indices(bits.shape)
+    near = np.hypot(y - yx[0], x - yx[1]) * SPAXEL_ARCSEC < radius_arcsec
+    bits[near & ((bits & NOCOV) == 0)] |= bit | DONOTUSE
+
+
+def _star_light(
+    rng: np.random.Generator,
+    yx: tuple[float, float],
+    psf: float,
+    ys: np.ndarray,
+    xs: np.ndarray,
+) -> np.ndarray:
+    """Spectra (band, spaxel) of a foreground star, old and metal-poor, at redshift 0."""
+    spectrum = at_shift(stellar_templates(0.0, 10.0), 0)[3, 0]
+    profile = np.exp(-0.5 * ((ys - yx[0]) ** 2 + (xs - yx[1]) ** 2) / psf**2)
+    return np.outer(spectrum, rng.uniform(0.5, 4) * profile).astype(np.float32)
+
+
+def _header_cards(p: GalaxyParams) -> dict[str, Any]:
+    """Primary header cards that depend on the galaxy."""
+    plate, ifu = utils.split_plateifu(p.plateifu)
+    ra, dec = round(p.ra, 9), round(p.dec, 9)
+    longitude, latitude = galactic_coordinates(ra, dec)
+    fwhm = {f"{band}FWHM": round(p.seeing_arcsec, 5) for band in "GRIZ"}
+    return {
+        "IFURA": round(ra, 6), "IFUDEC": round(dec, 6), "OBJRA": ra, "OBJDEC": dec,
+        "CENRA": round(ra, 3), "CENDEC": round(dec, 3), "PLATEID": int(plate),
+        "DESIGNID": int(plate) + 500, "IFUDSGN": int(ifu), "PLATEIFU": p.plateifu,
+        "IFUGLON": round(longitude, 6), "IFUGLAT": round(latitude, 6),
+        "MANGAID": p.mangaid, "EBVGAL": round(p.ebv_gal, 7), "DAPTYPE": DAPTYPE,
+        "ECOOPA": round(p.pa, 3), "ECOOELL": round(1 - p.axis_ratio, 5),
+        "REFF": round(p.r_eff, 5), "SCINPVEL": p.z * C_KMS,
+        **fwhm,
+    }  # fmt: skip
 
 
 # Scene: the galaxy without noise, as seen through the seeing
@@ -313,71 +388,6 @@ class _Gas:
     lines: dict[str, np.ndarray]
     sigma2: np.ndarray
     logoh: np.ndarray
-
-
-def build_scene(p: GalaxyParams) -> Scene:
-    """Build a galaxy's noiseless spectra and maps as seen through the seeing.
-
-    The galaxy is laid out on a grid somewhat larger than the field of view, then blurred:
-    continuum spectra as weights of templates at each velocity, so that neighbouring spectra truly
-    mix; emission lines as fluxes and flux-weighted velocity moments.
-    """
-    size = BUNDLES[p.bundle][1]
-    psf = p.seeing_arcsec / SPAXEL_ARCSEC / (2 * np.sqrt(2 * np.log(2)))
-    pad = int(np.ceil(3.5 * psf))
-    matrix = blur_matrix(size, pad, psf)
-    body = _lay_out(p, size, pad)
-    here = np.random.default_rng([p.seed, 4, p.index])
-    cover, bits, inside = _field_of_view(size, bundle_radius_arcsec(p.bundle))
-    star_yx = _foreground_star(p, here)
-    dead_yx = _dead_fibre(p, here)
-    _flag_disc(bits, star_yx, p.seeing_arcsec, FORESTAR)
-    _flag_disc(bits, dead_yx, 1.2, DEADFIBER)
-    if dead_yx:
-        cover[(bits & DEADFIBER) > 0] *= 0.3
-    ys, xs = np.nonzero(inside)
-
-    templates = stellar_templates(p.z, p.sigma_disc)
-    weights = population_weights(body.log_age, body.metal)  # (age, metallicity, y, x)
-    stellar = _stellar_spectra(p, body, templates, weights, matrix, ys, xs)
-    if star_yx:
-        stellar += _star_light(here, star_yx, psf, ys, xs)
-    gas = _gas(p, body, templates, weights)
-
-    disc, bulge, ha = body.disc, body.bulge, gas.lines["Ha-6564"]
-    light, ha_seen = blur(disc, matrix) + blur(bulge, matrix), blur(ha, matrix)
-    gas_v = blur(ha * body.v, matrix) / ha_seen
-    gas_sigma = np.sqrt(blur(ha * (body.v**2 + gas.sigma2), matrix) / ha_seen - gas_v**2)
-    star_v = blur(disc * body.star_v, matrix) / light
-    second = disc * (body.star_v**2 + p.sigma_disc**2) + bulge * p.sigma_bulge**2
-    star_sigma = np.sqrt(blur(second, matrix) / light - star_v**2)
-    metal = disc * body.metal + bulge * min(p.metal_re + 0.15, MAX_METAL)
-    truth = {
-        "logoh_physical": gas.logoh[pad : pad + size, pad : pad + size],
-        "gas_ebv": blur(body.ebv * ha, matrix) / ha_seen,
-        "stellar_log_age": blur(disc * body.log_age + bulge * OLD_LOG_AGE, matrix) / light,
-        "stellar_metallicity": blur(metal, matrix) / light,
-    }
-    return Scene(
-        plateifu=p.plateifu,
-        z=p.z,
-        ebv_gal=p.ebv_gal,
-        size=size,
-        ys=ys,
-        xs=xs,
-        coverage=cover[ys, xs],
-        bits=bits,
-        stellar=stellar,
-        line_flux={name: blur(flux, matrix)[ys, xs] for name, flux in gas.lines.items()},
-        gas_v=gas_v[ys, xs],
-        gas_sigma=gas_sigma[ys, xs],
-        star_v=star_v[ys, xs],
-        star_sigma=star_sigma[ys, xs],
-        noise_scale=p.noise_scale,
-        cards=_header_cards(p),
-        truth={name: values[ys, xs] for name, values in truth.items()},
-        meta={"params": asdict(p)},
-    )
 
 
 def _lay_out(p: GalaxyParams, size: int, pad: int) -> _Body:
@@ -477,84 +487,74 @@ def _gas(p: GalaxyParams, body: _Body, templates: np.ndarray, weights: np.ndarra
     return _Gas(lines, sigma2, logoh)
 
 
-# What the instrument and the Milky Way add to the scene
+def build_scene(p: GalaxyParams) -> Scene:
+    """Build a galaxy's noiseless spectra and maps as seen through the seeing.
 
-
-def _field_of_view(size: int, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Coverage 0 to 1, mask bits and footprint (y, x) of a dithered bundle of a given radius.
-
-    Dithering and the cube's kernel (Law et al. 2016, section 9) soften the edge by 1.5 arcsec.
-    LOWCOV marks less than 30 % of the full weight, as in the DRP.
+    The galaxy is laid out on a grid somewhat larger than the field of view, then blurred:
+    continuum spectra as weights of templates at each velocity, so that neighbouring spectra truly
+    mix; emission lines as fluxes and flux-weighted velocity moments.
     """
-    east, north = sky_offsets(size)
-    soft = np.clip((hexagon_distance(east, north, radius) + 0.75) / 1.5, 0, 1)
-    cover = soft**2 * (3 - 2 * soft)
-    bits = np.zeros((size, size), np.int32)
-    bits[cover < 0.3] |= LOWCOV | DONOTUSE
-    bits[cover < 0.02] |= NOCOV
-    return cover, bits, cover >= 0.02
+    size = BUNDLES[p.bundle][1]
+    psf = p.seeing_arcsec / SPAXEL_ARCSEC / (2 * np.sqrt(2 * np.log(2)))
+    pad = int(np.ceil(3.5 * psf))
+    matrix = blur_matrix(size, pad, psf)
+    body = _lay_out(p, size, pad)
+    here = np.random.default_rng([p.seed, 4, p.index])
+    cover, bits, inside = _field_of_view(size, bundle_radius_arcsec(p.bundle))
+    star_yx = _foreground_star(p, here)
+    dead_yx = _dead_fibre(p, here)
+    _flag_disc(bits, star_yx, p.seeing_arcsec, FORESTAR)
+    _flag_disc(bits, dead_yx, 1.2, DEADFIBER)
+    if dead_yx:
+        cover[(bits & DEADFIBER) > 0] *= 0.3
+    ys, xs = np.nonzero(inside)
 
+    templates = stellar_templates(p.z, p.sigma_disc)
+    weights = population_weights(body.log_age, body.metal)  # (age, metallicity, y, x)
+    stellar = _stellar_spectra(p, body, templates, weights, matrix, ys, xs)
+    if star_yx:
+        stellar += _star_light(here, star_yx, psf, ys, xs)
+    gas = _gas(p, body, templates, weights)
 
-def _foreground_star(p: GalaxyParams, rng: np.random.Generator) -> tuple[float, float] | None:
-    """Position (y, x) of a foreground star in spaxels, None without one."""
-    distance = rng.uniform(0.45, 0.8) * bundle_radius_arcsec(p.bundle)
-    angle = rng.uniform(0, 2 * np.pi)
-    if not p.foreground_star:
-        return None
-    centre = BUNDLES[p.bundle][1] // 2
-    return (
-        centre + distance * np.sin(angle) / SPAXEL_ARCSEC,
-        centre + distance * np.cos(angle) / SPAXEL_ARCSEC,
+    disc, bulge, ha = body.disc, body.bulge, gas.lines["Ha-6564"]
+    light, ha_seen = blur(disc, matrix) + blur(bulge, matrix), blur(ha, matrix)
+    gas_v = blur(ha * body.v, matrix) / ha_seen
+    gas_sigma = np.sqrt(blur(ha * (body.v**2 + gas.sigma2), matrix) / ha_seen - gas_v**2)
+    star_v = blur(disc * body.star_v, matrix) / light
+    second = disc * (body.star_v**2 + p.sigma_disc**2) + bulge * p.sigma_bulge**2
+    star_sigma = np.sqrt(blur(second, matrix) / light - star_v**2)
+    metal = disc * body.metal + bulge * min(p.metal_re + 0.15, MAX_METAL)
+    truth = {
+        "logoh_physical": gas.logoh[pad : pad + size, pad : pad + size],
+        "gas_ebv": blur(body.ebv * ha, matrix) / ha_seen,
+        "stellar_log_age": blur(disc * body.log_age + bulge * OLD_LOG_AGE, matrix) / light,
+        "stellar_metallicity": blur(metal, matrix) / light,
+    }
+    return Scene(
+        plateifu=p.plateifu,
+        z=p.z,
+        ebv_gal=p.ebv_gal,
+        size=size,
+        ys=ys,
+        xs=xs,
+        coverage=cover[ys, xs],
+        bits=bits,
+        stellar=stellar,
+        line_flux={name: blur(flux, matrix)[ys, xs] for name, flux in gas.lines.items()},
+        gas_v=gas_v[ys, xs],
+        gas_sigma=gas_sigma[ys, xs],
+        star_v=star_v[ys, xs],
+        star_sigma=star_sigma[ys, xs],
+        noise_scale=p.noise_scale,
+        cards=_header_cards(p),
+        truth={name: values[ys, xs] for name, values in truth.items()},
+        meta={"params": asdict(p)},
     )
 
 
-def _dead_fibre(p: GalaxyParams, rng: np.random.Generator) -> tuple[float, float] | None:
-    """Position (y, x) of a dead fibre in spaxels, in any ring around the central fibre."""
-    rings, size, _ = BUNDLES[p.bundle]
-    ring, angle = rng.integers(1, rings + 1), rng.integers(6) * np.pi / 3
-    if not p.dead_fibre:
-        return None
-    centre, step = size // 2, ring * FIBRE_PITCH_ARCSEC / SPAXEL_ARCSEC
-    return centre + step * np.sin(angle) * 0.9, centre + step * np.cos(angle) * 0.9
-
-
-def _flag_disc(
-    bits: np.ndarray, yx: tuple[float, float] | None, radius_arcsec: float, bit: int
-) -> None:
-    """Set a bit, and DONOTUSE, on the covered spaxels around a position; in place."""
-    if yx is None:
-        return
-    y, x = np.indices(bits.shape)
-    near = np.hypot(y - yx[0], x - yx[1]) * SPAXEL_ARCSEC < radius_arcsec
-    bits[near & ((bits & NOCOV) == 0)] |= bit | DONOTUSE
-
-
-def _star_light(
-    rng: np.random.Generator,
-    yx: tuple[float, float],
-    psf: float,
-    ys: np.ndarray,
-    xs: np.ndarray,
-) -> np.ndarray:
-    """Spectra (band, spaxel) of a foreground star, old and metal-poor, at redshift 0."""
-    spectrum = at_shift(stellar_templates(0.0, 10.0), 0)[3, 0]
-    profile = np.exp(-0.5 * ((ys - yx[0]) ** 2 + (xs - yx[1]) ** 2) / psf**2)
-    return np.outer(spectrum, rng.uniform(0.5, 4) * profile).astype(np.float32)
-
-
-def _header_cards(p: GalaxyParams) -> dict[str, Any]:
-    """Primary header cards that depend on the galaxy."""
-    plate, ifu = utils.split_plateifu(p.plateifu)
-    ra, dec = round(p.ra, 9), round(p.dec, 9)
-    longitude, latitude = galactic_coordinates(ra, dec)
-    fwhm = {f"{band}FWHM": round(p.seeing_arcsec, 5) for band in "GRIZ"}
-    return {
-        "IFURA": round(ra, 6), "IFUDEC": round(dec, 6), "OBJRA": ra, "OBJDEC": dec,
-        "CENRA": round(ra, 3), "CENDEC": round(dec, 3), "PLATEID": int(plate),
-        "DESIGNID": int(plate) + 500, "IFUDSGN": int(ifu), "PLATEIFU": p.plateifu,
-        "IFUGLON": round(longitude, 6), "IFUGLAT": round(latitude, 6),
-        "MANGAID": p.mangaid, "EBVGAL": round(p.ebv_gal, 7), "DAPTYPE": DAPTYPE,
-        "ECOOPA": round(p.pa, 3), "ECOOELL": round(1 - p.axis_ratio, 5),
-        "REFF": round(p.r_eff, 5), "SCINPVEL": p.z * C_KMS,
-        **fwhm,
-    }  # fmt: skip
+def simulate_galaxy(params: GalaxyParams) -> Galaxy:
+    """Simulate one galaxy: noiseless scene, observation, fits; all decided by `params`."""
+    rng = np.random.default_rng([params.seed, 5, params.index])
+    galaxy = observe(build_scene(params), rng)
+    galaxy.fit = fit_lines(galaxy, rng) | fit_stars(galaxy, rng)
+    return galaxy
