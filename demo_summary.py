@@ -1,7 +1,7 @@
-"""Gather the demo's evaluations into one table and one JSON file.
+"""Summarise the demo's evaluations in one table and one JSON file.
 
-Reads   results/demo/{logOH_hard,logOH_easy,BPT_hard}/test/metrics.json (eval_fns.py).
-Writes  results/demo/summary.json, flat keys such as logOH.hard_accuracy; prints the table.
+Reads   results/demo/{logOH_hard,logOH_easy,BPT_hard}/test/metrics.json (written by eval_fns.py).
+Writes  results/demo/summary.json with flat keys such as logOH.hard_accuracy; prints the table.
 
     python demo_summary.py --results results/demo --seconds 120
 """
@@ -24,28 +24,31 @@ RUNS = ("logOH_hard", "logOH_easy", "BPT_hard")
 
 @dataclass(frozen=True)
 class Config:
-    """Gather the demo's evaluations into one table and one JSON file."""
+    """Summarise the demo's evaluations in one table and one JSON file."""
 
     results: Path = Path("results/demo")
-    """Folder of the demo's runs."""
+    """Folder that holds the demo's runs."""
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     seconds: float | None = None
-    """Wall time of the demo so far, for the record."""
+    """Wall time of the demo so far in seconds, to be recorded."""
     debug: bool = False
     """Show tracebacks."""
 
 
 def read_metrics(run_dir: Path) -> dict[str, Any]:
-    """Read the evaluation of a run on its test part."""
+    """Read the metrics of a run on its test part."""
     path = run_dir / "test" / "metrics.json"
     if not path.is_file():
-        raise DataError(f"{path}: no such file. Make it with eval_fns.py --run-dir {run_dir}.")
+        raise DataError(
+            f"{path}: no such file. Expected the metrics of a run on its test part. Write them "
+            f"with eval_fns.py --run-dir {run_dir} --part test."
+        )
     return json.loads(path.read_text())
 
 
 def summarise(root: Path, results: Path, seconds: float | None) -> dict[str, Any]:
-    """Flat summary of the demo: what there was, and how well it went."""
+    """Flat summary of the demo: amount of data, and scores of the runs."""
     found = {name: read_metrics(results / name) for name in RUNS}
     logoh, easy, bpt = (found[name] for name in RUNS)
     maps = utils.label_maps(root, "logOH")
@@ -73,7 +76,7 @@ def summarise(root: Path, results: Path, seconds: float | None) -> dict[str, Any
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Lay the summary out as text."""
+    """Format the summary as a text table."""
 
     def interval(task: str) -> str:
         low, high = summary[f"{task}.hard_accuracy_interval"]
@@ -84,24 +87,27 @@ def table(summary: dict[str, Any]) -> str:
 
     s = summary
     lines = [
-        row("on galaxies never seen", "metallicity", "BPT class"),
+        row("held-out galaxies (hard split)", "metallicity", "BPT class"),
         row("  SSFTT accuracy", *(f"{s[f'{t}.hard_accuracy']:.3f}" for t in ("logOH", "BPT"))),
         row("    95 % interval over galaxies", interval("logOH"), interval("BPT")),
-        row("  majority class", *(f"{s[f'{t}.majority_accuracy']:.3f}" for t in ("logOH", "BPT"))),
         row(
-            "  one spectrum, no network",
+            "  majority-class accuracy",
+            *(f"{s[f'{t}.majority_accuracy']:.3f}" for t in ("logOH", "BPT")),
+        ),
+        row(
+            "  accuracy of spectra, no network",
             *(f"{s[f'{t}.spectrum_accuracy']:.3f}" for t in ("logOH", "BPT")),
         ),
         row("  mean absolute error (dex)", f"{s['logOH.mae_dex']:.3f}", "-"),
-        row("    of a constant", f"{s['logOH.constant_mae_dex']:.3f}", "-"),
-        row("on spaxels of galaxies shown", "", ""),
-        row("  SSFTT accuracy (easy split)", f"{s['logOH.easy_accuracy']:.3f}", "-"),
+        row("    of a constant prediction", f"{s['logOH.constant_mae_dex']:.3f}", "-"),
+        row("held-out spaxels (easy split)", "", ""),
+        row("  SSFTT accuracy", f"{s['logOH.easy_accuracy']:.3f}", "-"),
     ]
     return "\n".join(lines)
 
 
 def main(config: Config) -> int:
-    """Write and print the summary."""
+    """Write the summary as JSON, print it as a table; return the exit code."""
     summary = summarise(utils.data_dir(config.data_dir), config.results, config.seconds)
     path = config.results / "summary.json"
     utils.write_json(path, summary)

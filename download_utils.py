@@ -1,11 +1,12 @@
-"""Fetch missing files of galaxies from the SDSS archive: resumable, size-checked.
+"""Fetch missing files of galaxies from the SDSS archive, resuming interrupted downloads.
 
-Reads   the archive over HTTPS (public, no login); its paths come from sdss_access.
+Reads   the archive over HTTPS (public, no login), at the paths that sdss_access gives.
 Writes  raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz, and with --catalogue
         raw/dapall-*.fits.
-A file is written beside its place as .<name>.part, its size compared with the server's and, if
-gzipped, its checksum tested, and only then named. A stopped download goes on where it stopped; of
-several processes that want the same file one fetches it and the others wait.
+
+A file is downloaded as .<name>.part in the same folder and renamed only after its size agrees with
+the server's and, if it is gzipped, its checksum is right. An interrupted download resumes where it
+stopped. If several processes need the same file, one fetches it and the others wait.
 
     python download_utils.py --plateifu 8485-1901 7443-12703
     python download_utils.py --galaxy-list galaxies.txt --jobs 4 --catalogue
@@ -35,8 +36,9 @@ RELEASE, DRP_VERSION, DAP_VERSION = "DR17", "v3_1_1", "3.1.0"
 DEFAULT_DAPTYPE = "SPX-MILESHC-MASTARSSP"
 ARCHIVE = "https://data.sdss.org/sas/"
 BLOCK = 1 << 16
-"""Bytes at a time; a broken connection loses at most one block."""
+"""Bytes received at a time; a broken connection loses at most one block."""
 TIMEOUT_S = 60
+"""Seconds without an answer from the server after which a connection counts as failed."""
 
 FileKind = Literal["LOGCUBE", "MAPS", "DRPCUBE"]
 
@@ -48,21 +50,21 @@ class Config(loops.GalaxyChoice):
     plateifu: tuple[str, ...] = ()
     """Galaxies, e.g. 8485-1901."""
     kinds: tuple[FileKind, ...] = ("MAPS", "LOGCUBE")
-    """Files to fetch: the DAP's maps, its model cube, the DRP's cube."""
+    """Files to fetch: the DAP's maps, the DAP's model cube, the DRP's cube."""
     daptype: str = DEFAULT_DAPTYPE
-    """DAP analysis."""
+    """DAP analysis whose maps and model cube to fetch."""
     catalogue: bool = False
-    """Also fetch the dapall catalogue (redshifts, identities, quality of all galaxies)."""
+    """Also fetch the dapall catalogue (redshift, mangaid and quality of all galaxies)."""
     jobs: int = 2
-    """Galaxies fetched at a time; please stay polite."""
+    """Number of galaxies fetched at the same time; keep it small, the server is shared."""
     retries: int = 4
-    """Further tries after a failed connection, with growing pauses."""
+    """Number of further attempts after a failed connection, with growing pauses."""
     base_url: str = ARCHIVE
-    """Archive root, for mirrors."""
+    """Root URL of the archive; change it to use a mirror."""
     dry_run: bool = False
-    """Only list what is missing, with its URL."""
+    """Only list the URLs and paths of missing files."""
     overwrite: bool = False
-    """Fetch again what is already there."""
+    """Fetch existing files again."""
 
 
 def archive_url(kind: str, plateifu: str | None, daptype: str, base_url: str = ARCHIVE) -> str:
@@ -75,7 +77,7 @@ def archive_url(kind: str, plateifu: str | None, daptype: str, base_url: str = A
         None for the catalogue.
     daptype : str
     base_url : str
-        Root that replaces the archive's.
+        Root URL of the archive or of a mirror.
     """
     from sdss_access.path import Path as SdssPath
 
@@ -95,15 +97,15 @@ def archive_url(kind: str, plateifu: str | None, daptype: str, base_url: str = A
 
 
 def local_path(root: Path, url: str, plateifu: str | None) -> Path:
-    """Place of an archive file in the data folder."""
+    """Path of an archive file in the data folder; plateifu None for the catalogue."""
     folder = utils.raw_dir(root, plateifu) if plateifu else Path(root) / "raw"
     return folder / url.rpartition("/")[2]
 
 
 def missing_files(root: Path, plateifu: str | None, config: Config) -> list[tuple[str, Path]]:
-    """URL and place of each file of a galaxy that is not there yet (or is empty).
+    """URL and path of each file of a galaxy that is missing or empty.
 
-    Without a galaxy: of the catalogue.
+    For plateifu None: of the catalogue. With --overwrite existing files count as missing.
     """
     wanted = []
     for kind in config.kinds if plateifu else ("dapall",):
@@ -115,7 +117,7 @@ def missing_files(root: Path, plateifu: str | None, config: Config) -> list[tupl
 
 
 def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
-    """Download one file, going on from an earlier part of it.
+    """Download one file, resuming an earlier download of it.
 
     Parameters
     ----------
@@ -123,19 +125,19 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
     path : Path
         Appears only when complete and checked.
     retries : int
-        Further tries after a failed connection.
+        Number of further attempts after a failed connection.
     pause_s : float
-        Before the first of them; doubles each time.
+        Pause before the first of them in seconds; it doubles each time.
 
     Returns
     -------
     int
-        Bytes of the whole file.
+        Size of the whole file in bytes.
 
     Raises
     ------
     DataError
-        The server does not have the file, or what came is not what it said.
+        The server does not have the file, the connection keeps failing, or the file is damaged.
     """
     import requests
 
@@ -152,10 +154,11 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
             except requests.RequestException as error:
                 if attempt == retries:
                     raise DataError(
-                        f"{url}: {error}. Run the same command again; it goes on where it stopped."
+                        f"{url}: {error}. Run the same command again; it resumes the download."
                     ) from None
-                log.info("%s: %s; next try in %g s", path.name, error, pause_s * 2**attempt)
-                time.sleep(pause_s * 2**attempt)
+                pause = pause_s * 2**attempt
+                log.info("%s: %s; next attempt in %g s", path.name, error, pause)
+                time.sleep(pause)
         try:
             _check_content(part, path.name)
         except DataError:
@@ -168,13 +171,13 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
 
 @contextlib.contextmanager
 def _alone_with(part: Path) -> Iterator[None]:
-    """Hold the lock on a part file; other processes wait here. It does not stay if empty."""
+    """Hold the lock on a part file, for which other processes wait; remove the file if empty."""
     while True:
         with part.open("ab") as f:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(f, fcntl.LOCK_EX)
             if _inode(part) != os.fstat(f.fileno()).st_ino:
-                continue  # named or removed by the process that this one waited for
+                continue  # renamed or removed by the process that this one waited for
             try:
                 yield
             finally:
@@ -184,7 +187,7 @@ def _alone_with(part: Path) -> Iterator[None]:
 
 
 def _inode(path: Path) -> int | None:
-    """Tell one file from another that takes its name; None if there is none."""
+    """Inode of a file, which changes when another file takes its name; None without a file."""
     try:
         return path.stat().st_ino
     except FileNotFoundError:
@@ -192,21 +195,24 @@ def _inode(path: Path) -> int | None:
 
 
 def _fetch_rest(url: str, part: Path) -> int:
-    """Append to `part` what is missing of the file; return the file's size."""
+    """Append the missing bytes to `part`; return the size of the whole file."""
     import requests
 
     have = part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={have}-"} if have else {}
-    headers["Accept-Encoding"] = "identity"  # a transparently unzipped .gz would change its size
+    headers["Accept-Encoding"] = "identity"  # else a .gz may arrive unpacked
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
-        if answer.status_code == 416:  # nothing beyond what we have
+        if answer.status_code == 416:  # the server has no bytes after those of `part`
             total = int(answer.headers.get("Content-Range", "*/-1").rpartition("/")[2])
             if total == have:
                 return have
             os.truncate(part, 0)
-            raise requests.ConnectionError(f"a part of {have} bytes, a file of {total}")
+            raise requests.ConnectionError(f"{have} bytes were received of a file of {total}")
         if answer.status_code in (403, 404, 410):
-            raise DataError(f"{url}: not in the archive (HTTP {answer.status_code}).")
+            raise DataError(
+                f"{url}: not in the archive (HTTP {answer.status_code}). Expected a galaxy and "
+                f"analysis of {RELEASE}; check --plateifu and --daptype."
+            )
         answer.raise_for_status()
         resumed = answer.status_code == 206
         length = answer.headers.get("Content-Length")
@@ -218,16 +224,19 @@ def _fetch_rest(url: str, part: Path) -> int:
     if expected is not None and size != expected:
         if size > expected:
             os.truncate(part, 0)
-        raise requests.ConnectionError(f"{size} of {expected} bytes came")
+        raise requests.ConnectionError(f"{size} of {expected} bytes received")
     return size
 
 
 def _check_content(path: Path, name: str) -> None:
-    """Raise unless a downloaded file is not empty, and a .gz decompresses to its checksum."""
+    """Raise a DataError if a downloaded file is empty, or a .gz whose checksum is wrong."""
     from isal import igzip, isal_zlib
 
     if path.stat().st_size == 0:
-        raise DataError(f"{name}: the server sent an empty file. Tell the archive's help desk.")
+        raise DataError(
+            f"{name}: the server sent an empty file. Expected a FITS file; report it to the "
+            "archive's help desk."
+        )
     if not name.endswith(".gz"):
         return
     try:
@@ -235,11 +244,13 @@ def _check_content(path: Path, name: str) -> None:
             while f.read(BLOCK):
                 pass
     except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]
-        raise DataError(f"{name}: what came is damaged ({error}). Run again.") from None
+        raise DataError(
+            f"{name}: the received file is damaged ({error}). Run the same command again."
+        ) from None
 
 
 def fetch_galaxy(plateifu: str, root: Path, config: Config) -> str:
-    """Fetch a galaxy's missing files."""
+    """Fetch a galaxy's missing files; return "fetched", or "complete" if none was missing."""
     missing = missing_files(root, plateifu, config)
     for url, path in missing:
         size = fetch(url, path, config.retries)
@@ -248,11 +259,11 @@ def fetch_galaxy(plateifu: str, root: Path, config: Config) -> str:
 
 
 def main(config: Config) -> int:
-    """Fetch, or list, what is missing."""
+    """Fetch or list missing files; return the exit code."""
     root = utils.data_dir(config.data_dir)
     is_named = config.plateifu or config.galaxy_list
     if not is_named and not config.catalogue:
-        raise DataError("nothing to fetch: give --plateifu, --galaxy-list or --catalogue.")
+        raise DataError("nothing to fetch. Give --plateifu, --galaxy-list or --catalogue.")
     names = loops.chosen_galaxies(config, []) if is_named else []
     catalogue = missing_files(root, None, config) if config.catalogue else []
     if config.dry_run:

@@ -1,7 +1,7 @@
-"""Read FITS files from their start, decompressing only as far as needed and checking DATASUM.
+"""Read selected HDUs of a FITS file as a stream, and check them against their DATASUM.
 
-A gzipped file is decompressed with igzip in a second thread; arrays that nobody asked for are
-skipped, and the rest of the file is never read. Axis order as in FITS: (band, y, x).
+Reads   FITS files, plain or gzipped, up to the last wanted HDU; a second thread decompresses them.
+Returns headers, and arrays in native byte order with numpy's axis order: (band, y, x).
 
     >>> hdus = read_hdus(path, ("PRIMARY", "FLUX"))
     >>> for name, hdu in iterate_hdus(path, ("FLUX", "WAVE"), planes=slice(1000, 2000)): ...
@@ -24,56 +24,60 @@ from utils import DataError
 FITS_BLOCK = 2880
 """Bytes: headers and data units are padded to multiples of it (FITS standard 4.0, section 3.1)."""
 DECOMPRESSION_BUFFER = 1 << 20
+"""Bytes decompressed, or skipped, at a time."""
 SWAP_BUFFER = 1 << 18
-"""Bytes that are swapped to native order at once, while they are in the cache."""
+"""Bytes swapped to native order at a time: few enough to stay in the processor's cache."""
+FETCH_AGAIN = "Fetch it again with download_utils.py --overwrite."
 
 
 @dataclass(frozen=True)
 class Hdu:
-    """Header and array (native byte order, FITS axis order) of one HDU."""
+    """Header and array of one HDU; (band, y, x), native byte order."""
 
     header: fits.Header
     data: np.ndarray | None
 
 
-class _Tally:
-    """Sum of a data unit, which its card DATASUM holds (FITS standard 4.0, section 4.4.2.7).
+class _Checksum:
+    """Checksum of a data unit, as in its card DATASUM (FITS standard 4.0, section 4.4.2.7).
 
-    Words of four bytes are added in ones' complement: what overflows is added at the other end.
+    The sum of its four-byte words in ones' complement: the overflow is added to the low end.
     """
 
     def __init__(self) -> None:
         self.total = self.n_bytes = 0
 
     def add(self, part: bytes | memoryview) -> None:
-        """Take the next bytes."""
+        """Add the next bytes of the data unit."""
         lead, n = self.n_bytes % 4, len(part)
         if lead or n % 4:
             part = bytes(lead) + bytes(part) + bytes(-(lead + n) % 4)
-        words = np.frombuffer(part, "<u4").byteswap()  # numpy sums those of big-endian type slowly
+        words = np.frombuffer(part, "<u4").byteswap()  # numpy adds big-endian words slowly
         self.total += int(words.sum(dtype=np.uint64))
         self.n_bytes += n
 
     def check(self, header: fits.Header, path: Path, name: str) -> None:
-        """Raise a DataError if the header has another sum."""
+        """Raise a DataError if the header's DATASUM differs."""
         expected = str(header.get("DATASUM", "")).strip()
         while self.total >> 32:
             self.total = (self.total & 0xFFFFFFFF) + (self.total >> 32)
         if expected.isdigit() and int(expected) != self.total:
             raise DataError(
-                f"{path}: {name} is damaged: its bytes add up to {self.total}, its DATASUM is "
-                f"{expected}. Fetch it again with download_utils.py --overwrite."
+                f"{path}: {name} is damaged: the checksum of its data is {self.total}, but its "
+                f"DATASUM is {expected}. {FETCH_AGAIN}"
             )
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a FITS file for sequential reading, decompressing in a second thread."""
+    """Open a plain or gzipped FITS file for sequential reading."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file.")
+        raise DataError(
+            f"{path}: no such file. Check the path, or fetch it with download_utils.py."
+        )
     size = path.stat().st_size
     if size == 0:
-        raise DataError(f"{path}: zero bytes. Fetch it again with download_utils.py --overwrite.")
+        raise DataError(f"{path}: zero bytes. Expected a FITS file. {FETCH_AGAIN}")
     with path.open("rb") as raw:
         is_gzip = raw.read(2) == b"\x1f\x8b"
     opened = (
@@ -85,25 +89,22 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with opened as stream:
             yield stream
     except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]
-        raise DataError(
-            f"{path}: damaged or cut short ({error}). Fetch it again with download_utils.py "
-            "--overwrite."
-        ) from None
+        raise DataError(f"{path}: damaged or cut short ({error}). {FETCH_AGAIN}") from None
 
 
 def iterate_hdus(
     path: Path, wanted: Sequence[str], planes: slice | None = None
 ) -> Iterator[tuple[str, Hdu]]:
-    """Read a FITS file from its start, up to the last of the wanted HDUs, in file order.
+    """Yield the wanted HDUs in file order; the file is read up to the last of them.
 
     Parameters
     ----------
     path : Path
         Plain or gzipped.
     wanted : sequence of str
-        Extension names; "PRIMARY" is the first HDU. Arrays of other HDUs are passed over.
+        Extension names; "PRIMARY" is the first HDU. Other HDUs are skipped.
     planes : slice, optional
-        Of arrays with three axes, keep only these along the first.
+        Part of the first axis to keep of arrays with three axes (wavelengths of a cube).
 
     Yields
     ------
@@ -112,7 +113,8 @@ def iterate_hdus(
     Raises
     ------
     DataError
-        Missing, empty, truncated or damaged file; not FITS; an HDU missing (after the others).
+        Missing, empty, truncated or damaged file; not a FITS file; a wanted HDU is missing (raised
+        after the others were yielded).
     """
     path, missing = Path(path), set(wanted)
     seen: list[str] = []
@@ -121,7 +123,8 @@ def iterate_hdus(
             header = _read_header(stream, path, first=not seen)
             if header is None:
                 raise DataError(
-                    f"{path}: no HDU {', '.join(sorted(missing))}; it holds {', '.join(seen)}."
+                    f"{path}: no HDU {', '.join(sorted(missing))}; it holds {', '.join(seen)}. "
+                    "Give a file of the expected kind (LOGCUBE or MAPS)."
                 )
             name = header.get("EXTNAME", "PRIMARY" if not seen else f"HDU{len(seen)}").strip()
             seen.append(name)
@@ -135,16 +138,16 @@ def iterate_hdus(
                 _skip(stream, padded, path, name)
                 continue
             part = planes if planes and len(shape) == 3 else slice(None)
-            tally, bitpix = _Tally(), header["BITPIX"]
-            data = _read_array(stream, bitpix, shape, path, name, part, tally) if shape else None
+            checksum, bitpix = _Checksum(), header["BITPIX"]
+            data = _read_array(stream, bitpix, shape, path, name, part, checksum) if shape else None
             _skip(stream, padded - n_bytes, path, name, is_padding=True)  # zeros: nothing to add
-            tally.check(header, path, name)
+            checksum.check(header, path, name)
             missing.discard(name)
             yield name, Hdu(header, data)
 
 
 def shape_of(header: fits.Header) -> tuple[int, ...]:
-    """Shape of the whole array that a header tells of, in numpy's axis order."""
+    """Shape of an HDU's whole array according to its header, in numpy's axis order."""
     return tuple(header[f"NAXIS{i}"] for i in range(header["NAXIS"], 0, -1))
 
 
@@ -154,20 +157,21 @@ def read_hdus(path: Path, wanted: Sequence[str]) -> dict[str, Hdu]:
 
 
 def _read_header(stream: BinaryIO, path: Path, first: bool) -> fits.Header | None:
-    """Next header of the stream, None at the end of the file."""
+    """Read the next header of the stream; None at the end of the file."""
     blocks = b""
     while True:
         block = stream.read(FITS_BLOCK)
         if not block and not blocks and not first:
             return None
         if first and not blocks and not block.startswith(b"SIMPLE  ="):
-            raise DataError(f"{path}: not a FITS file (it does not begin with SIMPLE).")
+            raise DataError(
+                f"{path}: not a FITS file: expected to begin with SIMPLE. {FETCH_AGAIN}"
+            )
         if len(block) < FITS_BLOCK:
-            raise DataError(f"{path}: cut short inside a header. Fetch it again.")
+            raise DataError(f"{path}: cut short inside a header. {FETCH_AGAIN}")
         if not first and not blocks and not block.startswith(b"XTENSION="):
             raise DataError(
-                f"{path}: damaged: no header where one should be. Fetch it again with "
-                "download_utils.py --overwrite."
+                f"{path}: damaged: no header where one should be, expected XTENSION. {FETCH_AGAIN}"
             )
         blocks += block
         if any(block[i : i + 8] == b"END     " for i in range(0, FITS_BLOCK, 80)):
@@ -181,29 +185,29 @@ def _read_array(
     path: Path,
     name: str,
     planes: slice,
-    tally: _Tally,
+    checksum: _Checksum,
 ) -> np.ndarray:
-    """Read planes of an image into memory, swapping bytes while they are in the cache."""
+    """Read planes of an array in native byte order; the checksum includes the other planes."""
     code = f">f{-bitpix // 8}" if bitpix < 0 else f">i{bitpix // 8}" if bitpix > 8 else "u1"
     kind = np.dtype(code)
     first, stop, _ = planes.indices(shape[0])
     array = np.empty((stop - first, *shape[1:]), kind.newbyteorder("="))
     plane = kind.itemsize * int(np.prod(shape[1:], dtype=np.int64))
-    _skip(stream, first * plane, path, name, tally=tally)
+    _skip(stream, first * plane, path, name, checksum=checksum)
     flat, scratch, filled = array.reshape(-1), bytearray(SWAP_BUFFER), 0
     while filled < flat.size:
         wanted = memoryview(scratch)[: (flat.size - filled) * kind.itemsize]
         got = stream.readinto(wanted)  # type: ignore[attr-defined]
-        if got < len(wanted):  # a buffered stream fills it unless the file ends
+        if got < len(wanted):  # a buffered stream fills the buffer unless the file ends
             raise DataError(
-                f"{path}: cut short inside {name} ({filled * kind.itemsize + got} of "
-                f"{array.nbytes} bytes). Fetch it again with download_utils.py --overwrite."
+                f"{path}: cut short inside {name}: {filled * kind.itemsize + got} of "
+                f"{array.nbytes} bytes. {FETCH_AGAIN}"
             )
-        tally.add(wanted)
+        checksum.add(wanted)
         values = np.frombuffer(wanted, kind)
         flat[filled : filled + values.size] = values
         filled += values.size
-    _skip(stream, (shape[0] - stop) * plane, path, name, tally=tally)
+    _skip(stream, (shape[0] - stop) * plane, path, name, checksum=checksum)
     return array
 
 
@@ -213,16 +217,16 @@ def _skip(
     path: Path,
     name: str,
     is_padding: bool = False,
-    tally: _Tally | None = None,
+    checksum: _Checksum | None = None,
 ) -> None:
-    """Read past n bytes; padding at the very end of a file may be missing."""
+    """Skip n bytes; padding at the very end of a file may be missing."""
     scratch = memoryview(bytearray(min(n, DECOMPRESSION_BUFFER)))
     while n > 0:
         got = stream.readinto(scratch[:n])  # type: ignore[attr-defined]
         if not got:
             if is_padding:
                 return
-            raise DataError(f"{path}: cut short inside {name}. Fetch it again.")
-        if tally is not None:
-            tally.add(scratch[:got])
+            raise DataError(f"{path}: cut short inside {name}. {FETCH_AGAIN}")
+        if checksum is not None:
+            checksum.add(scratch[:got])
         n -= got

@@ -1,7 +1,10 @@
-"""Draw a label map as a PNG: north up and east left, with its legend, scale bar and compass.
+"""Draw a label map as a PNG: north up and east left, with legend, scale bar and compass.
 
-Made with Pillow rather than matplotlib: processing draws one or two for every galaxy, and starting
-matplotlib takes longer than processing the labels.
+Reads   a label map and its coverage, both (y, x).
+Writes  one PNG, with Pillow: processing draws one or two per galaxy, and importing matplotlib takes
+        longer than processing the labels.
+
+    >>> write_label_png(path, labels, "BPT", covered, "S/N > 3")
 """
 
 from __future__ import annotations
@@ -14,23 +17,28 @@ import hsi_proc_fns
 import utils
 from labels import CLASS_COLOURS, class_names, label_classes
 
+MASKED_COLOUR = "#BDBDBD"
+HATCH_GREY = 154
+BAR_SPAXELS = 10
+"""Length of the scale bar: 5 arcsec in spaxels of 0.5 arcsec (Law et al. 2016, AJ 152, 83)."""
+
 
 def write_label_png(
     path: Path, labels: np.ndarray, label_task: str, covered: np.ndarray, note: str = ""
 ) -> None:
-    """Draw a label map, north up and east left, with its legend, scale bar and compass.
+    """Draw a label map; the metallicity is shown in six classes.
 
     Parameters
     ----------
     path : Path
     labels : (y, x)
-        BPT classes or 12+log(O/H).
+        BPT classes (-1 without a label) or 12+log(O/H) (NaN without a label).
     label_task : {"BPT", "logOH"}
     covered : (y, x) bool
-        Spaxels with a measurement: hatched where they have no label. The others in the field of
-        view (`hsi_proc_fns.field_of_view`) are grey.
+        Spaxels with a measurement; hatched where they have no label. Other spaxels in the field of
+        view (`hsi_proc_fns.field_of_view`) are masked ones and grey.
     note : str
-        How the labels were made: calibration, signal-to-noise cut.
+        Second line of the title: how the labels were made (calibration, signal-to-noise cut).
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -42,10 +50,10 @@ def write_label_png(
     right = nx * zoom + 2 * margin
     size = (right + 178, max(ny * zoom, 24 * (len(names) + 3)) + top + 44)
     hatch = np.full((size[1], size[0], 3), 255, np.uint8)
-    hatch[np.add(*np.indices(size[::-1])) % 8 == 0] = 154
+    hatch[np.add(*np.indices(size[::-1])) % 8 == 0] = HATCH_GREY
 
-    def blown_up(mask: np.ndarray) -> Image.Image:
-        """Put a map's mask, north up, where the picture shows the map."""
+    def enlarged(mask: np.ndarray) -> Image.Image:
+        """Mask of the whole picture, from a mask (y, x) of the map."""
         whole = Image.new("L", size)
         small = Image.fromarray(mask[::-1].astype(np.uint8) * 255)
         whole.paste(small.resize((nx * zoom, ny * zoom), Image.Resampling.NEAREST), (margin, top))
@@ -53,10 +61,10 @@ def write_label_png(
 
     image, hatched = Image.new("RGB", size, "white"), Image.fromarray(hatch)
     masked = ~covered & hsi_proc_fns.field_of_view(covered)
-    image.paste(hatched, mask=blown_up(covered))
-    image.paste("#BDBDBD", mask=blown_up(masked))
+    image.paste(hatched, mask=enlarged(covered))
+    image.paste(MASKED_COLOUR, mask=enlarged(masked))
     for k, colour in enumerate(colours):
-        image.paste(colour, mask=blown_up(classes == k))
+        image.paste(colour, mask=enlarged(classes == k))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     title = "BPT class" if label_task == "BPT" else "12 + log(O/H)"
     count = int((classes >= 0).sum())
@@ -66,13 +74,13 @@ def write_label_png(
     entries: list[tuple[str, str | None]] = list(zip(names, colours, strict=True))
     if label_task == "logOH":
         entries.reverse()  # high above low
-    entries += [("no label", None), *([("masked", "#BDBDBD")] if masked.any() else [])]
+    entries += [("no label", None), *([("masked", MASKED_COLOUR)] if masked.any() else [])]
     for i, (name, fill) in enumerate(entries):
         box = (right, top + 24 * i, right + 16, top + 24 * i + 16)
         image.paste(fill or hatched.crop(box), box)
         draw.rectangle(box, None, "black")
         draw.text((right + 24, box[1] - 1), name, "black", font)
-    low, bar = size[1] - 14, 10 * zoom  # spaxels of 0.5 arcsec (Law et al. 2016, AJ 152, 83)
+    low, bar = size[1] - 14, BAR_SPAXELS * zoom
     draw.line((margin, low, margin + bar, low), "black", 3)
     draw.text((margin, low - 22), '5"', "black", font)
     corner = right - margin - 4

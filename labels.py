@@ -1,9 +1,12 @@
 """From emission-line fluxes to labels: BPT class and gas metallicity, with uncertainties.
 
-Lines go by the DAP's names (vacuum wavelengths). Every map is (y, x). A line counts only where it
-is unmasked, positive and above the signal-to-noise cut; a label exists only where every line it
-uses counts.
-Arrays in, arrays out.
+Arrays in, arrays out; every map is (y, x). Lines have the DAP's channel names, which contain the
+vacuum wavelength in Angstrom. A line counts as detected where it is unmasked, positive and above
+the cut in signal-to-noise ratio; a spaxel has a label only where all lines of the label count.
+
+    >>> classes, p_wrong = bpt_classes(maps, min_snr=3.0)
+    >>> logoh, error = metallicity(maps, "O3N2-M13")
+    >>> class_of_spaxel = label_classes(logoh, "logOH", n_classes=6)
 """
 
 from __future__ import annotations
@@ -17,38 +20,6 @@ import numpy as np
 
 from utils import DataError
 
-LABEL_NONE = -1
-"""Class of a spaxel without a label."""
-
-BPT_CLASSES = ("star-forming", "composite", "AGN")
-"""Below Kauffmann et al. (2003) / between / above Kewley et al. (2001); index = class."""
-
-CLASS_COLOURS: dict[tuple[str, int], tuple[str, ...]] = {
-    ("BPT", 3): ("#0072B2", "#E69F00", "#882255"),
-    ("logOH", 6): ("#440154", "#414487", "#2A788E", "#22A884", "#7AD151", "#FDE725"),
-    ("logOH", 8): (
-        "#440154",
-        "#46327E",
-        "#365C8D",
-        "#277F8E",
-        "#1FA187",
-        "#4AC16D",
-        "#A0DA39",
-        "#FDE725",
-    ),
-}
-"""Of every task and scale. BPT: Okabe & Ito's blue and orange, Tol's wine; metallicity: viridis."""
-
-LOGOH_EDGES: dict[int, tuple[float, ...]] = {
-    6: (8.40, 8.44, 8.48, 8.52, 8.56),
-    8: (8.34, 8.40, 8.44, 8.47, 8.50, 8.52, 8.55),
-}
-"""Inner edges of the metallicity classes, 12+log(O/H) in dex; the outer classes are open."""
-
-LOGOH_SCALE = ("O3N2-M13", "N2-M13")
-"""Calibrations on whose scale these edges are; others differ by up to 0.7 dex (Kewley & Ellison
-2008, ApJ 681, 1183), so that their labels would fall into one or two classes."""
-
 HA, HB, NII, OIII = "Ha-6564", "Hb-4862", "NII-6585", "OIII-5008"
 OII_BLUE, OII_RED = "OII-3727", "OII-3729"
 BPT_LINES = (HA, HB, NII, OIII)
@@ -59,26 +30,34 @@ BALMER_RATIO = 2.86
 R_V = 3.1
 """Total-to-selective extinction of the Milky Way's diffuse dust (Cardelli et al. 1989)."""
 
-SF, COMPOSITE, AGN = 0, 1, 2
+RATIOS: dict[str, dict[str, float]] = {
+    "N2": {NII: 1, HA: -1},
+    "O3N2": {OIII: 1, HB: -1, NII: -1, HA: 1},
+    "N2O2": {NII: 1, OII_BLUE + "+" + OII_RED: -1},
+}
+"""Each log ratio as a weighted sum of log fluxes; lines joined by + are summed before the log."""
+
 NOISE_NODES = 15
-"""Quantiles per axis at which a spaxel's error ellipse in the BPT plane is sampled."""
+"""Quantiles per axis at which the error ellipse of a spaxel in the BPT plane is sampled."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A strong-line metallicity calibration: 12+log(O/H) as a polynomial of one line ratio.
+    """A strong-line metallicity calibration: 12+log(O/H) as a polynomial of one log line ratio.
 
     Attributes
     ----------
     ratio : str
         A key of RATIOS.
     coefficients : tuple of float
-        Of the ratio's powers 0, 1, ...; for KD02 N2O2 of the polynomial inside the logarithm.
+        Coefficients of the powers 0, 1, ... of the log ratio; for N2O2-KD02 those of the
+        polynomial inside the logarithm.
     valid : (low, high)
         Range of the log ratio over which the calibration was made.
     scatter : float, dex
-        Of the calibrating sample about the relation; not part of the labels' uncertainty.
+        Scatter of the calibrating sample about the relation; not part of the labels' uncertainty.
     source : str
+        Paper and equation.
     """
 
     ratio: str
@@ -107,12 +86,39 @@ CALIBRATIONS: dict[str, Calibration] = {
     ),
 }
 
-RATIOS: dict[str, dict[str, float]] = {
-    "N2": {NII: 1, HA: -1},
-    "O3N2": {OIII: 1, HB: -1, NII: -1, HA: 1},
-    "N2O2": {NII: 1, OII_BLUE + "+" + OII_RED: -1},
+# Class scales, names and colours
+
+LABEL_NONE = -1
+"""Class of a spaxel without a label."""
+
+SF, COMPOSITE, AGN = 0, 1, 2
+BPT_CLASSES = ("star-forming", "composite", "AGN")
+"""Names of these classes: below the curve of Kauffmann et al. (2003, MNRAS 346, 1055), between the
+curves, above the curve of Kewley et al. (2001, ApJ 556, 121)."""
+
+LOGOH_EDGES: dict[int, tuple[float, ...]] = {
+    6: (8.40, 8.44, 8.48, 8.52, 8.56),
+    8: (8.34, 8.40, 8.44, 8.47, 8.50, 8.52, 8.55),
 }
-"""Each log ratio as a sum of log fluxes; names joined by + are summed before the logarithm."""
+"""Inner edges of the 6 and 8 metallicity classes, 12+log(O/H) in dex; the outer classes are open.
+The project's own choice, about the survey's mean label of 8.45 (standard deviation 0.09 dex)."""
+
+LOGOH_SCALE = ("O3N2-M13", "N2-M13")
+"""Calibrations for which these edges are meant. Others differ by up to 0.7 dex (Kewley & Ellison
+2008, ApJ 681, 1183), so that their labels would fall into one or two classes."""
+
+CLASS_COLOURS: dict[tuple[str, int], tuple[str, ...]] = {
+    ("BPT", 3): ("#0072B2", "#E69F00", "#882255"),
+    ("logOH", 6): ("#440154", "#414487", "#2A788E", "#22A884", "#7AD151", "#FDE725"),
+    ("logOH", 8): (
+        "#440154", "#46327E", "#365C8D", "#277F8E", "#1FA187", "#4AC16D", "#A0DA39", "#FDE725",
+    ),
+}  # fmt: skip
+"""Colours of the classes by label task and number of classes, safe for colour-blind readers. BPT:
+blue and orange of Okabe & Ito (2008), wine of P. Tol's muted scheme; metallicity: viridis."""
+
+
+# Lines
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,12 @@ class LineMaps:
 
     Attributes
     ----------
-    flux, ivar : dict of line -> (y, x) float, 1e-17 erg/s/cm2/spaxel and its inverse square
+    flux : dict of line -> (y, x) float, 1e-17 erg/s/cm2/spaxel
+        Corrected for Galactic extinction, as the DAP does.
+    ivar : dict of line -> (y, x) float
+        Inverse variance of the flux.
     bad : dict of line -> (y, x) bool
-        Masked by the DAP.
+        Spaxels that the DAP masks.
     """
 
     flux: Mapping[str, np.ndarray]
@@ -136,27 +145,21 @@ class LineMaps:
         return next(iter(self.flux.values())).shape  # type: ignore[return-value]
 
 
-def lines_needed(diagnostic: str) -> tuple[str, ...]:
-    """Lines that a metallicity diagnostic and its dust correction use.
-
-    Raises
-    ------
-    DataError
-        If the diagnostic is unknown.
-    """
-    if diagnostic not in CALIBRATIONS:
-        known = ", ".join(CALIBRATIONS)
-        raise DataError(f"diagnostic {diagnostic!r}: expected one of {known}.")
-    ratio = CALIBRATIONS[diagnostic].ratio
-    names = [line for group in RATIOS[ratio] for line in group.split("+")]
-    return tuple(dict.fromkeys([*names, HA, HB] if ratio == "N2O2" else names))
+def _summed(maps: LineMaps, group: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flux, variance and mask (True: bad) of one line, or of the sum of lines joined by +."""
+    lines = group.split("+")
+    flux = np.sum([maps.flux[line].astype(float) for line in lines], axis=0)
+    with np.errstate(divide="ignore"):
+        variance = np.sum([1 / maps.ivar[line].astype(float) for line in lines], axis=0)
+    bad = np.any([maps.bad[line] | ~(maps.ivar[line] > 0) for line in lines], axis=0)
+    return flux, variance, bad | ~np.isfinite(flux)
 
 
 def detected(maps: LineMaps, lines: tuple[str, ...], min_snr: float) -> np.ndarray:
     """Spaxels where every line is unmasked, positive and above the cut; (y, x) bool.
 
-    The [O II] doublet is blended at MaNGA's resolution, so its two channels are judged by their
-    sum.
+    The [O II] doublet is blended at MaNGA's resolution: the cut applies to the sum of its two
+    channels.
     """
     ok = np.ones(maps.shape, bool)
     blended = {OII_BLUE, OII_RED} <= set(lines)
@@ -168,20 +171,34 @@ def detected(maps: LineMaps, lines: tuple[str, ...], min_snr: float) -> np.ndarr
     return ok
 
 
-def log_ratio(maps: LineMaps, ratio: str) -> tuple[np.ndarray, np.ndarray]:
-    """Log10 line ratio and its 1-sigma error from the flux errors.
+def lines_needed(diagnostic: str) -> tuple[str, ...]:
+    """Lines used by a metallicity diagnostic and its dust correction.
 
-    Returns
-    -------
-    value, error : (y, x) float
-        NaN where a flux is not positive. N2O2 is corrected for dust by the Balmer decrement, whose
-        error is carried.
+    Raises
+    ------
+    DataError
+        If the diagnostic is unknown.
     """
-    weights = dict(RATIOS[ratio])
-    if ratio == "N2O2":
-        return _dereddened_n2o2(maps)
-    value, variance = _log_sum(maps, weights)
-    return value, np.sqrt(variance)
+    if diagnostic not in CALIBRATIONS:
+        known = ", ".join(CALIBRATIONS)
+        raise DataError(f"diagnostic {diagnostic!r}: unknown. Expected one of {known}.")
+    ratio = CALIBRATIONS[diagnostic].ratio
+    names = [line for group in RATIOS[ratio] for line in group.split("+")]
+    return tuple(dict.fromkeys([*names, HA, HB] if ratio == "N2O2" else names))
+
+
+# Ratios
+
+
+def extinction_k(line: str) -> float:
+    """A(lambda) / E(B-V) at a line, for the law of Cardelli et al. (1989) with R_V = 3.1.
+
+    The vacuum wavelength is taken from the line's name, which gives it to 1 Angstrom.
+    """
+    from astropy import units as u
+    from dust_extinction.parameter_averages import CCM89
+
+    return float(CCM89(Rv=R_V)(float(line.rpartition("-")[2]) * u.AA)) * R_V
 
 
 def balmer_ebv(f_ha: np.ndarray, f_hb: np.ndarray) -> np.ndarray:
@@ -203,34 +220,88 @@ def balmer_ebv(f_ha: np.ndarray, f_hb: np.ndarray) -> np.ndarray:
     return np.maximum(2.5 * excess / (extinction_k(HB) - extinction_k(HA)), 0)
 
 
-def extinction_k(line: str) -> float:
-    """A(lambda) / E(B-V) at a line, for the law of Cardelli et al. (1989) with R_V = 3.1.
+def _log_sum(maps: LineMaps, weights: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted sum of log10 fluxes, and its variance to first order, without covariances."""
+    value = np.zeros(maps.shape)
+    variance = np.zeros(maps.shape)
+    for group, weight in weights.items():
+        flux, flux_variance, _ = _summed(maps, group)
+        flux = np.where(flux > 0, flux, np.nan)
+        value += weight * np.log10(flux)
+        with np.errstate(invalid="ignore"):
+            variance += weight**2 * flux_variance / (flux * np.log(10)) ** 2
+    return value, variance
 
-    The wavelength is the vacuum one in the line's name, to 1 Angstrom.
+
+def _dereddened_n2o2(maps: LineMaps) -> tuple[np.ndarray, np.ndarray]:
+    """Log10 of [N II] 6585 / [O II] 3727+3729 and its error, corrected by the Balmer decrement."""
+    raw = RATIOS["N2O2"]
+    slope = (extinction_k(NII) - (extinction_k(OII_BLUE) + extinction_k(OII_RED)) / 2) / (
+        extinction_k(HB) - extinction_k(HA)
+    )  # d(log ratio) = 0.4 * (k_NII - k_OII) * E(B-V), with E(B-V) = 2.5 log(...) / (k_Hb - k_Ha)
+    plain, plain_variance = _log_sum(maps, raw)
+    dusty, dusty_variance = _log_sum(maps, {**raw, HA: slope, HB: -slope})
+    is_dusty = balmer_ebv(maps.flux[HA], maps.flux[HB]) > 0
+    value = np.where(is_dusty, dusty - slope * np.log10(BALMER_RATIO), plain)
+    return value, np.sqrt(np.where(is_dusty, dusty_variance, plain_variance))
+
+
+def log_ratio(maps: LineMaps, ratio: str) -> tuple[np.ndarray, np.ndarray]:
+    """Log10 of a line ratio (a key of RATIOS) and its 1-sigma error from the flux errors.
+
+    Returns
+    -------
+    value, error : (y, x) float, dex
+        NaN where a flux is not positive. N2O2 is corrected for dust by the Balmer decrement, whose
+        error is included.
     """
-    from astropy import units as u
-    from dust_extinction.parameter_averages import CCM89
+    if ratio == "N2O2":
+        return _dereddened_n2o2(maps)
+    value, variance = _log_sum(maps, RATIOS[ratio])
+    return value, np.sqrt(variance)
 
-    return float(CCM89(Rv=R_V)(float(line.rpartition("-")[2]) * u.AA)) * R_V
+
+# Labels
+
+
+def demarcate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Class of points in the [N II] BPT plane.
+
+    Parameters
+    ----------
+    x, y : arrays
+        log([N II] 6585 / Ha) and log([O III] 5008 / Hb).
+
+    Returns
+    -------
+    int16 array
+        AGN above Kewley et al. (2001), ApJ 556, 121, eq. 5: 0.61 / (x - 0.47) + 1.19; star-forming
+        below it and below Kauffmann et al. (2003), MNRAS 346, 1055, eq. 1: 0.61 / (x - 0.05) + 1.3;
+        composite between. Points to the right of a curve's pole count as above the curve.
+    """
+    with np.errstate(divide="ignore"):
+        kauffmann = np.where(x < 0.05, 0.61 / (x - 0.05) + 1.3, -np.inf)
+        kewley = np.where(x < 0.47, 0.61 / (x - 0.47) + 1.19, -np.inf)
+    return np.where(y > kewley, AGN, np.where(y > kauffmann, COMPOSITE, SF)).astype(np.int16)
 
 
 def bpt_classes(maps: LineMaps, min_snr: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
-    """BPT class of every spaxel, and the probability that noise made it wrong.
+    """BPT class of every spaxel, and the probability that noise put it into the wrong class.
 
     Parameters
     ----------
     maps : LineMaps
-        With Ha, Hb, [N II] 6585 and [O III] 5008.
+        With the four BPT_LINES.
     min_snr : float
-        Cut on each of the four.
+        Lowest signal-to-noise ratio of each of the four lines.
 
     Returns
     -------
     classes : (y, x) int16
-        0 star-forming, 1 composite, 2 AGN, -1 none.
+        SF, COMPOSITE, AGN or LABEL_NONE.
     p_wrong : (y, x) float32
-        Share of the Gaussian error ellipse in the BPT plane that lies in other classes; NaN where
-        there is no class.
+        Fraction of the Gaussian error ellipse in the BPT plane that lies in other classes; NaN
+        without a class.
     """
     ok = detected(maps, BPT_LINES, min_snr)
     x, x_error = (a[ok] for a in log_ratio(maps, "N2"))
@@ -248,25 +319,14 @@ def bpt_classes(maps: LineMaps, min_snr: float = 3.0) -> tuple[np.ndarray, np.nd
     return classes, p_wrong
 
 
-def demarcate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Class of points in the [N II] BPT plane.
-
-    Parameters
-    ----------
-    x, y : arrays
-        log([N II] 6585 / Ha) and log([O III] 5008 / Hb).
-
-    Returns
-    -------
-    int16 array
-        AGN above Kewley et al. (2001), ApJ 556, 121, eq. 5: 0.61 / (x - 0.47) + 1.19; star-forming
-        below it and below Kauffmann et al. (2003), MNRAS 346, 1055, eq. 1: 0.61 / (x - 0.05) + 1.3;
-        composite between. Right of a curve's pole everything is above it.
-    """
-    with np.errstate(divide="ignore"):
-        kauffmann = np.where(x < 0.05, 0.61 / (x - 0.05) + 1.3, -np.inf)
-        kewley = np.where(x < 0.47, 0.61 / (x - 0.47) + 1.19, -np.inf)
-    return np.where(y > kewley, AGN, np.where(y > kauffmann, COMPOSITE, SF)).astype(np.int16)
+def calibrated(ratio: np.ndarray, diagnostic: str) -> tuple[np.ndarray, np.ndarray]:
+    """12+log(O/H) of a log line ratio, and its derivative (dex per dex)."""
+    calibration = CALIBRATIONS[diagnostic]
+    polynomial = np.polynomial.Polynomial(calibration.coefficients)
+    value, slope = polynomial(ratio), polynomial.deriv()(ratio)
+    if calibration.ratio == "N2O2":  # KD02, eq. 5: log10 of the polynomial, plus 8.93
+        return np.log10(value) + 8.93, slope / (value * np.log(10))
+    return value, slope
 
 
 def metallicity(
@@ -284,15 +344,16 @@ def metallicity(
     diagnostic : str
         A key of CALIBRATIONS.
     min_snr : float
-        Cut on each line used.
+        Lowest signal-to-noise ratio of each line used.
     star_forming_only : bool
-        The calibrations are made on H II regions: leave out composite and AGN spaxels.
+        Give no label to composite and AGN spaxels, because the calibrations are made on H II
+        regions.
 
     Returns
     -------
     logoh, error : (y, x) float32, dex
-        12+log(O/H) and 1 sigma from the flux errors alone; NaN where there is no label (a line
-        missing, the ratio outside the calibrated range, not star-forming).
+        12+log(O/H) and its 1-sigma error from the flux errors alone; NaN without a label (a line
+        not detected, a ratio outside the calibrated range, a spaxel that is not star-forming).
     """
     calibration = CALIBRATIONS[diagnostic]
     ok = detected(maps, lines_needed(diagnostic), min_snr)
@@ -308,70 +369,7 @@ def metallicity(
     return logoh.astype(np.float32), error.astype(np.float32)
 
 
-def calibrated(ratio: np.ndarray, diagnostic: str) -> tuple[np.ndarray, np.ndarray]:
-    """12+log(O/H) of a log line ratio, and its derivative (dex per dex)."""
-    calibration = CALIBRATIONS[diagnostic]
-    polynomial = np.polynomial.Polynomial(calibration.coefficients)
-    value, slope = polynomial(ratio), polynomial.deriv()(ratio)
-    if calibration.ratio == "N2O2":  # KD02 give the polynomial of the abundance, not of its log
-        return np.log10(value) + 8.93, slope / (value * np.log(10))
-    return value, slope
-
-
-def _summed(maps: LineMaps, group: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flux, variance and badness of lines whose names are joined by +."""
-    lines = group.split("+")
-    flux = np.sum([maps.flux[line].astype(float) for line in lines], axis=0)
-    with np.errstate(divide="ignore"):
-        variance = np.sum([1 / maps.ivar[line].astype(float) for line in lines], axis=0)
-    bad = np.any([maps.bad[line] | ~(maps.ivar[line] > 0) for line in lines], axis=0)
-    return flux, variance, bad | ~np.isfinite(flux)
-
-
-def _log_sum(maps: LineMaps, weights: dict[str, float]) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of weighted log10 fluxes and its variance by linear propagation (no covariance)."""
-    value = np.zeros(maps.shape)
-    variance = np.zeros(maps.shape)
-    for group, weight in weights.items():
-        flux, flux_variance, _ = _summed(maps, group)
-        flux = np.where(flux > 0, flux, np.nan)
-        value += weight * np.log10(flux)
-        with np.errstate(invalid="ignore"):
-            variance += weight**2 * flux_variance / (flux * np.log(10)) ** 2
-    return value, variance
-
-
-def _dereddened_n2o2(maps: LineMaps) -> tuple[np.ndarray, np.ndarray]:
-    """Log ([N II] 6585 / [O II] 3727+3729), corrected for dust by the Balmer decrement."""
-    raw = RATIOS["N2O2"]
-    slope = (extinction_k(NII) - (extinction_k(OII_BLUE) + extinction_k(OII_RED)) / 2) / (
-        extinction_k(HB) - extinction_k(HA)
-    )  # d(log ratio) = 0.4 * (k_NII - k_OII) * E(B-V), with E(B-V) = 2.5 log(...) / (k_Hb - k_Ha)
-    plain, plain_variance = _log_sum(maps, raw)
-    dusty, dusty_variance = _log_sum(maps, {**raw, HA: slope, HB: -slope})
-    is_dusty = balmer_ebv(maps.flux[HA], maps.flux[HB]) > 0
-    value = np.where(is_dusty, dusty - slope * np.log10(BALMER_RATIO), plain)
-    return value, np.sqrt(np.where(is_dusty, dusty_variance, plain_variance))
-
-
 # Classes
-
-
-def class_names(label_task: str, n_classes: int | None = None) -> tuple[str, ...]:
-    """Names of the classes of a label task, in class order.
-
-    Raises
-    ------
-    DataError
-        If the task has no scale of that many classes.
-    """
-    if label_task == "BPT":
-        if n_classes not in (None, len(BPT_CLASSES)):
-            raise DataError(f"BPT has {len(BPT_CLASSES)} classes, not {n_classes}.")
-        return BPT_CLASSES
-    edges = logoh_edges(n_classes or 6)
-    middle = [f"{a:.2f}-{b:.2f}" for a, b in itertools.pairwise(edges)]
-    return (f"< {edges[0]:.2f}", *middle, f">= {edges[-1]:.2f}")
 
 
 def logoh_edges(n_classes: int) -> tuple[float, ...]:
@@ -380,25 +378,42 @@ def logoh_edges(n_classes: int) -> tuple[float, ...]:
         return LOGOH_EDGES[n_classes]
     except KeyError:
         scales = " or ".join(map(str, LOGOH_EDGES))
-        raise DataError(f"{n_classes} metallicity classes: choose {scales}.") from None
+        raise DataError(f"{n_classes} metallicity classes: expected {scales}.") from None
+
+
+def class_names(label_task: str, n_classes: int | None = None) -> tuple[str, ...]:
+    """Names of the classes of a label task, in class order; by default 6 for metallicity.
+
+    Raises
+    ------
+    DataError
+        If the task has no scale with this number of classes.
+    """
+    if label_task == "BPT":
+        if n_classes not in (None, len(BPT_CLASSES)):
+            raise DataError(f"BPT with {n_classes} classes: expected {len(BPT_CLASSES)}.")
+        return BPT_CLASSES
+    edges = logoh_edges(n_classes or 6)
+    middle = [f"{a:.2f}-{b:.2f}" for a, b in itertools.pairwise(edges)]
+    return (f"< {edges[0]:.2f}", *middle, f">= {edges[-1]:.2f}")
 
 
 def label_classes(labels: np.ndarray, label_task: str, n_classes: int = 6) -> np.ndarray:
-    """Turn label values into classes.
+    """Convert label values to classes.
 
     Parameters
     ----------
     labels : array of any shape
-        BPT: classes already, LABEL_NONE where there is none. logOH: 12+log(O/H) in dex, NaN
-        where there is none.
+        BPT: classes, LABEL_NONE without a label. logOH: 12+log(O/H) in dex, NaN without a label.
     label_task : {"BPT", "logOH"}
     n_classes : int
-        Metallicity scale, 6 or 8; ignored for BPT.
+        Number of metallicity classes, 6 or 8; ignored for BPT.
 
     Returns
     -------
-    int16 array of the same shape, LABEL_NONE where there is no label. A value on an edge belongs
-    to the class above it, in float32, as labels are stored.
+    int16 array of the same shape
+        LABEL_NONE without a label. A value on an edge belongs to the class above; values and edges
+        are compared as float32, the type in which labels are stored.
     """
     labels = np.asarray(labels)
     if label_task == "BPT":
@@ -411,9 +426,9 @@ def label_classes(labels: np.ndarray, label_task: str, n_classes: int = 6) -> np
 
 
 def class_middles(n_classes: int) -> np.ndarray:
-    """Give each metallicity class its representative 12+log(O/H), (n_classes,) dex.
+    """Return the middle of each metallicity class, (n_classes,) 12+log(O/H) in dex.
 
-    The middle of a closed class; an open outer class is taken as wide as its neighbour.
+    An open outer class is taken to be as wide as its neighbour.
     """
     edges = np.array(logoh_edges(n_classes))
     low, high = 2 * edges[0] - edges[1], 2 * edges[-1] - edges[-2]

@@ -1,6 +1,8 @@
-"""Loops over galaxies: which ones, in how many processes, and what failed.
+"""Loop over galaxies: choose them, work in several processes, list the ones that failed.
 
-One galaxy that fails, or kills its process, is reported in failed.csv and the loop goes on.
+Reads   a galaxy list, where one is given.
+Writes  failed.csv (plateifu, stage, reason). A galaxy that fails, or whose process is killed, is
+        listed there and the loop continues.
 
     >>> galaxies = chosen_galaxies(choice, available)
     >>> outcome = for_each_galaxy(work, galaxies, "cubes", failed_path(folder, choice.shard), jobs)
@@ -51,29 +53,29 @@ class GalaxyChoice:
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     plateifu: tuple[str, ...] = ()
-    """Galaxies, e.g. 8485-1901; default all that are there."""
+    """Galaxies, e.g. 8485-1901; default all in the data folder."""
     galaxy_list: Path | None = None
-    """File with a plateifu a line, or a CSV with a column plateifu."""
+    """File with one plateifu per line, or a CSV with a column plateifu."""
     shard: str | None = None
-    """Work on items k, k+n, ... only: k/n, e.g. 0/4 (for job arrays)."""
+    """Part k of n of the galaxies, for job arrays: k/n with k from 0, e.g. 0/4."""
     jobs: int = 0
-    """Processes; 0 takes one a CPU."""
+    """Number of processes; 0 starts one per CPU."""
     overwrite: bool = False
     """Replace existing outputs."""
     debug: bool = False
     """Show tracebacks."""
 
 
-# Which galaxies
+# Choice of galaxies
 
 
 def chosen_galaxies(choice: GalaxyChoice, available: list[str]) -> list[str]:
-    """Galaxies named by flag or file, else the available ones; then this shard's.
+    """Galaxies named by flag or file, else the available ones; of these the shard's.
 
     Raises
     ------
     DataError
-        If a name is no plateifu, the list cannot be read or is empty, or nothing is there.
+        If a name is not a valid plateifu, the list is missing or empty, or no galaxy is available.
     """
     names = list(choice.plateifu)
     if choice.galaxy_list:
@@ -84,16 +86,20 @@ def chosen_galaxies(choice: GalaxyChoice, available: list[str]) -> list[str]:
     if not names:
         root = utils.data_dir(choice.data_dir)
         raise DataError(
-            f"{root}: no galaxy to work on. The data folder comes from --data-dir, "
-            "MANGA_DATA_DIR or ./data/manga; fill it with download_utils.py or mock_manga.py."
+            f"{root}: no galaxy to work on. Expected files of galaxies in the data folder "
+            "(--data-dir, else MANGA_DATA_DIR, else ./data/manga); fill it with download_utils.py "
+            "or mock_manga.py."
         )
     return shard_of(names, choice.shard)
 
 
 def read_galaxy_list(path: Path) -> list[str]:
-    """Plateifus in a text file (one a line) or in a CSV's column plateifu; # starts a comment."""
+    """Read plateifus, one per line, or from a CSV's column plateifu; # starts a comment."""
+    expected = (
+        "Expected one plateifu per line, or a CSV with a column plateifu; check --galaxy-list."
+    )
     if not path.is_file():
-        raise DataError(f"{path}: no such galaxy list.")
+        raise DataError(f"{path}: no such galaxy list. {expected}")
     rows = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
     rows = [row for row in rows if row]
     header = [word.strip().lower() for word in rows[0].split(",")] if rows else []
@@ -101,12 +107,12 @@ def read_galaxy_list(path: Path) -> list[str]:
         column = header.index("plateifu")
         rows = [row.split(",")[column].strip() for row in rows[1:] if row.count(",") >= column]
     if not rows:
-        raise DataError(f"{path}: names no galaxy; expected a plateifu a line, or a CSV column.")
+        raise DataError(f"{path}: names no galaxy. {expected}")
     return rows
 
 
 def shard_of(items: Sequence[Any], shard: str | None) -> list[Any]:
-    """Items k, k+n, ... for shard "k/n" (k from 0); all of them without a shard."""
+    """Items k, k+n, ... for shard "k/n" (k from 0); all items without a shard."""
     if not shard:
         return list(items)
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
@@ -116,11 +122,11 @@ def shard_of(items: Sequence[Any], shard: str | None) -> list[Any]:
 
 
 def failed_path(folder: Path, shard: str | None) -> Path:
-    """List of the failed galaxies of a stage; each shard has its own."""
+    """Path of a stage's list of failed galaxies; each shard has its own."""
     return Path(folder) / (f"failed-{shard.replace('/', 'of')}.csv" if shard else "failed.csv")
 
 
-# Work on each
+# Work on the galaxies
 
 
 def for_each_galaxy(
@@ -130,27 +136,27 @@ def for_each_galaxy(
     failed_csv: Path,
     jobs: int = 1,
 ) -> dict[str, str]:
-    """Run `work` on every galaxy; one that fails is reported and the loop goes on.
+    """Run `work` on every galaxy; list those that fail and continue.
 
     Parameters
     ----------
     work : function of a plateifu, picklable
-        Returns a word on what it did ("written", "skipped"). A DataError or OSError fails its
-        galaxy only.
+        Returns a word for the outcome ("written", "skipped"). An exception fails this galaxy
+        only.
     plateifus : iterable of str
     stage : str
-        What is being done, for the progress bar, the log and failed.csv.
+        Name of the work, for the progress bar, the log and failed.csv.
     failed_csv : Path
-        Rows (plateifu, stage, reason) of these galaxies are replaced, those of others stay; without
-        rows there is no file.
+        Rows (plateifu, stage, reason) of these galaxies are replaced, those of others stay. A file
+        without rows is removed.
     jobs : int
-        Processes; 1 works in this one, 0 takes one a CPU.
+        Number of processes; 1 works in the current process, 0 starts one per CPU.
 
     Returns
     -------
-    dict of plateifu -> word, "failed" for the failed ones.
+    dict of plateifu -> outcome, "failed" for those that failed.
     """
-    from tqdm import tqdm  # only loops need it
+    from tqdm import tqdm  # here: --help does not need it
 
     todo, jobs = list(plateifus), jobs or utils.cpu_count()
     outcome: dict[str, str] = {}
@@ -169,7 +175,14 @@ def for_each_galaxy(
             if done % 100 == 0:
                 rate = done / (time.monotonic() - start)
                 left = (len(todo) - done) / rate / 60
-                log.info("%s: %d of %d, %.1f/s, %.0f min left", stage, done, len(todo), rate, left)
+                log.info(
+                    "%s: %d of %d galaxies, %.1f galaxies/s, %.0f min left",
+                    stage,
+                    done,
+                    len(todo),
+                    rate,
+                    left,
+                )
 
         if jobs == 1 or len(todo) < 2:
             for plateifu in todo:
@@ -189,10 +202,10 @@ def for_each_galaxy(
 
 
 def _attempt(work: Callable[[str], str], plateifu: str) -> tuple[str, ...]:
-    """Outcome of one galaxy's work; if it failed, also the reason and the traceback."""
+    """Outcome for one galaxy; if it failed, also the reason and the traceback."""
     try:
         return (work(plateifu),)
-    except Exception as error:  # a bug met on one galaxy must not stop ten thousand others
+    except Exception as error:  # a bug on one galaxy must not stop ten thousand others
         reason = str(error)
         if not isinstance(error, DataError | OSError):
             reason = f"{type(error).__name__}: {error} (a bug: run this galaxy with --debug)"
@@ -202,10 +215,10 @@ def _attempt(work: Callable[[str], str], plateifu: str) -> tuple[str, ...]:
 def _in_processes(
     work: Callable[[str], str], todo: list[str], jobs: int, finish: Callable[..., None]
 ) -> None:
-    """Work in worker processes; tell `finish` each galaxy's outcome.
+    """Work in several processes; call `finish` with each galaxy's outcome.
 
-    A worker that dies (killed, for want of memory as a rule) takes its pool with it. The galaxies
-    in flight are then tried one at a time, so that only the one that kills its worker fails.
+    A worker that is killed, usually for lack of memory, breaks its whole pool. The galaxies then in
+    progress are repeated one at a time, so that only the one whose worker is killed again fails.
     """
     waiting, suspects = deque(todo), deque[str]()
     while waiting or suspects:
@@ -226,12 +239,13 @@ def _in_processes(
                     suspects.extend(running.values())
                     continue
                 for plateifu in running.values():
-                    finish(plateifu, "failed", "its process was killed, out of memory as a rule")
+                    reason = "its process was killed, probably for lack of memory; use fewer --jobs"
+                    finish(plateifu, "failed", reason)
 
 
 @contextlib.contextmanager
 def worker_pool(n: int, start_method: str | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Pool of n processes, stopped at once if the loop over it is."""
+    """Pool of n processes, which are terminated at once if the `with` block raises."""
     others = multiprocessing.active_children()
     context = multiprocessing.get_context(start_method)
     with ProcessPoolExecutor(n, context, initializer=_start_worker) as pool:
@@ -245,7 +259,7 @@ def worker_pool(n: int, start_method: str | None = None) -> Iterator[ProcessPool
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent; end on SIGTERM, and with the parent."""
+    """Prepare a worker: Ctrl-C is left to the parent, SIGTERM and the parent's end stop it."""
     utils.open_parts.clear()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_worker)
@@ -253,14 +267,14 @@ def _start_worker() -> None:
 
 
 def _end_worker(number: int, _frame: object) -> None:
-    """End without an exception: the pool would take it for a result, and go on."""
+    """Remove unfinished files and exit; an exception would reach the pool as a result."""
     for part in utils.open_parts:
         part.unlink(missing_ok=True)
     os._exit(128 + number)
 
 
 def _end_with_parent() -> None:
-    """Wait for the parent's end, however it comes, then end this worker."""
+    """Wait until the parent process has ended for whatever reason, then end this worker."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -268,7 +282,7 @@ def _end_with_parent() -> None:
 
 
 def _update_failures(failed_csv: Path, tried: set[str], failures: list[tuple[str, ...]]) -> None:
-    """Replace the rows of the galaxies tried, also in other shards' lists; remove empty lists."""
+    """Replace the rows of the galaxies tried, in all shards' lists too; remove empty lists."""
     failed_csv = Path(failed_csv)
     for path in {failed_csv, *utils.files_in(failed_csv.parent, "failed*.csv")}:
         rows: list[tuple[str, ...]] = []
@@ -287,7 +301,7 @@ def _update_failures(failed_csv: Path, tried: set[str], failures: list[tuple[str
 def in_order(
     pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """Yield the results of `work` in the items' order, a few made ahead of their reader.
+    """Yield the results of `work` in the order of the items, and compute a few in advance.
 
     Parameters
     ----------
@@ -296,7 +310,7 @@ def in_order(
     work : function of an item
     items : iterable
     ahead : int
-        Results that are there or being made before they are asked for: so many are in memory.
+        Number of results computed in advance; this many are held in memory.
     """
     waiting = iter(items)
     running = deque(pool.submit(work, item) for item in itertools.islice(waiting, max(ahead, 1)))
@@ -309,13 +323,13 @@ def in_order(
 def in_threads(
     work: Callable[[Item], Result], items: Iterable[Item], threads: int
 ) -> Iterator[Result]:
-    """Do as `in_order` with threads of its own, two items ahead for each."""
+    """Like `in_order`, but with threads of its own, two items in advance for each."""
     with ThreadPoolExecutor(threads) as pool:
         yield from in_order(pool, work, items, 2 * threads)
 
 
 def report(outcome: dict[str, str], stage: str, where: Path) -> int:
-    """Log how many galaxies ended how, and where the results lie; return the exit code."""
+    """Log the number of galaxies by outcome and the folder of the results; return the exit code."""
     words = sorted(set(outcome.values()))
     counts = ", ".join(f"{sum(v == w for v in outcome.values())} {w}" for w in words)
     log.info("%s: %d galaxies: %s. Results: %s", stage, len(outcome), counts or "none", where)

@@ -1,18 +1,22 @@
-"""Move spectra from one wavelength grid to another, exactly, with masks and errors.
+"""Resample spectra from one wavelength grid to another, conserving flux, with masks and errors.
 
-A spectrum is taken as a step function: constant flux density inside each pixel. A target bin gets
-the mean flux density over the part of its width that good pixels cover:
+Arrays in, arrays out: spectra (band, spaxel) in, (spaxel, band) out; wavelengths in Angstrom.
+
+A spectrum is a step function: constant flux density within each pixel. The flux density of a target
+bin is the mean over the part of its width that good pixels cover:
 
     f_j = sum_i o_ij g_i f_i / sum_i o_ij g_i       o_ij: overlap of bin j with pixel i, Angstrom
     1/ivar_j = sum_i (o_ij g_i)^2 / ivar_i / (sum_i o_ij g_i)^2         g_i: 1 if good, else 0
     good_j = sum_i o_ij g_i / width_j
 
-so the integral over wavelength is conserved wherever everything is good, and a bad pixel leaves no
-trace (same principle: Carnall 2017, arXiv:1705.05165, eqs. 3-4). The overlaps form one sparse
-matrix for a whole cube. Neighbouring bins share pixels, so their errors are correlated; only the
-variances are carried.
+so the integral over wavelength is conserved where all pixels are good, and the value of a bad pixel
+has no influence (same principle: Carnall 2017, arXiv:1705.05165, eqs. 3-4). The overlaps form one
+sparse matrix for a whole cube. Neighbouring bins share pixels, so their errors are correlated; only
+the variances are computed.
 
-Axis order here: (band, spaxel) in, (spaxel, band) out. Arrays in, arrays out.
+    >>> wave, bins = target_grid(5000, 8000, 2040)
+    >>> matrix = overlap_matrix(log_edges(3.5589, 1e-4, 4563) / (1 + z), bins)
+    >>> flux, ivar, good = resample_spectra(flux, ivar, bad, matrix, np.diff(bins), 1 + z)
 """
 
 from __future__ import annotations
@@ -21,19 +25,19 @@ import numpy as np
 from scipy import sparse
 
 MIN_GOOD_FRACTION = 1e-6
-"""A bin with less good coverage than this share of its width holds nothing but rounding."""
+"""A bin with less than this fraction of its width on good pixels is empty but for rounding."""
 
 HALF_BELOW_ONE = 1 - 2.0**-12
-"""From here on the nearest float16 is 1."""
+"""Smallest number that is rounded to 1 in float16."""
 
 
 def log_edges(log_first: float, log_step: float, n: int) -> np.ndarray:
-    """Edges of n pixels whose centres are 10**(log_first + log_step * i), (n + 1,)."""
+    """Edges (n + 1,) of n pixels whose centres are 10**(log_first + log_step * i)."""
     return 10 ** (log_first + log_step * (np.arange(n + 1) - 0.5))
 
 
 def target_grid(wave_min: float, wave_max: float, n_band: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logarithmic bins that fill a range exactly.
+    """Bins of equal logarithmic width that fill a wavelength range exactly.
 
     Returns
     -------
@@ -52,16 +56,16 @@ def overlap_matrix(source: np.ndarray, target: np.ndarray) -> sparse.csr_array:
     Parameters
     ----------
     source : (n + 1,) array
-        Pixel edges, rising, Angstrom.
+        Pixel edges, increasing, Angstrom.
     target : (m + 1,) array
-        Bin edges, rising, Angstrom.
+        Bin edges, increasing, Angstrom.
 
     Returns
     -------
     (m, n) CSR float64, Angstrom
-        Only the non-zero overlaps are stored: about m + n of them.
+        About m + n non-zero overlaps.
     """
-    # All edges of both grids, merged, cut the axis into pieces that lie in one pixel and one bin.
+    # the merged edges of both grids cut the axis into pieces, each within one pixel and one bin
     low, high = max(source[0], target[0]), min(source[-1], target[-1])
     shape = (target.size - 1, source.size - 1)
     if low >= high:
@@ -75,7 +79,7 @@ def overlap_matrix(source: np.ndarray, target: np.ndarray) -> sparse.csr_array:
 
 
 def used_pixels(matrix: sparse.csr_array) -> slice:
-    """Source pixels that any bin needs; resampling may leave out all others."""
+    """Range of the source pixels that overlap any bin; the other pixels need not be read."""
     if not matrix.nnz:
         return slice(0, 0)
     return slice(int(matrix.indices.min()), int(matrix.indices.max()) + 1)
@@ -89,31 +93,31 @@ def resample_spectra(
     widths: np.ndarray,
     factor: np.ndarray | float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Resample many spectra that share one pair of grids.
+    """Resample many spectra from one common grid to another.
 
     Parameters
     ----------
     flux, ivar : (n, N) array
-        Flux density and inverse variance, one spectrum a column, any float type.
+        Flux density and its inverse variance, one spectrum per column, any float type.
     bad : (n, N) bool
-        Pixels to leave out. A non-finite flux, or an ivar that is not finite and positive, must be
-        flagged here.
+        Pixels to ignore. Pixels whose flux is not finite, or whose ivar is not finite and positive,
+        must be among them.
     matrix : (m, n) CSR
         From `overlap_matrix`.
     widths : (m,) array
         Widths of the target bins, Angstrom.
     factor : (n,) array or float
-        Each source pixel is multiplied by it (its ivar divided by its square): dereddening,
-        (1 + z).
+        Factor on the flux of each source pixel, such as dereddening or (1 + z); ivar is divided by
+        its square.
 
     Returns
     -------
     flux : (N, m) float32
-        NaN where a bin saw no good pixel.
+        NaN in bins without a good pixel.
     ivar : (N, m) float32
-        0 there. Never infinite.
+        0 in bins without a good pixel; always finite.
     good : (N, m) float16
-        Share of the bin's width covered by good pixels.
+        Fraction of the bin's width covered by good pixels.
     """
     shape = (flux.shape[1], matrix.shape[0])
     flux_out = np.full(shape, np.nan, np.float32)
@@ -140,7 +144,7 @@ def resample_spectra(
     ivar_out[span] = inverse.T
     good = covered / widths[:, None]
     good_out[span] = 1
-    partly = ~(good >= HALF_BELOW_ONE)  # NaN too; the slow rounding to float16 for these alone
+    partly = ~(good >= HALF_BELOW_ONE)  # NaN too; rounding to float16 is slow, all others are 1
     good_out[span].T[partly] = np.where(empty[partly], 0.0, good[partly])
     return flux_out, ivar_out, good_out
 
@@ -154,7 +158,7 @@ def resample_shifted(
     one_plus_z: np.ndarray,
     factor: np.ndarray | float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Resample spectra that each have a redshift of their own.
+    """Resample spectra that each have their own redshift.
 
     Parameters
     ----------
@@ -165,7 +169,7 @@ def resample_shifted(
     target : (m + 1,) array
         Rest-frame bin edges, Angstrom.
     one_plus_z : (N,) array
-        Observed over rest wavelength of each spectrum. Flux density is multiplied by it.
+        Observed over rest-frame wavelength of each spectrum; its flux density is multiplied by it.
     factor : (n,) array or float
         As in `resample_spectra`, without (1 + z).
 

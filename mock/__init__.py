@@ -1,1 +1,1 @@
-"""Simulated galaxies: their physics, and files in the form of the archive's (mock_manga.py)."""
+"""Simulated MaNGA galaxies: physics, one galaxy, its files and their truth (mock_manga.py)."""

@@ -1,9 +1,12 @@
-"""The file format of the mock galaxies: HDUs and cards of the DAP's DR17 files, checksums, gzip.
+"""Write simulated galaxies in the format of the DAP's DR17 files: HDUs, cards, checksums, gzip.
 
-What a LOGCUBE (13 HDUs) and a MAPS file (64 HDUs) hold beside their pixels: names, order and
-comments of the cards, channel names, units, partners (ERRDATA, QUALDATA, SCIDATA), after the data
-model pages mangaModelCube and mangaMaps of SDSS DR17. The values of the physics come from the
-caller; cards that a mock cannot fill (exposure, seeing, versions) carry typical values.
+Writes  raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz.
+
+A LOGCUBE has 13 HDUs, a MAPS file 64. Names, order and comments of the cards, channel names, units
+and the cards that link a quantity to its errors and mask (ERRDATA, QUALDATA, SCIDATA) follow the
+SDSS DR17 data model pages mangaModelCube and mangaMaps. Pixels come from a `Galaxy`; cards that a
+simulation cannot fill (exposures, versions) carry typical values. Cubes are (band, y, x), maps
+(y, x) or (channel, y, x).
 
     >>> write_gzipped_fits(path, maps_hdus(galaxy))
 """
@@ -47,20 +50,21 @@ from mock.physics import (
     to_image,
     wave_grid,
 )
-from utils import atomic_path
+from utils import atomic_path, raw_dir
 
 Card = tuple[str, Any, str]
 
 FITS_BLOCK = 2880
+"""Bytes: headers and data units are padded to multiples of it (FITS standard 4.0, section 3.1)."""
 STAMP = "2020-12-25T13:18:00"
-"""Time written beside CHECKSUM and DATASUM: fixed, so that the same seed gives the same bytes."""
+"""Time in the comments of CHECKSUM and DATASUM: constant, so that a seed gives identical files."""
 
 AUTHOR = "K Westfall <westfall@ucolick.org> & SDSS-IV Data Group"
 FLUX_UNIT = "1E-17 erg/s/cm^2/ang/spaxel"
 LINE_UNIT = "1E-17 erg/s/cm^2/spaxel"
 
 MOMENT_CHANNELS = ("OIId-3728", *list(EMLINES)[1:])
-"""Channels of EMLINE_SFLUX and EMLINE_SEW: the [OII] doublet is summed as one."""
+"""Channels of EMLINE_SFLUX and EMLINE_SEW: the first is the sum of the [OII] doublet."""
 
 SPECTRAL_INDICES = (
     "CN1:mag CN2:mag Ca4227:ang G4300:ang Fe4383:ang Ca4455:ang Fe4531:ang C24668:ang Hb:ang "
@@ -246,12 +250,20 @@ PRIMARY: tuple[Card, ...] = (
     ("SNRZRING", 0.0, "z-band SNR in 1-1.5 Re bin"),
     ("DAPQUAL", 0, "DAP quality bitmask"),
 )
-"""Primary header of a MAPS file, card by card; a LOGCUBE has all but MAPS_ONLY."""
+"""Primary header of a MAPS file, card by card; a LOGCUBE has all cards but MAPS_ONLY."""
+
+MAX_V_ERROR_KMS = 30.0
+"""Largest velocity error at which a line fit counts as free of its bounds (NEARBOUND beyond)."""
 
 MAPS_ONLY = frozenset(
     "ELMKEY ELMMINSN MOMDB ELMREBIN SIKEY SIMINSN SIFWHM ABSDB BHDDB SICORR SIREBIN SNRGMED "
     "SNRGRING SNRRMED SNRRRING SNRIMED SNRIRING SNRZMED SNRZRING".split()
 )
+
+
+def raw_file(data_dir: Path, plateifu: str, form: str, daptype: str) -> Path:
+    """Path of a galaxy's LOGCUBE or MAPS file, named as in the archive."""
+    return raw_dir(data_dir, plateifu) / f"manga-{plateifu}-{form}-{daptype}.fits.gz"
 
 
 def primary_hdu(form: str, values: Mapping[str, Any]) -> fits.PrimaryHDU:
@@ -261,7 +273,7 @@ def primary_hdu(form: str, values: Mapping[str, Any]) -> fits.PrimaryHDU:
     ----------
     form : {"LOGCUBE", "MAPS"}
     values : dict
-        Cards that the galaxy sets (PLATEIFU, SCINPVEL, ...); others keep their typical value.
+        Cards that depend on the galaxy (PLATEIFU, SCINPVEL, ...); others keep typical values.
 
     Raises
     ------
@@ -271,7 +283,7 @@ def primary_hdu(form: str, values: Mapping[str, Any]) -> fits.PrimaryHDU:
     set_here = {"DAPFRMT": form, "MASKNAME": mask_name(form), **values}
     unknown = set_here.keys() - {key for key, _, _ in PRIMARY}
     if unknown:
-        raise KeyError(f"no such card in a DR17 {form}: {', '.join(sorted(unknown))}")
+        raise KeyError(f"{', '.join(sorted(unknown))}: no such card in a DR17 {form} file.")
     hdu = fits.PrimaryHDU()
     for key, value, comment in PRIMARY:
         if form == "MAPS" or key not in MAPS_ONLY:
@@ -285,7 +297,7 @@ def primary_hdu(form: str, values: Mapping[str, Any]) -> fits.PrimaryHDU:
 
 
 def mask_name(form: str) -> str:
-    """Name of the mask bit set of a file form (sdssMaskbits.par)."""
+    """Name of the set of mask bits in a LOGCUBE or MAPS file (sdssMaskbits.par)."""
     return "MANGA_DAPSPECMASK" if form == "LOGCUBE" else "MANGA_DAPPIXMASK"
 
 
@@ -297,7 +309,7 @@ def wcs_cards(ra: float, dec: float, size: int, kind: str) -> list[Card]:
     ra, dec : float
         Centre of the bundle, degrees J2000.
     size : int
-        Spaxels on a side; the centre is pixel size/2 counted from 0.
+        Spaxels per side; the centre is pixel size/2, counted from 0.
     kind : {"spectral", "channel", "image"}
         Third axis: logarithmic vacuum wavelength in m, a channel number, or none.
     """
@@ -344,7 +356,7 @@ def wcs_cards(ra: float, dec: float, size: int, kind: str) -> list[Card]:
 
 
 def channel_cards(names: Sequence[str], units: Sequence[str] | None = None) -> list[Card]:
-    """Cards C01, U01, .. (C1, U1, .. for fewer than ten channels) that name the channels."""
+    """Cards that name the channels and their units: C01, U01, ... (C1, U1, ... below ten)."""
     digits = len(str(len(names)))
     cards: list[Card] = []
     for i, name in enumerate(names, 1):
@@ -376,20 +388,21 @@ def image_hdu(
     data : array
         float32, int32 or int16.
     wcs : list of cards
-        Empty for the plain vectors WAVE and REDCORR, which have no other cards either.
+        World coordinates; empty for the vectors WAVE and REDCORR, which have no further cards.
     mask_set : str
         MASKNAME.
     channels : list of cards
+        From `channel_cards`.
     unit : str
-        BUNIT; of an inverse variance the squared reciprocal is written.
+        BUNIT of the quantity; role "ERROR" writes the unit of its inverse variance.
     data_class : {"IMAGE", "CUBE"}
         HDUCLAS1.
     role : {"DATA", "ERROR", "QUALITY"}
         HDUCLAS2; sets HDUCLAS3.
     partners : dict
-        SCIDATA, ERRDATA, QUALDATA as the real files have them.
+        Values of SCIDATA, ERRDATA and QUALDATA.
     extra : list of cards
-        After MASKNAME.
+        Inserted after MASKNAME.
     """
     hdu = fits.ImageHDU(data)
     header = hdu.header
@@ -429,17 +442,19 @@ def quantity_hdus(
     channels: Sequence[Sequence[Card]] = ((), (), ()),
     **cards: Any,
 ) -> list[fits.ImageHDU]:
-    """HDUs of a quantity: data, <name>_IVAR and <name>_MASK, each naming its partners.
+    """HDUs of a quantity: data, <name>_IVAR and <name>_MASK, each with cards naming the others.
 
     Parameters
     ----------
     name : str
     data, ivar : float32 arrays
+        ivar may be None.
     mask : int32 array or None
     wcs : list of cards
-    channels : cards of data, ivar and mask
+    channels : three lists of cards
+        Channel cards of data, ivar and mask.
     **cards
-        unit, data_class for `image_hdu`.
+        unit and data_class of `image_hdu`.
     """
     err, qual = f"{name}_IVAR", f"{name}_MASK"
     quality = {"QUALDATA": qual} if mask is not None else {}
@@ -469,15 +484,15 @@ def write_gzipped_fits(
 ) -> None:
     """Write HDUs one by one into a .fits.gz, whole or not at all.
 
-    The same HDUs give the same bytes: the gzip header holds neither a name nor a time. An HDU is
-    let go before the next one is asked for, so that a generator keeps the memory low.
+    The same HDUs give the same bytes: the gzip header holds neither a name nor a time. Each HDU is
+    released before the next is requested, so that a generator of HDUs needs little memory.
 
     Parameters
     ----------
     path : Path
     hdus : iterable of HDU
     level : int
-        igzip's compression level, 0 to 3.
+        Compression level of igzip, 0 to 3.
     """
     with (
         atomic_path(path) as part,
@@ -495,12 +510,8 @@ def write_gzipped_fits(
 # HDUs of the two files
 
 
-MAX_V_ERROR_KMS = 30.0
-"""Where the lines are too weak to place better than this, the fit ends at its bounds."""
-
-
 def _bin_ids(galaxy: Galaxy) -> np.ndarray:
-    """Bin numbers (5, y, x) int32: one spaxel each, -1 where there is none."""
+    """Bin numbers (5, y, x) int32: one spaxel per bin, -1 where there is no bin."""
     if galaxy.scene.bin_ids is not None:
         return galaxy.scene.bin_ids
     ids = np.where(galaxy.binned, np.cumsum(galaxy.binned) - 1, -1)
@@ -510,9 +521,9 @@ def _bin_ids(galaxy: Galaxy) -> np.ndarray:
 def logcube_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
     """Yield the 13 HDUs of a DAP LOGCUBE, one after the other.
 
-    Outside of the field and in spaxels that were not binned FLUX, IVAR and the models are 0 and
-    flagged; models are reddened by the Galaxy like FLUX. STELLAR ends with its templates at 7409
-    Angstrom (rest).
+    Outside the field of view, and in spaxels that are in no bin, FLUX, IVAR and the models are 0
+    and flagged. The models are reddened by the Milky Way, like FLUX. STELLAR ends at 7409 Angstrom
+    (rest frame), where the MILES templates of the DAP end.
     """
     scene = galaxy.scene
     n_bins = int(galaxy.binned.sum())
@@ -584,7 +595,8 @@ def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
     Masked values are 0 with zero inverse variance. Simulated: coordinates, mean flux and S/N, bin
     numbers, stellar and gas kinematics, summed and Gaussian line fluxes and equivalent widths with
     their continua, instrumental widths, amplitudes, figures of merit. Spectral indices are all
-    masked; template widths are those of MILES.
+    masked. EMLINE_TPLSIGMA holds the resolution of the MILES library, 2.54 Angstrom FWHM (Beifiori
+    et al. 2011).
     """
     scene, fit = galaxy.scene, galaxy.fit
     names = list(EMLINES)
@@ -634,7 +646,7 @@ def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
 
     for name, key in (("VEL", "star_v"), ("SIGMA", "star_sigma")):
         value, ivar = fit[key], 1 / fit[f"{key}_sd"] ** 2
-        at_bound = galaxy.binned & (value <= 0) & (name == "SIGMA")
+        at_bound = galaxy.binned & (value <= 0) & (name == "SIGMA")  # the fit's lower bound is 0
         mask = base | to_image(scene, at_bound * (NEARBOUND | DONOTUSE), 0, "i4")
         if name == "SIGMA":
             value = np.maximum(value, 0)
@@ -659,12 +671,12 @@ def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
     line_bits[lost] |= FITFAILED | DONOTUSE
     unsteady = (fit["v_var"] > MAX_V_ERROR_KMS**2) & galaxy.binned
     moment_bits[~np.isfinite(fit["sflux_var"]) & galaxy.binned] |= NOVALUE | DONOTUSE
-    moment_bits[names.index("OII-3729")] |= NOVALUE | DONOTUSE  # summed in the doublet's channel
+    moment_bits[names.index("OII-3729")] |= NOVALUE | DONOTUSE  # part of channel OIId-3728
     good, moment_good = line_bits == 0, moment_bits == 0
     line_bits[:, unsteady] |= NEARBOUND | DONOTUSE  # values are kept, as the DAP does
     g_ivar = np.where(good, 1 / fit["gflux_var"], 0)
     s_ivar = np.where(moment_good, 1 / fit["sflux_var"], 0)
-    # a width cannot be measured on a line that came out without flux
+    # a line without measured flux has no width
     flat_line = good & (fit["gflux"] <= 0)
     width_bits = line_bits | flat_line * (MATHERROR | DONOTUSE)
     observed = rest[:, None] * (1 + scene.z)
@@ -745,7 +757,7 @@ def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
 
 
 def figures_of_merit(galaxy: Galaxy) -> np.ndarray:
-    """Nine figures of merit of the fit per spaxel (9, spaxel), FOM_CHANNELS; every 8th pixel."""
+    """Figures of merit of the fit (9, spaxel), in the order of FOM_CHANNELS, on every 8th pixel."""
     model = ((galaxy.scene.stellar + galaxy.emline) / galaxy.redcorr[:, None])[::8]
     ivar = galaxy.ivar[::8]
     resid = np.where(ivar > 0, galaxy.flux[::8] - model, 0)
@@ -758,12 +770,12 @@ def figures_of_merit(galaxy: Galaxy) -> np.ndarray:
 
 
 def _ring_snr(galaxy: Galaxy) -> dict[str, float]:
-    """Median and summed S/N at 1 to 1.5 effective radii; all four bands take that of g."""
+    """Median and summed S/N at 1 to 1.5 effective radii; g's value stands for all four bands."""
     scene = galaxy.scene
     east, north = sky_offsets(scene.size)
     r, _ = elliptical_coordinates(east, north, scene.cards["ECOOPA"], 1 - scene.cards["ECOOELL"])
     re = r[scene.ys, scene.xs] / scene.cards["REFF"]
     ring = galaxy.snr[galaxy.binned & (re > 1) & (re < 1.5)]
     median = float(np.median(ring)) if ring.size else 0.0
-    total = float(np.sqrt((ring**2).sum()) / 1.9) if ring.size else 0.0  # covariance: about 1.9
+    total = float(np.sqrt((ring**2).sum()) / 1.9) if ring.size else 0.0  # 1.9: the covariance
     return {f"SNR{b}MED": median for b in "GRIZ"} | {f"SNR{b}RING": total for b in "GRIZ"}

@@ -1,4 +1,4 @@
-"""Physics of the mock galaxies: instrument, stars, gas, seeing, noise, and the fit of lines.
+"""Physics of the simulated galaxies: instrument, stars, gas, seeing, noise, and fits to them.
 
 Arrays in, arrays out; reads and writes nothing. Spectra are (band, spaxel) on the cubes' grid of
 4563 vacuum wavelengths in Angstrom, maps (y, x); fluxes in 1e-17 erg/s/cm2 (/Angstrom) /spaxel.
@@ -6,7 +6,7 @@ Arrays in, arrays out; reads and writes nothing. Spectra are (band, spaxel) on t
     >>> templates = stellar_templates(z=0.03, sigma_kms=60)
     >>> ratios = hii_ratios(logoh, ionisation, nitrogen)
     >>> galaxy = observe(scene, rng)  # noise and masks
-    >>> galaxy.fit = fit_lines(galaxy, rng) | fit_stars(galaxy, rng)  # what MAPS holds
+    >>> galaxy.fit = fit_lines(galaxy, rng) | fit_stars(galaxy, rng)  # the quantities in MAPS
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import numpy as np
 
 C_KMS = 299792.458
 N_BANDS, LOG_WAVE0, LOG_STEP = 4563, 3.5589, 1e-4
+"""Grid of the LOGCUBE: pixel i is at 10**(3.5589 + 1e-4 i) Angstrom, vacuum (DAP data model)."""
 SPAXEL_ARCSEC = 0.5
 FIBRE_PITCH_ARCSEC = 2.5
-"""Distance of neighbouring fibres; their core is 2.0 arcsec wide (Drory et al. 2015)."""
+"""Distance between neighbouring fibres, whose cores are 2.0 arcsec wide (Drory et al. 2015)."""
 
 # Mask bits (sdssMaskbits.par: MANGA_DAPPIXMASK of maps, MANGA_DAPSPECMASK of cubes)
 NOCOV, LOWCOV, DEADFIBER, FORESTAR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
@@ -35,8 +36,8 @@ LSF_NODES = (
     (3600, 4000, 4500, 5000, 5500, 6000, 6500, 7000, 8000, 9000, 10000, 10400),
     (1390, 1613, 1763, 1815, 1863, 1884, 1926, 2042, 2027, 2480, 2191, 2100),
 )
-"""Resolving power lambda/FWHM against wavelength, read off the real spectra that the DAP ships as
-its test data (DRP v2_4_3)."""
+"""Wavelength in Angstrom -> resolving power lambda/FWHM, measured on the real spectra among the
+DAP's test data (DRP v2_4_3)."""
 
 SKY_NODES = (
     (3600, 3750, 3850, 4000, 4300, 4650, 5100, 5650, 6250, 7000, 8100, 8850, 9500, 9900, 10150,
@@ -44,13 +45,14 @@ SKY_NODES = (
     (0.055, 0.030, 0.0235, 0.0165, 0.0130, 0.0112, 0.0100, 0.0096, 0.0085, 0.0064, 0.0066, 0.0070,
      0.0095, 0.0120, 0.0250, 0.0450),
 )  # fmt: skip
-"""1-sigma noise of a spaxel without light between the sky lines, 1e-17 erg/s/cm2/Angstrom, and
-(PHOTON_NODES) the variance that each unit of flux density adds; both fitted to the inverse
-variances of the DAP's real test spectra at flux densities of 0.02 to 5."""
+"""Wavelength -> 1-sigma noise of a dark spaxel between the sky lines, 1e-17 erg/s/cm2/Angstrom.
+Like PHOTON_NODES, fitted to the inverse variances of the real spectra among the DAP's test data, at
+flux densities of 0.02 to 5."""
 PHOTON_NODES = (
     (3600, 3850, 4650, 5650, 7000, 8850, 9600, 10150, 10400),
     (2.0e-3, 8e-4, 2.3e-4, 1.8e-4, 1.05e-4, 1.0e-4, 2.0e-4, 5e-4, 8e-4),
 )
+"""Wavelength -> variance added per unit of flux density, 1e-17 erg/s/cm2/Angstrom."""
 
 SKY_LINES = (
     (5578.3, 3.8), (5891.1, 2.0), (6302.3, 1.4), (6365.5, 1.2), (6865.0, 1.2), (7242.7, 1.4),
@@ -65,15 +67,16 @@ SKY_LINES = (
     (10016.1, 2.7), (10085.6, 1.9), (10127.4, 2.05), (10176.5, 2.0), (10214.1, 2.05),
     (10289.6, 3.7), (10349.0, 3.0),
 )  # fmt: skip
-"""Telluric emission lines: vacuum wavelength and by how much they raise the noise, measured on the
-same real spectra as the ratio of the noise to its running median."""
+"""Telluric emission lines: vacuum wavelength in Angstrom, and the factor by which the line raises
+the noise: the ratio of the noise to its running median in the same real spectra."""
 
 NOISE_KERNEL_SPAXELS = 1.358
-"""Width of the Gaussian that correlates the noise of neighbours: white noise so filtered has a
-correlation of exp(-(d/1.92)**2/2) at d spaxels, as the cubes have (Westfall et al. 2019, section
-6; Law et al. 2016, section 9.3)."""
+"""Sigma of the Gaussian that correlates the noise of neighbouring spaxels: white noise filtered by
+it has a correlation of exp(-(d/1.92)**2/2) at a distance of d spaxels, as in the real cubes
+(Westfall et al. 2019, section 6; Law et al. 2016, section 9.3)."""
 
 R_V = 3.1
+"""Total-to-selective extinction of the Milky Way's diffuse dust (Cardelli et al. 1989)."""
 STELLAR_TO_GAS_EBV = 0.44
 """Colour excess of the stars over that of the gas (Calzetti et al. 2000, eq. 3)."""
 
@@ -90,8 +93,8 @@ TIED: dict[str, tuple[str, float]] = {
     "OI-6365": ("OI-6302", 0.328),
     "SIII-9071": ("SIII-9533", 0.405),
 }
-"""Weak line of a doublet from one upper level -> strong line and flux ratio: the ratios that the
-DAP fixes (read off a real MAPS file for O and N; S: Osterbrock & Ferland 2006)."""
+"""Weak line of a doublet from one upper level -> strong line and flux ratio, which the DAP keeps
+fixed (O and N as in a real MAPS file; S: Osterbrock & Ferland 2006)."""
 
 FIT_GROUPS: tuple[tuple[str, ...], ...] = (
     ("OII-3727", "OII-3729"), ("H12-3751", "H11-3771"), ("Hthe-3798",), ("Heta-3836",),
@@ -101,10 +104,10 @@ FIT_GROUPS: tuple[tuple[str, ...], ...] = (
     ("NII-6549", "Ha-6564", "NII-6585"), ("SII-6718", "SII-6732"), ("HeI-7067",), ("ArIII-7137",),
     ("ArIII-7753",), ("Peta-9017",), ("Pzet-9231",), ("SIII-9071", "SIII-9533", "Peps-9548"),
 )  # fmt: skip
-"""Lines that are fitted together, because they overlap or because their ratio is fixed."""
+"""Lines fitted together, because they overlap or because their ratio is fixed."""
 
 MIN_PROFILE = 0.5
-"""Share of a line's profile on good pixels that its fit needs."""
+"""Fraction of a line's profile that must fall on good pixels for the line to be fitted."""
 
 EMLINES: dict[str, float] = {
     "OII-3727": 3727.092,
@@ -150,28 +153,32 @@ NUCLEI: dict[str, dict[str, float]] = {
     "Seyfert": {"o3": 0.90, "n2": 0.02, "s2": -0.25, "o1": -0.85, "o2": 0.45, "he2": 0.20},
     "LINER": {"o3": 0.42, "n2": 0.12, "s2": 0.05, "o1": -0.65, "o2": 0.75, "he2": 0.05},
 }
-"""Line ratios of gas ionised by an active nucleus or by hot old stars, all as log10: [OIII]/Hb,
-[NII]/Ha, [SII]/Ha, [OI]/Ha, [OII]/Hb, then HeII/Hb as it is. Seyferts and LINERs at the middle of
-their sequences in Kewley et al. 2006, figure 1."""
+"""Line ratios of gas ionised by an active nucleus or by hot old stars: log10 of [OIII]/Hb,
+[NII]/Ha, [SII]/Ha, [OI]/Ha and [OII]/Hb; HeII/Hb is linear. The middle of the Seyfert and LINER
+sequences in Kewley et al. 2006, figure 1."""
 
 # Stellar population nodes and absorption features
 POP_LOG_AGE = (8.0, 8.7, 9.2, 9.6, 10.0)
+"""log10 of the populations' ages in years."""
 POP_METAL = (-0.6, -0.2, 0.2)
+"""[Z/H] of the populations."""
 POP_TEMPERATURE_K = (13500.0, 9500.0, 7200.0, 5900.0, 5100.0)
-"""Temperature of the black body under each age: about that of the stars that dominate V."""
+"""Temperature of the black-body continuum by age: about that of the stars that dominate V."""
 POP_BREAK_4000 = (0.06, 0.12, 0.22, 0.33, 0.42)
 """Depth of the 4000 Angstrom break by age (Dn4000 1.1 to 1.8; cf. Kauffmann et al. 2003b)."""
 POP_BALMER_JUMP = (0.20, 0.30, 0.18, 0.05, 0.0)
+"""Depth of the Balmer jump by age; a smooth guess that peaks with the Balmer lines."""
 POP_BALMER_EW = (3.5, 8.5, 6.5, 3.0, 1.6)
 """Equivalent width of Hbeta absorption by age, Angstrom; strongest at a few 100 Myr (cf.
 Gonzalez Delgado et al. 1999)."""
 POP_METAL_EW = (0.06, 0.18, 0.42, 0.75, 1.0)
-"""Strength of metal lines by age over that at 10 Gyr."""
+"""Strength of metal lines by age, relative to 10 Gyr."""
 
 BALMER_FEATURES = (
     (6564.6, 0.75), (4862.7, 1.0), (4341.7, 1.05), (4102.9, 1.1), (3971.2, 1.0), (3890.2, 0.9),
     (3836.5, 0.8), (3799.0, 0.65), (3771.7, 0.5), (3751.2, 0.4),
 )  # fmt: skip
+"""Vacuum wavelength in Angstrom, and equivalent width relative to Hbeta's (POP_BALMER_EW)."""
 METAL_FEATURES = (
     # name, vacuum wavelength, own width (sigma) in Angstrom, EW in Angstrom at 10 Gyr and solar,
     # d log EW / d[Z/H]
@@ -192,12 +199,12 @@ METAL_FEATURES = (
     ("CaT1", 8500.4, 3.5, 1.5, 0.2), ("CaT2", 8544.4, 4.5, 3.6, 0.2),
     ("CaT3", 8664.5, 4.0, 3.0, 0.2), ("TiO8860", 8870.0, 30.0, 3.0, 0.5),
 )  # fmt: skip
-"""Absorption features of the stars; strengths of the order of the Lick indices of old solar
-populations (Worthey et al. 1994; Thomas et al. 2011), calcium triplet after Cenarro et al. 2001."""
+"""Stellar absorption features, about as strong as the Lick indices of old solar populations
+(Worthey et al. 1994; Thomas et al. 2011); calcium triplet after Cenarro et al. 2001."""
 
 FOREST_LINES = 500
-"""Weak metal lines between the named features. Their places are invented (drawn once and for all);
-only their number, strength and crowding towards the blue resemble an old star's spectrum."""
+"""Number of weak metal lines between the named features. Their wavelengths are invented, by a fixed
+random draw; only their number, strength and crowding towards the blue resemble an old star."""
 
 
 @dataclass
@@ -210,18 +217,21 @@ class Scene:
     Attributes
     ----------
     size : int
-        Spaxels on a side.
+        Spaxels per side.
     ys, xs : (spaxel,) int
         Spaxels with any coverage.
     coverage : (spaxel,) float
-        Weight of the fibres there over that in the middle, 0 to 1.
+        Weight of the fibres at the spaxel, relative to the centre of the field, 0 to 1.
     bits : (y, x) int32
         MANGA_DAPPIXMASK of the spaxels before any fit.
     stellar : (band, spaxel) float32
+        1e-17 erg/s/cm2/Angstrom/spaxel.
     line_flux : dict of line name -> (spaxel,)
         1e-17 erg/s/cm2/spaxel.
     gas_v, gas_sigma, star_v, star_sigma : (spaxel,) km/s
-        Velocities relative to `z`; widths without the instrument.
+        Velocities relative to `z`; dispersions without the instrumental one.
+    noise_scale : float
+        Factor on the typical noise.
     cards : dict
         Primary header cards.
     truth : dict of name -> (spaxel,)
@@ -229,9 +239,9 @@ class Scene:
     meta : dict
         How the scene was made, for the truth file.
     snr : (spaxel,), optional
-        S/N in g that the noise shall give; without it the noise follows from the light.
+        S/N in the g band that the noise is scaled to; without it the noise follows from the light.
     bin_ids : (5, y, x) int32, optional
-        Bins to take over; without them each spaxel of S/N > 1 is one.
+        Bin numbers, -1 for none; without them each spaxel with S/N > 1 is its own bin.
     """
 
     plateifu: str
@@ -258,20 +268,24 @@ class Scene:
 
 @dataclass
 class Galaxy:
-    """A scene, observed: noise, masks and what a fit measures on them.
+    """An observed scene: noise, masks and the results of the fits.
 
     Attributes
     ----------
+    redcorr : (band,)
+        Factor that undoes the reddening by the Milky Way (HDU REDCORR).
     emline : (band, spaxel) float32
-        Noiseless emission lines, not reddened by the Galaxy.
+        Noiseless emission lines, not reddened by the Milky Way.
     flux, ivar : (band, spaxel) float32
-        As in the LOGCUBE: reddened; 0 where `bad`.
+        As in the LOGCUBE: reddened by the Milky Way; 0 where `bad`.
     bad : (band, spaxel) bool
         Pixels lost to cosmic rays and the like.
     binned : (spaxel,) bool
         Spaxels that the DAP would fit.
+    mflux, mflux_ivar, snr : (spaxel,)
+        Mean flux density in the g band, its inverse variance, and S/N per pixel.
     fit : dict of name -> (line, spaxel) or (spaxel,)
-        What `fit_lines` returns; empty until then.
+        Results of `fit_lines` and `fit_stars`; empty before them.
     """
 
     scene: Scene
@@ -288,7 +302,7 @@ class Galaxy:
 
 
 def to_image(scene: Scene, values: np.ndarray, fill: float = 0, dtype: str = "f4") -> np.ndarray:
-    """Lay (..., spaxel) values onto (..., y, x); `fill` outside of the field."""
+    """Put (..., spaxel) values on maps (..., y, x), with `fill` outside the field of view."""
     out = np.full((*values.shape[:-1], scene.size * scene.size), fill, dtype)
     out[..., scene.ys * scene.size + scene.xs] = values
     return out.reshape(*values.shape[:-1], scene.size, scene.size)
@@ -303,18 +317,18 @@ def wave_grid() -> np.ndarray:
 
 
 def wave_edges() -> np.ndarray:
-    """Edges of the pixels, (4564,) Angstrom."""
+    """Edges of the cubes' pixels, (4564,) vacuum Angstrom."""
     return 10 ** (LOG_WAVE0 + LOG_STEP * (np.arange(N_BANDS + 1) - 0.5))
 
 
 def instrument_sigma_kms(wave_aa: np.ndarray | float) -> np.ndarray:
-    """Gaussian width of the line spread at observed wavelengths, km/s (LSF_NODES)."""
+    """Sigma of the Gaussian line spread function at observed wavelengths, km/s (LSF_NODES)."""
     power = np.interp(wave_aa, *LSF_NODES)
     return C_KMS / (power * 2 * np.sqrt(2 * np.log(2)))
 
 
 def extinction_curve(wave_aa: np.ndarray) -> np.ndarray:
-    """A_lambda / E(B-V) for R_V = 3.1 after O'Donnell (1994), CCM89 outside of the optical."""
+    """A_lambda / E(B-V) after O'Donnell (1994) for R_V = 3.1; beyond the optical CCM89."""
     return R_V * _curve(tuple(np.atleast_1d(wave_aa).tolist()))
 
 
@@ -328,7 +342,7 @@ def _curve(wave_aa: tuple[float, ...]) -> np.ndarray:
 
 
 def hexagon_distance(x_arcsec: np.ndarray, y_arcsec: np.ndarray, radius: float) -> np.ndarray:
-    """Distance inwards from the edge of a hexagon with two corners on the x axis, arcsec."""
+    """Distance to the edge of a hexagon with two corners on the x axis, arcsec, positive inside."""
     half = np.sqrt(3) / 2
     x, y = np.abs(x_arcsec), np.abs(y_arcsec)
     return half * radius - np.maximum(y, half * x + y / 2)
@@ -337,7 +351,7 @@ def hexagon_distance(x_arcsec: np.ndarray, y_arcsec: np.ndarray, radius: float) 
 def sky_offsets(size: int, pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Offsets from the bundle's centre, east and north in arcsec, both (y, x).
 
-    Columns count against right ascension; the centre is pixel size/2 counted from 0.
+    Columns run against right ascension; the centre is pixel size/2, counted from 0.
     """
     steps = (np.arange(-pad, size + pad) - size // 2) * SPAXEL_ARCSEC
     north, east = np.meshgrid(steps, -steps, indexing="ij")
@@ -355,7 +369,7 @@ def elliptical_coordinates(
 
 
 def galactic_coordinates(ra_deg: float, dec_deg: float) -> tuple[float, float]:
-    """Galactic longitude and latitude in degrees from J2000 ones (ESA 1997, sect. 1.5.3)."""
+    """Galactic longitude and latitude in degrees from J2000 coordinates (ESA 1997, sect. 1.5.3)."""
     pole_ra, pole_dec, node = np.deg2rad([192.85948, 27.12825, 32.93192])
     ra, dec = np.deg2rad(ra_deg) - pole_ra, np.deg2rad(dec_deg)
     sin_b = np.sin(dec) * np.sin(pole_dec) + np.cos(dec) * np.cos(pole_dec) * np.cos(ra)
@@ -376,10 +390,11 @@ def angular_distance_mpc_h(z: float) -> float:
 
 
 def stellar_templates(z: float, sigma_kms: float, over: int = 2, pad: int = 60) -> np.ndarray:
-    """Spectra of simple populations at a redshift, blurred by stars' motion and the instrument.
+    """Spectra of single populations, redshifted and broadened by dispersion and instrument.
 
-    A black body under absorption features whose strengths follow age and metallicity; features
-    are Gaussian in the exponent, so that the width of all three blurs adds in quadrature.
+    A black body with absorption features whose strengths follow age and metallicity. The features
+    are Gaussians in optical depth, so that their own width, the velocity dispersion and the
+    instrument's width add in quadrature.
 
     Parameters
     ----------
@@ -387,12 +402,13 @@ def stellar_templates(z: float, sigma_kms: float, over: int = 2, pad: int = 60) 
     sigma_kms : float
         Velocity dispersion.
     over, pad : int
-        Samples per pixel of the cube's grid, and samples added on both sides, for shifting.
+        Samples per pixel of the cubes' grid, and samples added on both sides for later shifts.
 
     Returns
     -------
     (age, metallicity, sample) float32
-        Flux density, 1 at 5500 Angstrom rest. Sample `pad + over*i` is pixel i.
+        Flux density relative to the continuum at 5500 Angstrom (rest frame). Sample
+        `pad + over*i` is pixel i.
     """
     samples = np.arange(-pad, over * N_BANDS + pad)
     wave = 10 ** (LOG_WAVE0 + LOG_STEP / over * samples) / (1 + z)
@@ -413,7 +429,7 @@ def stellar_templates(z: float, sigma_kms: float, over: int = 2, pad: int = 60) 
 def _absorption(
     wave: np.ndarray, blur_kms: np.ndarray, features: Iterable[tuple[float, float, float]]
 ) -> np.ndarray:
-    """Optical depth of Gaussian features (centre, own sigma, equivalent width) after the blur."""
+    """Optical depth of Gaussian features (centre, own sigma, equivalent width) when broadened."""
     tau = np.zeros_like(wave)
     for centre, sigma, ew in features:
         total = np.hypot(sigma, np.interp(centre, wave, blur_kms) / C_KMS * centre)
@@ -426,7 +442,7 @@ def _absorption(
 def _population(
     wave: np.ndarray, blur_kms: np.ndarray, forest: np.ndarray, i: int, metal: float
 ) -> np.ndarray:
-    """One population's spectrum at rest wavelengths."""
+    """Spectrum of population number `i` in age, at rest wavelengths."""
     temperature = POP_TEMPERATURE_K[i] * 10 ** (-0.04 * metal)
 
     def planck(w: np.ndarray | float) -> np.ndarray:
@@ -444,7 +460,7 @@ def _population(
 
 
 def population_weights(log_age: np.ndarray, metal: np.ndarray) -> np.ndarray:
-    """Share of each population node, bilinear; (age, metallicity, ...) that sums to 1."""
+    """Weights of the populations by bilinear interpolation; (age, metallicity, ...), sum 1."""
 
     def linear(value: np.ndarray, nodes: Sequence[float]) -> np.ndarray:
         eye = np.eye(len(nodes))
@@ -454,7 +470,7 @@ def population_weights(log_age: np.ndarray, metal: np.ndarray) -> np.ndarray:
 
 
 def at_shift(templates: np.ndarray, half_pixels: int, pad: int = 60) -> np.ndarray:
-    """Templates redshifted by a number of half pixels, on the cube's grid."""
+    """Templates redshifted by a number of half pixels, on the cubes' grid."""
     start = pad - half_pixels
     return templates[..., start : start + 2 * N_BANDS : 2]
 
@@ -469,8 +485,20 @@ def mix_templates(
 ) -> np.ndarray:
     """Sum of shifted templates through the seeing, (band, spaxel) float32.
 
-    Velocities are split linearly between neighbouring half pixels (34.5 km/s), which broadens by
-    17 km/s at most.
+    A velocity between two steps of half a pixel (34.5 km/s) is a mixture of both, which broadens
+    the spectrum by 17 km/s at most.
+
+    Parameters
+    ----------
+    templates : (age, metallicity, sample)
+        From `stellar_templates`.
+    weights : (age, metallicity, y, x)
+        Flux density at 5500 Angstrom of each template, before the seeing.
+    v_kms : (y, x)
+    matrix : array
+        From `blur_matrix`.
+    ys, xs : (spaxel,) int
+        Spaxels to return, after the seeing.
     """
     shift = np.log1p(v_kms / C_KMS) / (np.log(10) * LOG_STEP / 2)  # half pixels
     low = int(np.floor(shift.min()))
@@ -497,20 +525,25 @@ def mix_templates(
 def hii_ratios(
     logoh: np.ndarray, ionisation: np.ndarray, nitrogen: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Line fluxes of H II regions over Hbeta, free of dust.
+    """Dust-free line fluxes of H II regions, relative to Hbeta.
 
-    [NII]/Ha and [OIII]/Hb are such that the N2 and O3N2 calibrations of Marino et al. (2013, eqs.
-    2 and 4) both return `logoh` where the two offsets vanish; ionisation raises [OIII], lowers
-    [NII] by a third of that and [SII] by 0.4 (the sense of it as in Kewley & Dopita 2002).
-    log([NII]/[OII]) rises by 2 dex per dex of O/H through -0.48 at 8.45, close to the Te-based
-    relation of Bresolin (2007); [SII], [OI], He, Ne, Ar and S take typical H II region values.
+    [NII]/Ha and [OIII]/Hb are such that the O3N2 and N2 calibrations of Marino et al. (2013, eqs.
+    2 and 4) both return `logoh` where the two offsets are zero. Ionisation raises log([OIII]/Hb) by
+    its value, and lowers log([NII]/Ha) by 0.3 and log([SII]/Ha) by about 0.5 of it (same signs as
+    in Kewley & Dopita 2002). log([NII]/[OII]) is -0.48 at 8.45 and rises by 2 dex per dex of O/H,
+    close to the Te-based relation of Bresolin (2007). [SII], [OI], He, Ne, Ar and S have values
+    typical of H II regions.
 
     Parameters
     ----------
     logoh : array
         12+log(O/H).
     ionisation, nitrogen : arrays
-        Offsets in dex from the mean relation: of [OIII]/Hb, of N/O.
+        Offsets from the mean relations, dex: of [OIII]/Hb, and of N/O.
+
+    Returns
+    -------
+    dict of line name -> array, all 35 of EMLINES
     """
     n2 = (logoh - 8.743) / 0.462
     o3 = (8.533 - logoh) / 0.214 + n2 + ionisation
@@ -523,7 +556,7 @@ def hii_ratios(
 
 
 def nuclear_ratios(name: str, scatter: np.ndarray) -> dict[str, np.ndarray]:
-    """Line fluxes over Hbeta of gas that is not ionised by young stars (NUCLEI)."""
+    """Dust-free line fluxes relative to Hbeta of gas ionised by other than young stars (NUCLEI)."""
     r = NUCLEI[name]
     return _assemble(
         r["o3"] + scatter, r["n2"] - 0.3 * scatter, r["s2"] - 0.3 * scatter,
@@ -540,7 +573,7 @@ def _assemble(
     he2: float,
     helium: float,
 ) -> dict[str, np.ndarray]:
-    """All 35 lines over Hbeta from the logarithms of the strong ratios."""
+    """All 35 lines relative to Hbeta, from log10 of the strong ratios (as in NUCLEI)."""
     one = np.ones_like(o3)
     ha = CASE_B["Ha-6564"]
     oiii, oii = 10**o3, 10**o2
@@ -563,7 +596,8 @@ def _assemble(
 def logoh_o3n2(flux: Mapping[str, np.ndarray]) -> np.ndarray:
     """12+log(O/H) by O3N2, Marino et al. (2013), eq. 2: 8.533 - 0.214 O3N2; NaN without flux.
 
-    Spelt anew here, and not taken from labels, because the truth is there to check it.
+    Written out here and not imported from labels.py: the truth must check that module
+    independently. The same holds for `logoh_n2` and `bpt_class`.
     """
     o3 = _log_ratio(flux["OIII-5008"], flux["Hb-4862"])
     return 8.533 - 0.214 * (o3 - _log_ratio(flux["NII-6585"], flux["Ha-6564"]))
@@ -575,9 +609,9 @@ def logoh_n2(flux: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def bpt_class(flux: Mapping[str, np.ndarray]) -> np.ndarray:
-    """0 star-forming, 1 composite, 2 AGN, -1 without flux; int16.
+    """BPT class, int16: 0 star-forming, 1 composite, 2 AGN, -1 without flux.
 
-    Below Kauffmann et al. (2003, eq. 1), between, above Kewley et al. (2001, eq. 5).
+    Star-forming lies below Kauffmann et al. (2003, eq. 1), AGN above Kewley et al. (2001, eq. 5).
     """
     x = _log_ratio(flux["NII-6585"], flux["Ha-6564"])
     y = _log_ratio(flux["OIII-5008"], flux["Hb-4862"])
@@ -611,7 +645,7 @@ def blur(maps: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def smooth_field(rng: np.random.Generator, size: int, scale_spaxels: float) -> np.ndarray:
-    """Gaussian random field (y, x) of unit variance, correlated over a scale."""
+    """Gaussian random field (y, x) of unit variance, smoothed over a scale."""
     pad = int(4 * scale_spaxels) + 1
     matrix = blur_matrix(size, pad, scale_spaxels)
     matrix /= np.sqrt((matrix**2).sum(axis=1, keepdims=True))
@@ -621,7 +655,8 @@ def smooth_field(rng: np.random.Generator, size: int, scale_spaxels: float) -> n
 def correlated_noise(rng: np.random.Generator, size: int) -> np.ndarray:
     """Noise (band, y, x) of unit variance, correlated between neighbouring spaxels.
 
-    See NOISE_KERNEL_SPAXELS. Wavelengths are independent, as nearly so in the real cubes.
+    See NOISE_KERNEL_SPAXELS. Different wavelengths are independent, as they nearly are in real
+    cubes.
     """
     matrix = blur_matrix(size, 0, NOISE_KERNEL_SPAXELS).astype(np.float32)
     matrix /= np.sqrt((matrix**2).sum(axis=1, keepdims=True))
@@ -631,7 +666,7 @@ def correlated_noise(rng: np.random.Generator, size: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def sky_sigma() -> np.ndarray:
-    """Noise of a spaxel without light, (4563,) 1e-17 erg/s/cm2/Angstrom."""
+    """1-sigma noise of a dark spaxel with the sky lines, (4563,) 1e-17 erg/s/cm2/Angstrom."""
     wave = wave_grid()
     raised = np.ones(N_BANDS)
     for centre, factor in SKY_LINES:
@@ -642,14 +677,14 @@ def sky_sigma() -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def g_response() -> np.ndarray:
-    """Weights of a band about as SDSS g, (4563,) float32 that sum to 1 (a smooth stand-in)."""
+    """Weights of a smooth band similar to SDSS g, (4563,) float32, sum 1."""
     weight = np.exp(-(((wave_grid() - 4700) / 650) ** 4))
     return (weight / weight.sum()).astype(np.float32)
 
 
 @lru_cache(maxsize=1)
 def photon_variance() -> np.ndarray:
-    """Variance per unit of flux density, (4563,)."""
+    """Variance per unit of flux density, (4563,) 1e-17 erg/s/cm2/Angstrom."""
     return 10 ** np.interp(wave_grid(), PHOTON_NODES[0], np.log10(PHOTON_NODES[1]))
 
 
@@ -659,8 +694,8 @@ def photon_variance() -> np.ndarray:
 def observe(scene: Scene, rng: np.random.Generator) -> Galaxy:
     """Add noise and masks to a scene.
 
-    Variance: that of the sky, raised where fewer fibres cover a spaxel, plus that of the light
-    itself. The cube's IVAR is its exact inverse.
+    The variance is that of the sky, raised where fewer fibres cover a spaxel, plus that of the
+    galaxy's own light. The cube's IVAR is its exact inverse.
     """
     wave = wave_grid()
     redcorr = 10 ** (0.4 * scene.ebv_gal * extinction_curve(wave))
@@ -693,7 +728,7 @@ def observe(scene: Scene, rng: np.random.Generator) -> Galaxy:
 
 
 def _cosmic_rays(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Lost pixels (band, spaxel): 0.1 % in runs of three, as in real spectra."""
+    """Lost pixels (band, spaxel) bool: 0.1 % of all, in runs of three, as in real spectra."""
     bad = np.zeros(shape, bool)
     hits = rng.integers(0, (shape[0] - 2, shape[1]), size=(int(3.5e-4 * shape[0] * shape[1]), 2))
     for k in range(3):
@@ -704,13 +739,16 @@ def _cosmic_rays(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray
 def line_profiles(
     names: Sequence[str], scene: Scene, margin_aa: float = 32.0
 ) -> tuple[slice, np.ndarray] | None:
-    """Pixels around some lines and the lines' profiles there.
+    """Profiles of some lines on the pixels around them.
 
-    A Gaussian of the gas' width and the instrument's, integrated over each pixel.
+    A profile is a Gaussian with the widths of gas and instrument, averaged over each pixel.
 
     Returns
     -------
-    slice of bands, (line, band, spaxel) float32 of 1/Angstrom; None if a line is off the grid.
+    band : slice
+        Pixels within `margin_aa` of the lines.
+    profiles : (line, band, spaxel) float32, 1/Angstrom
+    None instead of both if the pixels are not all on the grid.
     """
     from scipy.special import ndtr
 
@@ -729,7 +767,7 @@ def line_profiles(
 
 
 def draw_lines(scene: Scene) -> np.ndarray:
-    """Emission-line spectra, (band, spaxel) float32, without noise and Galactic reddening."""
+    """Emission-line spectra (band, spaxel) float32, without noise and Galactic reddening."""
     out = np.zeros((N_BANDS, scene.ys.size), np.float32)
     for name, flux in scene.line_flux.items():
         drawn = line_profiles([name], scene)
@@ -739,23 +777,30 @@ def draw_lines(scene: Scene) -> np.ndarray:
 
 
 def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Measure the lines on the noise that the cube has.
+    """Measure the emission lines on the noise of the cube.
 
-    A least-squares fit of Gaussians of known place and width, after the continuum: the flux of
-    line l is its truth plus (P^T W P)^-1 P^T W n, with profiles P, weights W (the inverse
-    variance) and the very noise n of the cube; its variance is the diagonal of (P^T W P)^-1.
-    Overlapping lines are fitted together, doublets of fixed ratio as one. Place and width are
-    known because the DAP ties them over all lines (Belfiore et al. 2019); with a free
-    width the flux errors would be 1.22 times larger. Fluxes may come out negative; the DAP's are
-    cut at 0.
+    The continuum is subtracted and Gaussians of known wavelength and width are fitted by least
+    squares. With profiles P, weights W (inverse variances) and the noise n of the cube, the
+    measured fluxes are the true ones plus (P^T W P)^-1 P^T W n, and their variances are the
+    diagonal of (P^T W P)^-1. Overlapping lines are fitted together, doublets of fixed ratio as
+    one. Wavelength and width count as known because the DAP ties them over all lines (Belfiore et
+    al. 2019); with a free width the flux errors would be 1.22 times larger. Fluxes can be
+    negative, whereas the DAP's are at least 0.
 
     Returns
     -------
-    dict of (line, spaxel) float64 in the order of DR17's channels
-        gflux, gflux_var (inf where too little of the line is left to fit), sflux, sflux_var
-        (inf where any pixel of the passband is lost), cont (the continuum at the line); and
-        (spaxel,) v_var: variance of velocity, and of width, from all lines together, km/s squared;
-        v_error, s_error: what they are off by.
+    dict of arrays
+        gflux, gflux_var : (line, spaxel)
+            Flux of the fit and its variance (inf where too few pixels of the line are good).
+        sflux, sflux_var : (line, spaxel)
+            Flux summed over +-10 Angstrom (inf where any of these pixels is lost).
+        cont : (line, spaxel)
+            Continuum at the line.
+        v_var : (spaxel,), (km/s)^2
+            Variance of the velocity, and of the dispersion, from all lines together.
+        v_error, s_error : (spaxel,), km/s
+            Errors drawn for velocity and dispersion.
+        Lines are in the order of EMLINES.
     """
     scene, ivar, redcorr = galaxy.scene, galaxy.ivar, galaxy.redcorr
     names = list(EMLINES)
@@ -800,8 +845,8 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
         centre = EMLINES[name] * (1 + scene.z)
         total = np.hypot(scene.gas_sigma, instrument_sigma_kms(centre))
         if name not in TIED:
-            # var(place) = var(width) = 2 sigma**2 var(F) / F**2, the Fisher matrix of a Gaussian
-            # (cf. Lenz & Ayres 1992)
+            # var(centre) = var(width) = 2 sigma**2 var(F) / F**2, from the Fisher matrix of a
+            # Gaussian (cf. Lenz & Ayres 1992)
             v_info += np.where(scene.line_flux[name] > 0, scene.line_flux[name], 0) ** 2 / (
                 2 * gvar[i] * total**2
             )
@@ -814,11 +859,12 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
 
 
 def fit_stars(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Stellar velocity and dispersion with errors, each (spaxel,) km/s.
+    """Measured stellar velocity and dispersion, and their 1-sigma errors; each (spaxel,) km/s.
 
-    The error of the velocity is 1.3 times the observed width (stars and templates) over the S/N,
-    about what the DAP states; that of the dispersion grows as it falls below the instrument's
-    (cf. Westfall et al. 2019). A dispersion may come out negative: it is at its bound.
+    The error of the velocity is 1.3 times the observed width (dispersion and 70 km/s in quadrature)
+    over the S/N, about as large as the DAP's. The error of the dispersion grows as the dispersion
+    falls below the instrument's (cf. Westfall et al. 2019). A negative dispersion stands for a fit
+    that ends at its lower bound.
     """
     scene = galaxy.scene
     width = np.hypot(scene.star_sigma, 70.0)
@@ -845,9 +891,9 @@ def _sum_flux(
     svar: np.ndarray,
     cont: np.ndarray,
 ) -> None:
-    """Flux summed over +-10 Angstrom (rest) about each line of a group, in place.
+    """Sum the flux within +-10 Angstrom (rest frame) of each line of a group, in place.
 
-    Neighbouring lines of the group that reach into the passband are counted, as in the DAP.
+    Neighbouring lines that reach into the passband are included, as in the DAP.
     """
     drawn = line_profiles(group, scene)
     assert drawn is not None

@@ -1,0 +1,114 @@
+"""The truth file of a simulated galaxy: noiseless maps, line fluxes and how they were made.
+
+Writes and reads truth/<plateifu>.h5 (layout: docs/data_formats.md). Maps are (y, x).
+
+    >>> maps, attrs = read_truth(truth_path(data_dir, "13001-1901"))
+    >>> maps["logoh_o3n2"], maps["line_flux/Ha-6564"]
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import utils
+from labels import LABEL_NONE
+from mock.physics import Galaxy, bpt_class, logoh_n2, logoh_o3n2, to_image, wave_grid
+from utils import DataError
+
+TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 1
+
+
+def truth_path(root: Path, plateifu: str) -> Path:
+    """Path of a simulated galaxy's truth file."""
+    return Path(root) / "truth" / f"{plateifu}.h5"
+
+
+def truth_maps(galaxy: Galaxy) -> dict[str, np.ndarray]:
+    """Noiseless maps (y, x) by name: float32, NaN outside the field; bpt int16, -1 there.
+
+    logoh_o3n2, logoh_n2 and bpt follow from the noiseless fluxes after the seeing, as a perfect
+    measurement would find them; logoh_physical is the metallicity put in, before the seeing.
+    """
+    scene = galaxy.scene
+    maps = {
+        "logoh_o3n2": logoh_o3n2(scene.line_flux),
+        "logoh_n2": logoh_n2(scene.line_flux),
+        "gas_velocity": scene.gas_v,
+        "gas_sigma": scene.gas_sigma,
+        "stellar_velocity": scene.star_v,
+        "stellar_sigma": scene.star_sigma,
+        "continuum_5500": scene.stellar[int(np.argmin(np.abs(wave_grid() - 5500 * (1 + scene.z))))],
+        **scene.truth,
+    }
+    out = {k: to_image(scene, v, np.nan) for k, v in maps.items()}
+    out["bpt"] = to_image(scene, bpt_class(scene.line_flux), LABEL_NONE, "i2")
+    return out
+
+
+def write_truth(path: Path, galaxy: Galaxy) -> None:
+    """Write the truth file of a galaxy, whole or not at all.
+
+    Group `line_flux` holds one (y, x) map per line, under DR17's channel names: noiseless, after
+    the seeing, in 1e-17 erg/s/cm2/spaxel, before Galactic reddening (the integral of FLUX x
+    REDCORR over the line).
+    """
+    import data_io  # here: --help does not need h5py
+
+    scene = galaxy.scene
+    maps = truth_maps(galaxy)
+    n_bytes = sum(values.nbytes for values in maps.values())
+    with data_io.new_h5(path, 4 * n_bytes, track_order=False) as f:
+        f.attrs.update(
+            schema=TRUTH_SCHEMA,
+            schema_version=TRUTH_VERSION,
+            plateifu=scene.plateifu,
+            z=scene.z,
+            ebv_gal=scene.ebv_gal,
+            code_version=utils.VERSION,
+            meta_json=json.dumps(scene.meta, default=str),
+        )
+        for name, values in maps.items():
+            f[name] = values
+            f[name].attrs["axes"] = "y,x"
+        for name, values in scene.line_flux.items():
+            data = f.create_dataset(f"line_flux/{name}", data=to_image(scene, values, np.nan))
+            data.attrs.update(unit="1e-17 erg/s/cm2/spaxel", axes="y,x")
+
+
+def read_truth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read a truth file: maps by name (lines as "line_flux/<name>") and attributes.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, unreadable or not a truth file of this version.
+    """
+    import h5py
+
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such truth file. Simulate the galaxy with mock_manga.py.")
+    try:
+        with h5py.File(path) as f:
+            attrs = dict(f.attrs)
+            if attrs.get("schema") != TRUTH_SCHEMA or attrs["schema_version"] != TRUTH_VERSION:
+                raise DataError(
+                    f"{path}: not a {TRUTH_SCHEMA} file of version {TRUTH_VERSION}. "
+                    "Re-run mock_manga.py --overwrite."
+                )
+            maps = {k: f[k][...] for k in f if k != "line_flux"}
+            maps |= {f"line_flux/{k}": d[...] for k, d in f["line_flux"].items()}
+    except OSError as error:
+        raise DataError(
+            f"{path}: not readable as HDF5 ({error}). Re-run mock_manga.py --overwrite."
+        ) from None
+    return maps, attrs
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """How a simulated galaxy was made: its parameters, or the MAPS file and seed it comes from."""
+    return json.loads(read_truth(path)[1]["meta_json"])
