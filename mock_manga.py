@@ -89,15 +89,15 @@ def _slot(plateifu: str) -> tuple[str, str]:
 
 def check_folder(root: Path, galaxies: Sequence[GalaxyParams]) -> None:
     """Raise a DataError if a folder holds real galaxies, or simulated ones of other bundles."""
-    import fits_utils  # here and below: --help does not need astropy
+    from catalogue import catalogue_rows  # here and below: --help does not need astropy
 
-    catalogue = root / "raw" / DAPALL
-    if catalogue.is_file():
-        listed = fits_utils.catalogue_rows(catalogue)
+    dapall = root / "raw" / DAPALL
+    if dapall.is_file():
+        listed = catalogue_rows(dapall)
         real = [name for name in listed if int(utils.split_plateifu(name)[0]) < FIRST_PLATE]
         if real:
             raise DataError(
-                f"{catalogue}: lists real galaxies ({real[0]}, ...). Expected none, because the "
+                f"{dapall}: lists real galaxies ({real[0]}, ...). Expected none, because the "
                 "catalogue of the simulated galaxies replaces this file. Choose another --data-dir."
             )
     wanted = {_slot(p.plateifu): p.plateifu for p in galaxies}

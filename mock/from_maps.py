@@ -41,6 +41,7 @@ from mock.physics import (
     wave_grid,
 )
 from mock.truth import read_meta, truth_path, write_truth
+from recipe import file_digest
 from utils import DataError
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ def read_scene(path: Path) -> Scene:
         star_sigma=np.full(ys.size, star_sigma),
         noise_scale=1.0,
         cards=cards,
-        meta={"from_maps": path.name, "sha256": utils.sha256_of(path)},
+        meta={"from_maps": path.name, "sha256": file_digest(path)},
         snr=np.maximum(snr, 0.1),
         bin_ids=bin_ids.astype(np.int32),
     )
@@ -187,7 +188,7 @@ def resynthesise(data_dir: Path, maps: Path, seed: int, overwrite: bool = False)
         log.info("%s: up to date", cube)
         return [cube, copy, truth]
     galaxy = observe(scene, np.random.default_rng([seed, 5]))
-    if not copy.is_file() or utils.sha256_of(copy) != scene.meta["sha256"]:
+    if not copy.is_file() or file_digest(copy) != scene.meta["sha256"]:
         with utils.atomic_path(copy) as part:
             shutil.copyfile(maps, part)
     write_gzipped_fits(cube, logcube_hdus(galaxy))
