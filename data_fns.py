@@ -516,7 +516,7 @@ def get_dataloaders(
             options.packed_type,
             max(options.workers, 1),
         )
-        log.info("%s: %s", packed.path, packed.size)
+        log.info("learning from %s: %s, memory-mapped", packed.path, packed.size)
         store = PackedSpectra(packed)
     elif spec.patch_norm == "PCA":
         stats = data_io.read_split_stats(root, options.split)

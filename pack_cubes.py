@@ -78,10 +78,10 @@ class PackedCubes:
     def size(self) -> str:
         """Number of galaxies and spectra, and the size on disk, in words."""
         n, c = self.spectra.shape
-        gigabytes = self.spectra.size * self.spectra.dtype.itemsize / 1e9
+        n_bytes = self.spectra.size * self.spectra.dtype.itemsize
+        size = f"{n_bytes / 1e9:.1f} GB" if n_bytes > 1e9 else f"{n_bytes / 1e6:.1f} MB"
         return (
-            f"{len(self.rows)} galaxies, {n - 1} spectra of {c} {self.spectra.dtype} values, "
-            f"{gigabytes:.2f} GB"
+            f"{len(self.rows)} galaxies, {n - 1} spectra of {c} {self.spectra.dtype} values, {size}"
         )
 
 
@@ -285,7 +285,7 @@ def pack(
     spectra = np.broadcast_to(np.zeros(1, dtype), (n_rows, n_columns))
     recipe = packed_recipe(patch_norm, dtype, stats, options)
     packed = PackedCubes(path, spectra, rows, digests, recipe)
-    log.info("%s on disk", packed.size)
+    log.info("needed on disk: %s", packed.size)
     work = partial(usable_spectra, Path(root), patch_norm, stats, dtype)
     with loops.worker_pool(jobs, "spawn") if jobs > 1 else ThreadPoolExecutor(1) as pool:
         spectra_of_each = loops.in_order(pool, work, plateifus, 2 * jobs)
