@@ -275,7 +275,7 @@ def features_by_pairs(model: SSFTT) -> Features:
     twice as many filters, one band longer, at stride 2: oneDNN stores 8 channels as 16 and spends
     long on unpacking them. In evaluation mode the batch norms are folded into the filters. The
     function uses the weights of the time it was made. It is faster for cutouts, not for patches
-    (docs/performance.md).
+    (docs/lab_notes.md).
     """
     convolve, norm, relu = model.spectral
     weight, bias = _fold_batch_norm(convolve, norm)  # (C, 1, kernel, ky, kx)
