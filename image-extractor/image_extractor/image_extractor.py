@@ -35,16 +35,18 @@ import numpy as np
 import tables
 from numba import njit
 
-from . import layout
+from . import config, layout
 from .calibrate import Calibrator
-from .config import ConfigError, Settings
 from .cuts import CutsTable
 from .errors import DataError, UsageError
 from .instrument import Telescope, describe_array, select_telescopes
 from .mapping import Mapping as CameraMapping
 from .mapping import camera_mapping
+from .rearrangement import rearrange
+from .settings import Settings
 from .simtel import Corrupt, Event, SimtelFile, guarded
 from .transaction import OutputTransaction
+from .writer import Writer, verify
 
 log = logging.getLogger(__name__)
 
@@ -299,7 +301,7 @@ class ImageExtractor:
         unknown = set(options) - {f.name for f in fields(Settings)}
         if unknown:
             raise UsageError(f"ImageExtractor has no option {', '.join(sorted(unknown))}.")
-        self.settings = _checked(replace(settings or Settings(), **options))
+        self.settings = config.checked(replace(settings or Settings(), **options))
         self.output_path = Path(output_path)
         self.cuts: CutsTable | None = None
         if bins_cuts_dict is not None and self.settings.use_pkl_dict:
@@ -324,7 +326,7 @@ class ImageExtractor:
         self._per_event: list[int] = []  # of the last file, see _count_images
         self._image_cuts = _ImageCuts(self.settings)
         self._transaction: OutputTransaction | None = None
-        self._writer: layout.Writer | None = None
+        self._writer: Writer | None = None
         self._in_block = False
         self._warned_direction = False
 
@@ -488,7 +490,7 @@ class ImageExtractor:
                 with self._naming_output():
                     writer.close()
                     if self.shuffle or self.split:
-                        layout.rearrange(
+                        rearrange(
                             transaction.path,
                             transaction.part("sorted"),
                             self.seed,
@@ -497,7 +499,7 @@ class ImageExtractor:
                             self.stratify,
                         )
                     try:
-                        layout.verify(transaction.path, writer.written)
+                        verify(transaction.path, writer.written)
                     except DataError as error:
                         raise DataError(
                             f"{self.output_path}: could not be written ({error})"
@@ -509,7 +511,7 @@ class ImageExtractor:
                 writer.abandon()
             transaction.close()
 
-    def _ensure_writer(self, simtel: SimtelFile, array: _Array) -> layout.Writer:
+    def _ensure_writer(self, simtel: SimtelFile, array: _Array) -> Writer:
         azimuth, altitude = simtel.header["direction"]
         direction = (float(azimuth), float(altitude))
         if self._writer is None:
@@ -522,7 +524,7 @@ class ImageExtractor:
                 "cuts_source": self.cuts.source if self.cuts is not None else "",
             }
             try:
-                self._writer = layout.Writer(
+                self._writer = Writer(
                     self._transaction.path,
                     self.settings,
                     array.telescopes,
@@ -599,7 +601,7 @@ class ImageExtractor:
         self,
         simtel: SimtelFile,
         array: _Array,
-        writer: layout.Writer,
+        writer: Writer,
         report: FileReport,
         max_events: int | None,
         progress: Callable[[int], Any] | None,
@@ -720,21 +722,6 @@ def _runs_row(simtel: SimtelFile, report: FileReport) -> np.ndarray:
     for name, value in values.items():
         row[name] = value
     return row
-
-
-def _checked(settings: Settings) -> Settings:
-    """Put settings given from Python through the same checks as a file."""
-    from configobj import ConfigObj
-
-    from .config import as_text, parse_config
-
-    try:
-        return parse_config(
-            ConfigObj(as_text(settings, comments=False).splitlines(), interpolation=False),
-            "settings",
-        )
-    except ConfigError as error:
-        raise UsageError(str(error)) from error
 
 
 def _check_bins(cuts: CutsTable, settings: Settings) -> None:

@@ -245,12 +245,12 @@ def _check_keys(keys: list[np.ndarray], index: np.ndarray, runs: np.ndarray) -> 
         found.append("an event is there twice")
     if events.size != listed.size or not (events == listed).all():
         found.append(
-            f"{layout.METADATA}/{layout.INDEX} lists {listed.size} events, "
+            f"{layout.INDEX} lists {listed.size} events, "
             f"the tables hold {events.size}, not the same"
         )
     if int(runs["events_written"].sum()) != events.size:
         found.append(
-            f"{layout.METADATA}/{layout.RUNS} counts {runs['events_written'].sum()} "
+            f"{layout.RUNS} counts {runs['events_written'].sum()} "
             f"events, the tables hold {events.size}"
         )
     return found

@@ -27,8 +27,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.spatial import Delaunay, cKDTree
 
-from .config import MAPPINGS
 from .errors import DataError
+from .settings import MAPPINGS
 
 CONSERVING = ("square", "axial", "oversampling", "rebin", "none")
 REBIN_POINTS = 12  # sample points along a pixel's width when sharing its area
@@ -79,7 +79,7 @@ def camera_mapping(pixel_x: np.ndarray, pixel_y: np.ndarray, method: str = "auto
     pixel_x, pixel_y : (n_pixels,) array
         Positions in any unit.
     method : str
-        One of config.MAPPINGS.
+        One of settings.MAPPINGS.
 
     Raises
     ------

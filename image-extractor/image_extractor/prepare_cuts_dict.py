@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from .config import ConfigError, Cut, Settings, load_config
+from .config import load_config
 from .cuts import ROW, CutsWriter, bin_indices, event_keys
 from .errors import DataError, UsageError
+from .settings import Cut, Settings
 
 TREE = "data"
 ROWS_A_SLICE = 200_000
@@ -169,9 +170,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.output.exists() and not args.overwrite:
             raise UsageError(f"{args.output}: exists. Give --overwrite to replace it.")
         counts = prepare(files, args.output, settings)
-    except (ConfigError, DataError, OSError) as error:
+    except (DataError, OSError) as error:
         print(error, file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | UsageError) else 1
+        return 2 if isinstance(error, UsageError) else 1
     print(f"{counts['events']} events in {counts['files']} files")
     for name, number in counts["cuts"].items():
         print(f"  {name}: {number} pass")

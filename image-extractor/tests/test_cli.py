@@ -13,7 +13,7 @@ import pytest
 import tables
 from conftest import PACKAGE, all_images, decompressed, real_file
 
-from image_extractor import cli, config
+from image_extractor import cli
 from image_extractor.errors import DataError
 from image_extractor.look import validate
 from image_extractor.simtel import ARRAY_EVENT, SYNC_MARKER
@@ -182,21 +182,27 @@ def test_exit_codes_and_one_line_messages(folder, monkeypatch, capsys):
 
 def test_a_summary_that_fails_is_one_line_and_the_data_stand(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(config, "write_atomically", _full)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
     words = ["simtel/*.gz", "o.h5", "configuration_settings.config", "--summary", "s.json"]
     assert cli.main([*words, "--max_events", "3"]) == 1
     err = capsys.readouterr().err
-    assert err.splitlines()[-1] == "s.json: cannot be written (No space left on device)."
+    assert err.splitlines()[-1] == (
+        "s.json: cannot be written (No space left on device). "
+        "Check its folder, the permissions and the free space."
+    )
     assert len(all_images(folder / "o.h5")) == 3
 
 
-def _full(*_):
+def write_half(path, data):
+    """Stand in for Path.write_bytes on a disk that is full half-way."""
+    with path.open("wb") as f:
+        f.write(data[: len(data) // 2])
     raise OSError(28, "No space left on device")
 
 
 def test_small_files_are_whole_or_absent(tmp_path, monkeypatch):
     (tmp_path / "s.json").write_text("old")
-    monkeypatch.setattr(os, "fdopen", _full)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
     with pytest.raises(DataError, match=r"s\.json: cannot be written .No space"):
         write_whole(tmp_path / "s.json", b"new")
     assert (tmp_path / "s.json").read_text() == "old"

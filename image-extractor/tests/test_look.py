@@ -38,7 +38,10 @@ def test_a_picture_that_cannot_be_written_is_one_line(data_set, tmp_path, capsys
     output = tmp_path / "none" / "p.png"
     assert cli.main(["plot", str(data_set), "--output", str(output)]) == 1
     err = capsys.readouterr().err
-    assert err == f"{output}: cannot be written (No such file or directory).\n"
+    assert err == (
+        f"{output}: cannot be written (No such file or directory). "
+        "Check its folder, the permissions and the free space.\n"
+    )
 
 
 def test_a_picture_is_whole_or_absent(data_set, tmp_path, monkeypatch):
