@@ -771,7 +771,9 @@ def test_a_file_system_without_locks_is_told_from_another_writer(tmp_path, monke
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(transaction.fcntl, "flock", no_lock)
-    with pytest.raises(DataError, match=r"o\.h5: its file system does not support locks .*local disk"):
+    with pytest.raises(
+        DataError, match=r"o\.h5: its file system does not support locks .*local disk"
+    ):
         extract("header", tmp_path / "o.h5")
     # The lock file stays: where locks fail only now and then, another process may hold it.
     assert [p.name for p in tmp_path.iterdir()] == [".o.h5.lock"]
