@@ -83,8 +83,9 @@ def read_slices(path: Path, branches: list[str]) -> Iterator[dict[str, np.ndarra
         raise
     # uproot has no error type of its own for files that are not ROOT files or are cut off.
     except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{path}: cannot be read as a ROOT file ({type(error).__name__}: {error}). "
+            f"{path}: cannot be read as a ROOT file ({type(error).__name__}: {reason}). "
             "Check the files."
         ) from error
 
