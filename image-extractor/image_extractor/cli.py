@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if command == "config":
         from . import config
 
-        return config.main(rest)
+        return config.main(rest, "image-extractor config")
     run = {"extract": _extract, "inspect": _inspect, "plot": _plot, "validate": _validate}[command]
     parser = {
         "extract": _extract_parser,

@@ -1,4 +1,4 @@
-"""Settings: the configuration file, its schema and its checks.
+"""The configuration file: its schema, reading, checking and writing it.
 
 Reads   a configobj file (sections in brackets, `key = value`).
 Writes  a commented default file, on request.
@@ -248,7 +248,7 @@ def parse_config(text: str, where: str) -> Settings:
         tree = ConfigObj(text.splitlines(), interpolation=False)
     except ConfigObjError as error:
         details = [str(e) for e in getattr(error, "errors", None) or [error]]
-        raise ConfigError("\n".join(f"{where}: {d}" for d in details)) from error
+        raise ConfigError("\n".join(f"{where}: {d} Correct it." for d in details)) from error
     problems: list[str] = []
     given: dict[Place, Any] = {}
     for place, value in _walk(tree):
@@ -272,7 +272,7 @@ def checked(settings: Settings) -> Settings:
 
 
 def _checked(given: dict[Place, Any], problems: list[str], where: str) -> Settings:
-    """Make Settings of the given values, with defaults for the others; all problems in one go."""
+    """Check the given values, take defaults for the others; report all problems together."""
     defaults = values(Settings())
     members: dict[str, Any] = {}
     for place, key in SCHEMA.items():
@@ -376,10 +376,11 @@ def spec_text() -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write a default configuration, check one, or print the schema."""
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Write a default configuration, check one, or print the schema; return the exit code."""
     parser = argparse.ArgumentParser(
-        description="Write a commented default configuration, check a file, or print the schema."
+        prog=prog,
+        description="Write a commented default configuration, check a file, or print the schema.",
     )
     parser.add_argument("file", nargs="?", type=Path, help="configuration file")
     parser.add_argument(

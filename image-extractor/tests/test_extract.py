@@ -344,7 +344,7 @@ def test_other_arrays_and_configurations_are_refused(tmp_path):
     assert out.read_bytes() == before
     with ImageExtractor(tmp_path / "p.h5", settings=settings()) as extractor:
         extractor.process_data(real_file("proton"))
-        with pytest.raises(DataError, match="another array .* Give another output"):
+        with pytest.raises(DataError, match=r"another array .* Give another output"):
             extractor.process_data(real_file("sst"))
     assert len(all_images(tmp_path / "p.h5")) == 6
 
@@ -520,7 +520,8 @@ def test_ending_a_run_with_jobs_leaves_no_process_and_no_file(how, place, tmp_pa
     assert len(workers) >= 2
     process.send_signal(how)
     process.wait()
-    psutil.wait_procs(workers)  # returns only when all have ended
+    _, alive = psutil.wait_procs(workers, timeout=600)  # so that a failure does not hang
+    assert alive == []
     assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
     assert not out.exists()
     if how == signal.SIGTERM:
