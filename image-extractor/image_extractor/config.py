@@ -260,8 +260,8 @@ def parse_config(text: str, where: str) -> Settings:
             problems.append(f"{_show(place)}: unknown {kind}{_nearest(place, known)}")
         elif kind == "key" and given.setdefault(key, value) != value:
             problems.append(
-                f"{_show(place)} = {_as_words(value)}: contradicts "
-                f"{_show(key)} = {_as_words(given[key])}. Leave one of them out"
+                f"{_show(place)} = {_as_words(value)}: given as {_as_words(given[key])} under "
+                "another name of the same setting (expected one value). Leave one of them out"
             )
     return _checked(given, problems, where)
 

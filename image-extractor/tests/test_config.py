@@ -147,7 +147,7 @@ def test_every_wrong_key_and_value_is_reported_in_one_line(tmp_path):
         "[image] scale_factor = 0: not a valid value (expected whole number >= 1)",
         "[image] dtype = int64",
         "[image] mode = 3C",
-        "[image] dim_ordering = channels_last: contradicts [image] dim_order = channels_first",
+        "[image] dim_ordering = channels_last: given as channels_first under another name",
         "[telescope] type_mode = SST, SCT",
         "[energy_bins] units = erg: not a valid value (expected eV | MeV | GeV | TeV)",
         "[preselection_cuts] MSCW = 3",
