@@ -1,16 +1,16 @@
-"""From raw waveforms to charges and peak times: ctapipe's default calibration in one compiled pass.
+"""Calibrate raw waveforms to charges and peak times, as ctapipe does by default, in compiled code.
 
 ctapipe 0.28 calibrates a simtel telescope event in these steps, each with its own temporary arrays:
 R0 to R1 (`apply_simtel_r1_calibration`: pedestal, gain, threshold gain selection),
-`NeighborPeakWindowSum` (peak of the neighbours' summed waveform, window of 7 samples from 3 before
-it), integration correction, time shift, `NeighborAverage` for disabled pixels. Here the same
-arithmetic, in the same order and the same floating point widths, runs over the undecoded bytes of
-the event, so that charges and times are equal to ctapipe's to the last bit; tests/test_calibrate.py
-compares every pixel of every telescope event of the real files. Parameters are ctapipe's defaults
-and are kept here as constants.
+`NeighborPeakWindowSum` (peak of the neighbours' summed waveform; window of 7 samples that begins 3
+before the peak), integration correction, time shift, `NeighborAverage` for disabled pixels. Here
+the same arithmetic, in the same order and floating-point precision, runs over the undecoded bytes
+of the event, so that charges and times equal ctapipe's to the last bit; tests/test_calibrate.py
+compares every pixel of every telescope event of the real files. The parameters are ctapipe's
+defaults, kept here as constants.
 
-The kernels keep the global lock: the decompressing thread works meanwhile without it, and handing
-the lock to and fro for calls of microseconds costs more than it gives.
+The compiled functions keep Python's global lock: the decompressing thread works without it, and
+releasing it for calls of microseconds costs more time than it saves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GAIN_THRESHOLD = 4000.0  # ADC counts; ctapipe ThresholdGainSelector.threshold
 def _decode(data: np.ndarray, out: np.ndarray) -> int:
     """Decode differential integers to (n_rows, n_samples) uint16; -1 if the bytes run out.
 
-    The code of an integer: K. Bernloehr's eventio format, "scount"; each row restarts from zero.
+    The encoding of integers is "scount" of K. Bernloehr's eventio format; each row restarts at 0.
     """
     end = data.size
     pos = 0
@@ -95,7 +95,7 @@ def _select_and_calibrate(
     gain: np.ndarray,
     waveforms: np.ndarray,
 ) -> None:
-    """Choose each pixel's gain channel, write its calibrated waveform; float32, as ctapipe."""
+    """Select each pixel's gain channel and calibrate its waveform; float32, like ctapipe."""
     n_channels, n_pixels, n_samples = adc.shape
     for pixel in range(n_pixels):
         channel = 0
@@ -126,7 +126,7 @@ def _extract(
     charge: np.ndarray,
     peak_time: np.ndarray,
 ) -> None:
-    """NeighborPeakWindowSum on selected waveforms (n_pixels, n_samples)."""
+    """Apply ctapipe's NeighborPeakWindowSum to selected waveforms (n_pixels, n_samples)."""
     n_pixels, n_samples = waveforms.shape
     total = np.empty(n_samples, np.float64)
     for pixel in range(n_pixels):
@@ -162,7 +162,7 @@ def _extract(
 def _repair(
     values: np.ndarray, broken_ids: np.ndarray, index: np.ndarray, neighbor: np.ndarray
 ) -> None:
-    """Replace broken pixels by their good neighbours' mean, 0 without (NeighborAverage)."""
+    """Replace broken pixels by the mean of their good neighbours, 0 if none (NeighborAverage)."""
     total = np.zeros(broken_ids.size, np.float32)
     count = np.zeros(broken_ids.size, np.int64)
     for k in range(index.size):
@@ -177,7 +177,7 @@ def _repair(
 def integration_correction(
     reference_pulse: np.ndarray, reference_step_ns: float, sample_ns: float, width: int, shift: int
 ) -> np.ndarray:
-    """Factor that scales the charge in the window to the charge of the whole pulse.
+    """Factor from the charge in the window to the charge of the whole pulse.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ def integration_correction(
     sample_ns : float
         Length of a waveform sample.
     width, shift : int, samples
-        The window begins `shift` before the peak.
+        Length of the window, and how far before the peak it begins.
 
     Returns
     -------
@@ -194,8 +194,8 @@ def integration_correction(
 
     Notes
     -----
-    The definition of ctapipe.image.extractor.integration_correction, whose import costs 0.7 s; a
-    test compares the two.
+    Equals ctapipe.image.extractor.integration_correction, whose import takes 0.7 s; a test compares
+    the two.
     """
     correction = np.ones(len(reference_pulse))
     for channel, pulse in enumerate(reference_pulse):
@@ -212,7 +212,7 @@ def integration_correction(
 
 @dataclass
 class _Workspace:
-    """Arrays reused from event to event for one shape of waveforms."""
+    """Arrays that are reused for all events with waveforms of one shape."""
 
     adc: np.ndarray
     waveforms: np.ndarray
@@ -220,12 +220,7 @@ class _Workspace:
 
 
 class Calibrator:
-    """DL1 images of one telescope.
-
-    Parameters
-    ----------
-    telescope : Telescope
-    """
+    """Calibration of one telescope."""
 
     def __init__(self, telescope: Telescope) -> None:
         camera = telescope.camera
@@ -243,7 +238,7 @@ class Calibrator:
         self._broken_ids = np.flatnonzero(self._broken)
         if self._broken_ids.size:
             neighbors = camera.geometry.neighbor_matrix[self._broken] & ~self._broken
-            self._pairs = np.nonzero(neighbors)  # (place among the broken, good neighbour)
+            self._pairs = np.nonzero(neighbors)  # (index in _broken_ids, good neighbour)
         self._work: dict[tuple[int, int, int], _Workspace] = {}
         self._constants: tuple[np.ndarray, np.ndarray, np.ndarray | None] | None = None
         self._version = -1
@@ -254,7 +249,7 @@ class Calibrator:
         Parameters
         ----------
         adc : RawObject
-            ADC samples or ADC sums of the telescope, undecoded.
+            Undecoded ADC samples or ADC sums of the telescope.
         monitoring : Monitoring
             The telescope's pedestals and gains.
 
@@ -262,12 +257,12 @@ class Calibrator:
         -------
         charge : (n_pixels,) float32, photo-electrons
         peak_time : (n_pixels,) float32, ns
-            Zeros for cameras that store one sum a pixel.
+            Zeros for cameras that store one sum per pixel.
 
         Raises
         ------
         Corrupt
-            If the bytes are no waveform of this camera.
+            If the bytes are not waveforms of this camera.
         """
         pedestal, factor, time_shift = self._calibration(monitoring)
         if adc.type == ADC_SAMPLES:
@@ -277,7 +272,7 @@ class Calibrator:
         shapes = [a.shape for a in (pedestal, factor, time_shift) if a is not None]
         if {*shapes, samples.shape[:2]} != {(len(pedestal), self.telescope.camera.n_pixels)}:
             raise Corrupt(
-                f"telescope {self.telescope.tel_id}: waveforms of shape {samples.shape}, "
+                f"telescope {self.telescope.tel_id}: waveforms of shape {samples.shape} do not fit "
                 f"pedestals and gains of shapes {shapes}"
             )
         if samples.shape[2] == 1:
@@ -310,7 +305,7 @@ class Calibrator:
 
     def _samples(self, adc: RawObject) -> np.ndarray:
         """Decode to (n_channels, n_pixels, n_samples) uint16, in a reused array."""
-        if adc.id & 0x7FF:  # zero suppression, data reduction or a pixel list: leave it to eventio
+        if adc.id & 0x7FF:  # zero suppression, data reduction or a pixel list: eventio decodes it
             samples = np.asarray(adc.parse())
             return samples if samples.ndim == 3 else samples[..., np.newaxis]
         data = np.frombuffer(adc.payload, np.uint8)
@@ -321,9 +316,8 @@ class Calibrator:
         n_channels, n_samples = (int(v) for v in data[4:8].view("<i2"))
         if n_pixels != camera.n_pixels or not 0 < n_channels <= 2 or not 0 < n_samples < 4096:
             raise Corrupt(
-                f"telescope {self.telescope.tel_id}: {n_channels} x "
-                f"{n_pixels} x {n_samples} samples, "
-                f"its camera has {camera.n_pixels} pixels"
+                f"telescope {self.telescope.tel_id}: {n_channels} x {n_pixels} x {n_samples} "
+                f"samples do not fit its camera of {camera.n_pixels} pixels"
             )
         work = self._workspace(n_channels, n_pixels, n_samples)
         if _decode(data[8:], work.adc.reshape(-1, n_samples)) < 0:

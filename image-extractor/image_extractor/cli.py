@@ -1,4 +1,4 @@
-"""Command line: extract (the historic form), and the commands around it.
+"""The command line: extracting (the historic command) and looking at the results.
 
     image_extractor.py "/data/*.simtel.gz" out.h5 settings.config bins.pkl --shuffle --split
     image-extractor inspect out.h5
@@ -6,8 +6,8 @@
     image-extractor validate out.h5
     image-extractor config settings.config --mode config
 
-Exit codes: 0 done; 1 a data problem (what could be written has been written); 2 wrong usage or
-configuration.
+Exit codes: 0 done; 1 a problem with the data (everything usable has been written); 2 wrong usage or
+configuration; 130 stopped by a signal.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .errors import DataError, UsageError
+
 COMMANDS = ("inspect", "plot", "validate", "config", "extract")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Run a command; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv and argv[0] in COMMANDS else "extract"
     rest = argv[1:] if argv and argv[0] in COMMANDS else argv
     if command == "config":
         from . import config
 
-        return config.main(rest)
+        return config.main(rest, "image-extractor config")
     run = {"extract": _extract, "inspect": _inspect, "plot": _plot, "validate": _validate}[command]
     parser = {
         "extract": _extract_parser,
@@ -57,24 +59,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except (KeyboardInterrupt, _Terminated):
-        print("Stopped; the output is as it was before.", file=sys.stderr)
+        print("Stopped. The output is as it was before.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except ValueError as error:  # DataError, UsageError, ConfigError
-        from .config import ConfigError
-        from .errors import DataError, UsageError
-
-        if args.debug or not isinstance(error, DataError | ConfigError):
+    except DataError as error:
+        if args.debug:
             raise
         print(error, file=sys.stderr)
-        return 2 if isinstance(error, UsageError | ConfigError) else 1
+        return 2 if isinstance(error, UsageError) else 1
     except RuntimeError as error:
         if args.debug or type(error).__name__ != "HDF5ExtError":
             raise
         print(
-            f"{args.file}: damaged, HDF5 cannot read it. Extract the data again.", file=sys.stderr
+            f"{args.file}: damaged, so that HDF5 cannot read it. Extract the data again.",
+            file=sys.stderr,
         )
         return 1
     finally:
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class _Terminated(Exception):
-    """SIGTERM arrived."""
+    """The process was asked to end (SIGTERM)."""
 
 
 def _terminated(*_: Any) -> None:
@@ -92,13 +92,13 @@ def _terminated(*_: Any) -> None:
 def _extract_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="image_extractor.py",
-        description="Extract images from simtel files into an HDF5 data set. "
+        description="Extract images from simtel files to an HDF5 data set. "
         "Other commands: image-extractor "
         f"{{{','.join(c for c in COMMANDS if c != 'extract')}}} --help",
     )
     add = parser.add_argument
     add("path_to_simtel_files", help='a simtel file, or a quoted pattern: "/data/*.simtel.gz"')
-    add("output_file", type=Path, help="HDF5 file, created or appended to")
+    add("output_file", type=Path, help="HDF5 file; created, or appended to if it exists")
     add(
         "config_file",
         type=Path,
@@ -117,55 +117,60 @@ def _extract_parser() -> argparse.ArgumentParser:
         dest="bins_cuts_dict_option",
         metavar="BINS_CUTS_DICT",
         type=Path,
-        help="the same, as an option",
+        help="the dictionary given as an option instead",
     )
     add(
         "--max_events",
         "--max-events",
         type=_whole_number(1),
-        help="events to take from each file, at most, those already in the output included",
+        help="maximum number of events taken from each file, including those already in the output",
     )
     add("--shuffle", action="store_true", help="put the events in random order")
     add(
         "--split",
         action="store_true",
-        help="split Events into Events_Training, Events_Validation, Events_Test",
+        help="split the table Events into Events_Training, Events_Validation and Events_Test",
     )
     add(
         "--split-fractions",
         "--split_fractions",
         type=_fractions,
         metavar="NAME=FRACTION,...",
-        help="parts of --split (default: Training=0.9,Validation=0.1,Test=0)",
+        help="parts of --split and their fractions (default: Training=0.9,Validation=0.1,Test=0)",
     )
     add(
         "--stratify",
         action="store_true",
-        help="give each part of --split its share of every particle class",
+        help="divide each particle class in the fractions of --split",
     )
-    add("--seed", type=_whole_number(0), default=0, help="of shuffle and split (default: 0)")
+    add(
+        "--seed",
+        type=_whole_number(0),
+        default=0,
+        help="random seed of --shuffle and --split (default: 0)",
+    )
     add(
         "--jobs",
         type=_whole_number(1),
         default=1,
-        help="processes, each working on whole files (default: 1)",
+        help="number of processes, each extracting whole files (default: 1)",
     )
     add("--overwrite", action="store_true", help="replace the output instead of appending to it")
     add(
         "--compression",
         choices=("gzip", "none", "blosc-lz4", "blosc-zstd"),
         default="gzip",
-        help="default: gzip, which every HDF5 reader opens",
+        help="compression of the output (default: gzip, which every HDF5 reader can open)",
     )
-    add("--summary", type=Path, help="also write the closing summary to this JSON file")
-    add("--debug", action="store_true", help="more messages, and tracebacks")
+    add("--summary", type=Path, help="JSON file to which the summary is written as well")
+    add("--debug", action="store_true", help="print more messages, and tracebacks of errors")
     return parser
 
 
 def _whole_number(low: int) -> Callable[[str], int]:
     def check(text: str) -> int:
         if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text}: write a whole number, {low} or more")
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number >= {low}")
         return int(text)
 
     return check
@@ -178,64 +183,71 @@ def _fractions(text: str) -> dict[str, float]:
         try:
             fraction = float(value)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{item!r}: write NAME=FRACTION") from None
+            raise argparse.ArgumentTypeError(f"{item!r}: expected NAME=FRACTION") from None
         if not name.isidentifier() or name in parts or not 0 <= fraction <= 1:
             raise argparse.ArgumentTypeError(
-                f"{item!r}: write NAME=FRACTION, each name once, 0 to 1"
+                f"{item!r}: expected NAME=FRACTION with each name once and fractions from 0 to 1"
             )
         parts[name] = fraction
     if not math.isclose(sum(parts.values()), 1.0, abs_tol=1e-6):
         raise argparse.ArgumentTypeError(
-            f"the fractions add up to {sum(parts.values()):g}, not to 1"
+            f"the fractions add up to {sum(parts.values()):g}, expected 1"
         )
     return parts
 
 
 def _extract(args: argparse.Namespace) -> int:
     from .config import load_config
-    from .errors import UsageError
 
     log = logging.getLogger(__name__)
     started = time.perf_counter()
     settings = load_config(args.config_file)
     if args.split_fractions and not args.split:
-        raise UsageError("--split-fractions needs --split.")
+        raise UsageError("--split-fractions needs --split. Add --split.")
     if args.stratify and not args.split:
-        raise UsageError("--stratify needs --split.")
+        raise UsageError("--stratify needs --split. Add --split.")
     given = [p for p in (args.bins_cuts_dict, args.bins_cuts_dict_option) if p is not None]
     if len(set(given)) > 1:
-        raise UsageError(f"two dictionaries: {given[0]} and {given[1]}. Give one.")
+        raise UsageError(
+            f"two dictionaries: {given[0]} and {given[1]} (expected one). Leave one out."
+        )
     pattern = str(Path(args.path_to_simtel_files).expanduser())
     files = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if not Path(p).is_dir()]
     if not files and Path(pattern).is_file():  # a name with brackets in it
         files = [Path(pattern)]
     if not files and Path(pattern).is_dir():
-        raise UsageError(f'{pattern}: is a folder. Name its files: "{pattern}/*.simtel.gz".')
+        raise UsageError(
+            f'{pattern}: is a folder (expected files). Give its files: "{pattern}/*.simtel.gz".'
+        )
     if not files:
         raise UsageError(
-            f'{args.path_to_simtel_files}: no such file. Quote patterns: "/data/*.simtel.gz".'
+            f"{args.path_to_simtel_files}: no such file. "
+            'Check the path; put patterns in quotes: "/data/*.simtel.gz".'
         )
     if any(p.resolve() == args.output_file.resolve() for p in files):
-        raise UsageError(f"{args.output_file}: is also an input file.")
+        raise UsageError(f"{args.output_file}: is also an input file. Give another output.")
     if args.summary and (args.summary.is_dir() or not args.summary.parent.is_dir()):
-        raise UsageError(f"{args.summary}: is a folder, or in a folder that does not exist.")
+        raise UsageError(
+            f"{args.summary}: is a folder, or in a folder that does not exist. Give another file."
+        )
 
     from tqdm import tqdm
 
-    from . import __version__, image_extractor, layout
+    from . import __version__, image_extractor, layout, report
     from .cuts import load_cuts
     from .transaction import write_whole
 
     cuts = load_cuts(given[0]) if given and settings.use_pkl_dict else None
-    log.info("image_extractor %s: %d file(s) to %s", __version__, len(files), args.output_file)
+    log.info(
+        "image_extractor %s: extracting %d file(s) to %s", __version__, len(files), args.output_file
+    )
     if cuts is not None:
-        log.info("%s: %d events passed its cuts", given[0], len(cuts))
+        log.info("%s: lists %d events that passed the cuts", given[0], len(cuts))
     elif given:
-        log.info("%s: not used, the configuration says use_pkl_dict = False", given[0])
+        log.info("%s: not used, because use_pkl_dict = False in the configuration", given[0])
     elif settings.mode == "gh_class":
         log.info(
-            "no dictionary of bins and cuts: every event is kept, "
-            "energy bins are those of the true energy"
+            "no dictionary of bins and cuts: all events are kept and binned by their true energy"
         )
     fractions = (args.split_fractions or image_extractor.DEFAULT_FRACTIONS) if args.split else None
     extractor = image_extractor.ImageExtractor(
@@ -251,102 +263,58 @@ def _extract(args: argparse.Namespace) -> int:
         command=" ".join(sys.argv),
     )
 
-    def file_done(report: image_extractor.FileReport) -> None:
-        bar.set_postfix_str(f"file {bar.files + 1}/{len(files)}")
+    def file_done(done: report.FileReport) -> None:
         bar.files += 1
-        if report.failed:
-            log.warning("%s: left out: %s", report.file, report.problem)
+        bar.set_postfix_str(f"file {bar.files}/{len(files)}")
+        if done.failed:
+            log.warning("%s: left out: %s", done.file, done.problem)
 
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     with tqdm(unit=" events", disable=None, mininterval=0.5) as bar, logging_redirect_tqdm():
         bar.files = 0
         reports = extractor.process_files(files, args.max_events, args.jobs, bar.update, file_done)
-    summary = image_extractor.summary(reports, args.output_file, time.perf_counter() - started)
-    print(summary_text(summary, layout.CHARGE_UNIT_PE, settings.dtype))
+    summary = report.summary(reports, args.output_file, time.perf_counter() - started)
+    print(report.summary_text(summary, layout.CHARGE_UNIT_PE, settings.dtype))
     if args.summary:
         write_whole(args.summary, (json.dumps(summary, indent=1) + "\n").encode())
     is_bad = summary["files_failed"] or summary["files_incomplete"] or not summary["events_read"]
     return 1 if is_bad else 0
 
 
-def summary_text(summary: dict[str, Any], unit: float, dtype: str) -> str:
-    """Format the closing summary for people."""
-    lines = [
-        (
-            "files",
-            f"{summary['files']} ({summary['files_incomplete']} incomplete, "
-            f"{summary['files_failed']} left out)",
-        ),
-        ("events read", summary["events_read"]),
-        ("not in the dictionary", summary["not_in_dictionary"]),
-        ("no selected telescope", summary["no_selected_telescope"]),
-        ("not gammas", summary["other_primary"]),
-        ("outside the energy bins", summary["outside_bins"]),
-        ("failed image cuts", summary["failed_image_cuts"]),
-        ("events passed", summary["events_passed"]),
-        ("already in the output", summary["duplicates"]),
-        ("events written", summary["events_written"]),
-        (
-            "images",
-            f"{summary['images']} "
-            f"({', '.join(f'{n} {t}' for t, n in summary['images_by_type'].items())})",
-        ),
-        (
-            "saturated pixels",
-            f"{summary['saturated_pixels']} (charge too large for {dtype} at {unit} p.e.)",
-        ),
-        ("calibration events skipped", summary["calibration_events"]),
-        ("seconds", f"{summary['seconds']:.1f}"),
-        ("size", f"{summary['bytes'] / 1e6:.1f} MB"),
-        ("output", summary["output"]),
-    ]
-    optional = {
-        "not in the dictionary",
-        "no selected telescope",
-        "not gammas",
-        "outside the energy bins",
-        "failed image cuts",
-        "already in the output",
-        "calibration events skipped",
-    }
-    return "\n".join(
-        f"{name:>28}  {value}" for name, value in lines if value or name not in optional
-    )
-
-
 def _look_parser(name: str, what: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"image-extractor {name}", description=what)
     parser.add_argument("file", type=Path, help="HDF5 file written by image_extractor.py")
-    parser.add_argument("--debug", action="store_true", help="tracebacks")
+    parser.add_argument("--debug", action="store_true", help="print tracebacks of errors")
     return parser
 
 
 def _inspect_parser() -> argparse.ArgumentParser:
-    return _look_parser("inspect", "Say what is in a data set: tree, counts, parameters.")
+    return _look_parser("inspect", "Describe a data set: parameters, runs, telescopes, counts.")
 
 
 def _validate_parser() -> argparse.ArgumentParser:
     return _look_parser(
-        "validate", "Check a data set: indices, counts, ranges. Exit code 1 if anything is wrong."
+        "validate",
+        "Check a data set: indices, counts, ranges. The exit code is 1 if anything is wrong.",
     )
 
 
 def _plot_parser() -> argparse.ArgumentParser:
     parser = _look_parser(
-        "plot", "Draw the camera images of an event: true geometry, stored picture, peak times."
+        "plot", "Draw the images of an event: charges in the camera, stored images, peak times."
     )
     parser.add_argument(
-        "--event", type=int, default=None, help="event_number (default: the brightest)"
+        "--event", type=int, default=None, help="event_number (default: the brightest event)"
     )
     parser.add_argument(
-        "--run", type=int, default=None, help="run_number, if several runs have that event"
+        "--run", type=int, default=None, help="run_number, if several runs have this event_number"
     )
     parser.add_argument(
         "--max-images",
         type=_whole_number(1),
         default=4,
-        help="brightest images to draw (default: 4)",
+        help="number of images to draw, the brightest first (default: 4)",
     )
     parser.add_argument(
         "--output", type=Path, default=Path("event.png"), help="PNG file (default: event.png)"

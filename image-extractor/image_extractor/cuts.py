@@ -1,27 +1,33 @@
-"""Bins and cuts: which events pass, their reconstructed energy, their energy bin.
+"""The dictionary of bins and cuts: which events passed, their reconstructed energy and energy bin.
 
-Reads and writes the dictionary {(run_number, event_number): (bin_index, reconstructed_energy in
-TeV)} as *.pkl (a pickled plain dict, as historic), *.json (for people) and *.h5 (PyTables, for
-millions of events). Membership means that the event passed.
+Reads and writes {(run_number, event_number): (bin_index, reconstructed_energy in TeV)} as *.pkl (a
+pickled plain dict, the historic format), *.json (for people to read) or *.h5 (PyTables, for large
+dictionaries). An event passed the cuts if it is listed.
 
-In memory it is three sorted arrays, 20 bytes an event. Pickles are read by an unpickler that builds
-nothing but dicts, tuples, lists and numbers: a pickle from elsewhere can therefore run no code.
+In memory the dictionary is three sorted arrays, 20 bytes per event. Pickles are read by an
+unpickler that builds only dicts, tuples, lists and numbers, so that a pickle from elsewhere cannot
+run code.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import pickle
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .errors import DataError
+from .transaction import whole_file
 
 JSON_FORMAT = "bins-cuts-dict"
+REMEDY = "Make it with prepare_cuts_dict.py."
+# One entry of a pickled dict: opcodes and, between them, the numbers.
 PICKLE_ROW = np.dtype(
     [
         ("J", "S1"),
@@ -40,18 +46,18 @@ ROW = np.dtype([("run_number", "<u4"), ("event_number", "<u4"), ("bin", "<i4"), 
 
 
 def event_keys(rows: np.ndarray) -> np.ndarray:
-    """One uint64 a row, from its run_number and event_number."""
+    """Combine run_number and event_number of each row in one uint64."""
     return rows["run_number"].astype(np.uint64) << np.uint64(32) | rows["event_number"]
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler for plain data: any class or function in the stream is refused."""
+    """Unpickler for plain data, which refuses any class or function in the stream."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no plain data")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not plain data")
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to outside objects")
+        raise pickle.UnpicklingError("it refers to objects outside the file")
 
 
 class CutsTable:
@@ -60,12 +66,12 @@ class CutsTable:
     Parameters
     ----------
     rows : (n,) array of ROW
-        In any order; each event once.
+        In any order, with each event once.
 
     Raises
     ------
     DataError
-        If an event is listed twice with different values, or a bin is negative.
+        If an event is listed twice or a bin is negative.
     """
 
     def __init__(self, rows: np.ndarray, source: str = "bins_cuts_dict") -> None:
@@ -79,17 +85,20 @@ class CutsTable:
         if same.size:
             run, event = divmod(int(self._keys[same[0]]), 1 << 32)
             raise DataError(
-                f"{source}: run {run} event {event} is listed "
-                f"{'twice' if same.size == 1 else 'more than once'}."
+                f"{source}: run {run} event {event} is listed twice (expected each event once; "
+                f"repeated entries: {same.size}). Make the dictionary again."
             )
         if self.bins.size and self.bins.min() < 0:
-            raise DataError(f"{source}: energy bin {self.bins.min()}; bins count from 0.")
+            raise DataError(
+                f"{source}: has energy bin {self.bins.min()} (expected 0 or higher). "
+                "Make the dictionary again."
+            )
 
     def __len__(self) -> int:
         return self._keys.size
 
     def get(self, run_number: int, event_number: int) -> tuple[int, float] | None:
-        """(bin_index, energy in TeV) of an event that passed, else None."""
+        """Look up (bin_index, energy in TeV) of an event; None if it did not pass."""
         if not 0 <= event_number < 1 << 32:
             return None
         key = np.uint64(run_number << 32 | event_number)
@@ -100,7 +109,7 @@ class CutsTable:
 
     @classmethod
     def from_dict(cls, events: Mapping[Any, Any], source: str = "bins_cuts_dict") -> CutsTable:
-        """Build from {(run_number, event_number): (bin_index, energy)}; raises DataError."""
+        """Convert {(run_number, event_number): (bin_index, energy)}. Raises DataError."""
         rows = np.empty(len(events), ROW)
         for i, (key, value) in enumerate(events.items()):
             try:
@@ -111,19 +120,20 @@ class CutsTable:
                 whole = False
             if not whole:
                 raise DataError(
-                    f"{source}: entry {key!r}: {value!r}; expected "
-                    "(run_number, event_number): (bin_index, energy in TeV)."
+                    f"{source}: not a valid entry: {key!r}: {value!r} (expected "
+                    "(run_number, event_number): (bin_index, energy in TeV)). "
+                    "Make the dictionary again."
                 )
         return cls(rows, source)
 
 
 def load_cuts(path: str | Path) -> CutsTable:
-    """Read a dictionary of bins and cuts from *.pkl, *.json or *.h5 (told apart by content).
+    """Read a dictionary of bins and cuts; its content decides whether it is pickle, JSON or HDF5.
 
     Raises
     ------
     DataError
-        If the file cannot be read, holds anything but plain data, or has the wrong form.
+        If the file cannot be read, contains anything but plain data, or has another structure.
     """
     path = Path(path)
     try:
@@ -136,12 +146,17 @@ def load_cuts(path: str | Path) -> CutsTable:
                 return CutsTable(_read_json(json.load(f), path), str(path))
             events = _PlainUnpickler(f, encoding="latin1").load()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}). Check the path."
+        ) from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: broken JSON ({error}).") from error
+        raise DataError(f"{path}: not valid JSON ({error}). {REMEDY}") from error
     except pickle.UnpicklingError as error:
-        raise DataError(f"{path}: refused as a pickle of bins and cuts: {error}.") from error
-    # A damaged pickle makes the standard library raise nearly anything.
+        raise DataError(
+            f"{path}: refused as a pickle of bins and cuts: {error} "
+            f"(expected a dict of tuples of numbers). {REMEDY}"
+        ) from error
+    # For a damaged pickle the standard library raises almost any error.
     except (
         EOFError,
         ValueError,
@@ -157,21 +172,25 @@ def load_cuts(path: str | Path) -> CutsTable:
         if isinstance(error, DataError):
             raise
         raise DataError(
-            f"{path}: not a pickle of bins and cuts ({type(error).__name__}: {error})."
+            f"{path}: not a pickle of bins and cuts ({type(error).__name__}: {error}). {REMEDY}"
         ) from error
     if not isinstance(events, dict):
-        raise DataError(f"{path}: holds a {type(events).__name__}, expected a dict.")
+        raise DataError(f"{path}: contains a {type(events).__name__} (expected a dict). {REMEDY}")
     return CutsTable.from_dict(events, str(path))
 
 
 def _read_json(tree: Any, path: Path) -> np.ndarray:
     if not isinstance(tree, dict) or tree.get("format") != JSON_FORMAT or "events" not in tree:
-        raise DataError(f'{path}: not a JSON of bins and cuts: expected "format": "{JSON_FORMAT}".')
+        raise DataError(
+            f'{path}: not a JSON file of bins and cuts (expected "format": "{JSON_FORMAT}" and '
+            f'"events"). {REMEDY}'
+        )
     try:
         return np.array([tuple(row) for row in tree["events"]], ROW)
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(
-            f'{path}: an entry of "events" is not [run, event, bin, energy in TeV] ({error}).'
+            f'{path}: not a valid entry in "events" ({error}; expected [run, event, bin, '
+            f"energy in TeV]). {REMEDY}"
         ) from error
 
 
@@ -182,96 +201,78 @@ def _read_h5(path: Path) -> np.ndarray:
         with tables.open_file(str(path)) as f:
             return f.root.events.read().astype(ROW)
     except (tables.HDF5ExtError, tables.NoSuchNodeError, ValueError) as error:
-        raise DataError(f"{path}: not an HDF5 file of bins and cuts (table /events).") from error
+        raise DataError(
+            f"{path}: not an HDF5 file of bins and cuts (expected a table /events). {REMEDY}"
+        ) from error
 
 
-class CutsWriter:
-    """Write a dictionary of bins and cuts batch by batch, in bounded memory; whole or not at all.
+@contextlib.contextmanager
+def cuts_writer(
+    path: Path, description: dict[str, Any]
+) -> Iterator[Callable[[np.ndarray], object]]:
+    """Write a dictionary of bins and cuts in batches; the file appears whole or not at all.
 
     Parameters
     ----------
     path : Path
-        The suffix chooses the format: .pkl, .json, .h5 or .hdf5.
+        Its suffix determines the format: .pkl, .json, .h5 or .hdf5.
     description : dict
-        Cuts, bins and sources, kept in JSON and HDF5 files.
+        Cuts, bins and sources, stored in JSON and HDF5 files.
+
+    Yields
+    ------
+    callable
+        Appends events (array of ROW). Each event may occur once in all batches together.
     """
-
-    def __init__(self, path: Path, description: dict[str, Any]) -> None:
-        self.path, self.description = path, description
-        self._temporary = path.with_name(f".{path.name}.partial")
-        self.suffix = path.suffix.lower()
-        if self.suffix not in (".pkl", ".pickle", ".json", ".h5", ".hdf5"):
-            raise DataError(f"{path}: the name must end in .pkl, .json or .h5.")
-
-    def __enter__(self) -> CutsWriter:
-        if self.suffix in (".h5", ".hdf5"):
+    suffix = path.suffix.lower()
+    if suffix not in (".pkl", ".pickle", ".json", ".h5", ".hdf5"):
+        raise DataError(
+            f"{path}: not a valid name for a dictionary of bins and cuts "
+            "(expected an ending .pkl, .json or .h5). Change the ending."
+        )
+    with whole_file(path) as temporary:
+        if suffix in (".h5", ".hdf5"):
             import tables
 
-            self._h5 = tables.open_file(str(self._temporary), "w")
-            self._table = self._h5.create_table(
-                "/", "events", ROW, filters=tables.Filters(complevel=1, shuffle=True)
-            )
-            self._h5.root._v_attrs.description_json = json.dumps(self.description)
-            return self
-        self._file = self._temporary.open("wb")
-        if self.suffix == ".json":
-            head = json.dumps({"format": JSON_FORMAT, "version": 1, **self.description}, indent=1)
-            self._file.write(head[: head.rindex("}")].rstrip().encode() + b',\n "events": [')
-            self._is_empty = True
+            with tables.open_file(str(temporary), "w") as h5:
+                packed = tables.Filters(complevel=1, shuffle=True)
+                table = h5.create_table("/", "events", ROW, filters=packed)
+                h5.root._v_attrs.description_json = json.dumps(description)
+                yield table.append
+        elif suffix == ".json":
+            with temporary.open("w") as text:
+                head = json.dumps({"format": JSON_FORMAT, "version": 1, **description}, indent=1)
+                text.write(head.removesuffix("\n}") + ',\n "events": [')
+                separators = itertools.chain(["\n  "], itertools.repeat(",\n  "))
+                yield lambda rows: text.writelines(
+                    next(separators) + json.dumps(row) for row in rows.tolist()
+                )
+                text.write("\n ]\n}\n")
         else:
-            self._file.write(b"\x80\x02}")  # protocol 2, an empty dict
-        return self
+            with temporary.open("wb") as f:
+                f.write(b"\x80\x02}")  # protocol 2, an empty dict
+                yield lambda rows: f.write(_pickled_entries(rows))
+                f.write(b".")
 
-    def write(self, rows: np.ndarray) -> None:
-        """Append events (array of ROW), each event once over all batches."""
-        if not rows.size:
-            return
-        if self.suffix in (".h5", ".hdf5"):
-            self._table.append(rows)
-        elif self.suffix == ".json":
-            self._file.write("".join(self._json_lines(rows)).encode())
-        else:
-            packed = np.empty(rows.size, PICKLE_ROW)
-            for name, code in (
-                ("J", b"J"),
-                ("J2", b"J"),
-                ("J3", b"J"),
-                ("G", b"G"),
-                ("t", b"\x86"),
-                ("t2", b"\x86"),
-            ):
-                packed[name] = code  # BININT, BINFLOAT, TUPLE2
-            packed["run"], packed["event"] = rows["run_number"], rows["event_number"]
-            packed["bin"], packed["energy"] = rows["bin"], rows["energy"]
-            self._file.write(b"(" + packed.tobytes() + b"u")  # MARK, pairs, SETITEMS
 
-    def _json_lines(self, rows: np.ndarray) -> Iterator[str]:
-        for row in rows.tolist():
-            yield ("\n  " if self._is_empty else ",\n  ") + json.dumps(row)
-            self._is_empty = False
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if self.suffix in (".h5", ".hdf5"):
-            self._h5.close()
-        else:
-            if self.suffix == ".json":
-                self._file.write(b"\n ]\n}\n")
-            else:
-                self._file.write(b".")
-            self._file.close()
-        if kind is None:
-            self._temporary.replace(self.path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+def _pickled_entries(rows: np.ndarray) -> bytes:
+    """Opcodes that add events to the dict on the unpickler's stack."""
+    packed = np.empty(rows.size, PICKLE_ROW)
+    packed["J"] = packed["J2"] = packed["J3"] = b"J"  # BININT
+    packed["t"] = packed["t2"] = b"\x86"  # TUPLE2
+    packed["G"] = b"G"  # BINFLOAT
+    packed["run"], packed["event"] = rows["run_number"], rows["event_number"]
+    packed["bin"], packed["energy"] = rows["bin"], rows["energy"]
+    return b"(" + packed.tobytes() + b"u" if rows.size else b""  # MARK, entries, SETITEMS
 
 
 def bin_indices(energies_tev: np.ndarray, edges_tev: Iterable[float]) -> np.ndarray:
-    """Bin of each energy, half-open (lower <= E < upper); -1 outside, and for NaN.
+    """Find the bin of each energy (lower <= energy < upper); -1 outside all bins and for NaN.
 
     Parameters
     ----------
     energies_tev : (n,) array, TeV
-    edges_tev : sequence of n_bins + 1 floats, TeV, rising
+    edges_tev : sequence of n_bins + 1 floats, TeV, ascending
     """
     edges = np.asarray(list(edges_tev))
     energies = np.asarray(energies_tev, np.float64)

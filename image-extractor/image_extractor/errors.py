@@ -2,7 +2,7 @@
 
 
 class DataError(ValueError):
-    """A file or a value that cannot be used: what, where, what was expected, what to do."""
+    """A file or a value that cannot be used: what and where, what was expected, what to do."""
 
 
 class UsageError(DataError):

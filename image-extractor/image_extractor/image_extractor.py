@@ -1,14 +1,14 @@
-"""Extract images from simtel files into an HDF5 data set.
+"""Extract images from simtel files to an HDF5 data set, file by file or in several processes.
 
-Reads   simtel files, a configuration, optionally a dictionary of bins and cuts.
+Reads   simtel files; settings and, optionally, a dictionary of bins and cuts are passed in.
 Writes  one HDF5 file (layout.py), whole or not at all.
 
     from image_extractor import image_extractor
     with image_extractor.ImageExtractor("dataset.h5", telescope_type="LST") as extractor:
         extractor.process_data("gamma.simtel.gz", 50)
 
-Outside a `with` block every `process_data` is a transaction of its own, so that the file is whole
-after each call; inside one, all calls together are.
+Outside a `with` block every call of `process_data` is a transaction of its own, so that the file is
+whole after each; inside one, all calls together are one transaction.
 """
 
 from __future__ import annotations
@@ -25,224 +25,29 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tables
-from numba import njit
 
-from . import layout
-from .calibrate import Calibrator
-from .config import ConfigError, Settings
+from . import config, layout
 from .cuts import CutsTable
 from .errors import DataError, UsageError
-from .instrument import Telescope, describe_array, select_telescopes
-from .mapping import Mapping as CameraMapping
-from .mapping import camera_mapping
-from .simtel import Corrupt, Event, SimtelFile, guarded
+from .images import SelectedArray
+from .rearrangement import rearrange
+from .report import FileReport, runs_row
+from .settings import Settings
+from .simtel import Corrupt, Event, SimtelFile
 from .transaction import OutputTransaction
+from .writer import Writer, verify
 
 log = logging.getLogger(__name__)
 
-GAMMA_ID = 0  # CORSIKA particle id as simtel files carry it; proton 101
+GAMMA_ID = 0  # particle id in simtel files; a proton has 101
 DEFAULT_FRACTIONS = {"Training": 0.9, "Validation": 0.1, "Test": 0.0}
-
-
-@dataclass
-class FileReport:
-    """What became of one input file.
-
-    `events_read` counts triggered events; `events_passed` those in the dictionary, in an energy
-    bin, with an image that passes; `events_written` those of them that were not in the output
-    before.
-    """
-
-    file: str
-    run_number: int = -1
-    events_read: int = 0
-    not_in_dictionary: int = 0
-    no_selected_telescope: int = 0
-    other_primary: int = 0
-    outside_bins: int = 0
-    failed_image_cuts: int = 0
-    events_passed: int = 0
-    duplicates: int = 0
-    events_written: int = 0
-    calibration_events: int = 0
-    images: dict[str, int] = field(default_factory=dict)
-    saturated_pixels: int = 0
-    problem: str = ""
-    failed: bool = False
-    seconds: float = 0.0
-
-
-@njit(cache=True)
-def _quantise(values: np.ndarray, scale: float, low: float, high: float, out: np.ndarray) -> int:
-    """Write rint(values * scale), clipped, to `out`; count those above `high`; NaN gives 0."""
-    too_large = 0
-    for i in range(values.size):
-        value: float = np.float64(values[i]) * scale
-        if np.isnan(value):
-            value = 0.0
-        value = np.rint(value)
-        if value > high:
-            too_large += 1
-            value = high
-        elif value < low:
-            value = low
-        out[i] = value
-    return too_large
-
-
-def quantise(
-    values: np.ndarray, scale: float, dtype: np.dtype, lowest: float | None = None
-) -> tuple[np.ndarray, int]:
-    """Round values * scale into an integer type without wrapping; count what was too large.
-
-    Parameters
-    ----------
-    values : (n,) array
-        NaN becomes 0.
-    lowest : float, optional
-        Clip below at this (0 for charges); the type's least value by default.
-
-    Returns
-    -------
-    (n,) array of dtype, int
-        Stored numbers, and how many exceeded the type's largest. float32 is neither rounded nor
-        clipped.
-    """
-    if dtype.kind == "f":
-        return (values.astype(np.float64) * scale).astype(dtype), 0
-    limits = np.iinfo(dtype)
-    low = float(limits.min if lowest is None else lowest)
-    out = np.empty(values.shape, dtype)
-    return out, _quantise(values, scale, low, float(limits.max), out)
-
-
-def stored_image(
-    charge: np.ndarray, peak_time: np.ndarray, mapping: CameraMapping, settings: Settings
-) -> tuple[np.ndarray, int]:
-    """One image as the file stores it.
-
-    Parameters
-    ----------
-    charge : (n_pixels,) array, photo-electrons
-    peak_time : (n_pixels,) array, samples
-
-    Returns
-    -------
-    array
-        Shape `layout.image_shape`, configured dtype; charge in 0.01 photo-electrons, time in
-        samples.
-    int
-        Cells whose charge did not fit.
-    """
-    dtype = np.dtype(settings.dtype)
-    lowest = 0.0 if dtype.kind == "u" else None
-
-    def stored(
-        values: np.ndarray, kind: str, scale: float, low: float | None
-    ) -> tuple[np.ndarray, int]:
-        if mapping.cells is not None:  # rounding first touches fewer numbers
-            numbers, too_large = quantise(values, scale, dtype, low)
-            return mapping.image(numbers), too_large
-        numbers, too_large = quantise(mapping.flat(values, kind), scale, dtype, low)
-        return numbers.reshape(mapping.shape), too_large
-
-    scaled, saturated = stored(charge, "charge", 1 / layout.CHARGE_UNIT_PE, 0.0)
-    channels = []
-    for name in layout.CHANNELS[settings.image_mode]:
-        if name == "charge":
-            channels.append(scaled)
-        elif name == "time":
-            channels.append(stored(peak_time, "time", 1.0, lowest)[0])
-        else:
-            channels.append(np.zeros_like(scaled))
-    axis = 0 if settings.dim_order == "channels_first" else -1
-    image = channels[0][np.newaxis] if axis == 0 else channels[0][..., np.newaxis]
-    if len(channels) > 1:
-        image = np.stack(channels, axis)
-    if settings.scale_factor > 1 and len(mapping.shape) == 2:
-        first = 1 if axis == 0 else 0
-        image = image.repeat(settings.scale_factor, first).repeat(settings.scale_factor, first + 1)
-    return image, saturated
-
-
-class _ImageCuts:
-    """Cuts on a single image, with ctapipe's cleaning and leakage."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.is_open = settings.min_intensity <= 0 and settings.max_leakage >= 1
-
-    def passes(self, charge: np.ndarray, telescope: Telescope) -> bool:
-        if self.is_open:
-            return True
-        from ctapipe.image import leakage_parameters, tailcuts_clean
-
-        settings, geometry = self.settings, telescope.camera.geometry
-        mask = tailcuts_clean(
-            geometry,
-            charge,
-            picture_thresh=settings.picture_threshold,
-            boundary_thresh=settings.boundary_threshold,
-        )
-        if not mask.any() or float(charge[mask].sum()) < settings.min_intensity:
-            return False
-        return (
-            float(leakage_parameters(geometry, charge, mask).intensity_width_2)
-            <= settings.max_leakage
-        )
-
-
-class _Array:
-    """The selected telescopes of a file with what is computed once for them; raises DataError."""
-
-    def __init__(self, simtel: SimtelFile, settings: Settings) -> None:
-        cache: dict[str, CameraMapping] = {}
-        self.mappings: dict[int, CameraMapping] = {}
-        where = str(simtel.path)
-        try:
-            described = guarded(lambda: describe_array(simtel), "array description")
-            self.telescopes = select_telescopes(described, settings.type_mode)
-            for telescope in self.telescopes:
-                camera = telescope.camera
-                where = f"{simtel.path}: camera {camera.name}"
-                if camera.fingerprint not in cache:
-                    make = partial(camera_mapping, camera.pixel_x, camera.pixel_y, settings.mapping)
-                    cache[camera.fingerprint] = guarded(make, "pixel positions")
-                self.mappings[telescope.tel_id] = cache[camera.fingerprint]
-        except (Corrupt, DataError) as error:
-            raise DataError(f"{where}: {error}") from error
-        self.by_id = {t.tel_id: t for t in self.telescopes}
-        self.kinds = list(dict.fromkeys(t.camera.telescope_type for t in self.telescopes))
-        self.calibrators: dict[int, Calibrator] = {}
-
-    def images(
-        self, event: Event, simtel: SimtelFile, settings: Settings, cuts: _ImageCuts
-    ) -> tuple[dict[int, np.ndarray], int]:
-        """Make the stored images that pass the image cuts; count saturated cells in them."""
-        images, saturated = {}, 0
-        for tel_id, adc in event.telescopes.items():
-            telescope = self.by_id[tel_id]
-            if tel_id not in self.calibrators:
-                self.calibrators[tel_id] = guarded(
-                    partial(Calibrator, telescope), f"telescope {tel_id}"
-                )
-            if tel_id not in simtel.monitoring:
-                raise Corrupt(f"telescope {tel_id}: no pedestals or gains before its data")
-            charge, peak_time = self.calibrators[tel_id](adc, simtel.monitoring[tel_id])
-            if not cuts.passes(charge, telescope):
-                continue
-            samples = peak_time * np.float32(telescope.camera.sampling_rate_ghz)
-            images[tel_id], n = stored_image(charge, samples, self.mappings[tel_id], settings)
-            saturated += n
-        return images, saturated
 
 
 class ImageExtractor:
@@ -254,18 +59,18 @@ class ImageExtractor:
         Created, or appended to if it exists.
     bins_cuts_dict : dict or CutsTable, optional
         {(run_number, event_number): (bin_index, reconstructed energy in TeV)}; other events are
-        skipped before calibration. Without it every event is kept and binned by its true energy.
+        skipped before calibration. Without one, all events are kept and binned by true energy.
     mode : str
         "gh_class" or "energy_recon".
     settings : Settings, optional
-        As `config.load_config` gives them; the defaults otherwise.
+        E.g. from `config.load_config`; by default `Settings()`.
     overwrite : bool
         Replace an existing output instead of appending to it.
     compression : str
         "gzip", "none", "blosc-lz4" or "blosc-zstd".
     shuffle, split, stratify, seed
-        See `layout.rearrange`; done when the output is closed. `split` maps part names to
-        fractions. `seed` is 0 or more.
+        See `rearrangement.rearrange`; done when the output is closed. `split` maps the names of
+        the parts to fractions. `seed` is 0 or more.
     **options
         Fields of Settings, e.g. storage_mode, image_mode, scale_factor, type_mode (or
         telescope_type).
@@ -273,7 +78,7 @@ class ImageExtractor:
     Raises
     ------
     UsageError
-        On settings that do not fit together.
+        If an option is unknown or not valid.
     """
 
     def __init__(
@@ -298,8 +103,11 @@ class ImageExtractor:
             options["mode"] = mode
         unknown = set(options) - {f.name for f in fields(Settings)}
         if unknown:
-            raise UsageError(f"ImageExtractor has no option {', '.join(sorted(unknown))}.")
-        self.settings = _checked(replace(settings or Settings(), **options))
+            raise UsageError(
+                f"ImageExtractor has no option {', '.join(sorted(unknown))} (expected those of "
+                "its signature and of Settings). Correct the name."
+            )
+        self.settings = config.checked(replace(settings or Settings(), **options))
         self.output_path = Path(output_path)
         self.cuts: CutsTable | None = None
         if bins_cuts_dict is not None and self.settings.use_pkl_dict:
@@ -309,22 +117,27 @@ class ImageExtractor:
             _check_bins(self.cuts, self.settings)
         if compression not in layout.COMPRESSIONS:
             raise UsageError(
-                f"compression {compression!r}: choose one of {', '.join(layout.COMPRESSIONS)}."
+                f"compression {compression!r}: not a valid value "
+                f"(expected {' | '.join(layout.COMPRESSIONS)}). Choose one of these."
             )
         if not isinstance(seed, int) or seed < 0:
-            raise UsageError(f"seed {seed!r}: must be a whole number, 0 or more.")
+            raise UsageError(
+                f"seed {seed!r}: not a valid seed (expected a whole number >= 0). Correct it."
+            )
         if split and not (
             all(name.isidentifier() and 0 <= part <= 1 for name, part in split.items())
             and math.isclose(sum(split.values()), 1, abs_tol=1e-6)
         ):
-            raise UsageError(f"split {split}: needs names and fractions that add up to 1.")
+            raise UsageError(
+                f"split {split}: not a valid split (expected names with fractions from 0 to 1 "
+                "that add up to 1). Correct it."
+            )
         self.overwrite, self.compression, self.command = overwrite, compression, command
         self.shuffle, self.split, self.stratify, self.seed = shuffle, split, stratify, seed
         self._has_committed = False
-        self._per_event: list[int] = []  # of the last file, see _count_images
-        self._image_cuts = _ImageCuts(self.settings)
+        self._per_event: list[int] = []  # of the last file, see FileReport.count_images
         self._transaction: OutputTransaction | None = None
-        self._writer: layout.Writer | None = None
+        self._writer: Writer | None = None
         self._in_block = False
         self._warned_direction = False
 
@@ -349,20 +162,20 @@ class ImageExtractor:
         ----------
         data_file : str or Path
         max_events : int, optional
-            Stop after this many events have passed, whether or not the output had them already.
+            Stop after this many events have passed, including those already in the output.
         progress : callable, optional
             Called with the number of events read since the last call.
 
         Returns
         -------
         FileReport
-            Its `problem` says why, if the file was incomplete.
+            With the reason in `problem` if the file was incomplete.
 
         Raises
         ------
         DataError
-            If nothing could be read from the file, or its array is not the output's. The output is
-            as before.
+            If nothing can be read from the file or its array differs from the output's. The output
+            stays as it was.
         """
         with contextlib.nullcontext() if self._in_block else self, self._naming_output():
             return self._process(Path(data_file), max_events, progress)
@@ -375,9 +188,9 @@ class ImageExtractor:
         progress: Callable[[int], Any] | None = None,
         file_done: Callable[[FileReport], Any] | None = None,
     ) -> list[FileReport]:
-        """Extract many files in one transaction; unusable files are reported, the others go on.
+        """Extract many files in one transaction; those that cannot be used are reported.
 
-        With `jobs` above 1, that many processes each extract whole files; the result is the same.
+        With `jobs` above 1, that many processes extract whole files each; the result is the same.
         """
         with self, self._naming_output():
             reports = []
@@ -388,22 +201,22 @@ class ImageExtractor:
                     file_done(report)
             if self._writer is None:
                 raise DataError(
-                    f"{self.output_path}: not written, none of the "
-                    f"{len(data_files)} files could be used."
+                    f"{self.output_path}: not written, because none of the "
+                    f"{len(data_files)} input files could be used. Check the files."
                 )
         return reports
 
     @contextlib.contextmanager
     def _naming_output(self) -> Iterator[None]:
-        """Turn errors of system and HDF5 into one line; input files' never get here."""
+        """Make one line of errors of the system and HDF5; all of them come from the output."""
         try:
             yield
         except (OSError, tables.HDF5ExtError) as error:
-            reason = (
-                getattr(error, "strerror", None)
-                or "HDF5 could not write: disk full, or quota reached?"
-            )
-            raise DataError(f"{self.output_path}: could not be written ({reason}).") from error
+            reason = getattr(error, "strerror", None) or "an error in HDF5"
+            raise DataError(
+                f"{self.output_path}: could not be written ({reason}). "
+                "Check the free space and the quota."
+            ) from error
 
     def _one_by_one(
         self,
@@ -434,7 +247,7 @@ class ImageExtractor:
         with ProcessPoolExecutor(jobs, context, _start_worker, arguments) as pool:
             try:
                 while todo or waiting:
-                    while todo and len(waiting) < 2 * jobs:  # bounds the parts on the disk
+                    while todo and len(waiting) < 2 * jobs:  # limits the space taken by parts
                         path, part = todo.pop(0)
                         waiting.append(
                             (path, part, pool.submit(_extract_part, path, part, max_events))
@@ -454,11 +267,11 @@ class ImageExtractor:
                     yield report
             except BrokenProcessPool as error:
                 raise DataError(
-                    f"{self.output_path}: not written, a worker process was killed "
-                    "(out of memory?). Use fewer --jobs."
+                    f"{self.output_path}: not written, because a worker process was killed, "
+                    "probably for lack of memory. Use fewer --jobs."
                 ) from error
             except BaseException:
-                # Leaving the block waits for the workers, which may have minutes to go.
+                # Leaving the block would wait for the workers, possibly for minutes.
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in set(multiprocessing.active_children()) - others:
                     child.terminate()
@@ -466,14 +279,14 @@ class ImageExtractor:
 
     def _merge(self, path: Path, part: Path, report: FileReport, per_event: list[int]) -> None:
         with SimtelFile(path) as simtel:
-            array = _Array(simtel, self.settings)
+            array = SelectedArray(simtel, self.settings)
             self._ensure_writer(simtel, array)
         assert self._writer is not None
         is_new = self._writer.merge(part)
         report.duplicates += int((~is_new).sum())
         report.events_written = int(is_new.sum())
-        _count_images(report, array.kinds, per_event, is_new)
-        self._say(report)
+        report.count_images(array.types, per_event, is_new)
+        self._log(report)
 
     def _begin(self) -> None:
         append = not self.overwrite or self._has_committed
@@ -488,7 +301,7 @@ class ImageExtractor:
                 with self._naming_output():
                     writer.close()
                     if self.shuffle or self.split:
-                        layout.rearrange(
+                        rearrange(
                             transaction.path,
                             transaction.part("sorted"),
                             self.seed,
@@ -497,10 +310,10 @@ class ImageExtractor:
                             self.stratify,
                         )
                     try:
-                        layout.verify(transaction.path, writer.written)
+                        verify(transaction.path, writer.written)
                     except DataError as error:
                         raise DataError(
-                            f"{self.output_path}: could not be written ({error})"
+                            f"{self.output_path}: could not be written: {error}"
                         ) from error
                     transaction.commit()
                     self._has_committed = True
@@ -509,7 +322,7 @@ class ImageExtractor:
                 writer.abandon()
             transaction.close()
 
-    def _ensure_writer(self, simtel: SimtelFile, array: _Array) -> layout.Writer:
+    def _ensure_writer(self, simtel: SimtelFile, array: SelectedArray) -> Writer:
         azimuth, altitude = simtel.header["direction"]
         direction = (float(azimuth), float(altitude))
         if self._writer is None:
@@ -522,7 +335,7 @@ class ImageExtractor:
                 "cuts_source": self.cuts.source if self.cuts is not None else "",
             }
             try:
-                self._writer = layout.Writer(
+                self._writer = Writer(
                     self._transaction.path,
                     self.settings,
                     array.telescopes,
@@ -539,13 +352,14 @@ class ImageExtractor:
             how = layout.difference(layout.array_identity(array.telescopes), self._writer.identity)
             if how:
                 raise DataError(
-                    f"{simtel.path}: another array than the output's: {how}. Not mixed in."
+                    f"{simtel.path}: another array than the output's: {how}. "
+                    "Give another output for this file."
                 )
         if not np.allclose(direction, self._direction, atol=1e-4) and not self._warned_direction:
             self._warned_direction = True
             log.warning(
-                "%s points to another direction than the first file; "
-                "Tel_Table has the first, Runs has each.",
+                "%s: pointing differs from that of the first file. "
+                "Tel_Table holds the first, Runs that of each file.",
                 simtel.path.name,
             )
         return self._writer
@@ -558,39 +372,39 @@ class ImageExtractor:
         self._per_event = []
         with SimtelFile(path) as simtel:
             report.run_number = simtel.run_number
-            array = _Array(simtel, self.settings)
+            array = SelectedArray(simtel, self.settings)
             writer = self._ensure_writer(simtel, array)
             try:
                 self._extract(simtel, array, writer, report, max_events, progress)
             except Corrupt as error:
                 simtel.problem = str(error)
-            _count_images(report, array.kinds, self._per_event)
+            report.count_images(array.types, self._per_event)
             report.events_read = simtel.events_read
             report.calibration_events = simtel.calibration_events
             report.problem = simtel.problem
             report.seconds = time.perf_counter() - started
-            writer.add_run(_runs_row(simtel, report))
-        self._say(report)
+            writer.add_run(runs_row(simtel, report))
+        self._log(report)
         return report
 
-    def _say(self, report: FileReport) -> None:
+    def _log(self, report: FileReport) -> None:
         if report.problem:
             log.warning(
-                "%s: incomplete: %s. Its %d whole events were read.",
+                "%s: incomplete: %s. Its %d complete events were read.",
                 report.file,
                 report.problem,
                 report.events_read,
             )
         elif not report.events_read:
-            log.warning("%s: no event in it.", report.file)
+            log.warning("%s: contains no events.", report.file)
         assert self._writer is not None
         if report.duplicates:
             log.warning(
-                "%s: %d events of run %d are in the output already and were skipped.%s",
+                "%s: %d events of run %d are already in the output and were skipped.%s",
                 report.file,
                 report.duplicates,
                 report.run_number,
-                " They may come from a damaged file: make the output anew with --overwrite."
+                " They may come from a damaged file: extract them again with --overwrite."
                 if report.run_number in self._writer.incomplete
                 else "",
             )
@@ -598,8 +412,8 @@ class ImageExtractor:
     def _extract(
         self,
         simtel: SimtelFile,
-        array: _Array,
-        writer: layout.Writer,
+        array: SelectedArray,
+        writer: Writer,
         report: FileReport,
         max_events: int | None,
         progress: Callable[[int], Any] | None,
@@ -608,13 +422,13 @@ class ImageExtractor:
         settings, cuts = self.settings, self.cuts
         edges = settings.bins.edges_tev()
         wanted = None if cuts is None else lambda run, event: cuts.get(run, event) is not None
-        told = 0
+        reported = 0
         for event in simtel.events(array.by_id.keys(), wanted):
             if max_events is not None and report.events_passed >= max_events:
                 return
-            if progress and simtel.events_read - told >= 10:
-                progress(simtel.events_read - told)
-                told = simtel.events_read
+            if progress and simtel.events_read - reported >= 10:
+                progress(simtel.events_read - reported)
+                reported = simtel.events_read
             entry = None if cuts is None else cuts.get(event.run_number, event.event_id)
             if cuts is not None and entry is None:
                 report.not_in_dictionary += 1
@@ -633,7 +447,7 @@ class ImageExtractor:
             if not 0 <= energy_bin < len(edges) - 1:
                 report.outside_bins += 1
                 continue
-            images, saturated = array.images(event, simtel, settings, self._image_cuts)
+            images, saturated = array.images(event)
             if len(images) < settings.min_telescopes:
                 report.failed_image_cuts += 1
                 continue
@@ -648,22 +462,21 @@ class ImageExtractor:
             writer.add(group, values, images)
             report.events_written += 1
             kinds = [array.by_id[tel_id].camera.telescope_type for tel_id in images]
-            self._per_event.extend([*map(kinds.count, array.kinds), saturated])
+            self._per_event.extend([*map(kinds.count, array.types), saturated])
         if progress:
-            progress(simtel.events_read - told)
+            progress(simtel.events_read - reported)
 
 
 def _event_values(event: Event, entry: tuple[int, float] | None) -> dict[str, Any]:
-    """Columns of an event's row."""
+    """Values of an event's row, without those of its images."""
     shower, mc = event.shower, event.mc
+    primary = shower["primary_id"]
     return {
         "event_number": event.event_id,
         "run_number": event.run_number,
-        # One byte, as historic; nuclei (helium 402, iron 5626) do not fit and are 255, see
-        # primary_id.
-        "gamma_hadron_label": min(max(shower["primary_id"], 0), 255)
-        if shower["primary_id"] >= 0
-        else 255,
+        # One byte, as in the historic layout. Nuclei (helium 402, iron 5626) and negative ids do
+        # not fit and become 255; primary_id has them all.
+        "gamma_hadron_label": primary if 0 <= primary <= 255 else 255,
         "core_x": mc["xcore"],
         "core_y": mc["ycore"],
         "h_first_int": shower["h_first_int"],
@@ -671,70 +484,9 @@ def _event_values(event: Event, entry: tuple[int, float] | None) -> dict[str, An
         "az": shower["azimuth"],
         "alt": shower["altitude"],
         "reconstructed_energy": np.nan if entry is None else entry[1],
-        "primary_id": shower["primary_id"],
+        "primary_id": primary,
         "shower_number": shower["shower"],
     }
-
-
-def _count_images(
-    report: FileReport,
-    kinds: list[str],
-    per_event: list[int],
-    chosen: np.ndarray | slice = slice(None),
-) -> None:
-    """Fill in images and saturated pixels from the numbers of each written event (or the chosen).
-
-    `per_event` has len(kinds) + 1 numbers an event: images of each kind, saturated pixels.
-    """
-    numbers = np.array(per_event, np.int64).reshape(-1, len(kinds) + 1)[chosen]
-    *images, report.saturated_pixels = numbers.sum(axis=0).tolist()
-    report.images = {kind: n for kind, n in zip(kinds, images, strict=True) if n}
-
-
-def _runs_row(simtel: SimtelFile, report: FileReport) -> np.ndarray:
-    row = np.zeros(1, layout.RUNS_DTYPE)
-    mc = simtel.mc_run_header
-    values = {
-        "file": simtel.path.name.encode()[-256:],
-        "sha256": simtel.sha256.encode(),
-        "run_number": report.run_number,
-        "events_read": report.events_read,
-        "events_passed": report.events_passed,
-        "events_written": report.events_written,
-        "duplicates": report.duplicates,
-        "complete": not report.problem,
-        "problem": report.problem.encode()[:256],
-        "direction": simtel.header["direction"],
-    }
-    names = {
-        "E_range": "energy_range",
-        "spectral_index": "spectral_index",
-        "n_showers": "n_showers",
-        "n_use": "shower_reuse",
-        "core_range": "core_range",
-        "viewcone": "viewcone",
-        "diffuse": "diffuse",
-        "atmosphere": "atmosphere",
-    }
-    values |= {ours: mc[theirs] for theirs, ours in names.items() if theirs in mc}
-    for name, value in values.items():
-        row[name] = value
-    return row
-
-
-def _checked(settings: Settings) -> Settings:
-    """Put settings given from Python through the same checks as a file."""
-    from configobj import ConfigObj
-
-    from .config import as_text, parse_config
-
-    try:
-        return parse_config(
-            ConfigObj(as_text(settings, comments=False).splitlines(), interpolation=False),
-            "settings",
-        )
-    except ConfigError as error:
-        raise UsageError(str(error)) from error
 
 
 def _check_bins(cuts: CutsTable, settings: Settings) -> None:
@@ -742,7 +494,7 @@ def _check_bins(cuts: CutsTable, settings: Settings) -> None:
     if settings.mode == "gh_class" and len(cuts) and int(cuts.bins.max()) >= n_bins:
         raise UsageError(
             f"{cuts.source}: has energy bin {int(cuts.bins.max())}, the configuration has {n_bins} "
-            f"(0 to {n_bins - 1}). Make the dictionary with this configuration."
+            f"(expected 0 to {n_bins - 1}). Make the dictionary with this configuration."
         )
 
 
@@ -757,13 +509,13 @@ def _start_worker(
     settings: Settings, cuts: CutsTable | None, compression: str, command: str
 ) -> None:
     _worker.update(settings=settings, bins_cuts_dict=cuts, compression=compression, command=command)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    logging.disable(logging.WARNING)  # it says it, too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
+    logging.disable(logging.WARNING)  # and logs for its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Leave no orphan behind when the parent is killed."""
+    """End this worker when its parent is killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -771,45 +523,9 @@ def _end_with_parent() -> None:
 
 
 def _extract_part(path: Path, part: Path, max_events: int | None) -> tuple[FileReport, list[int]]:
-    """Extract one file to a part file, in a worker process; also give the numbers of each event."""
+    """Extract one file to a part file, in a worker process; also return each event's counts."""
     extractor = ImageExtractor(part, overwrite=True, **_worker)
     try:
         return extractor.process_data(path, max_events), extractor._per_event
     except DataError as error:
         return FileReport(str(path), problem=_without_path(error, path), failed=True), []
-
-
-def summary(reports: list[FileReport], output: Path, seconds: float) -> dict[str, Any]:
-    """Totals of a run, as printed and as written by --summary."""
-    images: dict[str, int] = {}
-    for report in reports:
-        for kind, n in report.images.items():
-            images[kind] = images.get(kind, 0) + n
-    total = {
-        name: sum(getattr(r, name) for r in reports)
-        for name in (
-            "events_read",
-            "events_passed",
-            "events_written",
-            "not_in_dictionary",
-            "no_selected_telescope",
-            "other_primary",
-            "outside_bins",
-            "failed_image_cuts",
-            "duplicates",
-            "calibration_events",
-            "saturated_pixels",
-        )
-    }
-    return {
-        "output": output.name,
-        "files": len(reports),
-        "files_incomplete": sum(bool(r.problem) and not r.failed for r in reports),
-        "files_failed": sum(r.failed for r in reports),
-        **total,
-        "images": sum(images.values()),
-        "images_by_type": images,
-        "seconds": round(seconds, 3),
-        "bytes": output.stat().st_size if output.exists() else 0,
-        "reports": [asdict(r) for r in reports],
-    }

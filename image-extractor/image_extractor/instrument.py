@@ -1,8 +1,8 @@
-"""The array that a simtel file describes: telescopes, optics, cameras, by ctapipe's own classes.
+"""The array that a simtel file describes: telescopes, optics, cameras; and selecting from it.
 
-Telescopes are told apart by what the file says of them (names in its metadata, else ctapipe's table
-of optics and cameras), never by the pixel count alone: 1855 pixels is LST and NectarCam. Identical
-cameras are built once, which is what makes an array of 126 telescopes open in a tenth of a second.
+Telescopes are identified by what the file says of them (names in its metadata, else ctapipe's table
+of optics and cameras), never by the number of pixels alone: LSTCam and NectarCam both have 1855.
+Identical cameras are built once, so that an array of 126 telescopes opens in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ctapipe.instrument.guess import guess_telescope, type_from_mirror_area, unk
 from .errors import DataError
 from .simtel import SimtelFile
 
-# What `type_mode` may name besides cameras and ids; ALL takes them in this order.
+# Telescope types that `type_mode` may name; ALL takes them in this order.
 TYPES = ("SST", "SCT", "LST", "MST")
 
 
 @dataclass(frozen=True, eq=False)
 class Camera:
-    """One kind of camera, with its optics, as the file describes it.
+    """One type of camera with its optics, as the file describes it.
 
     Attributes
     ----------
     pixel_x, pixel_y : (n_pixels,) array, m
-        As written in the file, before the derotation that ctapipe applies.
+        As in the file, before ctapipe's derotation.
     geometry : ctapipe CameraGeometry
-        Derotated; its neighbours are those of ctapipe's calibration.
+        Derotated. Its neighbours are those used in ctapipe's calibration.
     reference_pulse : (n_channels, n) array
         Single photo-electron pulse shape, sampled every `reference_step_ns`.
     """
@@ -60,7 +60,7 @@ class Camera:
 
 @dataclass(frozen=True, eq=False)
 class Telescope:
-    """One telescope. Position in m in ctapipe's ground frame (x north, y west, z up)."""
+    """One telescope. Its position is in m in ctapipe's ground frame (x north, y west, z up)."""
 
     tel_id: int
     position: tuple[float, float, float]
@@ -75,7 +75,10 @@ def describe_array(simtel: SimtelFile) -> dict[int, Telescope]:
     tel_ids = simtel.header["tel_id"].tolist()
     for tel_id, parts in simtel.telescopes.items():
         if tel_id not in tel_ids:
-            raise DataError(f"telescope {tel_id} is described but has no position.")
+            raise DataError(
+                f"telescope {tel_id} is described but has no position (expected one in the run "
+                "header). Leave the file out."
+            )
         named = _named_telescope(simtel.meta.get(tel_id, {}))
         key = (
             id(parts["camera_settings"]),
@@ -93,9 +96,7 @@ def describe_array(simtel: SimtelFile) -> dict[int, Telescope]:
 
 
 def _named_telescope(meta: dict[bytes, bytes]) -> tuple[str, str] | None:
-    """Read optics and camera name from the metadata; like ctapipe, only if there is a mirror class
-    too.
-    """
+    """Optics and camera name in the metadata; like ctapipe, only if it has a mirror class, too."""
     optics, camera = meta.get(b"OPTICS_CONFIG_NAME"), meta.get(b"CAMERA_CONFIG_NAME")
     if optics is None or camera is None or b"MIRROR_CLASS" not in meta:
         return None
@@ -119,7 +120,7 @@ def _camera(parts: dict[str, Any], named: tuple[str, str] | None) -> Camera:
         optics_name, camera_name, size = guess.name, guess.camera_name, guess.type
     try:
         shape, rotation = CameraGeometry.simtel_shape_to_type(settings["pixel_shape"][0])
-    except ValueError:  # prod2 files leave the shape out; ctapipe then says hexagon, and so do we
+    except ValueError:  # prod2 files omit the shape; like ctapipe, assume hexagons
         shape, rotation = "hexagon", Angle("0d")
     geometry = CameraGeometry(
         camera_name,
@@ -161,19 +162,19 @@ def _camera(parts: dict[str, Any], named: tuple[str, str] | None) -> Camera:
 
 
 def _telescope_type(size: str, camera_name: str, n_pixels: int) -> str:
-    """Name LST, MST, SST as ctapipe sizes them; the dual-mirror MST is SCT, as historic."""
+    """Type by ctapipe's size: LST, MST or SST; the dual-mirror MST is SCT, as historically."""
     is_sct = camera_name.upper().startswith("SCT") or n_pixels == 11328
     return "SCT" if size == "MST" and is_sct else size
 
 
 def select_telescopes(telescopes: dict[int, Telescope], type_mode: str) -> list[Telescope]:
-    """Select what a `type_mode` names, in the order of tel_map: item by item, ids in file order.
+    """Select the telescopes that `type_mode` names, item by item, each in the order of the file.
 
     Parameters
     ----------
     type_mode : str
-        "+"-joined items, each a type (SST, SCT, LST, MST, ALL), a camera or optics name (NectarCam,
-        CHEC, 1M) or a telescope id or range of ids ("7", "5-12").
+        Items joined by "+", each a type (SST, SCT, LST, MST, ALL), a camera or optics name
+        (NectarCam, CHEC, 1M), a telescope id or a range of ids ("7", "5-12").
 
     Raises
     ------
@@ -208,7 +209,7 @@ def select_telescopes(telescopes: dict[int, Telescope], type_mode: str) -> list[
 
 
 def describe_types(telescopes: dict[int, Telescope]) -> str:
-    """Say what the array has: "4 LST LSTCam, 15 MST FlashCam"."""
+    """Count telescopes by type and camera: "4 LST LSTCam, 15 MST FlashCam"."""
     counts: dict[str, int] = {}
     for telescope in telescopes.values():
         name = f"{telescope.camera.telescope_type} {telescope.camera.name}"

@@ -1,7 +1,7 @@
-"""Look at a data set: what is in it, whether it is sound, and pictures of an event.
+"""Look at a data set: describe it, check it, draw an event.
 
-Reads   a file of layout.py.
-Writes  a PNG (plot).
+Reads   an HDF5 file written by image_extractor.py.
+Writes  a PNG file (plot).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .transaction import write_whole
 
 
 def inspect(path: str | Path) -> str:
-    """Describe a data set in text: parameters, runs, telescopes, tree."""
+    """Describe a data set as text: parameters, runs, telescopes, events, configuration."""
     with layout.open_layout(path) as h5:
         attrs = layout.check_schema(h5)
         runs, telescopes = layout.runs_table(h5), layout.tel_table(h5)
@@ -84,7 +84,7 @@ def inspect(path: str | Path) -> str:
 
 
 def _ids(values: np.ndarray) -> str:
-    """Join ids, runs of them as a-b."""
+    """List ids, consecutive ones as a-b."""
     parts: list[list[int]] = []
     for value in values.tolist():
         if parts and value == parts[-1][-1] + 1:
@@ -130,11 +130,11 @@ def _image_counts(table: tables.Table, telescopes: np.ndarray) -> list[str]:
 
 
 def validate(path: str | Path) -> list[str]:
-    """Check a data set; return what is wrong with it, a line each.
+    """Check a data set; return its problems, one line each.
 
-    Every image of a telescope array must belong to exactly one event, every event number must be
-    unique and in the index, bins and labels in range, energies finite and in their bin, runs and
-    counts consistent, and everything readable.
+    Each image must belong to exactly one event, each event be unique and in the index; bins and
+    labels must be in range, energies finite and in their bin, runs and counts consistent, and all
+    data readable.
     """
     problems: list[str] = []
     with layout.open_layout(path) as h5:
@@ -180,7 +180,7 @@ def _check_rows(
     if not (np.isfinite(energy) & (energy > 0)).all():
         found.append(f"{where}: a true energy is not a positive number")
     if not (np.abs(rows["alt"]) <= np.pi / 2 + 1e-6).all():
-        found.append(f"{where}: an altitude is beyond 90 degrees")
+        found.append(f"{where}: an altitude is above 90 degrees")
     for name in ("core_x", "core_y", "az"):
         if not np.isfinite(rows[name]).all():
             found.append(f"{where}: {name} is not finite")
@@ -188,7 +188,7 @@ def _check_rows(
         label = rows["energy_reconstruction_bin_label"]
         expected = np.searchsorted(edges, energy, side="right") - 1
         if not (label == expected).all():
-            found.append(f"{where}: an energy bin label does not hold the true energy")
+            found.append(f"{where}: an energy bin label does not fit the true energy")
     else:
         number = int(table._v_parent._v_name[1:])
         low, high = edges[number : number + 2]
@@ -196,7 +196,7 @@ def _check_rows(
             energy if attrs["energy_bin_source"] == "mc_energy" else rows["reconstructed_energy"]
         )
         if not ((value >= low * (1 - 1e-9)) & (value < high * (1 + 1e-9))).all():
-            found.append(f"{where}: an event's energy is outside the bin, {low:g} to {high:g} TeV")
+            found.append(f"{where}: an event's energy is outside its bin, {low:g} to {high:g} TeV")
     return found
 
 
@@ -205,9 +205,9 @@ def _check_blank(where: str, rows: np.ndarray, telescopes: np.ndarray) -> list[s
     for slot, tel_id in enumerate(telescopes["tel_id"].tolist()):
         blank = rows["trig_list"][:, slot] == 0
         if rows[f"T{tel_id}"][blank].any():
-            found.append(f"{where}: T{tel_id} is not blank in an event without it")
+            found.append(f"{where}: T{tel_id} is not blank in an event in which it did not trigger")
     if not (rows["trig_list"] <= 1).all() or not rows["trig_list"].any(axis=1).all():
-        found.append(f"{where}: an event has no image, or trig_list is not 0 and 1")
+        found.append(f"{where}: an event has no image, or a value in trig_list is neither 0 nor 1")
     return found
 
 
@@ -219,8 +219,8 @@ def _check_indices(h5: tables.File, used: dict[str, dict[int, list[np.ndarray]]]
             indices = np.concatenate(pieces)
             if indices.size != node.nrows or not (np.sort(indices) == np.arange(node.nrows)).all():
                 found.append(
-                    f"{node._v_pathname}: has {node.nrows} images, tel_map "
-                    f"names {indices.size}; not one to one"
+                    f"{node._v_pathname}: its {node.nrows} images do not match the "
+                    f"{indices.size} entries in tel_map one to one"
                 )
     return found
 
@@ -233,7 +233,7 @@ def _check_readable(h5: tables.File) -> list[str]:
             for start in range(0, int(node.nrows), step):
                 node.read(start, start + step)
         except tables.HDF5ExtError:
-            found.append(f"{node._v_pathname}: cannot be read, the file is damaged")
+            found.append(f"{node._v_pathname}: cannot be read, so the file is damaged")
     return found
 
 
@@ -242,16 +242,16 @@ def _check_keys(keys: list[np.ndarray], index: np.ndarray, runs: np.ndarray) -> 
     events = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))
     listed = np.sort(event_keys(index))
     if np.unique(events).size != events.size:
-        found.append("an event is there twice")
+        found.append("an event occurs twice")
     if events.size != listed.size or not (events == listed).all():
         found.append(
-            f"{layout.METADATA}/{layout.INDEX} lists {listed.size} events, "
-            f"the tables hold {events.size}, not the same"
+            f"{layout.INDEX}: its {listed.size} events are not the same as the {events.size} "
+            "events in the tables"
         )
     if int(runs["events_written"].sum()) != events.size:
         found.append(
-            f"{layout.METADATA}/{layout.RUNS} counts {runs['events_written'].sum()} "
-            f"events, the tables hold {events.size}"
+            f"{layout.RUNS}: counts {runs['events_written'].sum()} events, but the tables have "
+            f"{events.size}"
         )
     return found
 
@@ -263,28 +263,29 @@ def plot(
     run: int | None = None,
     max_images: int = 4,
 ) -> str:
-    """Draw an event: a row for each of its brightest images, with the camera, the stored picture
-    and the peak times.
+    """Draw an event: per image, the charges in the camera, the stored image and the peak times.
 
-    All charges have one scale, from 0 to the largest one drawn; colours go with its square root, so
-    that faint images are seen beside bright ones. Peak times have a scale in each row, because they
-    count samples from the start of that telescope's read-out.
+    All charges share one colour scale, from 0 to the largest charge drawn; it follows the square
+    root of the charge, so that faint images are visible beside bright ones. Peak times have one
+    scale per row, because they count samples from the start of that telescope's read-out.
 
     Parameters
     ----------
     event, run : int, optional
-        Numbers of the event; the event with the largest summed charge among the first 200 by
-        default.
+        Numbers of the event. Default: the event with the largest total charge among the first
+        200.
+    max_images : int
+        The brightest images are drawn, at most this many.
 
     Returns
     -------
     str
-        What was drawn.
+        A line that says what was drawn.
 
     Raises
     ------
     DataError
-        If the event is not in the file, or the picture cannot be written.
+        If the event is not in the file or the picture cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -316,14 +317,12 @@ def plot(
         charge = charges[tel_id]
         name = f"T{tel_id} {telescopes[tel_id]['tel_type'].decode()} {camera['name']}"
         _camera_axes(line[0], pixels, in_pixels[tel_id], norm, f"{name}: camera")
-        _picture_axes(
-            line[1], charge, norm, f"stored picture ({camera['mapping']})", "charge (p.e.)"
-        )
+        _picture_axes(line[1], charge, norm, f"stored image ({camera['mapping']})", "charge (p.e.)")
         if has_time:
             bright = charge > max(2.0, 0.15 * float(charge.max()))
             time = np.where(bright, images[tel_id][1].astype(float), np.nan)
             shown = _picture_axes(
-                line[2], time, None, "peak time of bright pixels", "time (samples)"
+                line[2], time, None, "peak times of bright cells", "time (samples)"
             )
             if shown is not None:
                 figure.colorbar(shown, ax=line[2], label="time (samples)")
@@ -331,7 +330,7 @@ def plot(
     figure.colorbar(
         ScalarMappable(norm, "viridis"),
         ax=axes[:, 0 if is_vector else 1],
-        label="charge of a pixel or cell (p.e.)",
+        label="charge per pixel or cell (p.e.)",
         aspect=50,
     )
     particle = {0: "gamma", 101: "proton"}.get(
@@ -345,7 +344,7 @@ def plot(
     drawn = BytesIO()
     figure.savefig(drawn, format=Path(output).suffix[1:] or "png", dpi=90)
     write_whole(Path(output), drawn.getvalue())
-    return f"{title}: {len(chosen)} drawn to {output}"
+    return f"{title}; {len(chosen)} of them drawn to {output}"
 
 
 def _channels_first(image: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:
@@ -353,7 +352,7 @@ def _channels_first(image: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:
 
 
 def _unscaled(image: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:
-    """Undo scale_factor of (channel, x, y) cells; vectors (channel, pixel) have none."""
+    """Undo scale_factor in (channel, x, y); vectors (channel, pixel) are not scaled."""
     scale = int(attrs["scale_factor"])
     return image[:, ::scale, ::scale] if image.ndim == 3 else image
 
@@ -383,15 +382,18 @@ def _find(
                 best = (total, table, row)
     if best is None:
         wanted = f"event {event}" if event is not None else "event"
-        raise DataError(f"{path}: no {wanted}{f' of run {run}' if run is not None else ''} in it.")
+        of_run = f" of run {run}" if run is not None else ""
+        raise DataError(
+            f"{path}: has no {wanted}{of_run}. See its runs with: image-extractor inspect {path}"
+        )
     return best[1], best[2]
 
 
 def _per_pixel(charge: np.ndarray, matrix: np.ndarray, n_pixels: int) -> np.ndarray:
-    """Charge of each pixel, read back from the cells it went to.
+    """Charge of each pixel, derived from the cells it was mapped to.
 
-    Exact where a cell belongs to one pixel; where pixels share cells, smoothed, and right for an
-    even field.
+    Exact if each cell belongs to one pixel. If pixels share cells the charges are smoothed; a
+    constant charge stays constant.
     """
     flat = charge.reshape(-1)
     cell, pixel, weight = matrix["cell"], matrix["pixel"], matrix["weight"].astype(float)
@@ -432,7 +434,7 @@ def _camera_axes(ax: Any, pixels: np.ndarray, values: np.ndarray, norm: Any, tit
 
 
 def _lattice(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Pixel spacing and, of a hexagonal lattice, the direction of a neighbour (rad)."""
+    """Pixel spacing and, for a hexagonal lattice, the direction of a neighbour (rad)."""
     few = slice(0, 300)
     dx, dy = x[:, None] - x[None, few], y[:, None] - y[None, few]
     distance = np.hypot(dx, dy)
@@ -442,14 +444,13 @@ def _lattice(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 
 def _picture_axes(ax: Any, values: np.ndarray, norm: Any, title: str, label: str) -> Any:
-    """Draw a picture and return it, for its colour bar; or a vector, which needs none."""
+    """Draw an image and return it for its colour bar; a vector is drawn as a curve, without one."""
     if values.ndim == 1:
-        ax.plot(values, ".-", lw=0.5, ms=2)  # dots: a bright pixel between others makes no line
+        ax.plot(values, ".-", lw=0.5, ms=2)  # dots: a single bright pixel would be a thin line
         ax.set(title=title, xlabel="pixel", ylabel=label)
         if norm is not None:
             ax.set_ylim(top=1.05 * norm.vmax)
         return None
     ax.set(title=title, xlabel="first axis (cells)", ylabel="second axis (cells)")
-    # The first axis is x: transposed and with the origin below, the picture stands as the camera
-    # does.
+    # The first axis is x: transposed and with the origin below, it has the camera's orientation.
     return ax.imshow(values.T, origin="lower", cmap="viridis", norm=norm, interpolation="nearest")

@@ -1,22 +1,21 @@
-"""From camera pixels to two-dimensional images: sparse matrices built from the file's own pixel
-positions.
+"""Map camera pixels to two-dimensional images, with matrices made from the file's pixel positions.
 
-Positions are those written in the file (before ctapipe's derotation), where every CTA camera is
-aligned with its axes. Image axes are (x, y): the first index grows with x, the second with y, as in
-the historic SCT map.
+Positions are those in the file (before ctapipe's derotation), in which every CTA camera is aligned
+with the axes. Image axes are (x, y): the first index grows with x, the second with y, as in the
+historic SCT map.
 
-method        cells                                                    charge conserved
-square        one a pixel at [rank of x, rank of y]; square cameras    yes
-axial         one a pixel at its axial lattice coordinates; hexagonal  yes
-oversampling  2 x 2 cells a hexagonal pixel, rows offset by half       yes
-rebin         square grid, charge shared by overlapping area           yes
-nearest       square grid, value of the pixel that covers the cell     no
-bilinear      square grid, linear between the three pixels around      no
-none          no picture: the vector of pixels                         yes
+method        cells                                                        charge conserved
+square        one per pixel at [rank of x, rank of y]; square cameras      yes
+axial         one per pixel at its axial lattice coordinates; hexagonal    yes
+oversampling  2 x 2 per pixel, rows offset by half a pixel if hexagonal    yes
+rebin         square grid, charge shared by overlapping area               yes
+nearest       square grid, value of the pixel that covers the cell         no
+bilinear      square grid, linear between the three nearest pixels         no
+none          no image: a vector of pixels                                 yes
 
 `auto` is square for square lattices and axial for hexagonal ones. The lattice is recognised from
-the positions, not from the pixel shape in the file, which prod2 files leave out. Peak times are
-carried by the same cells with weights that add up to one.
+the positions, not from the pixel shape in the file, which prod2 files omit. Peak times are mapped
+to the same cells with weights that add up to one.
 """
 
 from __future__ import annotations
@@ -27,33 +26,35 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.spatial import Delaunay, cKDTree
 
-from .config import MAPPINGS
 from .errors import DataError
+from .settings import MAPPINGS
 
 CONSERVING = ("square", "axial", "oversampling", "rebin", "none")
-REBIN_POINTS = 12  # sample points along a pixel's width when sharing its area
-SAME_LEVEL = 0.2  # of the pixel spacing: coordinates closer than this are one row or column
-SPARSEST = 16  # times the area of its pixels is the most that a camera's picture may cover
-ALIGNED_DEG = 0.5  # lattices turned by less than this count as aligned with the axes
+REBIN_POINTS = 12  # sample points across a pixel when its area is shared among cells
+SAME_LEVEL = 0.2  # pixels closer than this fraction of the spacing are in one row or column
+SPARSEST = 16  # maximum ratio of the area of an image to that of its pixels
+ALIGNED_DEG = 0.5  # lattices rotated by less than this count as aligned with the axes
 
 
 @dataclass(frozen=True, eq=False)
 class Mapping:
-    """A way from pixels to an image.
+    """Matrices from pixels to the cells of an image.
 
     Attributes
     ----------
     shape : tuple of int
         Image axes (x, y), or (n_pixels,) for `none`.
     charge, time : (n_cells, n_pixels) csr_matrix
-        Weights; cells in C order of `shape`.
+        Weights, with cells in C order of `shape`.
+    cells : (n_pixels,) array or None
+        Cell of each pixel, if each has one of its own.
     """
 
     method: str
     shape: tuple[int, ...]
     charge: csr_matrix
     time: csr_matrix
-    cells: np.ndarray | None  # cell of each pixel, where every pixel has one cell of its own
+    cells: np.ndarray | None
 
     def flat(self, values: np.ndarray, kind: str = "charge") -> np.ndarray:
         """Map pixel values (n_pixels,) to cells (n_cells,); empty cells are 0.
@@ -79,28 +80,36 @@ def camera_mapping(pixel_x: np.ndarray, pixel_y: np.ndarray, method: str = "auto
     pixel_x, pixel_y : (n_pixels,) array
         Positions in any unit.
     method : str
-        One of config.MAPPINGS.
+        One of settings.MAPPINGS.
 
     Raises
     ------
     DataError
-        If the method is unknown or the camera's pixels form no lattice that it can use.
+        If the method is unknown or cannot be used for the lattice of the pixels.
     """
     x, y = np.asarray(pixel_x, np.float64), np.asarray(pixel_y, np.float64)
     if method not in MAPPINGS:
-        raise DataError(f"mapping method {method!r}: choose one of {', '.join(MAPPINGS)}.")
+        raise DataError(
+            f"mapping {method!r}: not a valid method (expected {' | '.join(MAPPINGS)}). "
+            "Choose one of these."
+        )
     if not np.isfinite([x, y]).all():
-        raise DataError("a pixel position is not a number: the description is damaged.")
+        raise DataError(
+            "a pixel position is not a number, so the description is damaged. Leave the file out."
+        )
     if method == "none":
         return _one_cell_each("none", np.arange(x.size), (x.size,))
     spacing = _spacing(x, y)
     if np.ptp(x) * np.ptp(y) > SPARSEST * x.size * spacing**2:
-        raise DataError("the pixels lie too far apart for a camera: the description is damaged.")
+        raise DataError(
+            "the pixels lie too far apart for a camera, so the description is damaged. "
+            "Leave the file out."
+        )
     is_hexagonal = lattice_neighbors(x, y) == 6
     if method == "auto":
         method = "axial" if is_hexagonal else "square"
     if method == "square" and is_hexagonal:
-        raise DataError("mapping 'square' needs a square pixel lattice; use axial or oversampling.")
+        raise DataError("mapping 'square' needs a square pixel lattice. Use axial or oversampling.")
     if method == "square" or (method == "axial" and not is_hexagonal):
         column, row = _levels(x, spacing), _levels(y, spacing)
         return _one_cell_each(method, *_cells(column, row))
@@ -112,23 +121,22 @@ def camera_mapping(pixel_x: np.ndarray, pixel_y: np.ndarray, method: str = "auto
 
 
 def lattice_neighbors(x: np.ndarray, y: np.ndarray) -> int:
-    """Neighbours of an inner pixel: 6 on a hexagonal lattice, 4 on a square one."""
+    """Count the neighbours of an inner pixel: 6 on a hexagonal lattice, 4 on a square one."""
     tree = cKDTree(np.c_[x, y])
     near = tree.query_ball_point(np.c_[x, y], 1.25 * _spacing(x, y), return_length=True) - 1
     return 6 if near.max() >= 5 else 4
 
 
 def _spacing(x: np.ndarray, y: np.ndarray) -> float:
-    """Distance between neighbouring pixels (median; gaps between modules are wider)."""
+    """Median distance between neighbouring pixels (gaps between modules are wider)."""
     distance, _ = cKDTree(np.c_[x, y]).query(np.c_[x, y], k=2)
     return float(np.median(distance[:, 1]))
 
 
 def _levels(values: np.ndarray, spacing: float) -> np.ndarray:
-    """Rank of each value among the distinct ones, those closer than a fraction of the spacing being
-    one.
+    """Rank of each value; values closer than a fraction of the spacing have the same rank.
 
-    Curved cameras write the same column with positions that differ in the fourth digit.
+    In curved cameras the positions of one column differ in the fourth digit.
     """
     order = np.argsort(values, kind="stable")
     steps = np.diff(values[order]) > SAME_LEVEL * spacing
@@ -138,13 +146,13 @@ def _levels(values: np.ndarray, spacing: float) -> np.ndarray:
 
 
 def _cells(column: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """Flat cell numbers and image shape; every pixel must have a cell of its own."""
+    """Flat cell numbers and image shape; each pixel must have a cell of its own."""
     column, row = column - column.min(), row - row.min()
     shape = (int(column.max()) + 1, int(row.max()) + 1)
     cells = column * shape[1] + row
     if np.unique(cells).size != cells.size:
         raise DataError(
-            "the camera's pixels do not form a lattice: use mapping nearest, bilinear or rebin."
+            "the camera's pixels do not form a lattice. Use mapping nearest, bilinear or rebin."
         )
     return cells, shape
 
@@ -160,13 +168,13 @@ def _one_cell_each(method: str, cells: np.ndarray, shape: tuple[int, ...]) -> Ma
 def _doubled(x: np.ndarray, y: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray, bool]:
     """Doubled coordinates of a hexagonal lattice: (fine, coarse, whether fine runs along x).
 
-    Neighbours in a row differ by 2 in `fine`, rows by 1 in `coarse`; fine + coarse has one parity.
+    Neighbours in a row differ by 2 in `fine`, rows by 1 in `coarse`; fine + coarse is even for all
+    pixels or odd for all.
     """
     tree = cKDTree(np.c_[x, y])
     pairs = tree.query_pairs(1.25 * spacing, output_type="ndarray")
     dx, dy = x[pairs[:, 1]] - x[pairs[:, 0]], y[pairs[:, 1]] - y[pairs[:, 0]]
-    # Sixfold mean of the neighbour directions: 0 where rows run along x, 180 where they run along
-    # y.
+    # Mean of the neighbours' directions modulo 60 degrees: 0 if rows run along x, 30 if along y.
     turn = np.degrees(np.angle(np.mean(np.exp(6j * np.arctan2(dy, dx))))) / 6
     along_x = abs(turn) < 15
     off = turn if along_x else turn - np.copysign(30.0, turn)
@@ -179,13 +187,14 @@ def _doubled(x: np.ndarray, y: np.ndarray, spacing: float) -> tuple[np.ndarray, 
     parity = (fine + coarse) & 1
     if np.unique(parity).size != 1:
         raise DataError(
-            "the camera's pixels do not form a hexagonal lattice: use nearest, bilinear or rebin."
+            "the camera's pixels do not form a hexagonal lattice. "
+            "Use mapping nearest, bilinear or rebin."
         )
     return fine, coarse, along_x
 
 
 def _axial(x: np.ndarray, y: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray]:
-    """Axial coordinates (column, row), sheared to the side that gives the smaller picture."""
+    """Axial coordinates (column, row), sheared to the side that gives the smaller image."""
     fine, coarse, along_x = _doubled(x, y, spacing)
     choices = []
     for sign in (-1, 1):
@@ -196,7 +205,7 @@ def _axial(x: np.ndarray, y: np.ndarray, spacing: float) -> tuple[np.ndarray, np
 
 
 def _oversampled(x: np.ndarray, y: np.ndarray, spacing: float, is_hexagonal: bool) -> Mapping:
-    """2 x 2 cells a pixel, each with a quarter of its charge."""
+    """Give each pixel 2 x 2 cells, each with a quarter of its charge."""
     if is_hexagonal:
         fine, coarse, along_x = _doubled(x, y, spacing)
         columns, rows = (fine, 2 * coarse) if along_x else (2 * coarse, fine)
@@ -211,7 +220,7 @@ def _oversampled(x: np.ndarray, y: np.ndarray, spacing: float, is_hexagonal: boo
 def _regridded(
     x: np.ndarray, y: np.ndarray, spacing: float, is_hexagonal: bool, method: str
 ) -> Mapping:
-    """Put the camera on a square grid whose cells have the area of a pixel."""
+    """Map the camera to a square grid whose cells have the area of a pixel."""
     pitch = spacing * (np.sqrt(np.sqrt(3) / 2) if is_hexagonal else 1.0)
     axes = []
     for values in (x, y):
@@ -222,13 +231,13 @@ def _regridded(
     centres = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
     if method == "nearest":
         distance, pixel = tree.query(centres)
-        # The corner of a hexagon or of a square is this far from its centre.
+        # Distance from the centre of a hexagon or a square to its corner.
         inside = distance <= spacing * (1 / np.sqrt(3) if is_hexagonal else np.sqrt(0.5)) * 1.02
         cells = np.flatnonzero(inside)
         return _weighted(method, shape, x.size, cells, pixel[inside], np.ones(cells.size))
     if method == "bilinear":
         return _interpolated(x, y, spacing, centres, shape)
-    # rebin: share each pixel among the cells under a fine raster of points over its face
+    # rebin: divide each pixel among the cells by a fine raster of points over its area
     steps = (np.arange(2 * REBIN_POINTS) + 0.5) / REBIN_POINTS - 1  # -1 .. 1
     raster = np.stack(np.meshgrid(steps, steps, indexing="ij"), -1).reshape(-1, 2) * spacing
     points = (np.c_[x, y][:, None, :] + raster[None]).reshape(-1, 2)
@@ -246,7 +255,7 @@ def _regridded(
 def _interpolated(
     x: np.ndarray, y: np.ndarray, spacing: float, centres: np.ndarray, shape: tuple[int, int]
 ) -> Mapping:
-    """Interpolate on the triangles between pixel centres, no further than a pixel from one."""
+    """Interpolate on the triangles between pixel centres, at most one spacing from the nearest."""
     mesh = Delaunay(np.c_[x, y])
     triangle = mesh.find_simplex(centres)
     distance, _ = cKDTree(np.c_[x, y]).query(centres)

@@ -1,13 +1,12 @@
 """Make the dictionary of bins and cuts from EventDisplay's MSCW files.
 
-Reads   MSCW ROOT files (tree `data`), the configuration ([preselection_cuts], [energy_bins]).
+Reads   MSCW ROOT files (tree `data`); the configuration ([preselection_cuts], [energy_bins]).
 Writes  {(run_number, event_number): (bin_index, ErecS in TeV)} as .pkl, .json or .h5.
 
     prepare_cuts_dict.py "MSCW*.root" bins_cuts_dict.pkl --config settings.config
 
-Files are read in slices, so that memory does not grow with their length. Cuts are half-open: lower
-<= value < upper. A cut whose branches a file does not have (MCxoff and MCyoff exist only in
-simulations) stops the run unless the cut is open on both sides.
+Files are read in slices. Cuts keep lower <= value < upper. A cut whose branches are missing in a
+file (MCxoff and MCyoff exist only in simulations) stops the run unless both its bounds are None.
 """
 
 from __future__ import annotations
@@ -21,28 +20,30 @@ from typing import Any
 
 import numpy as np
 
-from .config import ConfigError, Cut, Settings, load_config
-from .cuts import ROW, CutsWriter, bin_indices, event_keys
+from .config import load_config
+from .cuts import ROW, bin_indices, cuts_writer, event_keys
 from .errors import DataError, UsageError
+from .settings import Cut, Settings
+from .transaction import cannot_write
 
 TREE = "data"
-ROWS_A_SLICE = 200_000
+ROWS_PER_SLICE = 200_000
 
 
 def passes(columns: dict[str, np.ndarray], cuts: dict[str, Cut]) -> dict[str, np.ndarray]:
-    """Which rows pass each cut.
+    """Apply each cut to the rows.
 
     Parameters
     ----------
     columns : dict
         Branch name -> (n,) array.
     cuts : dict
-        Cut name -> Cut; several columns are added in quadrature.
+        Cut name -> Cut. Several columns of a cut are added in quadrature.
 
     Returns
     -------
     dict
-        Cut name -> (n,) bool. NaN passes no cut.
+        Cut name -> (n,) bool, whether the row passes. NaN passes no cut.
     """
     result = {}
     for name, cut in cuts.items():
@@ -60,42 +61,48 @@ def passes(columns: dict[str, np.ndarray], cuts: dict[str, Cut]) -> dict[str, np
 
 
 def read_slices(path: Path, branches: list[str]) -> Iterator[dict[str, np.ndarray]]:
-    """Slices of the tree as {branch: array}. Raises DataError."""
+    """Read the tree in slices, each {branch: array}. Raises DataError."""
     import uproot
 
     try:
         with uproot.open(path) as root:
             if TREE not in root:
-                raise DataError(f"{path}: no tree {TREE!r}. Expected EventDisplay's MSCW output.")
+                raise DataError(
+                    f"{path}: no tree {TREE!r} (expected EventDisplay's MSCW output). "
+                    "Check the files."
+                )
             tree = root[TREE]
             missing = [b for b in branches if b not in tree.keys()]
             if missing:
                 raise DataError(
-                    f"{path}: no branch {', '.join(missing)}. Expected EventDisplay's MSCW output; "
-                    "open the cut with `None, None` to do without."
+                    f"{path}: no branch {', '.join(missing)} (expected EventDisplay's MSCW "
+                    "output). Set the cuts on it to `None, None` to do without."
                 )
-            yield from tree.iterate(branches, step_size=ROWS_A_SLICE, library="np")
+            yield from tree.iterate(branches, step_size=ROWS_PER_SLICE, library="np")
     except DataError:
         raise
-    # uproot has no error type of its own for files that are not ROOT or are cut off.
+    # uproot has no error type of its own for files that are not ROOT files or are cut off.
     except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"{path}: cannot be read as ROOT ({type(error).__name__}: {error})."
+            f"{path}: cannot be read as a ROOT file ({type(error).__name__}: {reason}). "
+            "Check the files."
         ) from error
 
 
 def prepare(files: list[Path], output: Path, settings: Settings) -> dict[str, Any]:
-    """Write the dictionary; return the counts.
+    """Write the dictionary and count events.
 
     Returns
     -------
     dict
-        `events`, `passed`, `cuts` (cut -> events passing it), `bins` (events a bin), `out_of_bins`.
+        `files`, `events`, `passed`, `cuts` (cut -> events that pass it), `bins` (events per bin),
+        `out_of_bins` (events that pass all cuts but are in no bin).
 
     Raises
     ------
     DataError
-        On unreadable input or an event that is in it twice; nothing is written then.
+        If the input cannot be read or has an event twice. Nothing is written then.
     """
     cuts = {
         name: cut
@@ -115,7 +122,7 @@ def prepare(files: list[Path], output: Path, settings: Settings) -> dict[str, An
         "cuts": {n: [*c.columns, c.low, c.high] for n, c in cuts.items()},
         "sources": [p.name for p in files],
     }
-    with CutsWriter(output, description) as writer:
+    with cuts_writer(output, description) as write:
         for path in files:
             for columns in read_slices(path, branches):
                 good = passes(columns, cuts)
@@ -136,10 +143,11 @@ def prepare(files: list[Path], output: Path, settings: Settings) -> dict[str, An
                 if double.size:
                     run, event = divmod(int(double[0]), 1 << 32)
                     raise DataError(
-                        f"{path}: run {run} event {event} is there twice. Give each file once."
+                        f"{path}: run {run} event {event} occurs twice (expected each event "
+                        "once). Give each file once."
                     )
-                seen = np.concatenate([seen, unique])  # 8 bytes an event that passed
-                writer.write(rows)
+                seen = np.concatenate([seen, unique])  # 8 bytes per event
+                write(rows)
                 counts["passed"] += rows.size
                 in_bins += np.bincount(rows["bin"], minlength=in_bins.size)
     counts["bins"] = in_bins.tolist()
@@ -147,17 +155,17 @@ def prepare(files: list[Path], output: Path, settings: Settings) -> dict[str, An
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="prepare_cuts_dict.py",
         description="Make the dictionary of bins and cuts from MSCW files.",
     )
-    parser.add_argument("mscw_files", help='ROOT files, a quoted pattern: "MSCW*.root"')
-    parser.add_argument("output", type=Path, help="bins_cuts_dict.pkl, .json or .h5")
+    parser.add_argument("mscw_files", help='a ROOT file, or a quoted pattern: "MSCW*.root"')
+    parser.add_argument("output", type=Path, help="dictionary to write: .pkl, .json or .h5")
     parser.add_argument(
         "--config",
         type=Path,
-        help="configuration with cuts and energy bins (default: the defaults)",
+        help="configuration with the cuts and energy bins (default: the default settings)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args(argv)
@@ -165,23 +173,26 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_config(args.config) if args.config else Settings()
         files = [Path(p) for p in sorted(glob.glob(args.mscw_files))]
         if not files:
-            raise UsageError(f"{args.mscw_files}: no such file.")
+            raise UsageError(f"{args.mscw_files}: no such file. Check the path.")
         if args.output.exists() and not args.overwrite:
-            raise UsageError(f"{args.output}: exists. Give --overwrite to replace it.")
+            raise UsageError(f"{args.output}: exists already. Give --overwrite to replace it.")
         counts = prepare(files, args.output, settings)
-    except (ConfigError, DataError, OSError) as error:
+    except DataError as error:
         print(error, file=sys.stderr)
-        return 2 if isinstance(error, ConfigError | UsageError) else 1
+        return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        print(cannot_write(args.output, error), file=sys.stderr)
+        return 1
     print(f"{counts['events']} events in {counts['files']} files")
     for name, number in counts["cuts"].items():
-        print(f"  {name}: {number} pass")
+        print(f"  {name}: {number} events pass")
     print(
-        f"{counts['passed']} pass all cuts; {counts['out_of_bins']} "
-        "more pass but are outside the energy bins"
+        f"{counts['passed']} events pass all cuts; {counts['out_of_bins']} more pass "
+        "but are outside the energy bins"
     )
     for i, number in enumerate(counts["bins"]):
         low, high = settings.energy_bins.edges_tev()[i : i + 2]
-        print(f"  bin {i} ({low:.4g} to {high:.4g} TeV): {number}")
+        print(f"  bin {i} ({low:.4g} to {high:.4g} TeV): {number} events")
     print(f"written to {args.output}")
     return 0
 

@@ -1,16 +1,15 @@
-"""Read sim_telarray files: decompress, cut into objects, hand out triggered events.
+"""Read sim_telarray files: decompress them, divide them into objects, yield triggered events.
 
 Reads   *.simtel.gz, *.simtel.zst and uncompressed eventio files.
 Writes  nothing.
 
-The event loop touches only what an image needs. One thread decompresses (igzip, zstd) into a
-bounded queue while the caller decodes; objects that nobody asked for are stepped over without being
-parsed, which is where most of the time goes otherwise: a triggered event comes with some two
-hundred objects. What is parsed, is parsed by the classes of the `eventio` package; only the
-waveforms stay raw bytes, for calibrate.py.
+Only what an image needs is parsed. One thread decompresses (igzip, zstd) into a bounded queue while
+the caller decodes. A triggered event comes with about 200 objects, whose parsing would take most of
+the time; those that are not needed are skipped. The others are parsed by the `eventio` package,
+except the waveforms, which remain raw bytes for calibrate.py.
 
-An event counts only if it is whole. Bytes missing at the end, a broken checksum or a lost sync
-marker set `SimtelFile.problem`, and the events before it stand.
+Only complete events are yielded. Missing bytes at the end, a wrong checksum or a missing sync
+marker set `SimtelFile.problem`; the events before remain valid.
 
     with SimtelFile("gamma.simtel.gz") as f:
         for event in f.events(tel_ids={1, 2}):
@@ -42,8 +41,7 @@ SYNC_MARKER = b"\x37\x8a\x1f\xd4"
 SYNC_MARKER_BIG_ENDIAN = SYNC_MARKER[::-1]
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-# Object types, from the eventio and hessio format (K. Bernloehr, "eventio" and sim_telarray
-# manuals).
+# Object types, see the manuals of eventio and sim_telarray (K. Bernloehr).
 HISTORY_META = 75
 RUN_HEADER, MC_RUN_HEADER = 2000, 2001
 CAMERA_SETTINGS, CAMERA_ORGANIZATION, PIXEL_SETTINGS, DISABLED_PIXELS = 2002, 2003, 2004, 2005
@@ -70,32 +68,32 @@ WANTED = {
 }
 EVENT_TYPES = {MC_SHOWER, MC_EVENT, ARRAY_EVENT, CALIBRATION_EVENT}
 
-RAW_BLOCK = 4 * 1024 * 1024  # compressed bytes a read: few hand-overs of the global lock
-BLOCK = 8 * 1024 * 1024  # decompressed bytes handed over at a time, at most
+RAW_BLOCK = 4 * 1024 * 1024  # compressed bytes per read; large, to release the global lock rarely
+BLOCK = 8 * 1024 * 1024  # maximum decompressed bytes per item of the queue
 QUEUE_BLOCKS = 4
-MAX_OBJECT = 512 * 1024 * 1024  # a longer object is a corrupt length field, not data
-MAX_PENDING = 8  # unparsed monitoring objects kept for a telescope
+MAX_OBJECT = 512 * 1024 * 1024  # a longer object means a damaged length field
+MAX_PENDING = 8  # unparsed monitoring objects kept per telescope
 HALF_PI = 0.5 * 3.141592653589793
 _WORDS = struct.Struct("<4sIiI")
 _SUB_WORDS = struct.Struct("<IiI")
 
 
 class Corrupt(Exception):
-    """The bytes stop being a simtel file here; what came before stands."""
+    """From here on the bytes are not a simtel file; what came before remains valid."""
 
 
 class _Stop(Exception):
-    """The reader was closed while the thread had blocks left."""
+    """The reader was closed before the thread had finished."""
 
 
 def _gzip_blocks(raw: Iterator[bytes]) -> Iterator[bytes]:
-    """Decompressed pieces of a gzip stream of one or more members; raises Corrupt."""
+    """Decompress a gzip stream of one or more members. Raises Corrupt."""
     engine = isal_zlib.decompressobj(wbits=31)
     try:
         for data in raw:
             while data:
                 if engine.eof:
-                    if not data.strip(b"\0"):  # zero padding after the last member is legal
+                    if not data.strip(b"\0"):  # zero padding may follow the last member
                         break
                     engine = isal_zlib.decompressobj(wbits=31)
                 piece = engine.decompress(data, BLOCK)
@@ -109,7 +107,7 @@ def _gzip_blocks(raw: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _zstd_blocks(raw: Iterator[bytes]) -> Iterator[bytes]:
-    """Decompressed pieces of a zstd stream of one or more frames; raises Corrupt."""
+    """Decompress a zstd stream of one or more frames. Raises Corrupt."""
     engine = zstandard.ZstdDecompressor().decompressobj()
     try:
         for data in raw:
@@ -127,17 +125,17 @@ def _zstd_blocks(raw: Iterator[bytes]) -> Iterator[bytes]:
 
 
 class ByteStream:
-    """Decompressed bytes of a file, read ahead by one thread.
+    """The decompressed bytes of a file, read ahead by a thread.
 
     Parameters
     ----------
     path : Path
-        gzip, zstd or plain file, told apart by its first bytes.
+        A gzip, zstd or uncompressed file, recognised by its first bytes.
 
     Attributes
     ----------
     sha256 : str
-        Of the file as stored; "" until its end has been read.
+        Checksum of the file as stored; "" until its end has been read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -187,12 +185,12 @@ class ByteStream:
             pass
 
     def next_block(self) -> bytes:
-        """Return the next bytes, b"" at the end; raises Corrupt or OSError where it breaks."""
+        """Return the next bytes, b"" at the end. Raises Corrupt or OSError where reading fails."""
         item = self._queue.get()
         if isinstance(item, bytes):
             return item
-        self._queue.put(item)  # the end stays the end
-        if self._is_read:  # not where the decompression broke down before the end
+        self._queue.put(item)  # for the next call
+        if self._is_read:  # not if decompression failed before the end
             self.sha256 = self._hash.hexdigest()
         if item is None:
             return b""
@@ -206,7 +204,7 @@ class ByteStream:
 
 @dataclass
 class RawObject:
-    """One eventio object: its header words and its payload, unparsed."""
+    """One unparsed eventio object: its header and its payload."""
 
     type: int
     id: int
@@ -214,7 +212,7 @@ class RawObject:
     payload: memoryview
 
     def parse(self) -> Any:
-        """Parse with eventio's class for this type; what it raises on damaged bytes is Corrupt."""
+        """Parse with eventio's class for this type. Raises Corrupt for damaged bytes."""
         header = parse_header_bytes(self.header[:12], toplevel=False)
         if header.extended:
             header.content_size += parse_extension_field(self.header[12:16])
@@ -226,21 +224,21 @@ class RawObject:
 
 
 def guarded(parse: Callable[[], Any], what: str) -> Any:
-    """Run code that untrusted bytes may upset; whatever it raises, but DataError, is Corrupt."""
+    """Run code on bytes that may be damaged; any error except DataError becomes Corrupt."""
     try:
         return parse()
     except DataError:
         raise
     except NotImplementedError as error:
-        raise Corrupt(f"{what}: a format version that eventio cannot read ({error})") from error
+        raise Corrupt(f"{what}: in a format version that eventio cannot read ({error})") from error
     # eventio has no error type of its own for damaged bytes: IndexError, ValueError, struct.error,
-    # AssertionError, KeyError, MemoryError and more were all seen.
+    # AssertionError, KeyError, MemoryError and others occur.
     except Exception as error:
         raise Corrupt(f"{what}: unreadable ({type(error).__name__}: {error})") from error
 
 
 def sub_objects(payload: memoryview) -> Iterator[RawObject]:
-    """Objects inside an object, unparsed."""
+    """Divide the payload of an object into its unparsed sub-objects."""
     pos, end = 0, len(payload)
     while pos < end:
         if end - pos < 12:
@@ -254,7 +252,7 @@ def sub_objects(payload: memoryview) -> Iterator[RawObject]:
             size += (struct.unpack_from("<I", payload, pos + 12)[0] & 0xFFF) << 30
         start = pos + head
         if start + size > end:
-            raise Corrupt("an object is longer than the object that holds it")
+            raise Corrupt("an object is longer than the object that contains it")
         yield RawObject(
             word & 0xFFFF, id_, bytes(payload[pos:start]), payload[start : start + size]
         )
@@ -262,18 +260,18 @@ def sub_objects(payload: memoryview) -> Iterator[RawObject]:
 
 
 def top_level_objects(stream: ByteStream, wanted: Container[int]) -> Iterator[RawObject]:
-    """Whole top-level objects of the wanted types, in file order.
+    """Read complete top-level objects of the wanted types, in the order of the file.
 
     Raises
     ------
     Corrupt
-        Where the file stops being whole objects.
+        Where the file does not continue with a complete object.
     """
-    buffer, pos, offset = b"", 0, 0  # `offset` is the place of buffer[0] in the decompressed file
+    buffer, pos, offset = b"", 0, 0  # offset: of buffer[0] in the decompressed file
     view = memoryview(buffer)
 
     def fill(need: int) -> bool:
-        """Make buffer[pos : pos + need] available, which it is not yet."""
+        """Read until buffer[pos : pos + need] is available; False if the file ends before."""
         nonlocal buffer, pos, offset, view
         parts, have = [buffer[pos:]], len(buffer) - pos
         offset += pos
@@ -300,7 +298,7 @@ def top_level_objects(stream: ByteStream, wanted: Container[int]) -> Iterator[Ra
         if sync != SYNC_MARKER:
             if sync == SYNC_MARKER_BIG_ENDIAN:
                 raise Corrupt("big-endian eventio data, which eventio cannot read")
-            raise Corrupt(f"no object begins at byte {offset + pos}")
+            raise Corrupt(f"no object begins at byte {offset + pos}, where one is expected")
         size, head = length & 0x3FFFFFFF, 16
         if word >> 17 & 1:
             if len(buffer) - pos < 20 and not fill(20):
@@ -308,7 +306,7 @@ def top_level_objects(stream: ByteStream, wanted: Container[int]) -> Iterator[Ra
             head = 20
             size += (struct.unpack_from("<I", buffer, pos + 16)[0] & 0xFFF) << 30
         if size > MAX_OBJECT:
-            raise Corrupt(f"an object of {size} bytes at byte {offset + pos}: not a real length")
+            raise Corrupt(f"an object at byte {offset + pos} has the impossible length {size}")
         if len(buffer) - pos < head + size and not fill(head + size):
             raise Corrupt(f"the file is cut off after {offset + len(buffer)} bytes")
         kind = word & 0xFFFF
@@ -327,10 +325,9 @@ class Event:
     ----------
     shower, mc : dict
         eventio's MCShower (energy TeV, altitude and azimuth rad, h_first_int m) and MCEvent (xcore,
-        ycore m). Both empty for a calibration event.
+        ycore m). Both are empty for a calibration event.
     telescopes : dict
-        Telescope id -> its raw ADC object, for the telescopes asked for that took part in the
-        trigger.
+        Telescope id -> its raw ADC object, for the selected telescopes that triggered.
     """
 
     run_number: int
@@ -342,7 +339,7 @@ class Event:
 
 @dataclass
 class Monitoring:
-    """Pedestals and gains of one telescope, parsed when an event needs them."""
+    """Pedestals and gains of one telescope; parsed when an event needs them."""
 
     values: dict[str, Any] = field(default_factory=dict)
     pending: list[RawObject] = field(default_factory=list)
@@ -359,7 +356,7 @@ class Monitoring:
             self.refresh()
 
     def refresh(self) -> dict[str, Any]:
-        """Up-to-date values: `pedestal` and `n_ped_slices`, `calib`, `tm_calib`."""
+        """Parse what is pending; return `pedestal`, `n_ped_slices`, `calib` and `tm_calib`."""
         if self.pending:
             for item in self.pending:
                 self.values.update(item.parse())
@@ -369,7 +366,7 @@ class Monitoring:
 
 
 class SimtelFile:
-    """A simtel file: its header at once, its events one by one.
+    """A simtel file: its header is read when it is opened, its events one by one.
 
     Parameters
     ----------
@@ -381,20 +378,20 @@ class SimtelFile:
         eventio's RunHeader and the last MCRunHeader before the events.
     telescopes : dict
         Telescope id -> {"camera_settings", "camera_organization", "pixel_settings",
-        "disabled_pixels"}. Telescopes with identical objects share one dict a part.
+        "disabled_pixels"}. Telescopes with identical objects share the parsed parts.
     meta : dict
-        sim_telarray's metadata (bytes -> bytes) a telescope, those of the file as telescope -1.
+        Telescope id -> sim_telarray's metadata (bytes -> bytes); id -1 has those of the file.
     monitoring : dict
         Telescope id -> Monitoring.
     events_read, calibration_events : int
-        So far.
+        Counts so far.
     problem : str
-        Why the file is incomplete; empty while it is not known to be.
+        Why the file is incomplete; empty if it is complete so far.
 
     Raises
     ------
     DataError
-        If the file cannot be read or holds no array description.
+        If the file cannot be read or has no array description.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -411,9 +408,11 @@ class SimtelFile:
         try:
             self._stream = ByteStream(self.path)
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be opened ({error.strerror}).") from error
+            raise DataError(
+                f"{self.path}: cannot be opened ({error.strerror}). Check the path."
+            ) from error
         self._objects = top_level_objects(self._stream, WANTED)
-        self._begun: list[RawObject] = []  # the objects with which the events begin
+        self._begun: list[RawObject] = []  # objects read before the first event was complete
         try:
             self._read_head()
         except BaseException:
@@ -445,7 +444,7 @@ class SimtelFile:
                     self._head_object(item)
                     continue
                 self._begun = [b for b in self._begun if b.type != item.type] + [item]
-                # Merged files describe some telescopes after the first shower without a trigger.
+                # Merged files describe some telescopes only after a first shower without trigger.
                 if item.type not in (MC_SHOWER, MC_EVENT) or self._is_described():
                     break
         except Corrupt as error:
@@ -453,14 +452,14 @@ class SimtelFile:
         except OSError as error:
             self.problem = f"the file cannot be read ({error.strerror})"
         if not self._is_described():
-            reason = self.problem or "no array description in it"
+            reason = self.problem or "it has no array description"
             raise DataError(
-                f"{self.path}: not a whole simtel header: {reason}. "
-                "Expected a sim_telarray file (*.simtel, .gz or .zst)."
+                f"{self.path}: no complete simtel header: {reason} (expected a sim_telarray file: "
+                "*.simtel, .gz or .zst). Leave the file out or replace it."
             )
 
     def _is_described(self) -> bool:
-        """Whether the run and every telescope of it have been described."""
+        """Whether the run and all its telescopes have been described."""
         whole = sum(len(parts) == len(TELESCOPE_PARTS) for parts in self.telescopes.values())
         return whole > 0 and whole >= int(self.header.get("n_telescopes", 1 << 30))
 
@@ -472,7 +471,7 @@ class SimtelFile:
         elif item.type == HISTORY_META:
             self.meta[item.id] = item.parse()
         elif item.type in TELESCOPE_PARTS:
-            # An array has a hundred telescopes and a handful of cameras: parse equal bytes once.
+            # An array has about 100 telescopes and few types of camera: parse equal bytes once.
             key = (item.type, item.header[:4], bytes(item.payload))
             if key not in self._parsed:
                 self._parsed[key] = item.parse()
@@ -482,7 +481,7 @@ class SimtelFile:
 
     def _monitoring_object(self, item: RawObject) -> None:
         tel_id = item.id
-        if item.type == CAMERA_MONITORING:  # its id also says what changed (hessio, io_hess.c)
+        if item.type == CAMERA_MONITORING:  # the id also encodes what changed (hessio, io_hess.c)
             tel_id = (item.id & 0xFF) | ((item.id & 0x3F000000) >> 16)
         self.monitoring.setdefault(tel_id, Monitoring()).add(item)
 
@@ -492,22 +491,22 @@ class SimtelFile:
         wanted: Callable[[int, int], bool] | None = None,
         calibration: bool = False,
     ) -> Iterator[Event]:
-        """Whole triggered events, in file order.
+        """Read complete triggered events, in the order of the file.
 
         Parameters
         ----------
         tel_ids : container of int, optional
-            Telescopes whose data are kept; all by default.
+            Telescopes whose data are kept; by default all.
         wanted : callable, optional
-            (run_number, event_id) -> bool; events refused are counted and not looked into.
+            (run_number, event_id) -> bool. Other events are counted, but not parsed.
         calibration : bool
-            Also yield calibration events (with a negative id, as ctapipe numbers them).
+            Also yield calibration events (with negative ids, like ctapipe).
 
         Yields
         ------
         Event
-            Also events in which no selected telescope took part, with `telescopes` empty, so that
-            the caller can count them; never events without any telescope data.
+            Also those without a selected telescope, with `telescopes` empty, so that the caller can
+            count them; but no events without any telescope data.
         """
         shower: RawObject | None = None
         shower_values: dict[str, Any] = {}
@@ -540,7 +539,7 @@ class SimtelFile:
                 elif kind in (CAMERA_MONITORING, LASER_CALIBRATION):
                     self._monitoring_object(item)
                 elif kind == RUN_HEADER:
-                    raise Corrupt("a second run begins in the middle of the file, it is not read")
+                    raise Corrupt("a second run begins in the middle of the file and is not read")
         except Corrupt as error:
             self.problem = str(error)
         except OSError as error:
@@ -557,11 +556,11 @@ class SimtelFile:
         trigger = next(parts, None)
         if trigger is None or trigger.type != TRIGGER:
             raise Corrupt("an array event does not begin with its trigger")
-        # Old files number the array event otherwise than the MC event; the trigger has the right
-        # number.
+        # In old files the number of the array event differs from that of the MC event, which the
+        # trigger has, too.
         event_id = trigger.id if trigger.id != 0 else array_event.id
         if event_id < 0:
-            raise Corrupt(f"an event has the number {event_id}")
+            raise Corrupt(f"an event has the impossible number {event_id}")
         triggered: set[int] | None = None
         telescopes: dict[int, RawObject] = {}
         has_data = False
@@ -577,9 +576,7 @@ class SimtelFile:
                 continue
             if triggered is None:
                 triggered = set(trigger.parse()["triggered_telescopes"].tolist())
-            if (
-                tel_id not in triggered
-            ):  # data without a part in the trigger: ctapipe skips them too
+            if tel_id not in triggered:  # data of a telescope that did not trigger; like ctapipe
                 continue
             adc = sums = None
             for sub in sub_objects(part.payload):
@@ -597,7 +594,7 @@ class SimtelFile:
 
 
 def _shower_values(shower: RawObject) -> dict[str, Any]:
-    """MCShower as eventio parses it, its altitude not above the zenith (float32 pi/2 rounds up)."""
+    """Parse an MCShower; limit its altitude to the zenith, since pi/2 in float32 is rounded up."""
     values = dict(shower.parse())
     if HALF_PI < values["altitude"] < (1 + 1e-6) * HALF_PI:
         values["altitude"] = HALF_PI

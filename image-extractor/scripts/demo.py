@@ -1,8 +1,8 @@
-"""Show the whole job on real files: mapped and all data sets, summaries, pictures.
+"""Demonstrate the extraction of real files: data sets of both storage modes, summaries, pictures.
 
-Reads   simtel files: those of ../../shared/data/cta where present, else of eventio's source
-        distribution, which pip fetches (82 MB, kept in build/demo-data).
-Writes  into the folder given: HDF5 files of several arrays and storage modes, PNG pictures,
+Reads   simtel files of ../../shared/data/cta or, if it is absent, of eventio's source distribution,
+        which pip downloads (82 MB, kept in build/demo-data).
+Writes  to the given folder: HDF5 files of several arrays and storage modes, PNG pictures,
         summary.json.
 
     python scripts/demo.py ../results/demo-cta
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from image_extractor import cli
+from image_extractor.transaction import write_whole
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SHARED = PACKAGE.parent.parent / "shared" / "data" / "cta"
@@ -23,7 +24,7 @@ SDIST = "eventio==1.10.0"
 GAMMAS = "gamma_test.simtel.gz"
 SST_GAMMAS = "gamma_20deg_0deg_run102___cta-prod4-sst-1m_desert-2150m-Paranal-sst-1m.simtel.gz"
 PROTONS = "proton_run202_za20deg_azm0deg_North_test_layout_test-prod.simtel.zst"
-# calib_events has one camera of each kind; only the tests use it.
+# calib_events has one camera of each type; only the tests use it.
 FETCHED = (GAMMAS, SST_GAMMAS, "calib_events.simtel.gz")
 MAPPED = """\
 storage_mode = mapped
@@ -42,15 +43,15 @@ bin_size = 1
 
 
 def inputs() -> dict[str, Path]:
-    """Real files by name."""
+    """Find or download the real files; return them by name."""
     if SHARED.is_dir():
         found = {p.name: p for p in SHARED.iterdir()}
-        print(f"input: {len(found)} files of {SHARED.relative_to(PACKAGE.parent.parent)}")
+        print(f"input: files of {SHARED.relative_to(PACKAGE.parent.parent)}")
         return found
     folder = PACKAGE / "build" / "demo-data"
     if not all((folder / name).exists() for name in FETCHED):
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"input: fetching the source distribution of {SDIST} (82 MB)")
+        print(f"input: downloading the source distribution of {SDIST} (82 MB)")
         command = [
             sys.executable,
             "-m",
@@ -67,14 +68,12 @@ def inputs() -> dict[str, Path]:
             for member in archive:
                 name = Path(member.name).name
                 if "/resources/" in member.name and name in FETCHED and member.isfile():
-                    part = folder / f".{name}.partial"
-                    part.write_bytes(archive.extractfile(member).read())
-                    part.replace(folder / name)
+                    write_whole(folder / name, archive.extractfile(member).read())
     return {p.name: p for p in folder.iterdir()}
 
 
 def main(out: Path) -> int:
-    """Run the demonstration; returns the exit code."""
+    """Run the demonstration; return the exit code."""
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     files = inputs()
@@ -100,7 +99,7 @@ def main(out: Path) -> int:
         config_path.write_text(config)
         report.unlink(missing_ok=True)
         print(f"\n{name}")
-        # Exit code 1 is expected of gamma_test, whose last event is cut off.
+        # Exit code 1 is expected for gamma_test, whose last event is cut off.
         code = cli.main(
             [
                 str(files[source]),
@@ -131,8 +130,8 @@ def main(out: Path) -> int:
             f"{d['saturated_pixels']:11}{d['bytes'] / 1e6:7.1f}"
         )
     print(
-        f"\nLook at {out}/*.png and {out}/summary.json; image-extractor inspect "
-        f"{out}/gammas_mapped.h5 ({total['seconds']:.0f} s)"
+        f"\nDone in {total['seconds']:.0f} s. See {out}/*.png, {out}/summary.json and\n"
+        f"image-extractor inspect {out}/gammas_mapped.h5"
     )
     return 0
 

@@ -2,9 +2,9 @@
 """The command `image_extractor.py`: extract images from simtel files (see `image_extractor.py
 --help`).
 
-Python puts a script's folder first on the module path. This file's name is the package's, so every
-other command in the same folder (pytest, ipython) that imports image_extractor would find this file
-instead. It therefore steps aside: imported, it loads the package in its place.
+Python puts the folder of a script first on the module path. This file has the name of the package,
+so that other commands in the same folder (pytest, ipython) that import image_extractor would find
+this file instead. If imported, it therefore loads the package in its place.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def _package_spec():
-    """Where the installed package is, this script's folder left out."""
+    """Find the installed package, leaving out the folder of this script."""
     here = Path(__file__).resolve().parent
     everywhere = list(sys.path)
     sys.path[:] = [p for p in everywhere if Path(p or ".").resolve() != here]
@@ -24,7 +24,9 @@ def _package_spec():
                 return spec
     finally:
         sys.path[:] = everywhere
-    raise ImportError("the package image_extractor is not installed")
+    raise ImportError(
+        "the package image_extractor is not installed. Run: pip install ./image-extractor"
+    )
 
 
 _spec = _package_spec()

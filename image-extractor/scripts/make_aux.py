@@ -1,12 +1,12 @@
 """Make the files of aux/: two configurations and their dictionaries of bins and cuts.
 
 Reads   simtel files, for the numbers and true energies of their events.
-Writes  aux/test_pytables{,_1bin}.config (historic settings) and aux/bins_cuts_dict{,_1bin}.pkl with
-        the same as .json, for people.
+Writes  aux/test_pytables{,_1bin}.config (historic settings) and aux/bins_cuts_dict{,_1bin}.pkl, the
+        dictionaries also as .json for people to read.
 
-No EventDisplay analysis of these files exists. Its place is taken by a made-up one, seeded:
-energies reconstructed with 15 % scatter around the true ones, good shape parameters. It goes the
-whole way, through a ROOT file of EventDisplay's form and prepare_cuts_dict.py.
+No EventDisplay analysis of these files exists. It is replaced by random numbers with a fixed seed:
+reconstructed energies with a scatter of 15 % around the true ones, shape parameters of good events.
+They are written to a ROOT file like EventDisplay's, which prepare_cuts_dict.py reads.
 
     python scripts/make_aux.py FILE.simtel.gz [FILE ...]
 """
@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import uproot
 
-from image_extractor.config import EnergyBins, Settings, as_text
+from image_extractor.config import as_text
 from image_extractor.prepare_cuts_dict import TREE, prepare
+from image_extractor.settings import EnergyBins, Settings
 from image_extractor.simtel import SimtelFile
 
 AUX = Path(__file__).resolve().parents[1] / "aux"
@@ -40,7 +41,7 @@ CONFIGURATIONS = {
 
 
 def mock_mscw(paths: list[Path], seed: int = 0) -> dict[str, np.ndarray]:
-    """Columns of EventDisplay's tree `data` for the triggered events of simtel files."""
+    """Draw columns of EventDisplay's tree `data` for the triggered events of simtel files."""
     rng = np.random.default_rng(seed)
     events = []
     for path in paths:
@@ -67,7 +68,7 @@ def mock_mscw(paths: list[Path], seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def main(paths: list[Path]) -> None:
-    """Write every file of aux/."""
+    """Write all files of aux/."""
     AUX.mkdir(exist_ok=True)
     columns = mock_mscw(paths)
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +83,7 @@ def main(paths: list[Path]) -> None:
                 counts = prepare([root], AUX / f"bins_cuts_dict{suffix}{kind}", settings)
             print(
                 f"{suffix or '3 bins'}: {counts['passed']} of {counts['events']} "
-                f"events pass, a bin: {counts['bins']}"
+                f"events pass; per bin: {counts['bins']}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Real files, the ctapipe reference, and small helpers for every test."""
+"""Real files, ctapipe's results for them, and helpers for all tests."""
 
 import gzip
 from pathlib import Path
@@ -6,7 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from hypothesis import settings as hypothesis_settings
 
+hypothesis_settings.register_profile("no wall-clock limit", deadline=None)
+hypothesis_settings.load_profile("no wall-clock limit")
 PACKAGE = Path(__file__).resolve().parents[1]
 SHARED = PACKAGE.parent.parent / "shared"
 FOLDERS = (SHARED / "data" / "cta", PACKAGE / "build" / "demo-data")
@@ -20,7 +23,7 @@ NAMES = {
 
 
 def real_file(key: str) -> Path:
-    """Path of a real simtel file; skips the test where it is absent."""
+    """Path of a real simtel file; skip the test if it is absent."""
     for folder in FOLDERS:
         if (folder / NAMES[key]).is_file():
             return folder / NAMES[key]
@@ -37,7 +40,7 @@ def decompressed(path: Path) -> bytes:
 
 @pytest.fixture(scope="session")
 def dl1():
-    """ctapipe's own DL1: key -> list of (event_id, ArrayEventContainer pieces) of a real file."""
+    """ctapipe's DL1 of a real file: ([(event_id, {tel_id: (charge, time)}, shower)], subarray)."""
     cache = {}
 
     def reference(key, calibration=False):
@@ -64,10 +67,10 @@ def dl1():
 
 
 def settings(**options):
-    """Settings that keep every telescope and every event, mapped, one pixel a cell."""
+    """Settings that keep all telescopes and events; mapped, one cell per pixel."""
     from dataclasses import replace
 
-    from image_extractor.config import EnergyBins, Settings
+    from image_extractor.settings import EnergyBins, Settings
 
     base = dict(
         storage_mode="mapped",
@@ -94,7 +97,7 @@ OWN = ("compression", "shuffle", "split", "stratify", "seed", "overwrite")
 
 
 def all_images(path):
-    """Everything stored: (run, event) -> (row values, telescope id -> image)."""
+    """All stored events: (run, event) -> (row, {telescope id: image})."""
     from image_extractor import layout
 
     found = {}
@@ -109,5 +112,5 @@ def all_images(path):
 
 
 def stored(charge):
-    """The stored number of a charge: 0.01 photo-electrons, negative ones as 0."""
+    """Numbers stored for charges: in 0.01 photo-electrons, negative ones as 0."""
     return np.rint(np.clip(charge.astype(np.float64), 0, None) * 100)

@@ -1,4 +1,4 @@
-"""Charges and times against ctapipe's own calibration of the real files, bit for bit."""
+"""Charges and times against ctapipe's calibration of the real files, bit for bit."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_every_pixel_of_every_telescope_event_equals_ctapipe(key, n_images, dl1)
 
 
 @pytest.mark.parametrize("key", ["gamma", "sst", "proton", "calib"])
-def test_integration_correction_is_ctapipes(key):
+def test_the_integration_correction_equals_ctapipes(key):
     from ctapipe.image.extractor import integration_correction as theirs
 
     with SimtelFile(real_file(key)) as simtel:
@@ -47,7 +47,7 @@ def test_integration_correction_is_ctapipes(key):
             np.testing.assert_array_equal(ours, theirs(*arguments, WINDOW_WIDTH, WINDOW_SHIFT))
 
 
-def test_decoded_samples_are_eventios():
+def test_decoded_samples_equal_eventios():
     with SimtelFile(real_file("proton")) as simtel:
         telescopes = describe_array(simtel)
         for event in simtel.events():
@@ -58,7 +58,7 @@ def test_decoded_samples_are_eventios():
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 9, 500, -8])
-def test_cut_waveforms_are_refused(keep):
+def test_truncated_waveforms_are_refused(keep):
     with SimtelFile(real_file("proton")) as simtel:
         telescopes = describe_array(simtel)
         event = next(simtel.events())
@@ -75,11 +75,13 @@ def test_gains_of_another_camera_are_refused():
         monitoring = simtel.monitoring[tel_id]
         values = monitoring.refresh()
         values["calib"] = values["calib"][:, :-5]
-        with pytest.raises(Corrupt, match=f"telescope {tel_id}: .* pedestals and gains of shapes"):
+        with pytest.raises(
+            Corrupt, match=f"telescope {tel_id}: .* do not fit pedestals and gains of shapes"
+        ):
             Calibrator(telescopes[tel_id])(adc, monitoring)
 
 
-def test_disabled_pixels_take_their_neighbours_mean():
+def test_disabled_pixels_get_the_mean_of_their_neighbours():
     with SimtelFile(real_file("proton")) as simtel:
         telescopes = describe_array(simtel)
         event = next(e for e in simtel.events() if 5 <= min(e.telescopes))

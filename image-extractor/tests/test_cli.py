@@ -1,4 +1,4 @@
-"""Commands as a person types them: the README's examples, exit codes, quick help."""
+"""The commands as users type them: the README's examples, exit codes, messages, help."""
 
 import json
 import os
@@ -13,14 +13,15 @@ import pytest
 import tables
 from conftest import PACKAGE, all_images, decompressed, real_file
 
-from image_extractor import cli, config
+from image_extractor import cli
+from image_extractor.config import load_config
+from image_extractor.cuts import load_cuts
 from image_extractor.errors import DataError
 from image_extractor.look import validate
 from image_extractor.simtel import ARRAY_EVENT, SYNC_MARKER
 from image_extractor.transaction import write_whole
 
 BIN = Path(sys.executable).parent
-NO_TRAINING = {"PYTHONWARNINGS": "ignore"}
 
 
 def run(*words, cwd=None):
@@ -29,7 +30,7 @@ def run(*words, cwd=None):
         cwd=cwd,
         capture_output=True,
         text=True,
-        env={**os.environ, **NO_TRAINING},
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
 
 
@@ -42,7 +43,7 @@ def installed(name):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The files of the README's example: data, configuration, dictionary."""
+    """A folder with the files of the README's example: data, configuration, dictionary."""
     (tmp_path / "simtel").mkdir()
     shutil.copy(real_file("sst"), tmp_path / "simtel" / "a.simtel.gz")
     (tmp_path / "configuration_settings.config").write_text(
@@ -54,7 +55,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def readmes_command(folder, *options):
+def command_of_the_readme(folder, *options):
     return run(
         installed("image_extractor.py"),
         f"{folder}/simtel/*.simtel.gz",
@@ -66,8 +67,8 @@ def readmes_command(folder, *options):
     )
 
 
-def test_the_readmes_command_word_for_word(folder):
-    done = readmes_command(folder, "--shuffle", "--split")
+def test_the_command_of_the_readme_word_for_word(folder):
+    done = command_of_the_readme(folder, "--shuffle", "--split")
     assert done.returncode == 0, done.stderr
     assert "events written" in done.stdout
     with tables.open_file(str(folder / "dataset.h5")) as h5:
@@ -79,32 +80,27 @@ def test_the_readmes_command_word_for_word(folder):
     assert n == [round(0.9 * sum(n)), sum(n) - round(0.9 * sum(n)), 0]
 
 
-def test_a_cut_file_is_told_once(folder):
-    """By the process that the user started, not by its workers, too."""
+def test_a_truncated_file_is_reported_once(folder):
+    """The parent process reports it, the workers do not."""
     raw = (folder / "simtel" / "a.simtel.gz").read_bytes()
     for name in ("a", "b"):
         (folder / "simtel" / f"{name}.simtel.gz").write_bytes(raw[: int(0.9 * len(raw))])
-    done = readmes_command(folder, "--jobs", "2")
+    done = command_of_the_readme(folder, "--jobs", "2")
     assert done.returncode == 1
     for name in ("a", "b"):
         assert done.stderr.count(f"{name}.simtel.gz: incomplete") == 1
 
 
 @pytest.mark.parametrize(
-    "words",
-    [
-        ["d.pkl"],
-        ["--bins_cuts_dict", "d.pkl"],
-        ["--bins_cuts_dict_file", "d.pkl"],
-        ["--bins-cuts-dict", "d.pkl"],
-    ],
+    "option", [[], ["--bins_cuts_dict"], ["--bins_cuts_dict_file"], ["--bins-cuts-dict"]]
 )
-def test_the_dictionary_as_an_argument_and_as_an_option(folder, words, monkeypatch):
+def test_the_dictionary_may_be_an_argument_or_an_option(folder, option, monkeypatch):
+    """Defect 1 of the historic tool, see test_defects.py."""
     monkeypatch.chdir(folder)
     (folder / "d.pkl").write_bytes(pickle.dumps({(102, 301): (0, 0.5)}))
     config = "configuration_settings.config"
     options = ["--debug", "--summary", "s.json"]
-    assert cli.main(["simtel/*.simtel.gz", "o.h5", config, *words, *options]) == 0
+    assert cli.main(["simtel/*.simtel.gz", "o.h5", config, *option, "d.pkl", *options]) == 0
     assert list(all_images(folder / "o.h5")) == [(102, 301)]
     summary = json.loads((folder / "s.json").read_text())
     assert (summary["files"], summary["events_written"], summary["images_by_type"]) == (
@@ -115,8 +111,8 @@ def test_the_dictionary_as_an_argument_and_as_an_option(folder, words, monkeypat
     assert summary["bytes"] == (folder / "o.h5").stat().st_size
 
 
-def test_a_file_without_an_event_is_told(folder, monkeypatch, capsys):
-    """It is an error if no other file has any."""
+def test_a_file_without_events_is_reported(folder, monkeypatch, capsys):
+    """It is an error if no other file has events."""
     monkeypatch.chdir(folder)
     whole = decompressed(folder / "simtel" / "a.simtel.gz")
     head = whole[: whole.index(SYNC_MARKER + struct.pack("<H", ARRAY_EVENT))]
@@ -128,12 +124,13 @@ def test_a_file_without_an_event_is_told(folder, monkeypatch, capsys):
     ):
         words = [pattern, "o.h5", "configuration_settings.config", "--jobs", jobs]
         assert cli.main(words) == code
-        assert capsys.readouterr().err.count("head.simtel: no event in it.") == 1
+        assert capsys.readouterr().err.count("head.simtel: contains no events.") == 1
         assert validate(folder / "o.h5") == []
         assert len(all_images(folder / "o.h5")) == n
 
 
-def test_exit_codes_and_one_line_messages(folder, monkeypatch, capsys):
+def test_exit_codes_and_messages(folder, monkeypatch, capsys):
+    """Includes defect 4 of the historic tool, see test_defects.py."""
     monkeypatch.chdir(folder)
     config, source = "configuration_settings.config", "simtel/a.simtel.gz"
     (folder / "bad.config").write_text("mode = x\n[image]\nsize = 3\n")
@@ -150,12 +147,16 @@ def test_exit_codes_and_one_line_messages(folder, monkeypatch, capsys):
         ),
         (2, [source, "o.h5", config, "--stratify"], "--stratify needs --split"),
         (2, [source, source, config], "also an input"),
-        (2, ["simtel", "o.h5", config], 'simtel: is a folder. Name its files: "simtel/*.'),
+        (
+            2,
+            ["simtel", "o.h5", config],
+            'simtel: is a folder (expected files). Give its files: "simtel/*.',
+        ),
         (2, [source, "o.h5", config, "--summary", "none/s.json"], "folder that does not exist"),
         (2, [source, "o.h5", config, "--summary", "simtel"], "simtel: is a folder"),
         (1, [source, "o.h5", config, "absent.pkl"], "absent.pkl"),
         (1, [source, "o.h5", "none.config"], "no telescope 'LST' in the array (70 SST DigiCam)"),
-        (1, ["none.simtel.gz", "o.h5", config], "not a whole simtel header"),
+        (1, ["none.simtel.gz", "o.h5", config], "no complete simtel header"),
         (1, ["inspect", "none.simtel.gz"], "not an HDF5 file"),
         (1, ["validate", "absent.h5"], "no such file"),
         (1, ["plot", "absent.h5"], "no such file"),
@@ -180,34 +181,45 @@ def test_exit_codes_and_one_line_messages(folder, monkeypatch, capsys):
         assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_summary_that_fails_is_one_line_and_the_data_stand(folder, monkeypatch, capsys):
+def test_a_summary_that_cannot_be_written_is_reported_and_the_data_are_kept(
+    folder, monkeypatch, capsys
+):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(config, "write_atomically", _full)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
     words = ["simtel/*.gz", "o.h5", "configuration_settings.config", "--summary", "s.json"]
     assert cli.main([*words, "--max_events", "3"]) == 1
     err = capsys.readouterr().err
-    assert err.splitlines()[-1] == "s.json: cannot be written (No space left on device)."
+    assert err.splitlines()[-1] == (
+        "s.json: cannot be written (No space left on device). "
+        "Check its folder, the permissions and the free space."
+    )
     assert len(all_images(folder / "o.h5")) == 3
 
 
-def _full(*_):
+def write_half(path, data):
+    """Stand in for Path.write_bytes on a disk that is full half-way."""
+    with path.open("wb") as f:
+        f.write(data[: len(data) // 2])
     raise OSError(28, "No space left on device")
 
 
-def test_small_files_are_whole_or_absent(tmp_path, monkeypatch):
+def test_a_small_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
     (tmp_path / "s.json").write_text("old")
-    monkeypatch.setattr(os, "fdopen", _full)
+    monkeypatch.setattr(Path, "write_bytes", write_half)
     with pytest.raises(DataError, match=r"s\.json: cannot be written .No space"):
         write_whole(tmp_path / "s.json", b"new")
     assert (tmp_path / "s.json").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
 
 
-def test_small_files_keep_links_and_devices(tmp_path):
+def test_small_files_may_be_links_and_devices_and_keep_their_mode(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "file")
     write_whole(tmp_path / "link", b"text")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_bytes() == b"text"
+    (tmp_path / "file").chmod(0o600)
+    write_whole(tmp_path / "file", b"other")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
     os.mkfifo(tmp_path / "pipe")
     pipe = os.open(tmp_path / "pipe", os.O_RDWR | os.O_NONBLOCK)
     write_whole(tmp_path / "pipe", b"text")
@@ -215,9 +227,8 @@ def test_small_files_keep_links_and_devices(tmp_path):
     os.close(pipe)
 
 
-def test_a_dictionary_with_more_bins_than_the_config_is_refused_at_once(
-    folder, monkeypatch, capsys
-):
+def test_a_dictionary_with_too_many_bins_is_refused(folder, monkeypatch, capsys):
+    """Defect 8 of the historic tool, see test_defects.py."""
     monkeypatch.chdir(folder)
     (folder / "three.json").write_text(
         '{"format": "bins-cuts-dict", "events": [[102, 301, 2, 1.0]]}'
@@ -226,14 +237,14 @@ def test_a_dictionary_with_more_bins_than_the_config_is_refused_at_once(
     assert "has energy bin 2, the configuration has 1" in capsys.readouterr().err
 
 
-def test_broken_files_are_named_and_the_others_go_on(folder, monkeypatch, capsys):
+def test_unusable_files_are_named_and_the_others_extracted(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     raw = (folder / "simtel" / "a.simtel.gz").read_bytes()
-    (folder / "simtel" / "0_broken.simtel.gz").write_bytes(b"no simtel")
+    (folder / "simtel" / "0_broken.simtel.gz").write_bytes(b"not a simtel file")
     (folder / "simtel" / "b_cut.simtel.gz").write_bytes(raw[:4_000_000])
     assert cli.main(["simtel/*.simtel.gz", "o.h5", "configuration_settings.config"]) == 1
     captured = capsys.readouterr()
-    assert "0_broken.simtel.gz: left out: not a whole simtel header" in captured.err
+    assert "0_broken.simtel.gz: left out: no complete simtel header" in captured.err
     assert "b_cut.simtel.gz: incomplete: the gzip stream is cut off" in captured.err
     assert "3 (1 incomplete, 1 left out)" in captured.out
     assert len(all_images(folder / "o.h5")) > 20
@@ -256,14 +267,14 @@ def test_help_needs_no_heavy_import():
 
 
 @pytest.mark.parametrize("name", ["image_extractor.py", "image-extractor", "prepare_cuts_dict.py"])
-def test_installed_commands_answer(name, tmp_path):
+def test_installed_commands_print_their_help(name, tmp_path):
     done = run(installed(name), "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")
 
 
 def test_scripts_beside_image_extractor_py_still_import_the_package(tmp_path):
-    """Its name would hide the package from any command in the same folder."""
+    """Its name must not hide the package from other commands in the same folder."""
     installed("image_extractor.py")
     shutil.copy(BIN / "image_extractor.py", tmp_path / "image_extractor.py")
     (tmp_path / "other_command.py").write_text(
@@ -275,9 +286,6 @@ def test_scripts_beside_image_extractor_py_still_import_the_package(tmp_path):
 
 
 def test_the_auxiliary_files_fit_together():
-    from image_extractor.config import load_config
-    from image_extractor.cuts import load_cuts
-
     for suffix, storage, mode, n_bins in (
         ("", "all", "PIXELS_TIMING_3C", 3),
         ("_1bin", "mapped", "PIXELS_1C", 1),

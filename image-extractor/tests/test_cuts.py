@@ -1,4 +1,4 @@
-"""Dictionaries of bins and cuts: made, written, read back; nothing but plain data."""
+"""Dictionaries of bins and cuts: making, writing and reading them; only plain data are accepted."""
 
 import json
 import os
@@ -9,9 +9,9 @@ import pytest
 import uproot
 
 from image_extractor import prepare_cuts_dict
-from image_extractor.config import EnergyBins, Settings
-from image_extractor.cuts import ROW, CutsTable, CutsWriter, bin_indices, load_cuts
+from image_extractor.cuts import ROW, CutsTable, bin_indices, cuts_writer, load_cuts
 from image_extractor.errors import DataError
+from image_extractor.settings import EnergyBins, Settings
 
 
 def columns(n, seed=0, run=77, first=0):
@@ -38,7 +38,7 @@ def write_root(path, data, tree="data"):
 
 
 def by_hand(data, edges):
-    """The historic loop, an event at a time."""
+    """Cuts and bins as in the historic loop over events."""
     expected = {}
     for i in range(len(data["ErecS"])):
         offset = (data["MCxoff"][i] ** 2 + data["MCyoff"][i] ** 2) ** 0.5
@@ -63,8 +63,8 @@ def by_hand(data, edges):
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".json", ".h5"])
-def test_default_cuts_and_bins_are_those_of_the_historic_loop(tmp_path, suffix, monkeypatch):
-    monkeypatch.setattr(prepare_cuts_dict, "ROWS_A_SLICE", 700)  # several slices a file
+def test_default_cuts_and_bins_equal_those_of_the_historic_loop(tmp_path, suffix, monkeypatch):
+    monkeypatch.setattr(prepare_cuts_dict, "ROWS_PER_SLICE", 700)  # several slices per file
     first, second = columns(3000, 1), columns(2000, 2, run=78)
     write_root(tmp_path / "a.mscw.root", first)
     write_root(tmp_path / "b.mscw.root", second)
@@ -81,7 +81,7 @@ def test_default_cuts_and_bins_are_those_of_the_historic_loop(tmp_path, suffix, 
     assert sum(counts["bins"]) == counts["passed"]
 
 
-def test_the_pickle_is_the_historic_plain_dict(tmp_path):
+def test_the_pickle_is_a_plain_dict_as_historically(tmp_path):
     data = columns(500, 3)
     write_root(tmp_path / "a.root", data)
     prepare_cuts_dict.prepare([tmp_path / "a.root"], tmp_path / "c.pkl", Settings())
@@ -104,7 +104,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
             return (os.mkdir, (str(tmp_path / "ran"),))
 
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps({(1, 2): (0, 1.0), (1, 3): Evil()}))
-    with pytest.raises(DataError, match="mkdir, which is no plain data"):
+    with pytest.raises(DataError, match="mkdir, which is not plain data"):
         load_cuts(tmp_path / "evil.pkl")
     assert not (tmp_path / "ran").exists()
     for thing in (np.float64(1.0), EnergyBins(), {1, 2}.__class__, np.arange(3)):
@@ -114,7 +114,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_plain_pickles_of_every_protocol_are_read(tmp_path, protocol):
+def test_plain_pickles_of_all_protocols_are_read(tmp_path, protocol):
     (tmp_path / "c.pkl").write_bytes(
         pickle.dumps({(31964, 408): (2, 0.5), (31964, 409): (0, 0.2)}, protocol)
     )
@@ -144,7 +144,7 @@ def test_plain_pickles_of_every_protocol_are_read(tmp_path, protocol):
         pickle.dumps({(-1, 2): (1, 1.0)}),
     ],
 )
-def test_bad_dictionaries_are_named(tmp_path, content):
+def test_unusable_dictionaries_are_named(tmp_path, content):
     path = tmp_path / "bad.pkl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"bad\.pkl"):
@@ -166,42 +166,64 @@ def test_an_event_listed_twice_is_refused(tmp_path):
         CutsTable(rows)
 
 
-def test_json_is_for_people(tmp_path):
-    with CutsWriter(tmp_path / "c.json", {"cuts": {}}) as writer:
-        writer.write(np.array([(5, 1, 0, 0.25)], ROW))
-        writer.write(np.array([(4, 1, 2, 3.5)], ROW))
+def test_json_has_one_line_per_event(tmp_path):
+    with cuts_writer(tmp_path / "c.json", {"cuts": {}}) as write:
+        write(np.array([(5, 1, 0, 0.25)], ROW))
+        write(np.array([(4, 1, 2, 3.5)], ROW))
     text = (tmp_path / "c.json").read_text()
     assert "  [5, 1, 0, 0.25],\n  [4, 1, 2, 3.5]\n" in text
     assert json.loads(text)["events"] == [[5, 1, 0, 0.25], [4, 1, 2, 3.5]]
-    with CutsWriter(tmp_path / "empty.json", {"cuts": {}}):
-        pass
-    assert len(load_cuts(tmp_path / "empty.json")) == 0
 
 
-def test_command_line_and_its_errors(tmp_path, capsys):
+@pytest.mark.parametrize("suffix", [".pkl", ".json", ".h5"])
+def test_a_dictionary_may_be_empty_and_appears_whole_or_not_at_all(tmp_path, suffix):
+    path = tmp_path / f"c{suffix}"
+    with cuts_writer(path, {"cuts": {}}) as write:
+        write(np.zeros(0, ROW))
+    assert len(load_cuts(path)) == 0
+    before = path.read_bytes()
+
+    def fill_the_disk():
+        with cuts_writer(path, {"cuts": {}}) as write:
+            write(np.ones(1, ROW))
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        fill_the_disk()
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_command_and_its_errors(tmp_path, capsys):
     write_root(tmp_path / "a.mscw.root", columns(1000, 4))
-    out = tmp_path / "c.pkl"
-    assert prepare_cuts_dict.main([str(tmp_path / "*.root"), str(out)]) == 0
-    assert "pass all cuts" in capsys.readouterr().out
-    assert prepare_cuts_dict.main([str(tmp_path / "*.root"), str(out)]) == 2
-    assert prepare_cuts_dict.main([str(tmp_path / "none*.root"), str(tmp_path / "d.pkl")]) == 2
+
+    def run(source, output, *options):
+        words = [str(tmp_path / source), str(tmp_path / output), *map(str, options)]
+        return prepare_cuts_dict.main(words), capsys.readouterr()
+
+    code, printed = run("*.root", "c.pkl")
+    assert code == 0
+    assert "events pass all cuts" in printed.out
     data = columns(10)
     del data["MCxoff"]
     write_root(tmp_path / "data.root", data)
-    assert prepare_cuts_dict.main([str(tmp_path / "data.root"), str(tmp_path / "d.pkl")]) == 1
-    assert "no branch MCxoff" in capsys.readouterr().err
     write_root(tmp_path / "other.root", columns(10), tree="events")
-    (tmp_path / "text.root").write_text("no ROOT file")
+    (tmp_path / "text.root").write_text("not a ROOT file")
     (tmp_path / "cut.root").write_bytes((tmp_path / "a.mscw.root").read_bytes()[:3000])
-    for name in ("other.root", "text.root", "cut.root"):
-        assert prepare_cuts_dict.main([str(tmp_path / name), str(tmp_path / "d.pkl")]) == 1
-        assert name in capsys.readouterr().err
-    assert not (tmp_path / "d.pkl").exists()
+    for source, output, expected, message in (
+        ("a.*", "c.pkl", 2, "c.pkl: exists already"),
+        ("none*.root", "d.pkl", 2, "none*.root: no such file"),
+        ("data.root", "d.pkl", 1, "data.root: no branch MCxoff"),
+        ("other.root", "d.pkl", 1, "other.root: no tree 'data'"),
+        ("text.root", "d.pkl", 1, "text.root: cannot be read as a ROOT file"),
+        ("cut.root", "d.pkl", 1, "cut.root: cannot be read as a ROOT file"),
+        ("a.*", "d.txt", 1, "d.txt: not a valid name"),
+        ("a.*", "absent/d.pkl", 1, "absent/d.pkl: cannot be written (No such file"),
+    ):
+        code, printed = run(source, output)
+        assert (code, len(printed.err.splitlines())) == (expected, 1)
+        assert message in printed.err
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".pkl", *[".root"] * 5]
     config = tmp_path / "open.config"
     config.write_text("[preselection_cuts]\nMC_Offset = None, None\n")
-    assert (
-        prepare_cuts_dict.main(
-            [str(tmp_path / "data.root"), str(tmp_path / "d.pkl"), "--config", str(config)]
-        )
-        == 0
-    )
+    assert run("data.root", "d.pkl", "--config", config)[0] == 0

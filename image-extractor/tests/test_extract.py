@@ -1,6 +1,7 @@
-"""Data sets against ctapipe's images, in every layout; appending, merging, shuffling, locking."""
+"""Extraction: images against ctapipe's in every layout; appending, merging, interruptions."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -24,17 +25,19 @@ from conftest import (
 )
 
 from image_extractor import layout
-from image_extractor.config import Cut, EnergyBins, Settings
 from image_extractor.errors import DataError, UsageError
 from image_extractor.image_extractor import ImageExtractor
 from image_extractor.instrument import describe_array
 from image_extractor.look import validate
 from image_extractor.mapping import camera_mapping
+from image_extractor.rearrangement import assign
+from image_extractor.settings import Cut, EnergyBins, Settings
 from image_extractor.simtel import SimtelFile
+from image_extractor.writer import Writer
 
 
 def cells(key):
-    """Telescope id -> (cell of each pixel, picture shape), from the file's geometry."""
+    """Telescope id -> (cell of each pixel, image shape, sampling rate in GHz)."""
     with SimtelFile(real_file(key)) as simtel:
         found = {}
         for tel_id, telescope in describe_array(simtel).items():
@@ -45,9 +48,9 @@ def cells(key):
 
 @pytest.mark.parametrize("key", ["gamma", "sst", "proton"])
 @pytest.mark.parametrize("storage", ["mapped", "all"])
-def test_every_stored_pixel_is_ctapipes(key, storage, dl1, tmp_path):
+def test_every_stored_pixel_equals_ctapipes(key, storage, dl1, tmp_path):
     if storage == "all" and key == "gamma":
-        pytest.skip("126 telescopes in one table are covered with the SCTs alone, below")
+        pytest.skip("126 telescopes in one table are tested with the SCTs alone, below")
     reference, _ = dl1(key)
     extract(key, tmp_path / "o.h5", storage_mode=storage, dtype="uint32")
     found = all_images(tmp_path / "o.h5")
@@ -81,6 +84,7 @@ def test_every_stored_pixel_is_ctapipes(key, storage, dl1, tmp_path):
 @pytest.mark.parametrize("mode", sorted(layout.CHANNELS))
 @pytest.mark.parametrize("storage", ["mapped", "all"])
 def test_image_modes_scales_and_orders(mode, order, storage, dl1, tmp_path):
+    """Includes defect 6 of the historic tool, see test_defects.py."""
     extract(
         "gamma",
         tmp_path / "o.h5",
@@ -122,7 +126,8 @@ def test_image_modes_scales_and_orders(mode, order, storage, dl1, tmp_path):
     ("dtype", "largest"),
     [("uint16", 65535), ("int16", 32767), ("uint32", None), ("int32", None), ("float32", None)],
 )
-def test_charges_never_wrap(dtype, largest, dl1, tmp_path):
+def test_charges_never_overflow(dtype, largest, dl1, tmp_path):
+    """Defect 5 of the historic tool, see test_defects.py."""
     report = extract("proton", tmp_path / "o.h5", dtype=dtype)
     charges = np.concatenate([c for _, images, _ in dl1("proton")[0] for c, _ in images.values()])
     assert charges.max() > 1810
@@ -147,7 +152,7 @@ def test_charges_never_wrap(dtype, largest, dl1, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["none", "oversampling", "rebin", "nearest"])
-def test_other_mappings_are_stored_as_the_matrix_in_the_file_says(method, dl1, tmp_path):
+def test_other_mappings_equal_the_product_with_the_stored_matrix(method, dl1, tmp_path):
     extract("sst", tmp_path / "o.h5", mapping=method, dtype="uint32")
     with layout.open_layout(tmp_path / "o.h5") as h5:
         key = h5.root.Tel_Table[0]["camera"].decode()
@@ -188,7 +193,7 @@ def test_energy_recon_labels_the_true_energy(tmp_path):
     assert validate(tmp_path / "q.h5") == []
 
 
-def test_an_old_reader_opens_it(tmp_path):
+def test_old_code_can_read_the_output(tmp_path):
     """Plain PyTables code that knows only the historic layout."""
     extract(
         "gamma",
@@ -219,45 +224,28 @@ def test_an_old_reader_opens_it(tmp_path):
                         image = f.get_node(f"/E{i}/T{tel_ids[slot]}")[row]
                         assert image.shape == (120, 120, 1)
                         n += 1
-        names = f.root.E0.Events.colnames[:11]
-        assert names == [
-            "event_number",
-            "run_number",
-            "gamma_hadron_label",
-            "core_x",
-            "core_y",
-            "h_first_int",
-            "mc_energy",
-            "az",
-            "alt",
-            "reconstructed_energy",
-            "tel_map",
-        ]
-        kinds = [f.root.E0.Events.coltypes[name] for name in names]
-        assert kinds == [
-            "uint32",
-            "uint32",
-            "uint8",
-            "float64",
-            "float64",
-            "float64",
-            "float64",
-            "float32",
-            "float32",
-            "float64",
-            "int32",
-        ]
+        events = f.root.E0.Events
+        historic = {
+            **dict.fromkeys(("event_number", "run_number"), "uint32"),
+            "gamma_hadron_label": "uint8",
+            **dict.fromkeys(("core_x", "core_y", "h_first_int", "mc_energy"), "float64"),
+            **dict.fromkeys(("az", "alt"), "float32"),
+            "reconstructed_energy": "float64",
+            "tel_map": "int32",
+        }
+        assert events.colnames[:11] == list(historic)
+        assert [events.coltypes[name] for name in historic] == list(historic.values())
     assert n == 8
 
 
-def test_h5py_level_readers_need_no_plugin(tmp_path):
+def test_readers_need_no_compression_plugin(tmp_path):
     extract("proton", tmp_path / "o.h5")
     with tables.open_file(str(tmp_path / "o.h5")) as h5:
         for node in h5.walk_nodes("/", "Leaf"):
             assert node.filters.complib in ("zlib", None)
 
 
-def test_the_dictionary_chooses_events_bins_and_energies(tmp_path):
+def test_the_dictionary_determines_events_bins_and_energies(tmp_path):
     chosen = {
         (102, 301): (1, 0.7),
         (102, 303): (0, 0.2),
@@ -278,14 +266,14 @@ def test_the_dictionary_chooses_events_bins_and_energies(tmp_path):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_events_with_and_without_a_dictionary_do_not_mix(tmp_path, first):
-    """Those have reconstructed energies and bins, these true ones."""
+    """The former are binned by reconstructed energy, the latter by true energy."""
     chosen = {(102, 301): (1, 0.7)}
     extract("sst", tmp_path / "o.h5", bins_cuts_dict=chosen if first else None)
     with pytest.raises(DataError, match=r"chosen and binned by .* Give another output"):
         extract("sst", tmp_path / "o.h5", bins_cuts_dict=None if first else chosen)
 
 
-def test_image_cuts_are_ctapipes(tmp_path, dl1):
+def test_image_cuts_equal_ctapipes(tmp_path, dl1):
     from ctapipe.image import leakage_parameters, tailcuts_clean
 
     reference, subarray = dl1("sst")
@@ -307,13 +295,13 @@ def test_image_cuts_are_ctapipes(tmp_path, dl1):
     assert report.failed_image_cuts == 31 - len(found)
 
 
-def test_appending_skips_what_is_there_and_says_so(tmp_path, caplog):
+def test_appending_skips_and_reports_events_that_are_in_the_output(tmp_path, caplog):
     out = tmp_path / "o.h5"
     first = extract("sst", out, max_events=10)
     assert first.events_written == 10
     again = extract("sst", out)
     assert (again.duplicates, again.events_written) == (10, 21)
-    assert "10 events of run 102 are in the output already" in caplog.text
+    assert "10 events of run 102 are already in the output" in caplog.text
     extract("sst", tmp_path / "whole.h5")
     assert_same(all_images(out), all_images(tmp_path / "whole.h5"))
     assert validate(out) == []
@@ -339,7 +327,8 @@ def assert_same(a, b, rows=True):
             np.testing.assert_array_equal(a[key][1][tel_id], b[key][1][tel_id])
 
 
-def test_other_arrays_and_configurations_are_refused_by_name(tmp_path):
+def test_other_arrays_and_configurations_are_refused(tmp_path):
+    """Defect 11 of the historic tool, see test_defects.py."""
     out = tmp_path / "o.h5"
     extract("sst", out)
     before = out.read_bytes()
@@ -348,23 +337,25 @@ def test_other_arrays_and_configurations_are_refused_by_name(tmp_path):
         match=r"proton.*another array than the output's: telescope 1 is a LSTCam, not a DigiCam",
     ):
         extract("proton", out)
-    with pytest.raises(DataError, match=r"another configuration .*dtype = int32"):
+    with pytest.raises(
+        DataError, match=r"another configuration .*\[image\] dtype = int32, not uint16"
+    ):
         extract("sst", out, dtype="int32")
     assert out.read_bytes() == before
     with ImageExtractor(tmp_path / "p.h5", settings=settings()) as extractor:
         extractor.process_data(real_file("proton"))
-        with pytest.raises(DataError, match="Not mixed in"):
+        with pytest.raises(DataError, match=r"another array .* Give another output"):
             extractor.process_data(real_file("sst"))
     assert len(all_images(tmp_path / "p.h5")) == 6
 
 
-def test_a_moved_telescope_is_another_array():
+def test_the_first_difference_between_arrays_is_named():
     ours = [[1, "LST", "LSTCam", "f", 0.0, 0.0, 1.0], [2, "LST", "LSTCam", "f", 5.0, 0.0, 1.0]]
     moved = [ours[0], [2, "LST", "LSTCam", "f", 5.5, 0.0, 1.0]]
     assert layout.difference(ours, ours) == ""
-    assert "telescope 2 stands at" in layout.difference(moved, ours)
-    assert "no telescope 2" in layout.difference(ours[:1], ours)
-    assert "telescope 2 (LST LSTCam) too many" in layout.difference(ours, ours[:1])
+    assert "telescope 2 is at (5.5, 0.0, 1.0) m, not (5.0," in layout.difference(moved, ours)
+    assert "telescope 2 (LST LSTCam) is missing" in layout.difference(ours[:1], ours)
+    assert "telescope 2 (LST LSTCam) is additional" in layout.difference(ours, ours[:1])
     assert "another camera geometry" in layout.difference(
         [[1, "LST", "LSTCam", "g", 0.0, 0.0, 1.0]], ours[:1]
     )
@@ -402,10 +393,10 @@ def test_mapped_images_are_not_copied_by_shuffling(tmp_path):
     assert sizes[1] < sizes[0] * 1.15
 
 
-def test_stratified_parts_have_their_share_of_every_class():
+def test_stratified_parts_have_their_fraction_of_every_class():
     rng = np.random.default_rng(0)
     labels = np.r_[np.zeros(905, int), np.full(95, 101)]
-    parts = layout.assign(labels, {"Training": 0.8, "Validation": 0.1, "Test": 0.1}, rng)
+    parts = assign(labels, {"Training": 0.8, "Validation": 0.1, "Test": 0.1}, rng)
     assert sorted(np.concatenate(list(parts.values()))) == list(range(1000))
     assert [int((labels[rows] == 101).sum()) for rows in parts.values()] == [76, 10, 9]
     assert [rows.size for rows in parts.values()] == [800, 101, 99]
@@ -430,8 +421,8 @@ def long_file(tmp_path, key="proton", times=10):
 
 
 @pytest.mark.parametrize("storage", ["mapped", "all"])
-def test_two_jobs_write_what_one_writes(storage, tmp_path):
-    """Several files, one of them broken, one a duplicate of another."""
+def test_two_jobs_write_the_same_as_one(storage, tmp_path):
+    """With a truncated file, an unusable one, the whole of the first, and one of another array."""
     folder = tmp_path / "in"
     folder.mkdir()
     raw = real_file("sst").read_bytes()
@@ -467,32 +458,40 @@ def command(source, out, config):
     return [sys.executable, "-m", "image_extractor", str(source), str(out), str(config)]
 
 
+def start(words, **options):
+    """Start a command whose output is not needed."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **options}
+    return subprocess.Popen(words, **quiet)
+
+
+def wait_for(process, is_reached):
+    """Wait until a process has reached a state, or has ended."""
+    while not is_reached() and process.poll() is None:
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A configuration, and an output in a folder of its own."""
+    (tmp_path / "c.config").write_text(CONFIG)
+    (tmp_path / "out").mkdir()
+    return tmp_path / "c.config", tmp_path / "out" / "o.h5"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("existing", [False, True])
-def test_kill_9_at_any_moment_leaves_nothing_or_the_old_file(existing, tmp_path):
-    source = long_file(tmp_path, times=40)
-    config, out = tmp_path / "c.config", tmp_path / "out" / "o.h5"
-    out.parent.mkdir()
-    config.write_text(CONFIG)
+def test_kill_9_at_any_moment_leaves_nothing_or_the_old_file(existing, place, tmp_path):
+    source, (config, out) = long_file(tmp_path, times=40), place
     before = None
     if existing:
-        done = subprocess.run(
-            [*command(source, out, config), "--max_events", "50"], capture_output=True
-        )
-        assert done.returncode == 0
+        words = [*command(source, out, config), "--max_events", "50"]
+        assert subprocess.run(words, capture_output=True).returncode == 0
         before = out.read_bytes()
     rng = np.random.default_rng(int(existing))
     killed = 0
     for _ in range(5):
-        process = subprocess.Popen(
-            command(source, out, config),
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            cwd=PACKAGE,
-        )
-        partial = out.parent / ".o.h5.partial"
-        while not partial.exists() and process.poll() is None:
-            time.sleep(0.01)
+        process = start(command(source, out, config), cwd=PACKAGE)
+        wait_for(process, (out.parent / ".o.h5.partial").exists)
         time.sleep(float(rng.uniform(0, 0.6)))
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
@@ -503,47 +502,38 @@ def test_kill_9_at_any_moment_leaves_nothing_or_the_old_file(existing, tmp_path)
     assert done.returncode == 0, done.stderr
     assert validate(out) == []
     assert len(all_images(out)) == 240
-    assert [p.name for p in out.parent.iterdir()] == ["o.h5"]  # what the killed runs left is gone
+    assert [p.name for p in out.parent.iterdir()] == ["o.h5"]  # leftovers have been removed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_ending_a_run_with_jobs_leaves_no_orphan_and_no_file(how, tmp_path):
+def test_ending_a_run_with_jobs_leaves_no_process_and_no_file(how, place, tmp_path):
     import psutil
 
-    source = long_file(tmp_path, times=60)
-    folder, config, out = tmp_path / "in", tmp_path / "c.config", tmp_path / "out" / "o.h5"
+    source, (config, out), folder = long_file(tmp_path, times=60), place, tmp_path / "in"
     folder.mkdir()
-    out.parent.mkdir()
     for name in ("a", "b"):
         (folder / f"{name}.simtel.gz").symlink_to(source)
-    config.write_text(CONFIG)
-    words = [*command(f"{folder}/*.gz", out, config), "--jobs", "2"]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(out.parent.glob("..o.h5.partial-*.partial"))) < 2 and process.poll() is None:
-        time.sleep(0.02)
+    process = start([*command(f"{folder}/*.gz", out, config), "--jobs", "2"])
+    wait_for(process, lambda: len(list(out.parent.glob("..o.h5.partial-*.partial"))) >= 2)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
     process.send_signal(how)
     process.wait()
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=600)  # so that a failure does not hang
     assert alive == []
     assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
     assert not out.exists()
     if how == signal.SIGTERM:
         assert list(out.parent.iterdir()) == []
-    extract("sst", out)  # the next run clears what a killed one left
+    extract("sst", out)  # the next run removes what a killed one left
     assert [p.name for p in out.parent.iterdir()] == ["o.h5"]
 
 
-def test_terminating_removes_what_was_begun(tmp_path):
-    source = long_file(tmp_path, times=40)
-    config, out = tmp_path / "c.config", tmp_path / "out" / "o.h5"
-    out.parent.mkdir()
-    config.write_text(CONFIG)
-    process = subprocess.Popen(command(source, out, config), stderr=subprocess.PIPE, text=True)
-    while not (out.parent / ".o.h5.partial").exists() and process.poll() is None:
-        time.sleep(0.01)
+def test_terminating_removes_temporary_files(place, tmp_path):
+    source, (config, out) = long_file(tmp_path, times=40), place
+    process = start(command(source, out, config), stderr=subprocess.PIPE, text=True)
+    wait_for(process, (out.parent / ".o.h5.partial").exists)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 130
@@ -565,22 +555,20 @@ def test_a_failure_while_writing_leaves_no_file(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(layout.Writer, "add", full)
+    monkeypatch.setattr(Writer, "add", full)
     with pytest.raises(DataError, match=r"could not be written .No space left"):
         extract("sst", tmp_path / "o.h5")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("compression", ["gzip", "none"])
-def test_a_full_disk_is_one_line_and_no_file(compression, tmp_path):
-    """The system refuses to let files grow beyond 300 kB, as a full disk would."""
+def test_a_full_disk_is_reported_in_one_line_and_leaves_no_file(compression, place):
+    """The system refuses files above 300 kB, as if the disk were full."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
         "from image_extractor.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    config, out = tmp_path / "c.config", tmp_path / "out" / "o.h5"
-    out.parent.mkdir()
-    config.write_text(CONFIG)
+    config, out = place
     arguments = [str(real_file("sst")), str(out), str(config), "--compression", compression]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 1
@@ -589,7 +577,7 @@ def test_a_full_disk_is_one_line_and_no_file(compression, tmp_path):
     assert list(out.parent.iterdir()) == []
 
 
-def test_an_unwritable_place_is_named(tmp_path):
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(DataError, match="its folder does not exist"):
         extract("sst", tmp_path / "absent" / "o.h5")
     with pytest.raises(DataError, match="is a folder"):
@@ -604,62 +592,41 @@ def test_an_unwritable_place_is_named(tmp_path):
     assert (tmp_path / "text.h5").read_text() == "not HDF5"
 
 
-def test_header_only_file_gives_an_empty_valid_set(tmp_path):
+def test_a_header_without_events_gives_a_valid_empty_data_set(tmp_path):
     report = extract("header", tmp_path / "o.h5")
     assert (report.events_read, report.problem) == (0, "")
     assert validate(tmp_path / "o.h5") == []
 
 
-def test_calibration_events_are_counted_not_written(tmp_path):
+def test_calibration_events_are_counted_but_not_written(tmp_path):
     report = extract("calib", tmp_path / "o.h5")
     assert (report.events_read, report.calibration_events, report.events_written) == (0, 1, 0)
 
 
-def test_the_readmes_example_in_python(tmp_path):
-    from image_extractor import image_extractor
-
-    output_path, bins_cuts_dict, mode = (
-        str(tmp_path / "dataset.h5"),
-        {(102, 301): (0, 0.2)},
-        "gh_class",
-    )
-    extractor = image_extractor.ImageExtractor(
-        output_path, bins_cuts_dict, mode, telescope_type="SST"
-    )
+def test_the_python_example_of_the_readme(tmp_path):
+    output_path, bins_cuts_dict, mode = str(tmp_path / "o.h5"), {(102, 301): (0, 0.2)}, "gh_class"
+    extractor = ImageExtractor(output_path, bins_cuts_dict, mode, telescope_type="SST")
     extractor.process_data(str(real_file("sst")), 50)
     assert list(all_images(output_path)) == [(102, 301)]
     with pytest.raises(UsageError, match="no option colour"):
-        image_extractor.ImageExtractor(output_path, None, mode, colour=1)
+        ImageExtractor(output_path, None, mode, colour=1)
     with pytest.raises(UsageError, match="mode = gamma"):
-        image_extractor.ImageExtractor(output_path, None, "gamma")
+        ImageExtractor(output_path, None, "gamma")
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path):
-    """Peak memory of a run on 12 and on 120 copies of the same events."""
+def test_memory_does_not_grow_with_the_file(place, tmp_path):
+    """Peak memory for 12 and for 120 copies of the same events."""
     code = (
         "import sys; from image_extractor.cli import main; main(sys.argv[1:]);"
-        # not ru_maxrss: Linux hands the peak of the process that started this one down through exec
+        # ru_maxrss would include the peak of the parent process, which Linux passes on in exec
         "print([w.split()[1] for w in open('/proc/self/status') if w.startswith('VmHWM')][0])"
     )
-    config = tmp_path / "c.config"
-    config.write_text(CONFIG)
+    config, out = place
     peaks = []
     for times in (12, 120):
         path = long_file(tmp_path, "proton", times)
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                code,
-                str(path),
-                str(tmp_path / "o.h5"),
-                str(config),
-                "--overwrite",
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        words = [sys.executable, "-c", code, str(path), str(out), str(config), "--overwrite"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout.splitlines()[-1]) / 1024)
         path.unlink()
     assert peaks[1] < peaks[0] * 1.2 + 30, peaks
@@ -667,7 +634,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_overwrite_replaces_what_was_there_but_not_what_it_wrote_itself(jobs, tmp_path):
+def test_overwrite_replaces_the_old_output_but_not_its_own(jobs, tmp_path):
     out = tmp_path / "o.h5"
     extract("sst", out)
     extractor = ImageExtractor(out, settings=settings(), overwrite=True)
@@ -677,12 +644,12 @@ def test_overwrite_replaces_what_was_there_but_not_what_it_wrote_itself(jobs, tm
     assert len(all_images(out)) == 7
 
 
-def test_overwrite_still_holds_after_a_failure(tmp_path, monkeypatch):
+def test_overwrite_still_applies_after_a_failure(tmp_path, monkeypatch):
     out = tmp_path / "o.h5"
     extract("sst", out, dtype="int32")  # another configuration
     extractor = ImageExtractor(out, settings=settings(), overwrite=True)
     with monkeypatch.context() as patch:
-        patch.setattr(layout, "verify", _fail)
+        patch.setattr("image_extractor.image_extractor.verify", _fail)
         with pytest.raises(DataError, match="could not be written"):
             extractor.process_data(real_file("sst"), 3)
     extractor.process_data(real_file("sst"), 3)
@@ -694,10 +661,10 @@ def _fail(*_):
 
 
 @pytest.mark.parametrize(("storage", "max_events"), [("mapped", 3), ("all", None)])
-def test_a_second_time_changes_nothing_and_counts_nothing(storage, max_events, tmp_path):
-    """With one process and with two, which count alike."""
+def test_a_repeated_run_changes_nothing(storage, max_events, tmp_path):
+    """With one process and with two, which count the same."""
     (tmp_path / "in").mkdir()
-    files = [tmp_path / "in" / name for name in ("a", "b")]  # "b" is another name of "a"
+    files = [tmp_path / "in" / name for name in ("a", "b")]  # the same file
     for path in files:
         path.symlink_to(real_file("proton"))
     first, second = {}, {}
@@ -720,8 +687,8 @@ def test_a_second_time_changes_nothing_and_counts_nothing(storage, max_events, t
     assert first[1] == first[2]
 
 
-def test_a_files_row_in_runs_is_written_when_there_is_something_new(tmp_path):
-    """Nothing new gives no row; more events, or the file whole at last, do."""
+def test_runs_gets_a_row_only_when_something_is_new(tmp_path):
+    """New are further events of a file, or the complete file after an incomplete one."""
     out, part, whole = tmp_path / "o.h5", tmp_path / "x.gz", real_file("sst").read_bytes()
 
     def rows():
@@ -740,15 +707,14 @@ def test_a_files_row_in_runs_is_written_when_there_is_something_new(tmp_path):
     assert rows() == [(n, 0), (31 - n, 1)]
 
 
-def test_the_checksum_is_that_of_the_file_or_none(tmp_path):
-    """A stream that breaks down, or is left, before its end has none."""
-    import hashlib
-
+def test_the_checksum_is_that_of_the_file_or_empty(tmp_path):
+    """It is empty if reading failed or stopped before the end of the file."""
     raw = real_file("sst").read_bytes()
     damaged = bytearray(raw)
     damaged[len(raw) // 8] ^= 0xFF
     for name, content, max_events, is_known in (
         ("whole", raw, None, True),
+        ("zstd", real_file("proton").read_bytes(), None, True),
         ("padded", raw + b"\0" * 5_000_000, None, True),
         ("cut", raw[:5_000_000], None, True),
         ("damaged", bytes(damaged), None, False),
@@ -762,16 +728,18 @@ def test_the_checksum_is_that_of_the_file_or_none(tmp_path):
         assert stored_sum == (hashlib.sha256(content).hexdigest() if is_known else ""), name
 
 
-def test_a_file_system_without_locks_is_told_from_another_writer(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_not_mistaken_for_another_writer(tmp_path, monkeypatch):
     from image_extractor import transaction
 
     def no_lock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(transaction.fcntl, "flock", no_lock)
-    with pytest.raises(DataError, match=r"o\.h5: its file system gives no lock .*local disk"):
+    with pytest.raises(
+        DataError, match=r"o\.h5: its file system does not support locks .*local disk"
+    ):
         extract("header", tmp_path / "o.h5")
-    # The lock file stays: where locks fail only now and then, another process may hold it.
+    # The lock file stays: if locks fail only sometimes, another process may hold it.
     assert [p.name for p in tmp_path.iterdir()] == [".o.h5.lock"]
 
 
@@ -796,7 +764,7 @@ def test_a_symbolic_link_stays_one(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["disk", "o.h5", "real.h5"]
 
 
-def test_a_device_is_no_output(tmp_path):
+def test_a_device_cannot_be_the_output(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="is a folder or a device"):
         extract("header", tmp_path / "pipe")
@@ -806,7 +774,7 @@ def test_a_device_is_no_output(tmp_path):
     "options",
     [{"seed": -1}, {"seed": 1.5}, {"split": {"A": 0.5, "B": 0.6}}, {"split": {"A/B": 1.0}}],
 )
-def test_a_bad_seed_or_split_is_refused_before_the_work(options, tmp_path):
+def test_a_wrong_seed_or_split_is_refused_at_once(options, tmp_path):
     with pytest.raises(UsageError, match=next(iter(options))):
         ImageExtractor(tmp_path / "o.h5", shuffle=True, **options)
 
@@ -818,12 +786,23 @@ def test_settings_may_be_made_in_python(tmp_path):
     assert cuts["MSCW"] == Cut(("MSCW",), None, None)  # a cut that is left out is open
 
 
-def test_linear_bins_may_begin_at_zero(tmp_path, recwarn):
+def test_the_stored_configuration_is_compared_as_settings(tmp_path):
+    """Another spelling of the same values, as other versions may write, is not a difference."""
+    extract("sst", tmp_path / "o.h5", max_events=2)
+    with tables.open_file(str(tmp_path / "o.h5"), "a") as h5:
+        text = str(h5.root._v_attrs.config)
+        changed = text.replace("min = -2.0", "min = -2").replace("dim_order =", "dim_ordering =")
+        h5.root._v_attrs.config = "# a comment\n" + changed.replace("mapping = auto\n", "")
+    assert extract("sst", tmp_path / "o.h5", max_events=3).events_written == 1
+    with pytest.raises(DataError, match=r"\(now \[image\] mapping = none, not auto\)"):
+        extract("sst", tmp_path / "o.h5", mapping="none")
+
+
+def test_linear_bins_may_begin_at_zero(tmp_path):
     from image_extractor.look import inspect
 
     bins = EnergyBins(scale="linear", min=0.0, max=20.0, bin_size=10.0)
     extract("proton", tmp_path / "o.h5", energy_bins=bins)
-    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
     with tables.open_file(str(tmp_path / "o.h5")) as h5:
         attrs = h5.root.E0._v_attrs
         assert (10**attrs.min_energy, attrs.max_energy) == (0, 1)
@@ -836,8 +815,8 @@ def test_linear_bins_may_begin_at_zero(tmp_path, recwarn):
 @pytest.mark.parametrize(
     ("value", "message"), [(np.nan, "is not a number"), (1e30, "lie too far apart")]
 )
-def test_a_damaged_description_is_one_bad_file(value, message, jobs, tmp_path):
-    """The good file after it is extracted."""
+def test_a_file_with_a_damaged_description_is_left_out(value, message, jobs, tmp_path):
+    """The undamaged file after it is extracted."""
     bad, good, out = tmp_path / "a.simtel", real_file("proton"), tmp_path / "o.h5"
     raw = bytearray(decompressed(good))
     with SimtelFile(good) as simtel:
@@ -854,34 +833,34 @@ def test_a_damaged_description_is_one_bad_file(value, message, jobs, tmp_path):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_events_that_a_damaged_file_may_have_given_are_told(tmp_path, caplog, jobs):
-    """The whole file does not replace them."""
+def test_events_that_may_come_from_a_damaged_file_are_reported(tmp_path, caplog, jobs):
+    """The complete file does not replace them."""
     cut, whole = tmp_path / "a.simtel", real_file("sst")
     raw = decompressed(whole)
     cut.write_bytes(raw[: int(0.9 * len(raw))])
     extractor = ImageExtractor(tmp_path / "o.h5", settings=settings())
-    for files, is_told in (([cut], False), ([whole], True)):
+    for files, is_reported in (([cut], False), ([whole], True)):
         caplog.clear()
         extractor.process_files(files, jobs=jobs)
-        assert ("They may come from a damaged file" in caplog.text) is is_told
+        assert ("They may come from a damaged file" in caplog.text) is is_reported
 
 
-def test_a_telescope_that_cannot_be_calibrated_is_noticed(tmp_path, monkeypatch):
-    """Such as one whose disabled pixels are more than it has."""
+def test_a_telescope_that_cannot_be_calibrated_is_reported(tmp_path, monkeypatch):
+    """For example one with more disabled pixels than pixels."""
 
     def broken(_):
         raise IndexError("index 1855 is out of bounds")
 
-    monkeypatch.setattr("image_extractor.image_extractor.Calibrator", broken)
+    monkeypatch.setattr("image_extractor.images.Calibrator", broken)
     report = extract("proton", tmp_path / "o.h5")
     assert "unreadable (IndexError: index 1855 is out of bounds)" in report.problem
     assert validate(tmp_path / "o.h5") == []
 
 
-def test_a_strange_mirror_class_does_no_harm(tmp_path):
+def test_an_unknown_mirror_class_is_accepted(tmp_path):
     path = tmp_path / "a.simtel"
     raw = decompressed(real_file("header"))
     assert raw.count(b"MIRROR_CLASS\x020 ") > 0
     path.write_bytes(raw.replace(b"MIRROR_CLASS\x020 ", b"MIRROR_CLASS\x02x "))
     assert extract(path, tmp_path / "o.h5").problem == ""
-    extract("header", tmp_path / "o.h5")  # the same array, so that it may be appended
+    extract("header", tmp_path / "o.h5")  # the same array, so that it can be appended

@@ -19,7 +19,7 @@ def data_set(tmp_path_factory):
     return path
 
 
-def test_inspect_says_what_is_in_it(data_set, capsys):
+def test_inspect_describes_a_data_set(data_set, capsys):
     assert cli.main(["inspect", str(data_set)]) == 0
     text = capsys.readouterr().out
     for words in (
@@ -34,14 +34,17 @@ def test_inspect_says_what_is_in_it(data_set, capsys):
         assert words in text
 
 
-def test_a_picture_that_cannot_be_written_is_one_line(data_set, tmp_path, capsys):
+def test_a_picture_that_cannot_be_written_is_reported_in_one_line(data_set, tmp_path, capsys):
     output = tmp_path / "none" / "p.png"
     assert cli.main(["plot", str(data_set), "--output", str(output)]) == 1
     err = capsys.readouterr().err
-    assert err == f"{output}: cannot be written (No such file or directory).\n"
+    assert err == (
+        f"{output}: cannot be written (No such file or directory). "
+        "Check its folder, the permissions and the free space.\n"
+    )
 
 
-def test_a_picture_is_whole_or_absent(data_set, tmp_path, monkeypatch):
+def test_a_failed_picture_leaves_the_old_one(data_set, tmp_path, monkeypatch):
     (tmp_path / "p.png").write_text("old")
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", _half_a_picture)
     with pytest.raises(OSError, match="No space"):
@@ -51,7 +54,7 @@ def test_a_picture_is_whole_or_absent(data_set, tmp_path, monkeypatch):
 
 
 def _half_a_picture(_, file, **__):
-    """Write as matplotlib does, to a path or an open file, and break down."""
+    """Write like matplotlib, to a path or an open file, and fail half-way."""
     with file if hasattr(file, "write") else Path(file).open("wb") as f:
         f.write(b"half")
     raise OSError(28, "No space left on device")
@@ -76,17 +79,17 @@ def _set(table, row, column, value):
     ("how", "message"),
     [
         (_set("/E2/Events", 0, "mc_energy", -1.0), "not a positive number"),
-        (_set("/E2/Events", 0, "mc_energy", 50.0), "outside the bin"),
-        (_set("/E2/Events", 0, "alt", 3.0), "beyond 90 degrees"),
+        (_set("/E2/Events", 0, "mc_energy", 50.0), "outside its bin"),
+        (_set("/E2/Events", 0, "alt", 3.0), "above 90 degrees"),
         (_set("/E2/Events", 0, "core_x", np.nan), "core_x is not finite"),
-        (_set("/E2/Events", 0, "tel_map", -1), "not one to one"),
-        (_set("/E2/Events", 0, "tel_map", 7), "not one to one"),
+        (_set("/E2/Events", 0, "tel_map", -1), "do not match"),
+        (_set("/E2/Events", 0, "tel_map", 7), "do not match"),
         (_set("/E2/Events", 0, "event_number", 1), "not the same"),
-        (lambda root: root.E2.Events.remove_rows(0, 1), "counts 6 events, the tables hold 5"),
-        (lambda root: root.E2.T5.truncate(0), "not one to one"),
+        (lambda root: root.E2.Events.remove_rows(0, 1), "counts 6 events, but the tables have 5"),
+        (lambda root: root.E2.T5.truncate(0), "do not match"),
     ],
 )
-def test_validate_finds_each_damage(data_set, tmp_path, how, message):
+def test_validate_finds_damage(data_set, tmp_path, how, message):
     assert look.validate(data_set) == []
     path = tmp_path / "damaged.h5"
     shutil.copy(data_set, path)
@@ -97,7 +100,7 @@ def test_validate_finds_each_damage(data_set, tmp_path, how, message):
 
 
 def test_validate_reads_every_image(data_set, tmp_path):
-    """One byte of a compressed chunk: every table is whole."""
+    """One byte in a compressed chunk is damaged; all tables can be read."""
     path = tmp_path / "flipped.h5"
     content = bytearray(data_set.read_bytes())
     with tables.open_file(str(data_set)) as h5:
@@ -105,10 +108,10 @@ def test_validate_reads_every_image(data_set, tmp_path):
         name, chunk = node._v_pathname, node.chunk_info((0,) * node.ndim)
     content[chunk.offset + chunk.size // 2] ^= 0xFF
     path.write_bytes(content)
-    assert look.validate(path) == [f"{name}: cannot be read, the file is damaged"]
+    assert look.validate(path) == [f"{name}: cannot be read, so the file is damaged"]
 
 
-def test_a_damaged_file_is_one_line(data_set, tmp_path, capsys):
+def test_a_damaged_file_is_reported_in_one_line(data_set, tmp_path, capsys):
     path = tmp_path / "cut.h5"
     path.write_bytes(data_set.read_bytes()[:-2000])
     assert cli.main(["validate", str(path)]) == 1
@@ -117,7 +120,7 @@ def test_a_damaged_file_is_one_line(data_set, tmp_path, capsys):
     assert str(path) in err
 
 
-def test_validate_sees_what_is_not_blank(tmp_path):
+def test_validate_finds_an_image_of_a_telescope_that_did_not_trigger(tmp_path):
     extract("proton", tmp_path / "o.h5", storage_mode="all", compression="none")
     assert look.validate(tmp_path / "o.h5") == []
     event = next(iter(all_images(tmp_path / "o.h5").values()))
@@ -145,18 +148,18 @@ def test_plot_draws_a_picture(options, tmp_path):
     from PIL import Image
 
     extract("sst", tmp_path / "o.h5", max_events=5, **options)
-    told = look.plot(tmp_path / "o.h5", tmp_path / "p.png", max_images=2)
-    assert "gamma" in told
+    line = look.plot(tmp_path / "o.h5", tmp_path / "p.png", max_images=2)
+    assert "gamma" in line
     picture = np.asarray(Image.open(tmp_path / "p.png").convert("L"))
     assert picture.shape[0] > 400
     assert np.unique(picture).size > 30  # not blank
     look.plot(tmp_path / "o.h5", tmp_path / "q.png", event=301, run=102)
-    with pytest.raises(DataError, match="no event 5 of run 7"):
+    with pytest.raises(DataError, match="has no event 5 of run 7"):
         look.plot(tmp_path / "o.h5", tmp_path / "r.png", event=5, run=7)
     assert not (tmp_path / "r.png").exists()
 
 
-def test_all_charges_of_a_picture_have_one_scale(data_set, tmp_path, monkeypatch):
+def test_all_charges_of_a_picture_share_one_scale(data_set, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig", lambda f, *_, **__: drawn.extend(f.axes)
@@ -173,7 +176,7 @@ def test_all_charges_of_a_picture_have_one_scale(data_set, tmp_path, monkeypatch
 
 
 def test_the_camera_panel_shows_the_true_charges(tmp_path, dl1):
-    """What is read back from the stored picture is each pixel's charge."""
+    """The charges derived from the stored image are those of the pixels."""
     from image_extractor import layout
 
     extract("sst", tmp_path / "o.h5", dtype="uint32", mapping="oversampling")

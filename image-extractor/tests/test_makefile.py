@@ -1,4 +1,4 @@
-"""What make would run: a person's own environment is used or left alone, never changed."""
+"""The commands that make would run: an environment of the user's own is never changed."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from conftest import PACKAGE
 
 
 def would_run(*words, folder):
-    """Recipes that make prints instead of running, in a copy without an environment."""
+    """Commands that make prints instead of running them, in a copy without an environment."""
     if shutil.which("make") is None:
         pytest.skip("make is absent")
     for name in ("Makefile", "pyproject.toml"):
@@ -30,16 +30,16 @@ def would_run(*words, folder):
 
 def test_without_set_up_the_named_environment_is_used_and_not_installed_into(tmp_path):
     for target in ("test", "lint", "demo", "bench"):
-        told = would_run("VENV=/my/env", "SETUP=no", target, folder=tmp_path)
-        assert told.startswith("/my/env/bin/"), told
-        assert "pip" not in told
+        printed = would_run("VENV=/my/env", "SETUP=no", target, folder=tmp_path)
+        assert printed.startswith("/my/env/bin/"), printed
+        assert "pip" not in printed
 
 
 def test_an_environment_named_above_is_found(tmp_path):
     (tmp_path / "env").mkdir()
     (tmp_path / "package").mkdir()
-    told = would_run("VENV=env", "SETUP=no", "test", folder=tmp_path / "package")
-    assert told.startswith("../env/bin/python")
+    printed = would_run("VENV=env", "SETUP=no", "test", folder=tmp_path / "package")
+    assert printed.startswith("../env/bin/python")
 
 
 def test_set_up_and_clean_touch_only_their_own_environment(tmp_path):

@@ -1,16 +1,18 @@
-"""Pictures against independent constructions from the pixels' positions."""
+"""Mapped images against independent constructions from the pixel positions."""
+
+import functools
 
 import numpy as np
 import pytest
 from conftest import real_file
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
-from image_extractor.config import MAPPINGS
 from image_extractor.errors import DataError
 from image_extractor.instrument import describe_array
 from image_extractor.mapping import CONSERVING, camera_mapping, lattice_neighbors
+from image_extractor.settings import MAPPINGS
 from image_extractor.simtel import SimtelFile
 
 
@@ -49,7 +51,7 @@ def test_lattices_are_recognised(cameras):
 
 
 def test_one_cell_methods_keep_neighbours_together(cameras):
-    """Neighbours in the camera are neighbours on the picture's lattice, and nothing else is."""
+    """Pixels are neighbours in the image if, and only if, they are neighbours in the camera."""
     offsets_of = {
         "square": {(0, 1), (1, 0)},
         "axial+": {(0, 1), (1, 0), (1, 1)},
@@ -70,11 +72,11 @@ def test_one_cell_methods_keep_neighbours_together(cameras):
 
 
 @pytest.mark.parametrize("method", [m for m in MAPPINGS if m != "auto"])
-def test_every_camera_by_every_method(cameras, method):
+def test_every_method_maps_every_camera(cameras, method):
     rng = np.random.default_rng(1)
     for (_, name), camera in cameras.items():
         if name == "SCTCam" and method in ("bilinear", "rebin"):
-            continue  # two seconds each, nothing new over CHEC
+            continue  # two seconds each, and nothing that CHEC does not test
         is_square = lattice_neighbors(camera.pixel_x, camera.pixel_y) == 4
         if method == "square" and not is_square:
             with pytest.raises(DataError, match="square pixel lattice"):
@@ -88,12 +90,10 @@ def test_every_camera_by_every_method(cameras, method):
             assert image.sum() == pytest.approx(charge.sum(), rel=1e-5)
             np.testing.assert_allclose(np.asarray(mapping.charge.sum(axis=0)).ravel(), 1, rtol=1e-5)
         time = mapping.image(np.full(camera.n_pixels, 7.0), "time")
-        np.testing.assert_allclose(
-            time[image > 0], 7, rtol=1e-5
-        )  # a constant time stays what it is
+        np.testing.assert_allclose(time[image > 0], 7, rtol=1e-5)  # a constant time stays constant
 
 
-def test_nearest_is_the_pixel_under_the_cell(cameras):
+def test_nearest_gives_each_cell_the_pixel_that_covers_it(cameras):
     camera = cameras["calib", "FlashCam"]
     mapping = camera_mapping(camera.pixel_x, camera.pixel_y, "nearest")
     image = mapping.image(np.arange(1.0, camera.n_pixels + 1))
@@ -136,7 +136,7 @@ def test_oversampling_gives_four_equal_cells(cameras):
         assert (np.ptp(columns), np.ptp(rows)) == (1, 1)
 
 
-def test_a_turned_lattice_is_straightened(cameras):
+def test_a_rotated_lattice_is_aligned_with_the_axes(cameras):
     camera = cameras["calib", "FlashCam"]
     straight = camera_mapping(camera.pixel_x, camera.pixel_y, "axial")
     for degrees in (3.0, -7.0, 10.893):
@@ -147,16 +147,14 @@ def test_a_turned_lattice_is_straightened(cameras):
         assert np.unique(turned.cells).size == camera.n_pixels
 
 
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(["axial", "oversampling", "rebin", "nearest", "bilinear"]),
 )
 def test_mapping_is_linear(cameras, seed, method):
     camera = cameras["calib", "DigiCam"]
-    mapping = _cached(camera, method)
+    mapping = cached_mapping(camera, method)
     rng = np.random.default_rng(seed)
     a, b = rng.normal(0, 10, (2, camera.n_pixels))
     np.testing.assert_allclose(
@@ -164,18 +162,14 @@ def test_mapping_is_linear(cameras, seed, method):
     )
 
 
-_mappings = {}
-
-
-def _cached(camera, method):
-    if method not in _mappings:
-        _mappings[method] = camera_mapping(camera.pixel_x, camera.pixel_y, method)
-    return _mappings[method]
+@functools.cache
+def cached_mapping(camera, method):
+    return camera_mapping(camera.pixel_x, camera.pixel_y, method)
 
 
 def test_bad_methods_and_pixels_are_refused(cameras):
     camera = cameras["calib", "DigiCam"]
-    with pytest.raises(DataError, match="choose one of"):
+    with pytest.raises(DataError, match="'shifting': not a valid method"):
         camera_mapping(camera.pixel_x, camera.pixel_y, "shifting")
     rng = np.random.default_rng(2)
     with pytest.raises(DataError, match="lattice"):
