@@ -95,7 +95,7 @@ def table(summary: dict[str, Any]) -> str:
             *(f"{s[f'{t}.majority_accuracy']:.3f}" for t in ("logOH", "BPT")),
         ),
         row(
-            "  accuracy of spectra, no network",
+            "  linear model of one spectrum",
             *(f"{s[f'{t}.spectrum_accuracy']:.3f}" for t in ("logOH", "BPT")),
         ),
         row("  mean absolute error (dex)", f"{s['logOH.mae_dex']:.3f}", "-"),

@@ -42,6 +42,7 @@ import utils
 from mock.galaxy import BUNDLES, DAPTYPE, FIRST_PLATE, GalaxyParams, draw_params, simulate_galaxy
 from mock.physics import Galaxy
 from mock.truth import read_meta, truth_path, write_truth
+from mock.truth import read_truth as read_truth  # the reader of the truth files, for callers
 from utils import DataError
 
 log = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ import numpy as np
 from astropy.io import fits
 from isal import igzip
 
+from fits_stream import FITS_BLOCK
 from mock.physics import (
     C_KMS,
     DEADFIBER,
@@ -54,8 +55,6 @@ from utils import atomic_path, raw_dir
 
 Card = tuple[str, Any, str]
 
-FITS_BLOCK = 2880
-"""Bytes: headers and data units are padded to multiples of it (FITS standard 4.0, section 3.1)."""
 STAMP = "2020-12-25T13:18:00"
 """Time in the comments of CHECKSUM and DATASUM: constant, so that a seed gives identical files."""
 

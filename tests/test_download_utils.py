@@ -1,4 +1,4 @@
-"""Downloads from a local server: resumed, size-checked, whole or absent."""
+"""Downloads from a local server: resumed, checked in size and content, whole or absent."""
 
 import gzip
 import threading
@@ -18,7 +18,7 @@ CONTENT = gzip.compress(np.random.default_rng(0).bytes(1_000_000))
 
 
 class Archive(BaseHTTPRequestHandler):
-    """Serves `files`; can cut answers short, ignore ranges, or lie about sizes."""
+    """Serves `files`; can be slow, cut answers short (`cuts`) or ignore ranges."""
 
     files: dict[str, bytes] = {}  # noqa: RUF012
     cuts: list[int] = []  # noqa: RUF012
@@ -66,12 +66,16 @@ def archive():
     server.server_close()
 
 
-def url_of(archive, path="a.fits.gz"):
-    archive.files[f"/sas/{path}"] = CONTENT
-    return f"{archive.base}/{path}"
+def serve(archive, url, content=CONTENT):
+    archive.files["/sas" + url.removeprefix(archive.base)] = content
+    return url
 
 
-def test_urls_are_the_archives():
+def url_of(archive, content=CONTENT):
+    return serve(archive, f"{archive.base}/a.fits.gz", content)
+
+
+def test_urls_are_those_of_the_archive():
     base = "https://data.sdss.org/sas/dr17/manga/spectro"
     daptype = du.DEFAULT_DAPTYPE
     assert du.archive_url("LOGCUBE", "8485-1901", daptype) == (
@@ -93,8 +97,8 @@ def test_whole_file_arrives(archive, tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_broken_connection_goes_on_where_it_stopped(archive, tmp_path):
-    archive.cuts = [300_000, 400_000]  # the last first
+def test_broken_connection_is_resumed_where_it_stopped(archive, tmp_path):
+    archive.cuts = [300_000, 400_000]  # used from the end
     path = tmp_path / "a.fits.gz"
     du.fetch(url_of(archive), path, pause_s=0)
     assert path.read_bytes() == CONTENT
@@ -104,7 +108,7 @@ def test_broken_connection_goes_on_where_it_stopped(archive, tmp_path):
     assert 700_000 - 2 * du.BLOCK <= starts[1] <= 700_000
 
 
-def test_stopped_download_is_resumed_by_the_next_command(archive, tmp_path):
+def test_interrupted_download_is_resumed_by_the_next_command(archive, tmp_path):
     archive.cuts = [70_000]
     path = tmp_path / "a.fits.gz"
     with pytest.raises(DataError, match="Run the same command again"):
@@ -116,7 +120,7 @@ def test_stopped_download_is_resumed_by_the_next_command(archive, tmp_path):
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_file_that_several_want_is_fetched_once(archive, tmp_path, is_there):
+def test_a_file_needed_by_several_processes_is_fetched_once(archive, tmp_path, is_there):
     archive.pause_s = 0.5
     url, path = url_of(archive), tmp_path / "a.fits.gz"
     if is_there:
@@ -129,7 +133,7 @@ def test_file_that_several_want_is_fetched_once(archive, tmp_path, is_there):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_those_who_wait_for_a_failing_download_go_on_with_it(archive, tmp_path):
+def test_waiting_processes_resume_a_download_that_failed_elsewhere(archive, tmp_path):
     archive.pause_s, archive.cuts = 0.5, [70_000]
     url, path = url_of(archive), tmp_path / "a.fits.gz"
 
@@ -159,7 +163,7 @@ def test_complete_part_needs_no_bytes(archive, tmp_path):
     assert path.read_bytes() == CONTENT
 
 
-def test_part_longer_than_the_file_is_thrown_away(archive, tmp_path):
+def test_part_longer_than_the_file_is_discarded(archive, tmp_path):
     path = tmp_path / "a.fits.gz"
     (tmp_path / ".a.fits.gz.part").write_bytes(CONTENT + b"more")
     du.fetch(url_of(archive), path, pause_s=0)
@@ -170,28 +174,25 @@ def test_part_longer_than_the_file_is_thrown_away(archive, tmp_path):
     ("content", "expected"),
     [(b"", "empty file"), (CONTENT[:-9], "damaged"), (b"<html>", "damaged")],
 )
-def test_empty_or_damaged_content_never_gets_the_name(archive, tmp_path, content, expected):
-    url = url_of(archive)
-    archive.files["/sas/a.fits.gz"] = content
+def test_empty_or_damaged_content_is_never_renamed(archive, tmp_path, content, expected):
     with pytest.raises(DataError, match=expected):
-        du.fetch(url, tmp_path / "a.fits.gz")
+        du.fetch(url_of(archive, content), tmp_path / "a.fits.gz")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_absent_file_is_not_tried_again(archive, tmp_path):
+def test_missing_file_is_requested_only_once(archive, tmp_path):
     with pytest.raises(DataError, match="not in the archive"):
         du.fetch(f"{archive.base}/b.fits.gz", tmp_path / "b.fits.gz")
     assert len(archive.log) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_fetches_what_is_missing_and_goes_on_past_failures(archive, tmp_path):
+def test_command_fetches_missing_files_and_continues_after_failures(archive, tmp_path):
     config = du.Config(
         plateifu=("8485-1901", "7443-12703"), data_dir=tmp_path, base_url=archive.base, jobs=1
     )
     for kind in ("MAPS", "LOGCUBE"):
-        url = du.archive_url(kind, "8485-1901", config.daptype, archive.base)
-        archive.files["/sas" + url.removeprefix(archive.base)] = CONTENT
+        serve(archive, du.archive_url(kind, "8485-1901", config.daptype, archive.base))
     empty = utils.raw_dir(tmp_path, "8485-1901") / f"manga-8485-1901-MAPS-{config.daptype}.fits.gz"
     empty.parent.mkdir(parents=True)
     empty.touch()  # zero bytes count as missing
@@ -204,10 +205,10 @@ def test_command_fetches_what_is_missing_and_goes_on_past_failures(archive, tmp_
     assert archive.log == []
 
 
-def test_dry_run_lists_what_is_missing_and_an_empty_catalogue_is(archive, tmp_path, capsys):
+def test_dry_run_lists_missing_files_among_them_an_empty_catalogue(archive, tmp_path, capsys):
     config = du.Config(catalogue=True, data_dir=tmp_path, base_url=archive.base, dry_run=True)
     url = du.archive_url("dapall", None, config.daptype, archive.base)
-    archive.files["/sas" + url.removeprefix(archive.base)] = CONTENT
+    serve(archive, url)
     path = du.local_path(tmp_path, url, None)
     path.parent.mkdir(parents=True)
     path.touch()
@@ -219,6 +220,6 @@ def test_dry_run_lists_what_is_missing_and_an_empty_catalogue_is(archive, tmp_pa
     assert capsys.readouterr().out == ""
 
 
-def test_nothing_asked_is_one_clear_line(tmp_path):
+def test_command_without_a_galaxy_is_refused(tmp_path):
     with pytest.raises(DataError, match="nothing to fetch"):
         du.main(du.Config(data_dir=tmp_path))

@@ -1,4 +1,4 @@
-"""Loops over galaxies go on past failures, in one process or several, and stop cleanly."""
+"""Loops over galaxies continue after failures, in one process or several, and stop cleanly."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ import utils
 from utils import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
+NAMES = ["8485-1901", "8485-1902", "8485-1903"]
 
 
 @dataclass(frozen=True)
-class Nothing:
+class Config:
     """Config of a script without options."""
 
     debug: bool = False
@@ -38,37 +39,34 @@ def visit(plateifu, bad=()):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_loop_goes_on_past_a_bad_galaxy_and_lists_it(tmp_path, jobs):
-    names = [f"8485-{n}" for n in (1901, 1902, 1903)]
+def test_loop_continues_after_a_bad_galaxy_and_lists_it(tmp_path, jobs):
     failed = tmp_path / "failed.csv"
-    outcome = loops.for_each_galaxy(
-        partial(visit, bad=("8485-1902",)), names, "cubes", failed, jobs
-    )
+    work = partial(visit, bad=("8485-1902",))
+    outcome = loops.for_each_galaxy(work, NAMES, "cubes", failed, jobs)
     assert outcome == {"8485-1901": "written", "8485-1902": "failed", "8485-1903": "written"}
     rows = list(csv.DictReader(failed.open()))
     assert rows == [{"plateifu": "8485-1902", "stage": "cubes", "reason": "8485-1902: broken"}]
     assert loops.report(outcome, "cubes", tmp_path) == 1
-    outcome = loops.for_each_galaxy(visit, names, "cubes", failed, jobs)
+    outcome = loops.for_each_galaxy(visit, NAMES, "cubes", failed, jobs)
     assert loops.report(outcome, "cubes", tmp_path) == 0
     assert not failed.exists()
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_debug_shows_where_a_galaxy_met_a_bug(tmp_path, jobs, monkeypatch, capsys):
-    names = ["8485-1901", "8485-1902"]
-
-    def told(*argv):
+def test_debug_shows_the_traceback_of_a_galaxy(tmp_path, jobs, monkeypatch, capsys):
+    def stderr(*argv):
         def loop(config):
-            loops.for_each_galaxy(partial(divide, by=0), names, "cubes", tmp_path / "f.csv", jobs)
+            loops.for_each_galaxy(partial(divide, by=0), NAMES, "cubes", tmp_path / "f.csv", jobs)
 
         monkeypatch.setattr(sys, "argv", ["script", *argv])
         with pytest.raises(SystemExit):
-            utils.run_command(loop, Nothing, "doc")
+            utils.run_command(loop, Config, "doc")
         return capsys.readouterr().err
 
-    assert "ZeroDivisionError" in told()
-    assert "Traceback" not in told()
-    assert "in divide" in told("--debug")
+    plain = stderr()
+    assert "ZeroDivisionError" in plain
+    assert "Traceback" not in plain
+    assert "in divide" in stderr("--debug")
 
 
 def divide(plateifu, by):
@@ -83,7 +81,7 @@ def visit_or_die(plateifu, bad):
 
 
 @pytest.mark.parametrize("bad", [("8485-1903",), ("8485-1901", "8485-1902", "8485-1912")])
-def test_killed_worker_fails_its_own_galaxy_only(tmp_path, bad):
+def test_killed_worker_fails_only_its_own_galaxy(tmp_path, bad):
     names = [f"8485-{n}" for n in range(1901, 1913)]
     failed = tmp_path / "failed.csv"
     outcome = loops.for_each_galaxy(partial(visit_or_die, bad=bad), names, "cubes", failed, 3)
@@ -122,7 +120,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def start_loop(tmp_path):
-    """Function that starts a long loop in a session of its own, which ends with the test."""
+    """Return a function that starts a long loop in its own session, which ends with the test."""
     (tmp_path / "loop.py").write_text(LOOP)
     (tmp_path / "out").mkdir()
     started = []
@@ -162,11 +160,11 @@ def test_stopped_loop_leaves_no_process_and_no_file(tmp_path, start_loop, number
         assert loop.poll() is None
         time.sleep(0.05)
     send(loop.pid, number)
-    told = loop.communicate(timeout=10)[1]  # comes when the last process has closed the pipe
+    stderr = loop.communicate(timeout=10)[1]  # returns when the last process has closed the pipe
     assert loop.returncode == code
     assert list(out.iterdir()) == []
     if code > 0:
-        assert told == "stopped; finished outputs are whole, run the same command to go on\n"
+        assert stderr == "stopped; finished outputs are whole, run the same command to go on\n"
 
 
 def test_list_of_failures_keeps_the_galaxies_that_were_not_tried(tmp_path):
@@ -176,12 +174,11 @@ def test_list_of_failures_keeps_the_galaxies_that_were_not_tried(tmp_path):
         loops.for_each_galaxy(partial(visit, bad=bad), names, "cubes", failed)
         return [r["plateifu"] for r in csv.DictReader(failed.open())] if failed.exists() else []
 
-    names = ["8485-1901", "8485-1902", "8485-1903"]
-    assert listed(names, names[:2]) == names[:2]
-    assert listed(names[2:], ()) == names[:2]
-    assert listed(names[:1], ()) == names[1:2]
-    assert listed(names[2:], names[2:]) == names[1:]
-    assert listed(names[1:], ()) == []
+    assert listed(NAMES, NAMES[:2]) == NAMES[:2]
+    assert listed(NAMES[2:], ()) == NAMES[:2]
+    assert listed(NAMES[:1], ()) == NAMES[1:2]
+    assert listed(NAMES[2:], NAMES[2:]) == NAMES[1:]
+    assert listed(NAMES[1:], ()) == []
 
 
 def test_each_shard_has_its_own_list_of_failures(tmp_path):
@@ -193,20 +190,23 @@ def test_each_shard_has_its_own_list_of_failures(tmp_path):
         assert cube_patch_processing.main(config) == 1
         found.append({p.name: p.read_text().count("\n") for p in tmp_path.rglob("failed*.csv")})
     assert found[1] == {"failed-0of2.csv": 2, "failed-1of2.csv": 2}
-    assert found[2] == {"failed.csv": 3}  # it tried what they list
+    assert found[2] == {"failed.csv": 3}  # the run without shards tried the galaxies of both
 
 
 def test_shards_partition_the_list():
     items = list(range(11))
     parts = [loops.shard_of(items, f"{k}/3") for k in range(3)]
     assert sorted(i for part in parts for i in part) == items
-    for bad in ("3/3", "a/b", "1"):
-        with pytest.raises(DataError, match="--shard"):
-            loops.shard_of(items, bad)
+
+
+@pytest.mark.parametrize("shard", ["3/3", "a/b", "1"])
+def test_wrong_shards_are_refused(shard):
+    with pytest.raises(DataError, match="--shard"):
+        loops.shard_of([], shard)
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3, 99])
-def test_results_come_in_order_and_few_are_ahead(ahead):
+def test_results_are_in_order_and_few_are_computed_in_advance(ahead):
     begun = []
 
     def work(i):
@@ -221,7 +221,7 @@ def test_results_come_in_order_and_few_are_ahead(ahead):
     assert len(begun) == 12
 
 
-def test_an_error_comes_in_its_turn():
+def test_an_error_is_raised_at_its_place_in_the_order():
     with ThreadPoolExecutor(2) as pool:
         results = loops.in_order(pool, lambda i: 1 // i, [1, 1, 0], 3)
         assert [next(results), next(results)] == [1, 1]
