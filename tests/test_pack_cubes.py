@@ -1,27 +1,33 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import shutil
+from dataclasses import replace
 
 import h5py
 import mock_cubes
 import numpy as np
 import pytest
 
-import data_fns
 import data_io
 import hsi_proc_fns
 import pack_cubes
 import utils
+from pack_cubes import Config, open_packed, packed_path, read_packed
 from utils import DataError
 
-SCRIPT = Path(pack_cubes.__file__)
+GALAXIES = list(mock_cubes.PLATEIFUS[:3])
+"""Training part of the hard split of four galaxies, and the galaxy after it."""
+
+
+@pytest.fixture(scope="module")
+def mock(tmp_path_factory):
+    return mock_cubes.make_data_dir(tmp_path_factory.mktemp("data"), mock_cubes.PLATEIFUS[:4])
 
 
 @pytest.fixture
-def root(tmp_path):
-    return mock_cubes.make_data_dir(tmp_path)
+def root(mock, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(mock, tmp_path / "data")
 
 
 def axes_of(path):
@@ -29,67 +35,166 @@ def axes_of(path):
         return f["spectra"].attrs["axes"]
 
 
-def test_command_packs_what_normalising_by_hand_gives(root):
-    config = pack_cubes.Config("hard", root, patch_norm="spatial", packed_type="float32", jobs=2)
+def test_packed_file_holds_each_usable_spectrum_once_as_normalised_by_hand(root):
+    config = Config("hard", root, patch_norm="spatial", packed_type="float32", jobs=2)
     assert pack_cubes.main(config) == 0
-    packed = data_io.read_packed(data_io.packed_path(root, "hard", "spatial", "float32"))
+    path = packed_path(root, "hard", "spatial", "float32")
+    packed = read_packed(path)
     parts, _ = data_io.read_split(utils.split_path(root, "hard"))
     assert list(packed.rows) == [*parts["train"]["plateifu"], *parts["val"]["plateifu"]]
-    assert axes_of(data_io.packed_path(root, "hard", "spatial", "float32")) == "row,band"
-    np.testing.assert_array_equal(packed.wave, mock_cubes.wave_grid())
+    assert axes_of(path) == "row,band"
+    seen = []
     for plateifu, rows in packed.rows.items():
-        flux = data_io.read_cube(utils.cube_path(root, plateifu)).flux
-        normed = hsi_proc_fns.normalise(flux, "spatial")
+        cube = data_io.read_cube(utils.cube_path(root, plateifu))
+        usable = hsi_proc_fns.usable_spaxels(cube.flux)
+        np.testing.assert_array_equal(rows > 0, usable)
+        seen += rows[usable].tolist()
+        normed = hsi_proc_fns.normalise(cube.flux, "spatial")
         np.testing.assert_array_equal(packed.spectra[rows], normed)
+        assert packed.cubes[plateifu] == cube.recipe.digest
+    assert sorted(seen) == list(range(1, len(packed.spectra)))
+    assert not packed.spectra[0].any()
 
 
-def test_several_processes_write_the_same_file(root):
-    path = data_io.packed_path(root, "easy", "PCA", "float16")
+def test_several_processes_write_the_same_file_as_one(root):
+    path = packed_path(root, "easy", "PCA", "float16")
     content = []
     for jobs in (1, 2):
-        pack_cubes.main(
-            pack_cubes.Config("easy", root, patch_norm="PCA", jobs=jobs, overwrite=True)
-        )
+        assert pack_cubes.main(Config("easy", root, jobs=jobs, overwrite=True)) == 0
         assert axes_of(path) == "row,component"
-        packed = data_io.read_packed(path)
+        packed = read_packed(path)
         content.append((packed.spectra.tobytes(), [r.tolist() for r in packed.rows.values()]))
     assert content[0] == content[1]
 
 
-def test_second_run_leaves_the_file_and_overwrite_does_not(root):
-    path = data_io.packed_path(root, "hard", "global", "float16")
-    seen = []
+def test_second_run_leaves_the_file_and_overwrite_replaces_it(root):
+    path, seen = packed_path(root, "hard", "PCA", "float16"), []
     for overwrite in (False, False, True):
-        pack_cubes.main(pack_cubes.Config("hard", root, overwrite=overwrite, jobs=1))
+        pack_cubes.main(Config("hard", root, overwrite=overwrite, jobs=1))
         seen.append(path.stat().st_ino)
     assert seen[0] == seen[1] != seen[2]
 
 
-def test_command_line(root, tmp_path):
-    words = [sys.executable, str(SCRIPT), "--data-dir", str(root)]
-    done = subprocess.run(
-        [*words, "--split-dir", "hard", "--jobs", "1"], cwd=tmp_path, capture_output=True, text=True
+def test_half_precision_keeps_eleven_bits(root):
+    exact, half = (
+        open_packed(root, "hard", "global", GALAXIES, dtype).spectra
+        for dtype in ("float32", "float16")
     )
-    assert done.returncode == 0, done.stderr
-    assert "6 galaxies" in done.stderr
-    done = subprocess.run(
-        [*words, "--split-dir", "no"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "create_data_splits.py" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert half.dtype == np.float16
+    assert (half != exact).any()
+    np.testing.assert_allclose(half, exact, rtol=2**-11, atol=2**-24)
 
 
-def test_values_that_float16_cannot_hold_are_refused(root, tmp_path, monkeypatch):
-    real = data_fns.load_normed
+def change_statistics(root):
+    path = utils.stats_path(root, "hard")
+    stats = data_io.read_stats(path)
+    recipe = replace(stats.recipe, options={**stats.recipe.options, "min_snr": 3.0})
+    data_io.write_stats(path, replace(stats, recipe=recipe))
 
-    def too_large(*args):
+
+@pytest.mark.parametrize(
+    ("change", "asked", "reason"),
+    [
+        (lambda root: None, GALAXIES, ""),
+        (lambda root: utils.cube_path(root, GALAXIES[0]).unlink(), GALAXIES, ""),
+        (lambda root: None, GALAXIES[::-1], ""),
+        (lambda root: None, mock_cubes.PLATEIFUS[:4], "lacks 8000-104 and 0 more"),
+        (
+            lambda root: mock_cubes.rebuild_cube(root, GALAXIES[2], redshift=0.5),
+            GALAXIES,
+            "cube of 8000-103 and 0 more were rebuilt",
+        ),
+        (change_statistics, GALAXIES, "made with another statistics"),
+    ],
+    ids=["nothing", "cube gone", "order", "galaxy", "cube rebuilt", "statistics"],
+)
+def test_packed_file_is_kept_while_it_serves_and_rebuilt_when_not(
+    root, caplog, change, asked, reason
+):
+    """Cubes may be gone: perhaps only the packed file was copied to the machine with a GPU."""
+    caplog.set_level("INFO")
+    open_packed(root, "hard", "PCA", GALAXIES)
+    assert "packing 3 cubes (there is no such file yet)" in caplog.text
+    change(root)
+    caplog.clear()
+    packed = open_packed(root, "hard", "PCA", asked)
+    assert ("packing" in caplog.text) == bool(reason)
+    assert reason in caplog.text
+    assert set(asked) <= set(packed.rows)
+    caplog.clear()
+    assert open_packed(root, "hard", "PCA", asked).rows.keys() == packed.rows.keys()
+    assert not caplog.text
+
+
+def too_bright(root, monkeypatch):
+    real = pack_cubes.read_normalised
+
+    def read(*args):
         cube = real(*args)
         cube.values[cube.usable] += 7e4
         return cube
 
-    monkeypatch.setattr(data_fns, "load_normed", too_large)
-    config = pack_cubes.Config("hard", root, patch_norm="spectral", jobs=1)
-    with pytest.raises(DataError, match=r"\.h5: values up to 7e\+04 .* --packed-type float32"):
-        pack_cubes.main(config)
-    assert not data_io.packed_path(root, "hard", "spectral", "float16").exists()
+    monkeypatch.setattr(pack_cubes, "read_normalised", read)
+
+
+def disk_full_at_the_third_cube(root, monkeypatch):
+    real, calls = pack_cubes.read_normalised, []
+
+    def read(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("disk full")
+        return real(*args)
+
+    monkeypatch.setattr(pack_cubes, "read_normalised", read)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (too_bright, r"\.h5: values up to 7e\+04 .* --packed-type float32"),
+        (disk_full_at_the_third_cube, r"float16\.h5: could not be written \(disk full\)"),
+        (
+            lambda root, _: mock_cubes.rebuild_cube(root, GALAXIES[1], wave_min=4800.0),
+            r"8000-102\.h5: made with wave_min=4800.0, that of 8000-101 with wave_min=5000.0",
+        ),
+        (
+            lambda root, _: utils.cube_path(root, GALAXIES[1]).unlink(),
+            r"8000-102\.h5: no such file",
+        ),
+        (
+            lambda root, _: shutil.copyfile(*(utils.cube_path(root, p) for p in GALAXIES[:2])),
+            r"8000-102\.h5: holds the cube of 8000-101, expected 8000-102",
+        ),
+    ],
+)
+def test_packed_file_is_whole_or_absent(root, monkeypatch, change, message):
+    change(root, monkeypatch)
+    with pytest.raises(DataError, match=message) as caught:
+        open_packed(root, "hard", "spectral", GALAXIES)
+    assert "\n" not in str(caught.value)
+    assert list((root / "processed").glob("packed/*/*.h5")) == []
+
+
+def test_damaged_packed_file_and_outdated_statistics_are_refused(root):
+    path = open_packed(root, "hard", "PCA", GALAXIES).path
+    path.write_bytes(b"half a file")
+    with pytest.raises(DataError, match=r"PCA_float16\.h5: .*pack_cubes\.py --overwrite"):
+        open_packed(root, "hard", "PCA", GALAXIES)
+    mock_cubes.rebuild_cube(root, GALAXIES[0], redshift=0.5)
+    with pytest.raises(
+        DataError, match=r"stats\.h5: made with another .*cubes\. .*calc_data_stats"
+    ):
+        open_packed(root, "hard", "PCA", GALAXIES)
+
+
+def test_command_line_reports_what_it_packed_and_what_is_missing(root, monkeypatch, capsys):
+    for split, code, message in (("hard", 0, "3 galaxies"), ("no", 1, "create_data_splits.py")):
+        words = ["pack_cubes.py", "--data-dir", str(root), "--split-dir", split, "--jobs", "1"]
+        monkeypatch.setattr("sys.argv", words)
+        with pytest.raises(SystemExit) as caught:
+            utils.run_command(pack_cubes.main, Config, pack_cubes.__doc__)
+        assert caught.value.code == code
+        said = capsys.readouterr().err
+        assert message in said
+        assert "Traceback" not in said
