@@ -17,6 +17,7 @@ Ctrl-C, SIGUSR1 and SIGTERM end the run after the current step: last.pt is saved
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
@@ -171,8 +172,9 @@ def choose_run_dir(config: TrainConfig) -> tuple[Path, bool]:
     run = config.run
     if run.run_dir is None:
         for found in newest_runs() if run.resume == "auto" else ():
-            if not option_differences(own_options(found), config.deciding):
-                return found, True
+            with contextlib.suppress(DataError):  # a damaged run is not the one
+                if not option_differences(own_options(found), config.deciding):
+                    return found, True
         name = f"{config.data.label_task}_{config.data.patch_norm}"
         return RUNS_FOLDER / f"{time.strftime('%Y%m%dT%H%M%S')}_{name}", False
     if (run.run_dir / run_folder.CHECKPOINT_FILE).is_file() and not run.overwrite:
@@ -193,11 +195,8 @@ def newest_runs() -> list[Path]:
 
 
 def own_options(run_dir: Path) -> dict[str, Any]:
-    """Options of the run in a folder, without those of its cubes and labels; {} if unreadable."""
-    try:
-        options = ModelCard.read(run_dir).recipe.options
-    except DataError:
-        return {}
+    """Options of the run in a folder, without those of its cubes and labels."""
+    options = ModelCard.read(run_dir).recipe.options
     return {k: v for k, v in options.items() if k not in ("cube", "labels")}
 
 
