@@ -189,7 +189,9 @@ def check_replaceable(run_dir: Path) -> None:
 
 
 def start(run_dir: Path, root: Path, split_dir: str, is_pca: bool) -> None:
-    """Make the folder of a new run: remove an old run, copy the split and its statistics.
+    """Fill the folder of a new run, which holds its config.json already.
+
+    An old run is removed; the split and its statistics are copied.
 
     Parameters
     ----------
@@ -203,6 +205,8 @@ def start(run_dir: Path, root: Path, split_dir: str, is_pca: bool) -> None:
     data_io.read_split(utils.split_path(root, split_dir))  # first: no folder without a split
     for name in REPLACED:
         path = run_dir / name
+        if name == CONFIG_FILE:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
