@@ -6,7 +6,7 @@ import mock_cubes
 import numpy as np
 import pandas as pd
 import pytest
-from mock_cubes import rebuild_cube, write_labels
+from mock_cubes import rebuild_cube, rebuild_statistics, relabel, write_labels
 
 import data_fns
 import data_io
@@ -122,47 +122,32 @@ def test_label_maps_that_changed_since_the_split_are_warned_of(data, caplog):
 # What is refused: (what happens to the data folder, options, message)
 
 
-def relabelled(values=lambda labels: labels, galaxies=TRAIN, **options):
-    def change(root):
-        for plateifu in galaxies:
-            labels = data_io.read_labels(label_file(root, plateifu))
-            write_labels(root, "logOH", plateifu, values(labels), **options)
+def nothing(root):
+    pass
 
-    return change
+
+def relabelled(galaxies=TRAIN, shift=0.0, **options):
+    return lambda root: relabel(root, galaxies, shift, **options)
 
 
 def edited_by_hand(root):
-    labels = data_io.read_labels(label_file(root))
-    np.save(label_file(root), labels + np.float32(0.01))
+    np.save(label_file(root), data_io.read_labels(label_file(root)) + np.float32(0.01))
+
+
+def of_another_shape(root):
+    write_labels(root, "logOH", TRAIN[0], data_io.read_labels(label_file(root))[:-1])
 
 
 def statistics_without_a_galaxy(root):
     path = utils.stats_path(root, "hard")
     stats = data_io.read_stats(path)
-    digests = data_io.cube_digests(root, TRAIN[:1])
-    stats.recipe.inputs.update(data_io.stats_inputs(digests))
+    stats.recipe.inputs.update(data_io.stats_inputs(data_io.cube_digests(root, TRAIN[:1])))
     data_io.write_stats(path, stats)
 
 
-def other_statistics(root):
-    path = utils.stats_path(root, "hard")
-    stats = data_io.read_stats(path)
-    stats.recipe.options["n_components"] = 5
-    data_io.write_stats(path, stats)
-
-
-def without_cubes(change):
-    """Patch files are compared with cubes where there are any."""
-
-    def both(root):
-        shutil.rmtree(root / "processed" / "cubes")
-        change(root)
-
-    return both
-
-
-def nothing(root):
-    pass
+def other_statistics_and_no_cubes(root):
+    rebuild_statistics(root)
+    shutil.rmtree(root / "processed" / "cubes")
 
 
 FILES = {"source": "patches"}
@@ -171,91 +156,66 @@ REFUSED = {
     "cutouts of patch files": (nothing, {**FILES, "cutout": 3}, "--cutout 3: .*--source packed"),
     "even cutouts": (nothing, {"cutout": 4}, "--cutout 4: expected an odd number"),
     "negative cutouts": (nothing, {"cutout": -1}, "--cutout -1: expected an odd number"),
-    "too many bands": (nothing, {"bands": (3, 99)}, r"--bands 3 99: .* has 6 bands"),
-    "no split": (nothing, {"split_dir": "none"}, r"train\.csv: no such file.*create_data_splits"),
-    "no patch files": (
-        nothing,
-        {**FILES, "patch_norm": "global"},
-        r"\.npy: no such file.*cube_pat",
-    ),
-    "larger patches than the files'": (nothing, {**FILES, "patch_size": 9}, "7x7.*at least 9x9"),
+    "too many bands": (nothing, {"bands": (3, 99)}, "--bands 3 99: .* has 6 bands"),
+    "no split": (nothing, {"split_dir": "no"}, r"train\.csv: no such file.*create_data_splits"),
+    "no patch files": (nothing, {**FILES, "patch_norm": "global"}, "no such file.*cube_patch_proc"),
+    "patches too small": (nothing, {**FILES, "patch_size": 9}, "7x7 spaxels, .* at least 9x9"),
     "no statistics": (
         lambda root: utils.stats_path(root, "hard").unlink(),
-        {},
-        r"stats\.h5: no such file.*calc_data_stats",
+        {}, r"stats\.h5: no such file.*calc_data_stats",
     ),
     "statistics of other galaxies": (
         statistics_without_a_galaxy,
-        {},
-        r"stats\.h5: made with another list of training galaxies.*calc_data_stats\.py",
+        {}, r"stats\.h5: made with another list of training galaxies.*calc_data_stats\.py",
     ),
     "training cube with another redshift": (
         lambda root: rebuild_cube(root, TRAIN[1], redshift=0.5),
-        {},
-        r"stats\.h5: made with another .*cubes\. Re-run calc_data_stats\.py",
+        {}, r"stats\.h5: made with another .*cubes\. Re-run calc_data_stats\.py",
     ),
     "validation cube on another grid": (
         lambda root: rebuild_cube(root, VAL, wave_min=4800.0),
-        {},
-        rf"{VAL}\.h5: made with wave_min=4800.0, that of {TRAIN[0]} with wave_min=5000.0",
+        {}, rf"{VAL}\.h5: made with wave_min=4800.0, that of {TRAIN[0]} with wave_min=5000.0",
     ),
     "cube of another galaxy": (
         lambda root: shutil.copyfile(*(utils.cube_path(root, p) for p in TRAIN)),
-        {},
-        f"holds the cube of {TRAIN[0]}, expected {TRAIN[1]}",
+        {}, f"holds the cube of {TRAIN[0]}, expected {TRAIN[1]}",
     ),
     "no cube": (
-        lambda root: utils.cube_path(root, VAL).unlink(),
-        {},
-        rf"{VAL}\.h5: no such file",
+        lambda root: utils.cube_path(root, VAL).unlink(), {}, rf"{VAL}\.h5: no such file"
     ),
     "no label map": (
         lambda root: label_file(root).unlink(),
-        {},
-        rf"{TRAIN[0]}\.npy: no such file.*1 of the 2 galaxies of this part",
+        {}, rf"{TRAIN[0]}\.npy: no such file.*1 of the 2 galaxies of this part",
     ),
     "label map of another shape": (
-        relabelled(lambda labels: labels[:-1]),
-        {},
-        r"label map of \(10, 12\) spaxels, expected \(11, 12\)",
+        of_another_shape, {}, r"label map of \(10, 12\) spaxels, expected \(11, 12\)"
     ),
-    "no labels": (
-        relabelled(lambda labels: labels * np.nan),
-        {},
-        "no labelled logOH spaxel in the 2 galaxies",
-    ),
+    "no labels": (relabelled(shift=np.nan), {}, "no labelled logOH spaxel in the 2 galaxies"),
     "edited labels": (edited_by_hand, {}, r"\.npy: its values are not those that its \.json"),
     "labels on another scale": (
-        relabelled(galaxies=GALAXIES, diagnostic="N2O2-KD02"),
-        {},
-        "labels were made with N2O2-KD02; .*--diagnostic O3N2-M13",
+        relabelled(GALAXIES, diagnostic="N2O2-KD02"),
+        {}, "labels were made with N2O2-KD02; .*--diagnostic O3N2-M13",
     ),
     "labels of two calibrations": (
-        relabelled(galaxies=TRAIN[1:], diagnostic="N2-M13"),
-        {},
-        f"{TRAIN[1]} .*diagnostic=N2-M13, those of {TRAIN[0]} with diagnostic=O3N2-M13",
+        relabelled(TRAIN[1:], diagnostic="N2-M13"),
+        {}, f"{TRAIN[1]} .*diagnostic=N2-M13, those of {TRAIN[0]} with diagnostic=O3N2-M13",
     ),
     "validation labels made otherwise": (
-        relabelled(galaxies=[VAL], min_snr=5.0),
-        {},
-        r"val part: .*min_snr=5.0, those of the train part",
+        relabelled([VAL], min_snr=5.0), {}, "val part: .*min_snr=5.0, those of the train part"
     ),
     "patch files of other statistics": (
-        other_statistics,
-        FILES,
-        r"\.npy: made with another statistics.*cube_patch_processing\.py --overwrite",
+        rebuild_statistics,
+        FILES, r"\.npy: made with another statistics.*cube_patch_processing\.py --overwrite",
     ),
     "patch files of other statistics, cubes gone": (
-        without_cubes(other_statistics),
-        FILES,
-        r"\.npy: .*of the split's statistics.*cube_patch_processing\.py --overwrite",
+        other_statistics_and_no_cubes,
+        FILES, r"\.npy: .*of the split's statistics.*cube_patch_processing\.py --overwrite",
     ),
     "patch files of other labels": (
-        relabelled(lambda labels: labels + np.float32(0.01)),
-        FILES,
-        r"\.npy: made with another label map.*cube_patch_processing\.py --overwrite",
+        relabelled(shift=0.01),
+        FILES, r"\.npy: made with another label map.*cube_patch_processing\.py --overwrite",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
