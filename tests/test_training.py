@@ -18,7 +18,6 @@ import torch
 from mock_network import like_trained
 from safetensors.torch import load_file
 
-import calc_data_stats
 import data_fns
 import data_io
 import eval_fns
@@ -26,7 +25,6 @@ import run_folder
 import run_SSFTT_training as script
 import training
 import utils
-from hsi_proc_fns import Stats
 from labels import class_names
 from run_SSFTT_training import TrainConfig, train_config
 from samples import DataOptions, PatchSpec
@@ -219,7 +217,7 @@ def test_signal_in_the_last_step_leaves_only_validation_to_do(options, monkeypat
 
 def test_process_stops_on_a_signal_and_continues(root, tmp_path):
     words = [
-        sys.executable, script.__file__, "--data-dir", str(root), "--run-dir", str(tmp_path / "run"),
+        sys.executable, script.__file__, "--data-dir", str(root), "--run-dir", "run",
         "--split-dir", "hard", "--epochs", "4000", "--samples-per-epoch", "64", "--patience", "0",
         "--resume", "auto", "--no-baselines", "--batch-size", "32", "--device", "cpu",
     ]  # fmt: skip
@@ -286,42 +284,23 @@ def test_resume_without_a_folder_finds_the_newest_run_of_the_same_options(
         assert new.name.endswith("_logOH_PCA")
 
 
-# What is refused: (what happens to data folder and run, options, message)
+# What is refused: (what happens to the data folder, and to the run `old`, options, message)
 
 
-def nothing(data, run):
+def nothing(data):
     pass
 
 
 def relabelled(galaxies, shift=0.0, **options):
-    def change(data, run):
-        for plateifu in galaxies:
-            labels = data_io.read_labels(utils.label_path(data, "logOH", plateifu))
-            shifted = labels + np.float32(shift)
-            mock_cubes.write_labels(data, "logOH", plateifu, shifted, **options)
-
-    return change
+    return lambda data: mock_cubes.relabel(data, galaxies, shift, **options)
 
 
 def rebuilt(galaxies, **options):
-    return lambda data, run: [mock_cubes.rebuild_cube(data, p, **options) for p in galaxies]
-
-
-def statistics(change=nothing, n_components=6):
-    """Compute the statistics again, after another change."""
-
-    def both(data, run):
-        change(data, run)
-        train_part = data_io.read_split(utils.split_path(data, "hard"))[0]["train"]
-        names = sorted(train_part["plateifu"])
-        found = calc_data_stats.split_stats(data, "hard", names, n_components, 0.0)
-        data_io.write_stats(utils.stats_path(data, "hard"), found)
-
-    return both
+    return lambda data: [mock_cubes.rebuild_cube(data, p, **options) for p in galaxies]
 
 
 def exchanged(one, other):
-    def change(data, run):
+    def change(data):
         split = utils.split_path(data, "hard")
         for old, new in ((one, "swap"), (other, one), ("swap", other)):
             (split / f"{old}.csv").rename(split / f"{new}.csv")
@@ -329,80 +308,71 @@ def exchanged(one, other):
     return change
 
 
-def cut(name):
-    return lambda data, run: os.truncate(run / name, 50)
+def then_statistics(change):
+    return lambda data: (change(data), mock_cubes.rebuild_statistics(data))
 
 
-def foreign(data, run):
+def half(name):
+    return lambda data: os.truncate(Path("old", name), 50)
+
+
+def foreign(data):
     """A folder test/ of somebody's, and another program's config.json."""
-    shutil.rmtree(run)
-    thesis = run / "test" / "thesis.txt"
-    thesis.parent.mkdir(parents=True)
-    thesis.write_text("three years of work")
-    (run / "config.json").write_text('{"editor": "vi"}')
+    shutil.rmtree("old")
+    Path("old/test").mkdir(parents=True)
+    Path("old/test/thesis.txt").write_text("three years of work")
+    Path("old/config.json").write_text('{"editor": "vi"}')
 
 
 NEW = {"run_dir": Path("new"), "resume": "no"}
 AGAIN = {"resume": "no", "overwrite": True}
-NO_LABELS = "no such file.*1 of the 4 galaxies"
+OUT_OF_RANGE = {
+    "lr": (-1, "nan"), "dropout": (2,), "label_smoothing": (3,), "weight_decay": (-0.1,),
+    "seed": (-1,), "patch_size": (0,), "epochs": (0,), "cutout": (4,), "batch_size": (0,),
+    "patience": (-1,), "n_tokens": (0,), "samples_per_epoch": (-1,),
+}  # fmt: skip
 REFUSED = {
     "other options": (
-        nothing,
-        {"lr": 0.5, "dropout": 0.3, "epochs": 9},
+        nothing, {"lr": 0.5, "dropout": 0.3},
         r"run was made with dropout=0.1 \(now 0.3\), lr=0.001 \(now 0.5\)\..*--config old",
     ),
     "a test galaxy became a training galaxy": (
-        statistics(exchanged("train", "test")),
-        {},
-        "^old: made with another split, another set of cubes, another set of training labels, "
-        "another statistics. Start again with --overwrite",
+        then_statistics(exchanged("train", "test")), {},
+        "another split, another set of cubes, another set of training labels, another statistics",
     ),
-    "val and test exchanged": (exchanged("val", "test"), {}, "^old: made with another split"),
-    "train and test exchanged": (exchanged("train", "test"), {}, r"stats\.h5: made with another li"),
-    "statistics": (statistics(), {}, r"^old: made with another statistics\. Start"),
-    "training labels": (relabelled(TRAIN[:1], 0.01), {}, "another set of training labels. Start"),
-    "validation labels": (relabelled(VAL, 0.01), {}, "another set of training labels. Start"),
+    "validation and test parts exchanged": (exchanged("val", "test"), {}, "with another split"),
+    "statistics": (mock_cubes.rebuild_statistics, {}, "old: made with another statistics. Start"),
+    "training labels": (relabelled(TRAIN[:1], 0.01), {}, "with another set of training labels. S"),
+    "validation labels": (relabelled(VAL, 0.01), {}, "with another set of training labels. Start"),
     "options of labels": (
-        relabelled([*TRAIN, *VAL], min_snr=5.0),
-        {},
-        r"^old: made with labels\.min_snr=3\.0 \(now 5\.0\)\. Start",
+        relabelled([*TRAIN, *VAL], min_snr=5.0), {}, r"with labels\.min_snr=3\.0 \(now 5\.0\)\. St"
     ),
-    "validation cube": (rebuilt(VAL, source="new"), {}, "^old: made with another set of cubes. St"),
-    "training cube": (rebuilt(TRAIN[:1], redshift=0.5), {}, r"stats\.h5: made with another .*cubes"),
-    "training cube and statistics": (
-        statistics(rebuilt(TRAIN[:1], redshift=0.5)),
-        {},
-        "^old: made with another set of cubes, another statistics. Start",
+    "validation cube": (rebuilt(VAL, source="new"), {}, "old: made with another set of cubes. St"),
+    "training cube": (
+        then_statistics(rebuilt(TRAIN[:1], redshift=0.5)), {},
+        "old: made with another set of cubes, another statistics. Start again",
     ),
     "options of cubes": (
-        statistics(rebuilt(mock_cubes.PLATEIFUS, deredden=False)),
-        {},
-        r"^old: made with cube\.deredden=True \(now False\), another set of cubes",
+        then_statistics(rebuilt(mock_cubes.PLATEIFUS, deredden=False)), {},
+        r"made with cube\.deredden=True \(now False\), another set of cubes",
     ),
-    "damaged checkpoint": (cut("last.pt"), {}, r"last\.pt: not a readable checkpoint"),
-    "damaged model.json": (cut("model.json"), {}, r"model\.json: damaged"),
+    "damaged checkpoint": (half("last.pt"), {}, r"last\.pt: not a readable checkpoint"),
+    "damaged model.json": (half("model.json"), {}, r"model\.json: damaged"),
     "neither resume nor overwrite": (nothing, {"resume": "no"}, "old: holds a run. .*--overwrite"),
     "folder of other origin": (foreign, {}, r"holds config\.json, test, but not a training run"),
-    "the same, with --overwrite": (foreign, AGAIN, "but not a training run"),
+    "the same with --overwrite": (foreign, AGAIN, "but not a training run"),
     "overwriting without a split": (nothing, {**AGAIN, "split_dir": "no"}, "create_data_splits"),
     "overwriting without labels": (
-        lambda data, run: utils.label_path(data, "logOH", TRAIN[0]).unlink(),
-        AGAIN,
-        "no such file.*1 of the 4 galaxies",
+        lambda data: utils.label_path(data, "logOH", TRAIN[0]).unlink(), AGAIN, "no such file"
     ),
     "a batch of one patch": (nothing, {**NEW, "batch_size": 1, "cutout": 1}, "at least 2 patches"),
-    "too wide a projection": (
-        nothing,
-        {**NEW, "patch_norm": "spectral", "projection": 10_000},
-        "--projection 10000: expected fewer components than the 444 training samples",
-    ),
+    "projection on more than the bands": (nothing, {**NEW, "projection": 7}, "expected 1 to 6"),
     **{
-        f"{name} {value}": (nothing, {**NEW, name: value}, f"--{name.replace('_', '-')} {value}: exp")
-        for name, value in [
-            ("lr", -1.0), ("lr", float("nan")), ("dropout", 2.0), ("label_smoothing", 3.0),
-            ("weight_decay", -0.1), ("seed", -1), ("patch_size", 0), ("epochs", 0), ("cutout", 4),
-            ("batch_size", 0), ("patience", -1), ("n_tokens", 0), ("samples_per_epoch", -1),
-        ]
+        f"{name} {value}": (
+            nothing, {**NEW, name: float(value) if value == "nan" else value},
+            f"--{name.replace('_', '-')} {value}: expected",
+        )
+        for name, values in OUT_OF_RANGE.items() for value in values
     },
 }  # fmt: skip
 
@@ -413,7 +383,7 @@ def test_refused_in_one_line_without_touching_any_run(case, root, trained, tmp_p
     data = shutil.copytree(root, tmp_path / "data")
     shutil.copytree(trained, tmp_path / "runs" / "old")
     monkeypatch.chdir(tmp_path / "runs")
-    change(data, Path("old"))
+    change(data)
 
     def content():
         files = [p for p in Path().rglob("*") if p.is_file() and p.name != "log.txt"]
@@ -423,8 +393,7 @@ def test_refused_in_one_line_without_touching_any_run(case, root, trained, tmp_p
     usual = {**USUAL, "data_dir": data, "run_dir": Path("old"), "resume": "auto", "epochs": 2}
     with pytest.raises(DataError, match=message) as caught:
         train({**usual, **options})
-    assert content() == before
-    assert not Path("new").exists()
+    assert content() == before  # and there is no folder `new`
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -487,9 +456,7 @@ def test_command_alone_creates_statistics_and_packed_cubes_and_trains(tmp_path, 
     monkeypatch.setenv("MANGA_DATA_DIR", str(root))
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "--label-task", "logOH", "--epochs", 1, "--device", "cpu") == 0
-    stats = data_io.read_split_stats(root, "hard_logOH")
-    assert isinstance(stats, Stats)
-    assert len(stats.components) == 30
+    assert len(data_io.read_split_stats(root, "hard_logOH").components) == 30
     assert (root / "processed/packed/hard_logOH/PCA_float16.h5").is_file()
     (run,) = Path("runs").iterdir()
     spec = run_folder.read_model(run).card.spec
@@ -660,7 +627,7 @@ def test_cosine_falls_from_the_peak_and_constant_stays():
     assert script.learning_rate(constant, 5)(40) == 1
 
 
-def test_projection_starts_as_whitened_principal_components(options):
+def test_projection_starts_as_whitened_principal_components(options, monkeypatch):
     ready = set_up(options, patch_norm="spectral", projection=5, cutout=1)
     dataset = ready.loaders["train"].dataset
     spectra = torch.from_numpy(dataset.centres(np.arange(len(dataset))))
@@ -668,6 +635,9 @@ def test_projection_starts_as_whitened_principal_components(options):
         values = ready.model.projection(spectra[:, :, None, None])[..., 0, 0].numpy()
     np.testing.assert_allclose(values.mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(np.cov(values.T), np.eye(5), atol=1e-3)
+    monkeypatch.setattr(eval_fns, "SOME_SPECTRA", 5)
+    with pytest.raises(DataError, match="--projection 5: .* than the 5 training samples"):
+        set_up(options, patch_norm="spectral", projection=5)
 
 
 @pytest.mark.parametrize("n_classes", [1, 2, 3])
