@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import data_io
 import run_folder
 import utils
 from labels import class_middles
@@ -119,16 +118,6 @@ def test_new_run_keeps_nothing_of_the_old_one_and_copies_split_and_statistics(ro
     for name in copies:
         original = utils.split_path(root, "hard") / name.removeprefix("split/")
         assert (run_dir / name).read_bytes() == original.read_bytes()
-
-
-def test_galaxies_know_their_part_and_the_weights_their_epoch(root, run_dir):
-    """A stop may come between writing the weights and the card that describes them."""
-    about = {"best": json.dumps({"epoch": 3})}
-    run_folder.write_tensors(run_dir / "best.safetensors", {"w": torch.ones(2)}, about)
-    saved = run_folder.read_model(run_dir)
-    assert saved.card.best == {"epoch": 3}
-    parts, _ = data_io.read_split(utils.split_path(root, "hard"))
-    assert saved.parts == {m: part for part, table in parts.items() for m in table["mangaid"]}
 
 
 def test_others_may_read_the_weights(tmp_path):
