@@ -205,8 +205,9 @@ def choose(
     """
     if run_dir is None:
         for found in newest_runs() if resume else ():
-            if not option_differences(own_options(found), options):
-                return found, True
+            with contextlib.suppress(DataError):  # a damaged run is not the one
+                if not option_differences(own_options(found), options):
+                    return found, True
         return RUNS_FOLDER / f"{time.strftime('%Y%m%dT%H%M%S')}_{name}", False
     if (run_dir / CHECKPOINT_FILE).is_file() and not overwrite:
         if not resume:
@@ -237,16 +238,15 @@ def newest_runs() -> list[Path]:
 
 
 def own_options(run_dir: Path) -> dict[str, Any]:
-    """Options of the run in a folder, without those of its cubes and labels; {} if unreadable."""
-    try:
-        options = ModelCard.read(run_dir).recipe.options
-    except DataError:
-        return {}
+    """Options of the run in a folder, without those of its cubes and labels."""
+    options = ModelCard.read(run_dir).recipe.options
     return {k: v for k, v in options.items() if k not in ("cube", "labels")}
 
 
 def start(run_dir: Path, root: Path, split_dir: str, is_pca: bool) -> None:
-    """Make the folder of a new run: remove an old run, copy the split and its statistics.
+    """Fill the folder of a new run, which holds its config.json already.
+
+    An old run is removed; the split and its statistics are copied.
 
     Parameters
     ----------
@@ -260,6 +260,8 @@ def start(run_dir: Path, root: Path, split_dir: str, is_pca: bool) -> None:
     data_io.read_split(utils.split_path(root, split_dir))  # first: no folder without a split
     for name in REPLACED:
         path = run_dir / name
+        if name == CONFIG_FILE:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

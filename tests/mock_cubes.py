@@ -6,6 +6,8 @@ can learn the labels. Nothing here claims to be a galaxy: mock_manga.py makes th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,16 @@ def cube_recipe(n_band: int = N_BAND, source: str = "", **options: Any) -> Recip
     return Recipe("cube", data_io.CUBE_VERSION, options, {"LOGCUBE": source})
 
 
+def rebuild_cube(root: Path, plateifu: str, source: str | None = None, **options: Any) -> Path:
+    """Write a cube again as if made with other options, or from another LOGCUBE."""
+    path = utils.cube_path(root, plateifu)
+    cube = data_io.read_cube(path)
+    inputs = cube.recipe.inputs if source is None else {"LOGCUBE": source}
+    recipe = replace(cube.recipe, options={**cube.recipe.options, **options}, inputs=inputs)
+    data_io.write_cube(path, replace(cube, recipe=recipe))
+    return path
+
+
 def write_labels(root: Path, task: str, plateifu: str, values: np.ndarray, **options: Any) -> None:
     """Write a label map with provenance."""
     error = np.where(np.isfinite(values), 0.03, np.nan)
@@ -73,9 +85,28 @@ def write_labels(root: Path, task: str, plateifu: str, values: np.ndarray, **opt
     data_io.write_labels(utils.label_path(root, task, plateifu), values, error, recipe, {})
 
 
+def relabel(
+    root: Path, plateifus: Sequence[str], shift: float = 0, task: str = "logOH", **options: Any
+) -> None:
+    """Write label maps again, shifted (NaN: no labels left) or as if made with other options."""
+    for plateifu in plateifus:
+        labels = data_io.read_labels(utils.label_path(root, task, plateifu))
+        write_labels(root, task, plateifu, labels + np.float32(shift), **options)
+
+
+def rebuild_statistics(root: Path, split: str = "hard", n_components: int = 6) -> None:
+    """Compute the statistics again, from the cubes and the training part of now."""
+    import calc_data_stats
+
+    train = data_io.read_split(utils.split_path(root, split))[0]["train"]
+    galaxies = sorted(train["plateifu"].unique())
+    stats = calc_data_stats.split_stats(root, split, galaxies, n_components, min_snr=0)
+    data_io.write_stats(utils.stats_path(root, split), stats)
+
+
 def write_split(root: Path, name: str, parts: dict[str, pd.DataFrame], seed: int = 0) -> None:
-    """Write a split whose name is its kind."""
-    recipe = Recipe("split", data_io.SPLIT_VERSION, {"kind": name, "seed": seed})
+    """Write a split whose name begins with its kind."""
+    recipe = Recipe("split", data_io.SPLIT_VERSION, {"kind": name.split("_")[0], "seed": seed})
     data_io.write_split(utils.split_path(root, name), parts, recipe)
 
 

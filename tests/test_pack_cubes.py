@@ -1,27 +1,32 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import h5py
 import mock_cubes
 import numpy as np
 import pytest
 
-import data_fns
 import data_io
 import hsi_proc_fns
 import pack_cubes
 import utils
+from pack_cubes import Config, open_packed, packed_path, read_packed
 from utils import DataError
 
-SCRIPT = Path(pack_cubes.__file__)
+GALAXIES = list(mock_cubes.PLATEIFUS[:3])
+"""Training part of the hard split of four galaxies, and the galaxy after it."""
+
+
+@pytest.fixture(scope="module")
+def mock(tmp_path_factory):
+    return mock_cubes.make_data_dir(tmp_path_factory.mktemp("data"), mock_cubes.PLATEIFUS[:4])
 
 
 @pytest.fixture
-def root(tmp_path):
-    return mock_cubes.make_data_dir(tmp_path)
+def root(mock, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(mock, tmp_path / "data")
 
 
 def axes_of(path):
@@ -29,67 +34,128 @@ def axes_of(path):
         return f["spectra"].attrs["axes"]
 
 
-def test_command_packs_what_normalising_by_hand_gives(root):
-    config = pack_cubes.Config("hard", root, patch_norm="spatial", packed_type="float32", jobs=2)
+def test_packed_file_holds_each_usable_spectrum_once_as_normalised_by_hand(root):
+    config = Config("hard", root, patch_norm="spatial", packed_type="float32", jobs=2)
     assert pack_cubes.main(config) == 0
-    packed = data_io.read_packed(data_io.packed_path(root, "hard", "spatial", "float32"))
+    path = packed_path(root, "hard", "spatial", "float32")
+    packed = read_packed(path)
     parts, _ = data_io.read_split(utils.split_path(root, "hard"))
     assert list(packed.rows) == [*parts["train"]["plateifu"], *parts["val"]["plateifu"]]
-    assert axes_of(data_io.packed_path(root, "hard", "spatial", "float32")) == "row,band"
-    np.testing.assert_array_equal(packed.wave, mock_cubes.wave_grid())
+    assert axes_of(path) == "row,band"
+    seen = []
     for plateifu, rows in packed.rows.items():
-        flux = data_io.read_cube(utils.cube_path(root, plateifu)).flux
-        normed = hsi_proc_fns.normalise(flux, "spatial")
+        cube = data_io.read_cube(utils.cube_path(root, plateifu))
+        usable = hsi_proc_fns.usable_spaxels(cube.flux)
+        np.testing.assert_array_equal(rows > 0, usable)
+        seen += rows[usable].tolist()
+        normed = hsi_proc_fns.normalise(cube.flux, "spatial")
         np.testing.assert_array_equal(packed.spectra[rows], normed)
+        assert packed.cubes[plateifu] == cube.recipe.digest
+    assert sorted(seen) == list(range(1, len(packed.spectra)))
+    assert not packed.spectra[0].any()
 
 
-def test_several_processes_write_the_same_file(root):
-    path = data_io.packed_path(root, "easy", "PCA", "float16")
+def test_several_processes_write_the_same_file_as_one(root):
+    path = packed_path(root, "easy", "PCA", "float16")
     content = []
     for jobs in (1, 2):
-        pack_cubes.main(
-            pack_cubes.Config("easy", root, patch_norm="PCA", jobs=jobs, overwrite=True)
-        )
+        assert pack_cubes.main(Config("easy", root, jobs=jobs, overwrite=True)) == 0
         assert axes_of(path) == "row,component"
-        packed = data_io.read_packed(path)
+        packed = read_packed(path)
         content.append((packed.spectra.tobytes(), [r.tolist() for r in packed.rows.values()]))
     assert content[0] == content[1]
 
 
-def test_second_run_leaves_the_file_and_overwrite_does_not(root):
-    path = data_io.packed_path(root, "hard", "global", "float16")
-    seen = []
+def test_second_run_leaves_the_file_and_overwrite_replaces_it(root):
+    path, seen = packed_path(root, "hard", "PCA", "float16"), []
     for overwrite in (False, False, True):
-        pack_cubes.main(pack_cubes.Config("hard", root, overwrite=overwrite, jobs=1))
+        pack_cubes.main(Config("hard", root, overwrite=overwrite, jobs=1))
         seen.append(path.stat().st_ino)
     assert seen[0] == seen[1] != seen[2]
 
 
-def test_command_line(root, tmp_path):
-    words = [sys.executable, str(SCRIPT), "--data-dir", str(root)]
-    done = subprocess.run(
-        [*words, "--split-dir", "hard", "--jobs", "1"], cwd=tmp_path, capture_output=True, text=True
+def test_half_precision_keeps_eleven_bits(root):
+    exact, half = (
+        open_packed(root, "hard", "global", GALAXIES, dtype).spectra
+        for dtype in ("float32", "float16")
     )
-    assert done.returncode == 0, done.stderr
-    assert "6 galaxies" in done.stderr
-    done = subprocess.run(
-        [*words, "--split-dir", "no"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "create_data_splits.py" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert half.dtype == np.float16
+    assert (half != exact).any()
+    np.testing.assert_allclose(half, exact, rtol=2**-11, atol=2**-24)
 
 
-def test_values_that_float16_cannot_hold_are_refused(root, tmp_path, monkeypatch):
-    real = data_fns.load_normed
+def gone(root):
+    utils.cube_path(root, GALAXIES[0]).unlink()
 
-    def too_large(*args):
+
+@pytest.mark.parametrize(
+    ("change", "asked", "reason"),
+    [
+        (lambda root: None, GALAXIES, ""),
+        (lambda root: None, GALAXIES[::-1], ""),
+        (gone, GALAXIES, ""),
+        (lambda root: None, mock_cubes.PLATEIFUS[:4], "lacks 8000-104 and 0 more"),
+        (
+            lambda root: mock_cubes.rebuild_cube(root, GALAXIES[2], redshift=0.5),
+            GALAXIES,
+            "cube of 8000-103 and 0 more were rebuilt",
+        ),
+        (mock_cubes.rebuild_statistics, GALAXIES, "made with another statistics"),
+    ],
+    ids=["same", "other order", "cube gone", "more galaxies", "cube rebuilt", "statistics"],
+)
+def test_packed_file_is_kept_while_it_serves_and_rebuilt_when_not(
+    root, caplog, change, asked, reason
+):
+    """Cubes may be gone: perhaps only the packed file was copied to the machine with a GPU."""
+    caplog.set_level("INFO")
+    open_packed(root, "hard", "PCA", GALAXIES)
+    assert "packing 3 cubes (there is no such file yet)" in caplog.text
+    change(root)
+    for expected in (reason, ""):
+        caplog.clear()
+        assert set(asked) <= set(open_packed(root, "hard", "PCA", asked).rows)
+        assert ("packing" in caplog.text) == bool(expected)
+        assert expected in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        ("disk full", r"float16\.h5: could not be written \(disk full\)"),
+        ("too bright", r"8000-103\.h5: values up to 7e\+04 .* --packed-type float32"),
+    ],
+)
+def test_packed_file_is_whole_or_absent(root, monkeypatch, at, message):
+    real, read = pack_cubes.read_normalised, []
+
+    def troubled_at_the_third_cube(*args):
         cube = real(*args)
-        cube.values[cube.usable] += 7e4
+        read.append(1)
+        if len(read) == 3 and at == "disk full":
+            raise OSError("disk full")
+        cube.values[cube.usable] += 7e4 * (len(read) == 3)
         return cube
 
-    monkeypatch.setattr(data_fns, "load_normed", too_large)
-    config = pack_cubes.Config("hard", root, patch_norm="spectral", jobs=1)
-    with pytest.raises(DataError, match=r"\.h5: values up to 7e\+04 .* --packed-type float32"):
-        pack_cubes.main(config)
-    assert not data_io.packed_path(root, "hard", "spectral", "float16").exists()
+    monkeypatch.setattr(pack_cubes, "read_normalised", troubled_at_the_third_cube)
+    with pytest.raises(DataError, match=message):
+        open_packed(root, "hard", "spectral", GALAXIES)
+    assert list((root / "processed").glob("packed/*/*")) == []
+
+
+def test_damaged_packed_file_is_refused_with_what_to_do(root):
+    open_packed(root, "hard", "PCA", GALAXIES).path.write_bytes(b"half a file")
+    with pytest.raises(DataError, match=r"PCA_float16\.h5: .*pack_cubes\.py --overwrite"):
+        open_packed(root, "hard", "PCA", GALAXIES)
+
+
+def test_command_line_reports_what_it_packed_and_what_is_missing(root, monkeypatch, capsys):
+    for split, code, message in (("hard", 0, "3 galaxies"), ("no", 1, "create_data_splits.py")):
+        words = ["pack_cubes.py", "--data-dir", str(root), "--split-dir", split, "--jobs", "1"]
+        monkeypatch.setattr("sys.argv", words)
+        with pytest.raises(SystemExit) as caught:
+            utils.run_command(pack_cubes.main, Config, pack_cubes.__doc__)
+        assert caught.value.code == code
+        said = capsys.readouterr().err
+        assert message in said
+        assert "Traceback" not in said

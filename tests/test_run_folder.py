@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import os
+
+import mock_cubes
+import numpy as np
+import pytest
+import torch
+
+import run_folder
+import utils
+from labels import class_middles
+from recipe import Recipe
+from run_folder import ModelCard
+from samples import PatchSpec
+from utils import DataError
+
+CARD = ModelCard(
+    recipe=Recipe("run", 2, {"seed": 0, "bands": [0, 5], "cube": {}}, {"split": "aa"}),
+    spec=PatchSpec("logOH", bands=(0, 5)),
+    class_names=list("abcdef"),
+    class_counts=[1, 2, 3, 4, 5, 6],
+    class_values=[8.3, 8.4, 8.5, 8.6, 8.7, 8.8],
+    label_median=8.5,
+    network={"bands": 5},
+    parameters=7,
+    split_dir="hard",
+    data_dir="/data",
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return mock_cubes.make_data_dir(tmp_path_factory.mktemp("data"), mock_cubes.PLATEIFUS[:4])
+
+
+@pytest.fixture
+def run_dir(root, tmp_path):
+    """What a run with a finished epoch has written, without training."""
+    run = tmp_path / "run"
+    utils.write_json(run / "config.json", {"label_task": "", "patch_norm": "", "split_dir": ""})
+    run_folder.start(run, root, "hard", is_pca=True)
+    run_folder.write_best(run, CARD, {"w": torch.arange(6.0).reshape(2, 3).T})
+    run_folder.write_checkpoint(run, {"model": {}}, [{"epoch": 1}])
+    return run
+
+
+def edited(**changes):
+    def edit(path):
+        content = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({k: v for k, v in content.items() if v != "gone"}))
+
+    return edit
+
+
+def half(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("model.json", os.unlink, r"no model\.json\. Expected the folder of a training run"),
+        ("model.json", edited(schema_version=1), "ssftt-model version 1, this code needs .* 2"),
+        ("model.json", edited(spec="gone"), r"model\.json: damaged"),
+        ("model.json", edited(colour="red"), r"model\.json: damaged"),
+        ("model.json", edited(recipe=[]), r"model\.json: its recipe is damaged"),
+        ("model.json", half, r"model\.json: damaged"),
+        ("best.safetensors", os.unlink, r"no best\.safetensors\. Expected .* a finished epoch"),
+        ("best.safetensors", half, r"best\.safetensors: not readable"),
+        ("stats.h5", os.unlink, r"stats\.h5 is missing"),
+        ("split/val.csv", os.unlink, r"split/val\.csv is missing"),
+    ],
+)
+def test_model_survives_its_files_and_damaged_ones_are_refused(run_dir, name, damage, message):
+    saved = run_folder.read_model(run_dir)
+    assert saved.card == CARD
+    assert torch.equal(saved.weights["w"], torch.arange(6.0).reshape(2, 3).T)
+    damage(run_dir / name)
+    with pytest.raises(DataError, match=message) as caught:
+        run_folder.read_model(run_dir)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_checkpoint_is_refused_and_no_code_in_one_is_executed(run_dir, tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    assert run_folder.read_checkpoint(run_dir) == {"model": {}}
+    for damage in (half, lambda path: torch.save(Harmful(), path), os.unlink):
+        damage(run_dir / "last.pt")
+        with pytest.raises(DataError, match=r"last\.pt: not a readable checkpoint"):
+            run_folder.read_checkpoint(run_dir)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_class_values_are_means_of_training_labels_or_middles_of_classes_without_any():
+    labels = {2: np.array([8.41, 8.43], np.float32), 5: np.array([8.7], np.float32)}
+    expected = class_middles(6)
+    expected[[2, 5]] = [8.42, 8.7]
+    found = run_folder.training_class_values(labels, PatchSpec("logOH"))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert run_folder.training_class_values({}, PatchSpec("BPT")) is None
+
+
+def test_new_run_keeps_nothing_of_the_old_one_and_copies_split_and_statistics(root, run_dir):
+    for name in ("test/old.txt", "maps/old.txt", "figures/old.txt", "baseline.safetensors"):
+        (run_dir / name).parent.mkdir(exist_ok=True)
+        (run_dir / name).touch()
+    (run_dir / "notes.txt").write_text("mine")
+    run_folder.check_replaceable(run_dir)
+    run_folder.start(run_dir, root, "hard", is_pca=True)
+    left = {str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file()}
+    copies = {f"split/{part}.csv" for part in utils.SPLIT_PARTS} | {"stats.h5"}
+    assert left == {"config.json", "environment.json", "notes.txt", *copies}
+    for name in copies:
+        original = utils.split_path(root, "hard") / name.removeprefix("split/")
+        assert (run_dir / name).read_bytes() == original.read_bytes()
+
+
+def test_others_may_read_the_weights(tmp_path):
+    mask = os.umask(0o022)
+    try:
+        run_folder.write_best(tmp_path, CARD, {"w": torch.ones(2)})
+    finally:
+        os.umask(mask)
+    for name in ("best.safetensors", "model.json"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
+
+
+def test_environment_names_what_a_run_depended_on(monkeypatch, tmp_path):
+    found = json.loads(json.dumps(run_folder.environment()))
+    assert found["packages"]["torch"] == torch.__version__
+    assert {"python", "platform", "git", "command", "version"} <= set(found)
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "run_folder.py"))  # no checkout
+    assert run_folder.git_state() == {"commit": None, "dirty": None}
+
+
+def test_data_folder_is_the_flag_then_the_runs_own_then_the_default(root, run_dir, monkeypatch):
+    monkeypatch.setenv("MANGA_DATA_DIR", "elsewhere")
+    assert str(run_folder.run_data_dir(run_dir)) == "elsewhere"  # the run's own is gone
+    edited(data_dir=str(root))(run_dir / "model.json")
+    assert run_folder.run_data_dir(run_dir) == root
+    assert run_folder.run_data_dir(run_dir, run_dir) == run_dir

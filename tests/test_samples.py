@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import shutil
+
+import mock_cubes
+import numpy as np
+import pandas as pd
+import pytest
+from mock_cubes import rebuild_cube, rebuild_statistics, relabel, write_labels
+
+import data_fns
+import data_io
+import pack_cubes
+import samples
+import utils
+from samples import DataOptions, PatchSpec, Samples
+from utils import LABEL_TASKS, DataError
+
+TRAIN, VAL, GALAXIES = mock_cubes.PLATEIFUS[:2], mock_cubes.PLATEIFUS[2], mock_cubes.PLATEIFUS[:4]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = mock_cubes.make_data_dir(tmp_path_factory.mktemp("data"), GALAXIES)
+    mock_cubes.write_patch_files(root, "logOH", "PCA", size=7)
+    return root
+
+
+@pytest.fixture
+def data(root, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(root, tmp_path / "data")
+
+
+def samples_of(root, spec, part="train", split="hard"):
+    table = data_io.read_split(utils.split_path(root, split))[0][part]
+    galaxies = table["plateifu"].unique()
+    packed = pack_cubes.open_packed(root, split, spec.patch_norm, galaxies)
+    return samples.get_samples(table, spec, root, packed)
+
+
+def spaxels_of(found):
+    return set(zip(np.array(found.plateifus)[found.galaxy], found.y, found.x, strict=True))
+
+
+def label_file(root, plateifu=TRAIN[0], task="logOH"):
+    return utils.label_path(root, task, plateifu)
+
+
+@pytest.mark.parametrize("task", LABEL_TASKS)
+def test_masked_and_unlabelled_spaxels_never_become_samples(root, task):
+    expected = set()
+    for plateifu in TRAIN:
+        labels = data_io.read_labels(label_file(root, plateifu, task))
+        has_label = labels >= 0 if task == "BPT" else np.isfinite(labels)
+        assert has_label[4, 4]  # a label on a spectrum of which half is missing
+        has_label[:2, :3] = has_label[4, 4] = False
+        expected |= {(plateifu, y, x) for y, x in np.argwhere(has_label)}
+    assert spaxels_of(samples_of(root, PatchSpec(task))) == expected
+
+
+def test_samples_are_listed_without_reading_spectra(root, monkeypatch):
+    listed = samples_of(root, PatchSpec("logOH"))
+    monkeypatch.setattr(data_io, "read_cube", None)
+    assert spaxels_of(samples_of(root, PatchSpec("logOH"))) == spaxels_of(listed)
+    assert len(listed) > 100
+
+
+def test_classes_and_values_are_those_of_the_label_maps(root):
+    found = samples_of(root, PatchSpec("logOH", 8))
+    edges = [8.34, 8.40, 8.44, 8.47, 8.50, 8.52, 8.55]
+    by_hand = np.sum(found.values[:, None] >= np.float32(edges), axis=1)
+    np.testing.assert_array_equal(found.classes, by_hand)
+    np.testing.assert_array_equal(found.class_counts(8), np.bincount(by_hand, minlength=8))
+    for row in range(0, len(found), 29):
+        plateifu, y, x = found.plateifus[found.galaxy[row]], found.y[row], found.x[row]
+        assert found.values[row] == data_io.read_labels(label_file(root, plateifu))[y, x]
+        assert found.spaxel_names([row]) == [f"{plateifu} y={y} x={x}"]
+
+
+def test_samples_come_in_the_order_of_the_split_then_of_the_map(root):
+    table = pd.DataFrame({"plateifu": list(GALAXIES[::-1]), "mangaid": "1-0"})
+    packed = pack_cubes.open_packed(root, "hard", "global", GALAXIES)
+    found = samples.get_samples(table, PatchSpec("BPT", patch_norm="global"), root, packed)
+    assert found.plateifus == list(table["plateifu"])
+    assert (np.diff(found.galaxy.astype(int) * 10_000 + found.y * 100 + found.x) > 0).all()
+    assert found.cubes == data_io.cube_digests(root, GALAXIES)
+
+
+def test_easy_split_takes_only_its_spaxels_and_says_which_it_left_out(root, caplog):
+    parts = data_io.read_split(utils.split_path(root, "easy"))[0]
+    found = {part: spaxels_of(samples_of(root, PatchSpec("BPT"), part, "easy")) for part in parts}
+    for part, table in parts.items():
+        assert found[part] < set(zip(table["plateifu"], table["y"], table["x"], strict=True))
+        left_out = len(table) - len(found[part])
+        assert f"{left_out} of the split's {len(table)} spaxels have no BPT label" in caplog.text
+    assert not found["train"] & found["val"]
+
+
+def test_samples_by_galaxy_in_any_order():
+    galaxy = np.array([2, 0, 2, 1, 0], np.int32)
+    zero = np.zeros(5, np.int32)
+    found = Samples(["a", "b", "c"], galaxy, zero, zero, zero, zero, zero).by_galaxy()
+    assert {g: rows.tolist() for g, rows in found} == {0: [1, 4], 1: [3], 2: [0, 2]}
+    assert list(Samples([], *[zero[:0]] * 6).by_galaxy()) == []
+
+
+def test_label_maps_that_changed_since_the_split_are_warned_of(data, caplog):
+    parts, recipe = data_io.read_split(utils.split_path(data, "hard"))
+    digests = {p: data_io.digest_of(data_io.read_labels(label_file(data, p))) for p in GALAXIES}
+    for name, table in parts.items():
+        short = table["plateifu"].map(digests).str[: data_io.DIGEST_LENGTH]
+        parts[name] = table.assign(label_digest=short)
+    data_io.write_split(utils.split_path(data, "hard"), parts, recipe)
+    samples_of(data, PatchSpec("logOH"))
+    assert not caplog.text
+    write_labels(data, "logOH", TRAIN[1], data_io.read_labels(label_file(data)))
+    samples_of(data, PatchSpec("logOH"))
+    assert f"label maps of 1 of the 2 galaxies ({TRAIN[1]}, ...) have changed" in caplog.text
+
+
+# What is refused: (what happens to the data folder, options, message)
+
+
+def nothing(root):
+    pass
+
+
+def relabelled(galaxies=TRAIN, shift=0.0, **options):
+    return lambda root: relabel(root, galaxies, shift, **options)
+
+
+def edited_by_hand(root):
+    np.save(label_file(root), data_io.read_labels(label_file(root)) + np.float32(0.01))
+
+
+def of_another_shape(root):
+    write_labels(root, "logOH", TRAIN[0], data_io.read_labels(label_file(root))[:-1])
+
+
+def statistics_without_a_galaxy(root):
+    path = utils.stats_path(root, "hard")
+    stats = data_io.read_stats(path)
+    stats.recipe.inputs.update(data_io.stats_inputs(data_io.cube_digests(root, TRAIN[:1])))
+    data_io.write_stats(path, stats)
+
+
+def other_statistics_and_no_cubes(root):
+    rebuild_statistics(root)
+    shutil.rmtree(root / "processed" / "cubes")
+
+
+FILES = {"source": "patches"}
+REFUSED = {
+    "even patch, turned": (nothing, {"patch_size": 6}, "--patch-size 6: .* no central spaxel"),
+    "cutouts of patch files": (nothing, {**FILES, "cutout": 3}, "--cutout 3: .*--source packed"),
+    "even cutouts": (nothing, {"cutout": 4}, "--cutout 4: expected an odd number"),
+    "negative cutouts": (nothing, {"cutout": -1}, "--cutout -1: expected an odd number"),
+    "too many bands": (nothing, {"bands": (3, 99)}, "--bands 3 99: .* has 6 bands"),
+    "no split": (nothing, {"split_dir": "no"}, r"train\.csv: no such file.*create_data_splits"),
+    "no patch files": (nothing, {**FILES, "patch_norm": "global"}, "no such file.*cube_patch_proc"),
+    "patches too small": (nothing, {**FILES, "patch_size": 9}, "7x7 spaxels, .* at least 9x9"),
+    "no statistics": (
+        lambda root: utils.stats_path(root, "hard").unlink(),
+        {}, r"stats\.h5: no such file.*calc_data_stats",
+    ),
+    "statistics of other galaxies": (
+        statistics_without_a_galaxy,
+        {}, r"stats\.h5: made with another list of training galaxies.*calc_data_stats\.py",
+    ),
+    "training cube with another redshift": (
+        lambda root: rebuild_cube(root, TRAIN[1], redshift=0.5),
+        {}, r"stats\.h5: made with another .*cubes\. Re-run calc_data_stats\.py",
+    ),
+    "validation cube on another grid": (
+        lambda root: rebuild_cube(root, VAL, wave_min=4800.0),
+        {}, rf"{VAL}\.h5: made with wave_min=4800.0, that of {TRAIN[0]} with wave_min=5000.0",
+    ),
+    "cube of another galaxy": (
+        lambda root: shutil.copyfile(*(utils.cube_path(root, p) for p in TRAIN)),
+        {}, f"holds the cube of {TRAIN[0]}, expected {TRAIN[1]}",
+    ),
+    "no cube": (
+        lambda root: utils.cube_path(root, VAL).unlink(), {}, rf"{VAL}\.h5: no such file"
+    ),
+    "no label map": (
+        lambda root: label_file(root).unlink(),
+        {}, rf"{TRAIN[0]}\.npy: no such file.*1 of the 2 galaxies of this part",
+    ),
+    "label map of another shape": (
+        of_another_shape, {}, r"label map of \(10, 12\) spaxels, expected \(11, 12\)"
+    ),
+    "no labels": (relabelled(shift=np.nan), {}, "no labelled logOH spaxel in the 2 galaxies"),
+    "edited labels": (edited_by_hand, {}, r"\.npy: its values are not those that its \.json"),
+    "labels on another scale": (
+        relabelled(GALAXIES, diagnostic="N2O2-KD02"),
+        {}, "labels were made with N2O2-KD02; .*--diagnostic O3N2-M13",
+    ),
+    "labels of two calibrations": (
+        relabelled(TRAIN[1:], diagnostic="N2-M13"),
+        {}, f"{TRAIN[1]} .*diagnostic=N2-M13, those of {TRAIN[0]} with diagnostic=O3N2-M13",
+    ),
+    "validation labels made otherwise": (
+        relabelled([VAL], min_snr=5.0), {}, "val part: .*min_snr=5.0, those of the train part"
+    ),
+    "patch files of other statistics": (
+        rebuild_statistics,
+        FILES, r"\.npy: made with another statistics.*cube_patch_processing\.py --overwrite",
+    ),
+    "patch files of other statistics, cubes gone": (
+        other_statistics_and_no_cubes,
+        FILES, r"\.npy: .*of the split's statistics.*cube_patch_processing\.py --overwrite",
+    ),
+    "patch files of other labels": (
+        relabelled(shift=0.01),
+        FILES, r"\.npy: made with another label map.*cube_patch_processing\.py --overwrite",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_data_that_do_not_belong_together_are_refused_in_one_line(data, case):
+    change, options, message = REFUSED[case]
+    change(data)
+    with pytest.raises(DataError, match=message) as caught:
+        data_fns.get_dataloaders(DataOptions(**{"data_dir": data, "split_dir": "hard", **options}))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("source", ["packed", "patches"])
+def test_statistics_computed_again_with_the_same_recipe_serve(data, source):
+    path = utils.stats_path(data, "hard")
+    stats = data_io.read_stats(path)
+    stats.attrs["created_utc"] = "2026-01-02T00:00:00Z"
+    data_io.write_stats(path, stats)
+    options = DataOptions(data, "hard", source=source)
+    assert next(iter(data_fns.get_dataloaders(options)["val"])).patches.shape[2] == 6
