@@ -604,7 +604,8 @@ def read_stats(path: Path) -> Stats:
 
 def stats_inputs(cubes: Mapping[str, str]) -> dict[str, str]:
     """Name the inputs of statistics: the galaxies, and their cubes' digests by plateifu."""
-    return {"list of training galaxies": digest_of(sorted(cubes)), "cubes": digest_of(dict(cubes))}
+    digests = digest_of(sorted(cubes)), digest_of(dict(cubes))
+    return {"list of training galaxies": digests[0], "set of cubes": digests[1]}
 
 
 def read_split_stats(root: Path, split_dir: str) -> Stats:
@@ -623,7 +624,7 @@ def read_split_stats(root: Path, split_dir: str) -> Stats:
     now = {**dict.fromkeys(plateifus, ""), **cube_digests(root, plateifus)}
     inputs = stats_inputs(now)
     if not all(now.values()):
-        inputs["cubes"] = stats.recipe.inputs.get("cubes", "")
+        inputs["set of cubes"] = stats.recipe.inputs.get("set of cubes", "")
     today = Recipe(stats.recipe.product, STATS_VERSION, stats.recipe.options, inputs)
     today.require(
         stats.recipe, path, f"Re-run calc_data_stats.py --split-dir {split_dir} --overwrite"
