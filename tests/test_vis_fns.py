@@ -16,14 +16,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, PathPatch
 from scipy.integrate import quad
-from scipy.spatial import ConvexHull
 
 import data_io
 import eval_fns
 import run_SSFTT_training as training
 import utils
 import vis_fns
-from hsi_proc_fns import field_of_view
 from labels import BPT_CLASSES, BPT_LINES, CLASS_COLOURS, LABEL_NONE, class_names, demarcate
 from run_SSFTT_training import TrainConfig
 from vis_fns import VisConfig
@@ -126,47 +124,6 @@ def test_nothing_is_claimed_of_an_unknown_galaxy(ax, attrs):
     vis_fns.mark_scale(ax, attrs)
     assert [t.get_text() for t in ax.texts] == before
     assert not ax.patches
-
-
-@pytest.mark.parametrize("bite", [(28, 16), (22, 28), (10, 4), (18, 20)])
-def test_field_is_whole_where_a_bite_is_taken_out_of_it(bite):
-    y, x = np.indices((33, 33))
-    hexagon = (np.abs(x - 16) + np.abs(y - 16) / 2 <= 15) & (np.abs(y - 16) <= 12)
-    bitten = hexagon & (np.hypot(y - bite[0], x - bite[1]) > 4)  # at an edge, or amid it
-    assert (hexagon & ~bitten).sum() > 20
-    np.testing.assert_array_equal(field_of_view(bitten), hexagon)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_field_is_the_hull_of_what_was_measured(seed):
-    """The half-planes of scipy's ConvexHull as oracle."""
-    rng = np.random.default_rng(seed)
-    inside = rng.random(rng.integers(2, 25, 2)) < rng.choice([0.02, 0.1, 0.7])
-    inside[:2, :2] = True  # some area
-    planes = ConvexHull(np.argwhere(inside)).equations
-    beyond = planes[:, :2] @ np.indices(inside.shape).reshape(2, -1) + planes[:, 2:]
-    wanted = (beyond < 1e-9).all(axis=0).reshape(inside.shape)
-    np.testing.assert_array_equal(field_of_view(inside), wanted)
-
-
-@pytest.mark.parametrize(
-    ("spaxels", "between"),
-    [
-        ([], []),
-        ([(2, 3)], []),
-        ([(2, 0), (2, 2)], [(2, 1)]),
-        ([(1, 1), (2, 2), (4, 4)], [(3, 3)]),
-        ([(1, 3), (4, 3)], [(2, 3), (3, 3)]),
-        ([(0, 0), (5, 6)], []),  # no centre lies on that line
-    ],
-)
-def test_a_field_without_area_is_a_line(spaxels, between):
-    inside, wanted = np.zeros((2, 6, 7), bool)
-    for y, x in spaxels:
-        inside[y, x] = wanted[y, x] = True
-    for y, x in between:
-        wanted[y, x] = True
-    np.testing.assert_array_equal(field_of_view(inside), wanted)
 
 
 def test_outline_of_a_rectangle_has_its_perimeter():
