@@ -145,8 +145,8 @@ def write_cube_rows(
     measured = np.zeros(shape[:2], np.uint16)
     n_bytes = 8 * int(np.prod(shape, dtype=np.int64))  # flux and ivar, corners included
     with new_h5(path, n_bytes, libver=("earliest", "v110")) as f:
-        f.attrs.update(schema=CUBE_SCHEMA, schema_version=CUBE_VERSION, recipe=recipe.to_json())
         f.attrs.update({k: v for k, v in attrs.items() if v is not None})
+        f.attrs.update(schema=CUBE_SCHEMA, schema_version=CUBE_VERSION, recipe=recipe.to_json())
         dataset = f.create_dataset("wave", data=wave.astype("f8"))
         dataset.attrs.update(unit="Angstrom (vacuum, rest frame)", axes="band")
         y, datasets = 0, dict[str, h5py.Dataset]()  # kept: closing one writes, and hides errors
@@ -587,8 +587,8 @@ def write_stats(path: Path, stats: Stats) -> None:
     """Write the statistics of a training split, whole or not at all."""
     n_bytes = 2 * stats.components.nbytes  # and a few spectra
     with new_h5(path, n_bytes) as f:
-        f.attrs.update(schema=STATS_SCHEMA, schema_version=STATS_VERSION)
         f.attrs.update({k: v for k, v in stats.attrs.items() if v is not None})
+        f.attrs.update(schema=STATS_SCHEMA, schema_version=STATS_VERSION)
         f.attrs["recipe"] = stats.recipe.to_json()
         for name in STATS_FIELDS:
             f[name] = getattr(stats, name)
