@@ -6,6 +6,7 @@ can learn the labels. Nothing here claims to be a galaxy: mock_manga.py makes th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,16 @@ def cube_recipe(n_band: int = N_BAND, source: str = "", **options: Any) -> Recip
     return Recipe("cube", data_io.CUBE_VERSION, options, {"LOGCUBE": source})
 
 
+def rebuild_cube(root: Path, plateifu: str, source: str | None = None, **options: Any) -> Path:
+    """Write a cube again as if made with other options, or from another LOGCUBE."""
+    path = utils.cube_path(root, plateifu)
+    cube = data_io.read_cube(path)
+    inputs = cube.recipe.inputs if source is None else {"LOGCUBE": source}
+    recipe = replace(cube.recipe, options={**cube.recipe.options, **options}, inputs=inputs)
+    data_io.write_cube(path, replace(cube, recipe=recipe))
+    return path
+
+
 def write_labels(root: Path, task: str, plateifu: str, values: np.ndarray, **options: Any) -> None:
     """Write a label map with provenance."""
     error = np.where(np.isfinite(values), 0.03, np.nan)
@@ -74,8 +85,8 @@ def write_labels(root: Path, task: str, plateifu: str, values: np.ndarray, **opt
 
 
 def write_split(root: Path, name: str, parts: dict[str, pd.DataFrame], seed: int = 0) -> None:
-    """Write a split whose name is its kind."""
-    recipe = Recipe("split", data_io.SPLIT_VERSION, {"kind": name, "seed": seed})
+    """Write a split whose name begins with its kind."""
+    recipe = Recipe("split", data_io.SPLIT_VERSION, {"kind": name.split("_")[0], "seed": seed})
     data_io.write_split(utils.split_path(root, name), parts, recipe)
 
 

@@ -1,3 +1,5 @@
+"""What the figures show: read back from their axes, against astropy, scipy and closed forms."""
+
 from __future__ import annotations
 
 import json
@@ -23,7 +25,8 @@ import run_SSFTT_training as training
 import utils
 import vis_fns
 from labels import BPT_CLASSES, BPT_LINES, CLASS_COLOURS, LABEL_NONE, class_names, demarcate
-from run_SSFTT_training import TrainConfig
+from recipe import Recipe
+from run_folder import ModelCard
 from vis_fns import VisConfig
 
 REPO = Path(vis_fns.__file__).parent
@@ -37,18 +40,43 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run_dir(root, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
-    config = TrainConfig(
-        data_dir=root, run_dir=run, split_dir="hard", patch_norm="PCA", patch_size=5, epochs=2,
-        batch_size=64, device="cpu",
-    )  # fmt: skip
+    config = training.train_config(
+        data_dir=root, run_dir=run, split_dir="hard", patch_size=5, epochs=2, device="cpu"
+    )
     assert training.main(config) == 0
     eval_fns.evaluate_split(run)
     return run
 
 
+@pytest.fixture(scope="module")
+def card(run_dir):
+    return ModelCard.read(run_dir)
+
+
 @pytest.fixture
 def ax():
     return Figure().subplots()
+
+
+def prediction_of(classes, n_classes, plateifu="1-1"):
+    """A prediction of all spaxels of the field."""
+    names, values = (
+        (BPT_CLASSES, None)
+        if n_classes == 3
+        else (class_names("logOH", n_classes), class_middles(n_classes))
+    )
+    probabilities, inside = np.zeros((*classes.shape, n_classes)), np.ones(classes.shape, bool)
+    return eval_fns.CubePrediction(
+        plateifu, classes, probabilities, list(names), inside, {}, values
+    )
+
+
+def mesh_of(ax) -> QuadMesh:
+    return [c for c in ax.collections if isinstance(c, QuadMesh)][-1]
+
+
+def texts_of(ax) -> list[str]:
+    return [t.get_text() for t in ax.texts]
 
 
 def legend_of(ax) -> list[str]:
