@@ -6,6 +6,7 @@ can learn the labels. Nothing here claims to be a galaxy: mock_manga.py makes th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,25 @@ def write_labels(root: Path, task: str, plateifu: str, values: np.ndarray, **opt
     options = {"label_task": task, "diagnostic": "O3N2-M13", "min_snr": 3.0, **options}
     recipe = Recipe("labels", data_io.LABEL_VERSION, options, {"MAPS": plateifu})
     data_io.write_labels(utils.label_path(root, task, plateifu), values, error, recipe, {})
+
+
+def relabel(
+    root: Path, plateifus: Sequence[str], shift: float = 0, task: str = "logOH", **options: Any
+) -> None:
+    """Write label maps again, shifted (NaN: no labels left) or as if made with other options."""
+    for plateifu in plateifus:
+        labels = data_io.read_labels(utils.label_path(root, task, plateifu))
+        write_labels(root, task, plateifu, labels + np.float32(shift), **options)
+
+
+def rebuild_statistics(root: Path, split: str = "hard", n_components: int = 6) -> None:
+    """Compute the statistics again, from the cubes and the training part of now."""
+    import calc_data_stats
+
+    train = data_io.read_split(utils.split_path(root, split))[0]["train"]
+    galaxies = sorted(train["plateifu"].unique())
+    stats = calc_data_stats.split_stats(root, split, galaxies, n_components, min_snr=0)
+    data_io.write_stats(utils.stats_path(root, split), stats)
 
 
 def write_split(root: Path, name: str, parts: dict[str, pd.DataFrame], seed: int = 0) -> None:

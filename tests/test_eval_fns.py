@@ -70,11 +70,10 @@ def own_run(run_dir, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def of_part(root, model):
-    """Samples of a part of the split, and their dataset, as training lists them."""
+def loaders(root):
+    """Loaders of all parts of the split, as in training."""
     options = DataOptions(root, "hard", patch_size=5, **ONE_BY_ONE)
-    loaders = data_fns.get_dataloaders(options, parts=utils.SPLIT_PARTS)
-    return {part: loader.dataset.samples for part, loader in loaders.items()}, loaders
+    return data_fns.get_dataloaders(options, parts=utils.SPLIT_PARTS)
 
 
 def test_model_needs_nothing_but_its_run_folder(root, run_dir, model, tmp_path):
@@ -106,16 +105,17 @@ def test_dense_and_patch_wise_maps_agree(root, model, norm):
     assert np.ptp(dense.probabilities[dense.usable], axis=0).max() > 0.01
 
 
-def test_map_equals_the_prediction_of_the_loaders_patches(root, model, of_part):
-    chosen, loader = of_part[0]["test"], of_part[1]["test"]
-    logits, rows = eval_fns.sample_logits(model.network, loader, model.device)
+def test_map_equals_the_prediction_of_the_loaders_patches(root, model, loaders):
+    dataset = loaders["test"].dataset
+    chosen = dataset.samples
+    logits, rows = eval_fns.sample_logits(model.network, loaders["test"], model.device)
     probabilities = torch.from_numpy(logits).softmax(1).numpy()
     for g, plateifu in enumerate(chosen.plateifus):
         prediction = eval_fns.predict_cube(model, utils.cube_path(root, plateifu))
         here = chosen.galaxy[rows] == g
         y, x = chosen.y[rows][here], chosen.x[rows][here]
         np.testing.assert_allclose(prediction.probabilities[y, x], probabilities[here], atol=2e-6)
-    some = loader.dataset.__getitems__(rows[:5]).patches
+    some = dataset.__getitems__(rows[:5]).patches
     np.testing.assert_allclose(eval_fns.predict(model, some), probabilities[:5], atol=2e-6)
 
 
@@ -136,13 +136,6 @@ def test_usable_spaxels_of_unlabelled_galaxies_get_a_class_and_a_metallicity(roo
     assert prediction.part == ""
 
 
-def test_prediction_knows_the_part_of_its_galaxy(root, model):
-    parts, _ = data_io.read_split(utils.split_path(root, "hard"))
-    for part, table in parts.items():
-        cube = utils.cube_path(root, table["plateifu"].iloc[0])
-        assert eval_fns.predict_cube(model, cube).part == part
-
-
 def test_model_and_prediction_describe_themselves_in_three_lines(root, model):
     first, second, third = repr(model).splitlines()
     assert first.startswith("SSFTT for logOH: < 8.40, 8.40-8.44")
@@ -160,10 +153,10 @@ def test_model_and_prediction_describe_themselves_in_three_lines(root, model):
     assert third == f"  in the run's test part; median 12+log(O/H) {median}"
 
 
-def test_evaluation_equals_scores_by_hand(own_run, of_part):
+def test_evaluation_equals_scores_by_hand(own_run, loaders):
     evaluation = eval_fns.evaluate_split(own_run, "test", seed=3)
     scores, frame, out = evaluation.scores, evaluation.predictions, own_run / "test"
-    chosen, train_part = of_part[0]["test"], of_part[0]["train"]
+    chosen, train_part = (loaders[part].dataset.samples for part in ("test", "train"))
     assert scores["spaxels"] == len(frame) == len(chosen)
     np.testing.assert_array_equal(frame["true"], chosen.classes)
     np.testing.assert_array_equal(frame[["y", "x"]], np.stack([chosen.y, chosen.x], axis=1))
@@ -225,56 +218,27 @@ def test_run_on_patch_files_is_evaluated_on_them(root, own_run, own_data, tmp_pa
     assert without_time(ours) == without_time(theirs) == without_time(mapped)
 
 
-def rebuild_cube(root, plateifu, source=None, **options):
-    """Write a cube as if made with other options, or from another LOGCUBE."""
-    path = utils.cube_path(root, plateifu)
-    cube = data_io.read_cube(path)
-    inputs = {"LOGCUBE": source} if source else cube.recipe.inputs
-    recipe = replace(cube.recipe, options={**cube.recipe.options, **options}, inputs=inputs)
-    data_io.write_cube(path, replace(cube, recipe=recipe))
-    return path
-
-
-def relabel(root, plateifu, **options):
-    values = data_io.read_labels(utils.label_path(root, "logOH", plateifu))
-    mock_cubes.write_labels(root, "logOH", plateifu, values[::-1], **options)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda root, p: relabel(root, p), "made with another label map.*Re-run cube_patch"),
-        (lambda root, p: rebuild_cube(root, p, "new"), "made with another cube.*Re-run cube_patch"),
-        (
-            lambda root, p: (
-                rebuild_cube(root, p, remove_gas_velocity=False),
-                patch(root, p, overwrite=True),
-            ),
-            r"\(cube\): made with remove_gas_velocity=False, those of .* with .*=True",
-        ),
-    ],
-    ids=["labels rebuilt", "cube rebuilt", "cubes of other options"],
-)
-def test_patch_files_that_do_not_fit_are_refused(own_data, change, message):
-    galaxies = mock_cubes.PLATEIFUS[:2]
-    for plateifu in galaxies:
-        patch(own_data, plateifu)
+def test_patch_files_of_rebuilt_cubes_are_refused(own_data):
+    galaxies, options = mock_cubes.PLATEIFUS[:2], patching.PatchOptions(("spectral",), 5)
     spec = samples.PatchSpec("logOH", patch_norm="spectral", patch_size=5)
     table = pd.DataFrame({"plateifu": galaxies})
+
+    def refused(message):
+        with pytest.raises(DataError, match=f"{galaxies[1]}.* {message}"):
+            samples.get_samples(table, spec, own_data)
+
+    for plateifu in galaxies:
+        patching.patch_galaxy(own_data, plateifu, "logOH", options)
     assert len(samples.get_samples(table, spec, own_data)) > 50
-    change(own_data, galaxies[1])
-    with pytest.raises(DataError, match=f"{galaxies[1]}.* {message}"):
-        samples.get_samples(table, spec, own_data)
-
-
-def patch(root, plateifu, **options):
-    patching.patch_galaxy(
-        root, plateifu, "logOH", patching.PatchOptions(("spectral",), 5), **options
-    )
+    mock_cubes.rebuild_cube(own_data, galaxies[1], "another LOGCUBE")
+    refused("made with another cube.*Re-run cube_patch")
+    mock_cubes.rebuild_cube(own_data, galaxies[1], remove_gas_velocity=False)
+    patching.patch_galaxy(own_data, galaxies[1], "logOH", options, overwrite=True)
+    refused(r"\(cube\): made with remove_gas_velocity=False, those of .* with .*=True")
 
 
 def test_labels_of_another_calibration_than_the_trainings_are_refused(own_run, own_data):
-    relabel(own_data, TEST_GALAXY, diagnostic="N2-M13")
+    mock_cubes.relabel(own_data, [TEST_GALAXY], diagnostic="N2-M13")
     message = f"{TEST_GALAXY}.npy: made with diagnostic=N2-M13, the training labels with .*O3N2-M13"
     with pytest.raises(DataError, match=message):
         eval_fns.evaluate_split(own_run, "test", data_dir=own_data)
@@ -289,7 +253,7 @@ def test_labels_of_another_calibration_than_the_trainings_are_refused(own_run, o
 )
 def test_cubes_made_otherwise_than_the_trainings_are_refused(own_data, model, options, message):
     assert eval_fns.predict_cube(model, utils.cube_path(own_data, TEST_GALAXY)).usable.any()
-    path = rebuild_cube(own_data, TEST_GALAXY, **options)
+    path = mock_cubes.rebuild_cube(own_data, TEST_GALAXY, **options)
     with pytest.raises(DataError, match=rf"made with {message}\. Re-run process_single_cube\.py"):
         eval_fns.predict_cube(model, path)
 

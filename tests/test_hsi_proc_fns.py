@@ -135,15 +135,6 @@ def test_usable_needs_enough_bins_and_light(flux):
     np.testing.assert_array_equal(hsi.usable_spaxels(flux), expected)
 
 
-@pytest.mark.parametrize("bite", [(28, 16), (22, 28), (10, 4), (18, 20)])
-def test_field_is_whole_where_a_bite_is_taken_out_of_it(bite):
-    y, x = np.indices((33, 33))
-    hexagon = (np.abs(x - 16) + np.abs(y - 16) / 2 <= 15) & (np.abs(y - 16) <= 12)
-    bitten = hexagon & (np.hypot(y - bite[0], x - bite[1]) > 4)  # at an edge, or amid it
-    assert (hexagon & ~bitten).sum() > 20
-    np.testing.assert_array_equal(hsi.field_of_view(bitten), hexagon)
-
-
 @pytest.mark.parametrize("seed", range(30))
 def test_field_is_the_hull_of_what_was_measured(seed):
     """The half-planes of scipy's ConvexHull as oracle."""

@@ -32,13 +32,8 @@ def test_bpt_labels_are_classes_already():
     assert class_names("BPT") == ("star-forming", "composite", "AGN")
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: logoh_edges(7), "7 metallicity classes: choose 6 or 8"),
-        (lambda: class_names("BPT", 6), "BPT has 3 classes, not 6"),
-    ],
-)
-def test_numbers_of_classes_without_a_scale_are_refused(call, message):
-    with pytest.raises(DataError, match=message):
-        call()
+def test_numbers_of_classes_without_a_scale_are_refused():
+    with pytest.raises(DataError, match="7 metallicity classes: choose 6 or 8"):
+        logoh_edges(7)
+    with pytest.raises(DataError, match="BPT has 3 classes, not 6"):
+        class_names("BPT", 6)

@@ -146,24 +146,11 @@ def test_map_of_another_cube_or_model_is_made_again(own_data, run):
     assert recipe() == third
 
 
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        (lambda root, p: utils.cube_path(root, p).write_bytes(b"no HDF5"), "not a readable HDF5"),
-        (
-            lambda root, p: shutil.copy(
-                utils.cube_path(root, TEST_GALAXY), utils.cube_path(root, p)
-            ),
-            f"holds the cube of {TEST_GALAXY}",
-        ),
-    ],
-    ids=["damaged", "of another galaxy"],
-)
-def test_one_bad_cube_does_not_stop_the_others(own_data, run, damage, reason):
+def test_one_bad_cube_does_not_stop_the_others(own_data, run):
     bad, *good = mock_cubes.PLATEIFUS[:3]
-    damage(own_data, bad)
+    utils.cube_path(own_data, bad).write_bytes(b"no HDF5")
     assert map_them(run, own_data, bad, *good) == utils.EXIT_DATA
     assert {p.stem for p in (run / "maps").glob("*.fits")} == set(good)
     failed = pd.read_csv(run / "maps" / "failed.csv")
     assert failed["plateifu"].tolist() == [bad]
-    assert reason in failed["reason"][0]
+    assert "not a readable HDF5 file" in failed["reason"][0]
