@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import mock_cubes
 import numpy as np
@@ -76,16 +73,15 @@ def loaders(root):
     return data_fns.get_dataloaders(options, parts=utils.SPLIT_PARTS)
 
 
-def test_model_needs_nothing_but_its_run_folder(root, run_dir, model, tmp_path):
+def test_model_needs_nothing_but_its_run_folder(root, own_run, model, tmp_path):
     cube = utils.cube_path(root, TEST_GALAXY)
     expected = eval_fns.predict_cube(model, cube).probabilities
-    kept, moved = shutil.copy(cube, tmp_path), shutil.copytree(run_dir, tmp_path / "elsewhere")
-    hidden, hidden_run = root.rename(tmp_path / "data"), run_dir.rename(tmp_path / "hidden")
+    kept, moved = shutil.copy(cube, tmp_path), own_run.rename(tmp_path / "elsewhere")
+    hidden = root.rename(tmp_path / "data")
     try:
         found = eval_fns.predict_cube(moved, kept)
     finally:
         hidden.rename(root)
-        hidden_run.rename(run_dir)
     np.testing.assert_array_equal(found.probabilities, expected)
     assert found.plateifu == TEST_GALAXY
 
@@ -258,9 +254,8 @@ def test_cubes_made_otherwise_than_the_trainings_are_refused(own_data, model, op
         eval_fns.predict_cube(model, path)
 
 
-def test_weights_of_another_network_are_refused(own_run):
-    card = json.loads((own_run / "model.json").read_text())
-    utils.write_json(own_run / "model.json", {**card, "network": {**card["network"], "bands": 7}})
+def test_weights_of_another_network_are_refused(own_run, model):
+    replace(model.card, network={**model.card.network, "bands": 7}).write(own_run)
     with pytest.raises(DataError, match=r"best\.safetensors does not fit the network .*retrain"):
         eval_fns.load_model(own_run)
 
@@ -283,7 +278,7 @@ def test_rebuilding_the_split_does_not_move_the_test_part(own_run, own_data):
 
 
 def test_easy_split_is_evaluated_on_its_own_spaxels_and_says_so(root, tmp_path):
-    run = train(root, tmp_path / "easy", split_dir="easy", label_task="BPT")
+    run = train(root, tmp_path / "easy", split_dir="easy", label_task="BPT", epochs=1)
     evaluation = eval_fns.evaluate_split(run, "test")
     frame = evaluation.predictions
     listed = data_io.read_split(utils.split_path(root, "easy"))[0]["test"]
@@ -298,16 +293,9 @@ def test_easy_split_is_evaluated_on_its_own_spaxels_and_says_so(root, tmp_path):
     assert repr(prediction).splitlines()[2] == "  in the run's train part"
 
 
-def test_command_prints_the_scores_beside_the_baselines(own_run, tmp_path):
-    def run(*words):
-        words = [sys.executable, str(Path(eval_fns.__file__)), "--run-dir", *words]
-        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-
-    done = run(str(own_run), "--part", "test")
-    assert done.returncode == 0, done.stderr
+def test_command_prints_the_scores_beside_the_baselines(own_run, capsys):
+    assert eval_fns.main(eval_fns.EvalConfig(own_run, device="cpu")) == 0
+    printed = capsys.readouterr().out
     for word in ("accuracy", "majority class", "spectrum only", "MAE (dex)", "constant", "kappa"):
-        assert word in done.stdout
-    assert len(done.stdout.splitlines()) <= 12
-    done = run("nowhere")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
+        assert word in printed
+    assert len(printed.splitlines()) == 11
