@@ -358,7 +358,7 @@ def _with_recipe(content: dict[str, Any]) -> dict[str, Any]:
 def _read_provenance(path: Path, maker: str) -> dict[str, Any]:
     """Read a .json file of provenance, "recipe" as a `Recipe`."""
     try:
-        content = json.loads(path.read_text())
+        content = dict(json.loads(path.read_text()))
         if "recipe" in content:
             content["recipe"] = Recipe.from_json(content["recipe"], path)
     except (OSError, ValueError, TypeError) as error:
@@ -419,7 +419,11 @@ def read_patches(path: Path) -> tuple[np.ndarray, pd.DataFrame, Recipe]:
             f"{path}: {len(patches)} patches, but {len(index)} rows in its index. "
             f"Re-run {maker} --overwrite."
         )
-    return patches, index, _read_provenance(Path(path).with_suffix(".json"), maker)["recipe"]
+    side = Path(path).with_suffix(".json")
+    recipe = _read_provenance(side, maker).get("recipe")
+    if recipe is None:  # as in files of earlier versions
+        raise DataError(f"{side}: has no recipe. Re-run {maker} --overwrite.")
+    return patches, index, recipe
 
 
 def patch_recipe(
@@ -545,7 +549,10 @@ def _read_part(path: Path) -> tuple[pd.DataFrame, Recipe]:
         lacks = f"no column {', '.join(sorted(missing))}" if missing else "no kind in its recipe"
         raise DataError(f"{path}: {lacks}. Rebuild the split with {maker} --overwrite.")
     for plateifu in table["plateifu"].unique():
-        utils.split_plateifu(str(plateifu))
+        try:
+            utils.split_plateifu(str(plateifu))
+        except DataError as error:
+            raise DataError(f"{path}: {error} Rebuild the split with {maker}.") from None
     return table, recipe
 
 
@@ -597,7 +604,8 @@ def read_stats(path: Path) -> Stats:
 
 def stats_inputs(cubes: Mapping[str, str]) -> dict[str, str]:
     """Name the inputs of statistics: the galaxies, and their cubes' digests by plateifu."""
-    return {"list of training galaxies": digest_of(sorted(cubes)), "cubes": digest_of(dict(cubes))}
+    digests = digest_of(sorted(cubes)), digest_of(dict(cubes))
+    return {"list of training galaxies": digests[0], "set of cubes": digests[1]}
 
 
 def read_split_stats(root: Path, split_dir: str) -> Stats:
@@ -616,7 +624,7 @@ def read_split_stats(root: Path, split_dir: str) -> Stats:
     now = {**dict.fromkeys(plateifus, ""), **cube_digests(root, plateifus)}
     inputs = stats_inputs(now)
     if not all(now.values()):
-        inputs["cubes"] = stats.recipe.inputs.get("cubes", "")
+        inputs["set of cubes"] = stats.recipe.inputs.get("set of cubes", "")
     today = Recipe(stats.recipe.product, STATS_VERSION, stats.recipe.options, inputs)
     today.require(
         stats.recipe, path, f"Re-run calc_data_stats.py --split-dir {split_dir} --overwrite"

@@ -78,7 +78,10 @@ class Recipe:
         """
         try:
             content = json.loads(text) if isinstance(text, str) else text
-            return cls(**content)
+            recipe = cls(**content)
+            if not (isinstance(recipe.options, dict) and isinstance(recipe.inputs, dict)):
+                raise TypeError("options and inputs must be objects")
+            return recipe
         except (TypeError, ValueError):
             raise DataError(
                 f"{where}: its recipe is damaged ({str(text)[:40]!r}); expected a JSON object with "

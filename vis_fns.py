@@ -6,7 +6,7 @@ north up and east left, in arcseconds from the field's centre.
 Reads   a run folder (run_SSFTT_training.py, eval_fns.py), cubes and labels of the data folder and,
         for the BPT diagram, raw MAPS.
 Writes  <run_dir>/figures/*.png.
-Only what runs a model imports torch, and only then.
+torch is imported only to run a model.
 
     python vis_fns.py --run-dir runs/demo --plateifu 8485-1901
 """
@@ -41,7 +41,6 @@ from labels import (
     CLASS_COLOURS,
     COMPOSITE,
     LABEL_NONE,
-    class_middles,
     class_names,
     demarcate,
     detected,
@@ -59,16 +58,16 @@ log = logging.getLogger(__name__)
 DPI = 150
 
 MASKED_COLOUR = "#BDBDBD"
-"""In the field, but without a usable spectrum."""
+"""Spaxels in the field of view without a usable spectrum."""
 EMPTY_COLOUR = "#E4E4E4"
-"""Of a class that does not occur: no share to show."""
+"""Rows of classes that no label has."""
 NO_LABEL_HATCH = "////"
 RIGHT_COLOUR, WRONG_COLOUR = "#DDE6ED", "#D55E00"
 MODEL_COLOUR, OTHER_COLOUR = "#0072B2", "#D55E00"
 PART_COLOURS = {"train": "#0072B2", "val": "#E69F00", "test": "#882255"}
 
 SPAXEL_ARCSEC = 0.5
-"""Side of a MaNGA spaxel (Law et al. 2016, AJ 152, 83), for cubes that carry no WCS."""
+"""Side of a MaNGA spaxel (Law et al. 2016, AJ 152, 83), for cubes without a WCS."""
 SCALE_BAR_ARCSEC = 5.0
 SCALE_BAR_TEXT = "scale bar"
 
@@ -84,24 +83,24 @@ EMISSION_LINES: dict[str, float] = {
     "[SII] 6718": 6718.29,
     "[SII] 6732": 6732.67,
 }
-"""Vacuum wavelengths, Angstrom: NIST Atomic Spectra Database, version 5 (Ritz values). Names carry
-them as the DAP's do, cut to whole Angstrom."""
+"""Vacuum wavelengths, Angstrom: NIST Atomic Spectra Database, version 5 (Ritz values). The names
+contain them truncated to whole Angstrom, as in the DAP."""
 
 TASK_TITLES = {"BPT": "BPT class", "logOH": "12 + log(O/H)"}
 
 
 @dataclass(frozen=True)
 class VisConfig:
-    """Options of vis_fns.py."""
+    """Draw the figures of a training run and of galaxies."""
 
     run_dir: Path
     """Folder of a training run."""
     plateifu: tuple[str, ...] = ()
-    """Galaxies to map."""
+    """Galaxies to draw: maps, brightest spectrum, BPT diagrams."""
     part: Literal["train", "val", "test"] = "test"
-    """Part whose confusion matrix is drawn, if eval_fns.py evaluated it."""
+    """Part of the split whose confusion matrix is drawn, if eval_fns.py has evaluated it."""
     data_dir: Path | None = None
-    """Data folder; default the run's, else MANGA_DATA_DIR, else ./data/manga."""
+    """Data folder; default the run's, else $MANGA_DATA_DIR, else ./data/manga."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     debug: bool = False
@@ -119,7 +118,7 @@ def sky_edges(shape: tuple[int, int], wcs_header: str | None = None) -> tuple[np
     shape : (ny, nx)
     wcs_header : str, optional
         Celestial cards of the cube (attribute `wcs_header`). Without them: 0.5 arcsec spaxels,
-        north up, east left, the middle of the map at the origin.
+        north up, east left, the centre of the map at the origin.
 
     Returns
     -------
@@ -127,7 +126,7 @@ def sky_edges(shape: tuple[int, int], wcs_header: str | None = None) -> tuple[np
         Offsets in the tangent plane from the reference point.
     """
     ny, nx = shape
-    y, x = np.mgrid[: ny + 1, : nx + 1] - 0.5  # spaxel centres are whole numbers
+    y, x = np.mgrid[: ny + 1, : nx + 1] - 0.5  # spaxel centres are at integers
     if not wcs_header:
         return -(x - (nx - 1) / 2) * SPAXEL_ARCSEC, (y - (ny - 1) / 2) * SPAXEL_ARCSEC
     from astropy.io.fits import Header
@@ -175,16 +174,16 @@ def mark_scale(ax: Axes, attrs: Mapping[str, Any]) -> Axes:
 
     Notes
     -----
-    Kiloparsecs are proper ones in the flat LCDM cosmology of Planck 2018 (astropy's Planck18), from
-    the redshift without regard to peculiar velocities. The radius is the semi-major axis of the
-    NASA-Sloan Atlas's elliptical Petrosian photometry; a cube does not tell flattening and position
-    angle, hence the circle.
+    Kiloparsecs are proper lengths in the flat LCDM cosmology of Planck 2018 (astropy's Planck18);
+    peculiar velocities are neglected. The radius is the semi-major axis of the elliptical Petrosian
+    photometry of the NASA-Sloan Atlas; cubes record neither flattening nor position angle, hence
+    the circle.
     """
     from astropy.cosmology import Planck18
     from astropy.io.fits import Header
 
     z, reff = (float(attrs.get(name) or 0) for name in ("redshift", "reff_arcsec"))
-    kpc = Planck18.kpc_proper_per_arcmin(z).value / 60 if z > 0 else 0.0  # in an arcsec
+    kpc = Planck18.kpc_proper_per_arcmin(z).value / 60 if z > 0 else 0.0  # per arcsec
     for text in ax.texts:
         if kpc and text.get_gid() == SCALE_BAR_TEXT:
             bar = text.get_text()
@@ -197,7 +196,7 @@ def mark_scale(ax: Axes, attrs: Mapping[str, Any]) -> Axes:
         turn = (attrs["objra"] - cards["CRVAL1"] + 180) % 360 - 180
         east = 3600 * turn * np.cos(np.deg2rad(attrs["objdec"]))
         north = 3600 * (attrs["objdec"] - cards["CRVAL2"])
-    for colour, width, style in (("w", 2.2, "-"), ("k", 1.0, "--")):  # seen on any colour
+    for colour, width, style in (("w", 2.2, "-"), ("k", 1.0, "--")):  # visible on any colour
         ax.add_patch(Circle((east, north), reff, fill=False, ec=colour, lw=width, ls=style))
     size = f'$R_e$ = {reff:.1f}"' + (f" = {reff * kpc:.1f} kpc" if kpc else "")
     ax.text(0.03, 0.97, f"- - {size}", transform=ax.transAxes, va="top", fontsize=8)
@@ -205,7 +204,7 @@ def mark_scale(ax: Axes, attrs: Mapping[str, Any]) -> Axes:
 
 
 def outline_segments(inside: np.ndarray, east: np.ndarray, north: np.ndarray) -> np.ndarray:
-    """Find the spaxel sides that part the inside from the outside, (N, 2 points, 2) arcsec."""
+    """Find the spaxel sides between inside and outside, (N, 2 points, 2) arcsec."""
     padded = np.pad(inside, 1)
     corners = np.stack([east, north], axis=-1)
     across = padded[1:-1, 1:] != padded[1:-1, :-1]  # side between x - 1 and x
@@ -251,9 +250,9 @@ def plot_class_map(
     label_task, n_classes
         Choose names and colours.
     usable : (y, x) bool
-        The others in the field of view are grey.
+        Other spaxels in the field of view are grey.
     inside : (y, x) bool
-        Spaxels with anything measured; the field of view is what they span.
+        Spaxels with any measurement; the field of view is their convex hull.
     title : str
     wcs_header : str, optional
         As in `sky_edges`.
@@ -278,7 +277,7 @@ def _draw_map(
 ) -> tuple[QuadMesh, list[Patch]]:
     """Draw values; grey where the spectrum is not usable, hatched where it has no value.
 
-    Also returns legend entries for whichever of the two there are.
+    Also returns legend entries for grey and hatched areas, where they occur.
     """
     east, north = sky_edges((inside.shape[0], inside.shape[1]), wcs_header)
     masked = ~usable & field_of_view(inside)
@@ -295,7 +294,7 @@ def _draw_map(
 
 
 def _scale(colours: Sequence[str]) -> dict[str, Any]:
-    """Keywords that colour class k with the k-th colour."""
+    """Keyword arguments that give class k the k-th colour."""
     return {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(colours) - 0.5}
 
 
@@ -305,7 +304,7 @@ def _patches(names: Iterable[str], colours: Iterable[str]) -> list[Patch]:
 
 
 def _counted(n: int, one: str, many: str = "") -> str:
-    """Write a number and what it counts, in the singular or the plural (default: one more s)."""
+    """Write a number and its noun, in the singular or the plural (default: with an s)."""
     return f"{n} {one if n == 1 else many or one + 's'}"
 
 
@@ -340,8 +339,8 @@ def plot_value_map(
     title, wcs_header
         As in `plot_class_map`.
     limit : float, optional
-        Diverging colours from -limit to limit, the bar pointed where values lie beyond; default
-        sequential ones over the data's range.
+        Diverging colours from -limit to limit; the ends of the bar are pointed if values lie
+        beyond them. Default: sequential colours over the range of the data.
     """
     shown = np.ma.masked_invalid(values)
     colours: dict[str, Any] = {"cmap": "cividis"}
@@ -374,9 +373,9 @@ def plot_comparison(
 
     Notes
     -----
-    The difference is the value of the predicted class (CubePrediction) less the label in dex,
-    hence steps of a class's width where the label varies smoothly; or for BPT whether the two
-    classes agree. Its title carries the score over the spaxels that have a label.
+    For metallicities, the difference is the value of the predicted class (CubePrediction) minus the
+    label in dex, with steps of a class width where the label varies smoothly; for BPT it shows
+    whether the two classes agree. Its title gives the score over the labelled spaxels.
     """
     wcs = prediction.attrs.get("wcs_header")
     true = label_classes(labels, label_task, n_classes)
@@ -386,10 +385,8 @@ def plot_comparison(
     plot_class_map(axes[0], true, *shared, f"{prediction.plateifu}: label", wcs)
     plot_class_map(axes[1], prediction.classes, *shared, title_of(prediction), wcs)
     agree = (prediction.classes == true)[both].mean() if both.any() else np.nan
-    score = f"{agree:.0%} in the right class" if both.any() else "no label"
-    if label_task == "logOH":
-        values = prediction.class_values
-        values = class_middles(n_classes) if values is None else values
+    score = f"accuracy {agree:.0%}" if both.any() else "no label"
+    if (values := prediction.class_values) is not None:
         difference = np.where(both, values[prediction.classes] - labels, np.nan)
         limit = 0.1
         if both.any():
@@ -406,8 +403,8 @@ def plot_comparison(
 
 
 def title_of(prediction: eval_fns.CubePrediction) -> str:
-    """Title of a predicted map: says if the model saw the galaxy's labels in training."""
-    seen = {"train": " (trained on)", "val": " (validation galaxy)"}
+    """Title of a predicted map: says whether the model was trained or selected on the galaxy."""
+    seen = {"train": " (training galaxy)", "val": " (validation galaxy)"}
     return f"prediction{seen.get(prediction.part, '')}"
 
 
@@ -422,7 +419,7 @@ def plot_agreement_map(
     """Draw where prediction and label agree, (y, x) bool, masked where one is missing."""
     colours = _scale([WRONG_COLOUR, RIGHT_COLOUR])
     _, others = _draw_map(ax, agrees.astype(float), usable, inside, wcs_header, **colours)
-    handles = _patches(["same", "other"], [RIGHT_COLOUR, WRONG_COLOUR])
+    handles = _patches(["agrees", "differs"], [RIGHT_COLOUR, WRONG_COLOUR])
     _legend(ax, handles + others, "predicted class")
     return finish_sky_axes(ax, inside, wcs_header, title)
 
@@ -434,7 +431,7 @@ def plot_part_map(
     title: str = "",
     wcs_header: str | None = None,
 ) -> Axes:
-    """Draw which part of an easy split each spaxel is in.
+    """Draw the part of an easy split that each spaxel is in.
 
     Parameters
     ----------
@@ -472,7 +469,7 @@ def plot_bpt(
     nitrogen, oxygen : (N,) float
         log([N II] 6585 / Ha) and log([O III] 5008 / Hb).
     classes : (N,) int
-        LABEL_NONE is hollow.
+        Symbols of LABEL_NONE are hollow.
     label_task, n_classes
         Choose names and colours.
     title : str
@@ -495,12 +492,13 @@ def plot_bpt(
     regions = demarcate(x[:, None], y)
     authors = {COMPOSITE: "Kauffmann+ 2003", AGN: "Kewley+ 2001"}
     for (lowest, name), line in zip(authors.items(), ("--", "-"), strict=True):
-        above = regions >= lowest  # the curve is where that begins; right of its pole it has none
+        above = regions >= lowest  # the curve is its lower edge; there is none right of the pole
         curve = np.where(above[:, 0], np.nan, y[above.argmax(axis=1)])
         points += ax.plot(x, curve, line, color="k", lw=1.4, label=name)
     _legend(ax, points, TASK_TITLES[label_task])
     ax.set(xlim=x_limits, ylim=y_limits, title=title)
-    ax.set(xlabel=r"log([NII] 6585 / H$\alpha$)", ylabel=r"log([OIII] 5008 / H$\beta$)")
+    ax.set_xlabel(r"log([NII] 6585 / H$\alpha$), vacuum wavelength")
+    ax.set_ylabel(r"log([OIII] 5008 / H$\beta$), vacuum wavelength")
     return ax
 
 
@@ -515,7 +513,7 @@ def plot_training_curves(
     metrics : DataFrame
         metrics.csv of a run.
     card : ModelCard, optional
-        Marks the best epoch and the scores of the validation part without a network.
+        To mark the best epoch and the validation accuracy of the baselines.
     """
     curves = {"train": ("training", OTHER_COLOUR), "val": ("validation", MODEL_COLOUR)}
     last = int(metrics["epoch"].max())
@@ -541,9 +539,9 @@ def plot_training_curves(
 
 
 def plot_confusion(ax: Axes, confusion: np.ndarray, names: Sequence[str], title: str = "") -> Axes:
-    """Draw a confusion matrix: shares of each true class, counts below them.
+    """Draw a confusion matrix: fractions of each true class, counts below them.
 
-    The row of a class that no label has is grey and its name says so.
+    The row of a class that no label has is grey, and its name says so.
 
     Parameters
     ----------
@@ -552,11 +550,11 @@ def plot_confusion(ax: Axes, confusion: np.ndarray, names: Sequence[str], title:
     names : sequence of str
     title : str
     """
-    shares = np.ma.divide(confusion, confusion.sum(axis=1, keepdims=True))  # masked: nothing there
+    shares = np.ma.divide(confusion, confusion.sum(axis=1, keepdims=True))  # masked in empty rows
     absent = np.ma.getmaskarray(shares)
     colours = mpl.colormaps["Blues"].with_extremes(bad=EMPTY_COLOUR)
     image = ax.imshow(shares, cmap=colours, vmin=0, vmax=1, aspect="auto")
-    ax.figure.colorbar(image, ax=ax, label="share of the true class", fraction=0.05, pad=0.02)
+    ax.figure.colorbar(image, ax=ax, label="fraction of the true class", fraction=0.05, pad=0.02)
     size = 9 if len(names) <= 4 else 7
     for i, j in np.ndindex(confusion.shape):
         colour = "white" if shares[i, j] > 0.55 else "black"
@@ -564,8 +562,8 @@ def plot_confusion(ax: Axes, confusion: np.ndarray, names: Sequence[str], title:
         ax.text(j, i, text, ha="center", va="center", color=colour, fontsize=size)
     ticks = range(len(names))
     ax.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
-    ax.set_yticks(ticks, [f"{n}: none" if absent[k, 0] else n for k, n in enumerate(names)])
-    ax.set(xlabel="predicted", ylabel="label (each row adds up to 1)", title=title)
+    ax.set_yticks(ticks, [f"{n} (no label)" if absent[k, 0] else n for k, n in enumerate(names)])
+    ax.set(xlabel="predicted", ylabel="label (each row sums to 1)", title=title)
     return ax
 
 
@@ -579,7 +577,7 @@ def mark_lines(ax: Axes, wave_min: float, wave_max: float) -> Axes:
     style |= {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
     for group in np.split(np.array(list(inside)), far):
         for i, name in enumerate(group):
-            wave, shift = inside[name], 10 * (i - (len(group) - 1) / 2)  # neighbours' names spread
+            wave, shift = inside[name], 10 * (i - (len(group) - 1) / 2)  # names side by side
             ax.axvline(wave, color="#9A9A9A", lw=0.6, ls=":", zorder=0)
             ax.annotate(name, (wave, 1), xytext=(shift, 10), **style)
     return ax
@@ -610,7 +608,7 @@ def plot_spectrum(
     mark_lines(ax, wave[0], wave[-1])
     ax.set(
         xlim=(wave[0], wave[-1]),
-        xlabel="rest wavelength, vacuum (Angstrom)",
+        xlabel="rest wavelength in vacuum (Angstrom)",
         ylabel="flux density\n" r"($10^{-17}$ erg/s/cm$^2$/$\AA$/spaxel)",
     )
     ax.legend(frameon=False, loc="upper right", fontsize=8)
@@ -618,22 +616,22 @@ def plot_spectrum(
 
 
 def plot_explained_variance(ax: Axes, stats: Stats) -> Axes:
-    """Draw each component's share of the variance and the sum of those up to it.
+    """Draw the fraction of the variance that each component explains, and the cumulative one.
 
-    What they leave, spread over all other directions, is said in words.
+    The title states the remainder, which is spread over all other directions.
     """
     n = np.arange(1, stats.explained_ratio.size + 1)
     total = np.cumsum(stats.explained_ratio)
-    ax.bar(n, stats.explained_ratio, color=MODEL_COLOUR, label="one component")
-    ax.plot(n, total, "o-", ms=3, color=OTHER_COLOUR, label="all so far")
-    ax.set(xlabel="component", ylabel="share of the variance", ylim=(0, 1.1 * total[-1]))
+    ax.bar(n, stats.explained_ratio, color=MODEL_COLOUR, label="each component")
+    ax.plot(n, total, "o-", ms=3, color=OTHER_COLOUR, label="cumulative")
+    ax.set(xlabel="component", ylabel="fraction of the variance", ylim=(0, 1.1 * total[-1]))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False, loc="center right")
     left, others = 1 - total[-1], stats.wave.size - n.size
     if others > 0:
         mean = f"{left / others:.2%} each on average"
         directions = _counted(others, "direction")
-        ax.set_title(f"the other {directions}: {left:.0%}, {mean}", fontsize=9)
+        ax.set_title(f"remaining {directions}: {left:.0%}, {mean}", fontsize=9)
     return ax
 
 
@@ -646,14 +644,14 @@ def plot_components(axes: Sequence[Axes], stats: Stats) -> Sequence[Axes]:
         ax.axhline(0, color="#9A9A9A", lw=0.5, zorder=0)
         ax.set(ylabel=name, xlim=(stats.wave[0], stats.wave[-1]))
     mark_lines(axes[0], stats.wave[0], stats.wave[-1])
-    axes[-1].set_xlabel("rest wavelength, vacuum (Angstrom)")
+    axes[-1].set_xlabel("rest wavelength in vacuum (Angstrom)")
     return axes
 
 
 def plot_class_shares(
     ax: Axes, counts: Mapping[str, np.ndarray], label_task: str, n_classes: int
 ) -> Axes:
-    """Draw the share of every class in each part of a split; no bars for a part without spaxels.
+    """Draw the fraction of each class in every part of a split; an empty part has no bars.
 
     Parameters
     ----------
@@ -670,7 +668,7 @@ def plot_class_shares(
         label = f"{part}: {_counted(total, 'spaxel')}"
         ax.bar(at, shares, width, color=PART_COLOURS.get(part), label=label)
     ax.set_xticks(range(n_classes), names, rotation=30, ha="right", rotation_mode="anchor")
-    ax.set(ylabel="share of the part's spaxels", title=TASK_TITLES[label_task])
+    ax.set(ylabel="fraction of the part's spaxels", title=TASK_TITLES[label_task])
     ax.legend(frameon=False, fontsize=8)
     return ax
 
@@ -706,12 +704,12 @@ def plot_histograms(ax: Axes, values: Mapping[str, np.ndarray], label: str, bins
 def galaxy_figure(
     trained: eval_fns.TrainedModel, root: Path, plateifu: str
 ) -> tuple[Figure, eval_fns.CubePrediction]:
-    """Make a galaxy's figure: with labels three maps, without the prediction and its probability.
+    """Make a galaxy's maps: label, prediction, difference; without labels prediction, probability.
 
     Raises
     ------
     DataError
-        If the galaxy has no cube, or labels made otherwise than the training's.
+        If the galaxy has no cube, or labels made with other options than the training labels.
     """
     import eval_fns
 
@@ -728,8 +726,9 @@ def galaxy_figure(
     wcs, inside, usable = prediction.attrs.get("wcs_header"), prediction.inside, prediction.usable
     shared = (task, n_classes, usable, inside)
     plot_class_map(left, prediction.classes, *shared, f"{plateifu}: {title_of(prediction)}", wcs)
-    surest = prediction.probabilities.max(axis=2)
-    plot_value_map(right, surest, usable, inside, "probability", "probability of the class", wcs)
+    highest = prediction.probabilities.max(axis=2)
+    title = "probability of the predicted class"
+    plot_value_map(right, highest, usable, inside, "probability", title, wcs)
     for ax in (left, right):
         mark_scale(ax, prediction.attrs)
     return figure, prediction
@@ -738,13 +737,13 @@ def galaxy_figure(
 def bpt_figure(root: Path, prediction: eval_fns.CubePrediction, label_task: str) -> Figure:
     """Make a galaxy's BPT diagrams, coloured by label and by prediction.
 
-    They show the usable spaxels whose four lines exceed the signal-to-noise cut of the labels; the
-    fluxes are those of the MAPS file that the labels were made of.
+    They show the usable spaxels whose four lines exceed the signal-to-noise cut of the labels, with
+    the fluxes of the MAPS file that the labels were derived from.
 
     Raises
     ------
     DataError
-        If the galaxy has no MAPS file, or several and no label that names one.
+        If the galaxy has no MAPS file, or several and its labels do not name one of them.
     """
     import fits_utils
 
@@ -794,7 +793,7 @@ def components_figure(stats: Stats, n: int = 5) -> Figure:
 
 
 def variance_figure(stats: Stats) -> Figure:
-    """Make the figure of the variance that the components explain."""
+    """Make the figure of the explained variance."""
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     plot_explained_variance(figure.subplots(), stats)
     return figure
@@ -819,11 +818,9 @@ def run_figures(run_dir: Path, card: ModelCard, part: str = "test") -> dict[str,
     evaluation = run_dir / part / run_folder.RESULT_FILE
     if evaluation.is_file():
         result = json.loads(evaluation.read_text())
-        best = card.best["epoch"]
-        if result["best_epoch"] != best:
-            log.warning(
-                "%s is of epoch %d, the model of epoch %d", evaluation, result["best_epoch"], best
-            )
+        epochs = (result["best_epoch"], card.best["epoch"])
+        if epochs[0] != epochs[1]:
+            log.warning("%s: epoch %d, the model: epoch %d; evaluate again", evaluation, *epochs)
         table = pd.read_csv(run_dir / part / run_folder.CONFUSION_FILE, index_col="true")
         figures[f"confusion_{part}"] = Figure(figsize=(6, 5.6), layout="constrained")
         ax = figures[f"confusion_{part}"].subplots()
@@ -836,7 +833,7 @@ def run_figures(run_dir: Path, card: ModelCard, part: str = "test") -> dict[str,
         plot_confusion(ax, table.to_numpy(), list(table.columns), title)
     else:
         command = f"python eval_fns.py --run-dir {run_dir} --part {part}"
-        log.warning("no confusion matrix: no %s; make it with %s", evaluation, command)
+        log.warning("no confusion matrix: no %s; create it with %s", evaluation, command)
     stats = run_dir / run_folder.STATS_FILE
     if stats.is_file():
         figures["explained_variance"] = variance_figure(data_io.read_stats(stats))
@@ -851,7 +848,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def main(config: VisConfig) -> int:
-    """Draw a run's figures and those of the galaxies asked for."""
+    """Draw the figures of a run and of the requested galaxies."""
     import eval_fns
     import run_folder
 
@@ -873,7 +870,7 @@ def main(config: VisConfig) -> int:
         try:
             figure = bpt_figure(root, prediction, trained.spec.label_task)
             save(figure, out / f"{plateifu}_bpt.png")
-        except DataError as error:  # only MAPS can be missing now, and the rest is drawn
+        except DataError as error:  # only MAPS can be missing; the other figures are drawn
             log.warning("no BPT diagram: %s", error)
     return utils.EXIT_DATA if failed else utils.EXIT_DONE
 

@@ -1,8 +1,8 @@
 """Streaming moments and PCA against numpy and scikit-learn on all spectra at once."""
 
-import json
 from dataclasses import replace
 
+import mock_cubes
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,12 +10,13 @@ from sklearn.decomposition import PCA
 
 import calc_data_stats as cs
 import cube_patch_processing as patching
-import data_fns
 import data_io
+import pack_cubes
 import utils
 from utils import DataError
 
 WAVE = np.linspace(5000, 8000, 40)
+NAMES = tuple(f"{8000 + i}-1901" for i in range(6))
 
 
 @pytest.fixture
@@ -25,13 +26,13 @@ def spectra():
     return rng.normal(size=(300, 4)) @ shapes + 0.1 * rng.normal(size=(300, 40)) + 5
 
 
-def test_moments_do_not_depend_on_how_the_spectra_arrive(spectra):
-    for sizes in ([300], [1, 299], [100, 0, 150, 50]):
-        moments = cs.Moments(40)
-        for block in np.split(spectra, np.cumsum(sizes)[:-1]):
-            moments.add(block)
-        np.testing.assert_allclose(moments.mean, spectra.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(moments.scatter / 299, np.cov(spectra.T), rtol=1e-9, atol=1e-10)
+@pytest.mark.parametrize("sizes", [(300,), (1, 299), (100, 0, 150, 50)])
+def test_moments_do_not_depend_on_how_the_spectra_arrive(spectra, sizes):
+    moments = cs.Moments(40)
+    for block in np.split(spectra, np.cumsum(sizes)[:-1]):
+        moments.add(block)
+    np.testing.assert_allclose(moments.mean, spectra.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(moments.scatter / 299, np.cov(spectra.T), rtol=1e-9, atol=1e-10)
 
 
 def test_components_equal_sklearns_pca(spectra):
@@ -46,33 +47,43 @@ def test_components_equal_sklearns_pca(spectra):
     np.testing.assert_allclose(components * signs[:, None], pca.components_, atol=1e-7)
 
 
-def write_galaxy(root, name, seed, wave=WAVE, noise=0.1, **options):
+def write_galaxy(root, name, seed, **options):
+    """A cube on the grid WAVE; an option `wave_min` moves the grid."""
     rng = np.random.default_rng(seed)
-    flux = (5 + rng.normal(size=(6, 6, 40)) * noise).astype("f4")
+    flux = (5 + rng.normal(size=(6, 6, 40)) * 0.1).astype("f4")
     flux[0] = np.nan
     flux[1, 1, 3] = np.nan
-    ivar = np.where(np.isfinite(flux), noise**-2, 0).astype("f4")
-    attrs = {"source_sha256": name, "config_json": json.dumps(options)}
-    data_io.write_cube(utils.cube_path(root, name), data_io.Cube(flux, wave, ivar, attrs=attrs))
+    ivar = np.where(np.isfinite(flux), 100, 0).astype("f4")
+    recipe = mock_cubes.cube_recipe(40, f"{name} {seed}", **options)
+    wave = WAVE + options.get("wave_min", 5000) - 5000
+    data_io.write_cube(utils.cube_path(root, name), data_io.Cube(flux, wave, recipe, ivar))
     return flux
 
 
 @pytest.fixture
 def survey(tmp_path):
-    names = [f"{8000 + i}-1901" for i in range(6)]
-    fluxes = {n: write_galaxy(tmp_path, n, i) for i, n in enumerate(names)}
-    table = pd.DataFrame({"plateifu": names, "mangaid": [f"1-{i}" for i in range(6)]})
+    fluxes = {name: write_galaxy(tmp_path, name, i) for i, name in enumerate(NAMES)}
+    table = pd.DataFrame({"plateifu": NAMES, "mangaid": [f"1-{i}" for i in range(6)]})
     parts = {"train": table[:4], "val": table[4:5], "test": table[5:]}
-    data_io.write_split(utils.split_path(tmp_path, "hard"), parts, {"kind": "hard"})
-    return tmp_path, fluxes
+    mock_cubes.write_split(tmp_path, "hard", parts)
+    return tmp_path, fluxes, parts
 
 
-def test_command_uses_the_training_part_only_and_draws(survey):
-    root, fluxes = survey
-    config = cs.Config("hard", root, n_components=5)
+@pytest.fixture
+def config(survey):
+    return cs.Config("hard", survey[0], n_components=5)
+
+
+@pytest.fixture
+def root(survey, config):
+    """Data folder whose split has statistics."""
     assert cs.main(config) == 0
+    return survey[0]
+
+
+def test_command_uses_the_training_part_only_and_draws(survey, root, config):
     stats = data_io.read_stats(utils.stats_path(root, "hard"))
-    rows = [f[1:].reshape(-1, 40).astype(float) for f in list(fluxes.values())[:4]]
+    rows = [f[1:].reshape(-1, 40).astype(float) for f in list(survey[1].values())[:4]]
     for block in rows:
         block[1, 3] = (block[1, 2] + block[1, 4]) / 2  # the gap, bridged
     stacked = np.concatenate(rows)
@@ -80,67 +91,87 @@ def test_command_uses_the_training_part_only_and_draws(survey):
     np.testing.assert_allclose(stats.mean, stacked.mean(0), rtol=1e-5)
     np.testing.assert_allclose(stats.std, stacked.std(0, ddof=1), rtol=1e-3)
     assert stats.attrs["n_spaxels"] == 4 * 30
-    folder = utils.split_path(root, "hard")
     for name in ("stats_components.png", "stats_variance.png"):
-        assert (folder / name).stat().st_size > 5000
+        assert (utils.split_path(root, "hard") / name).stat().st_size > 5000
+    before = utils.stats_path(root, "hard").stat().st_mtime_ns
     assert cs.main(config) == 0
-    with pytest.raises(DataError, match="another n_components"):
-        cs.main(cs.Config("hard", root, n_components=3))
+    assert utils.stats_path(root, "hard").stat().st_mtime_ns == before
 
 
 def test_noise_alone_is_left_out():
     flux = np.full((3, 3, 40), 1.0, "f4")
-    cube = data_io.Cube(flux, WAVE, np.full_like(flux, 1.0))  # S/N 1
+    cube = data_io.Cube(flux, WAVE, mock_cubes.cube_recipe(40), np.ones_like(flux))  # S/N 1
     assert len(cs.usable_spectra(cube, 2.0)) == 0
     assert len(cs.usable_spectra(cube, 0.5)) == 9
 
 
-def test_other_wavelength_grid_is_refused(survey):
-    root, _ = survey
-    write_galaxy(root, "8001-1901", 1, wave=WAVE + 1)
-    with pytest.raises(DataError, match=r"8001-1901\.h5: 40 bands of .* on one grid"):
-        cs.main(cs.Config("hard", root, n_components=5))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_components": 0}, "--n-components 0: expected 1 to 40"),
+        ({"n_components": 41}, "--n-components 41: expected 1 to 40"),
+        ({"min_snr": 1e6}, "0 usable spectra in 4 galaxies"),
+    ],
+)
+def test_impossible_statistics_are_refused(config, options, message):
+    with pytest.raises(DataError, match=message):
+        cs.main(replace(config, **options))
 
 
-def test_statistics_of_cubes_since_made_anew_are_refused(survey):
-    root, _ = survey
-    config = cs.Config("hard", root, n_components=5)
-    cs.main(config)
-    for i in range(6):
-        write_galaxy(root, f"{8000 + i}-1901", i, deredden=False)
-    with pytest.raises(DataError, match=r"stats\.h5: exists, made with another cubes"):
+def test_cubes_of_several_wavelength_grids_are_refused(survey, config):
+    write_galaxy(survey[0], NAMES[1], 1, wave_min=5001)
+    with pytest.raises(DataError, match=rf"{NAMES[1]}.h5: made with wave_min=5001, that .*5000"):
+        cs.main(config)
+
+
+def test_statistics_are_not_replaced_unasked(root, config):
+    with pytest.raises(DataError, match=r"n_components=5 \(now 3\)"):
+        cs.main(replace(config, n_components=3))
+    for i, name in enumerate(NAMES):
+        write_galaxy(root, name, i, deredden=False)
+    with pytest.raises(DataError, match=r"stats\.h5: made with cube\.deredden=True \(now False\)"):
         cs.main(config)
     assert cs.main(replace(config, overwrite=True)) == 0
-    assert data_io.read_stats(utils.stats_path(root, "hard")).kind.deredden is False
+    made = data_io.read_split_stats(root, "hard").recipe
+    assert made.options["cube"]["deredden"] is False
 
 
-@pytest.mark.parametrize("n_components", [0, 41])
-def test_impossible_numbers_of_components_are_refused(survey, n_components):
-    with pytest.raises(DataError, match="choose 1 to 40"):
-        cs.main(cs.Config("hard", survey[0], n_components=n_components))
+def test_statistics_of_rebuilt_cubes_or_other_galaxies_are_refused(survey, root):
+    remedy = r"Re-run calc_data_stats\.py --split-dir hard --overwrite"
+    assert data_io.read_split_stats(root, "hard").attrs["n_galaxies"] == 4
+    write_galaxy(root, NAMES[5], 99)  # not a training galaxy
+    data_io.read_split_stats(root, "hard")
+    write_galaxy(root, NAMES[0], 99)
+    with pytest.raises(DataError, match=rf"made with another set of cubes\. {remedy}"):
+        data_io.read_split_stats(root, "hard")
+    write_galaxy(root, NAMES[0], 0)
+    data_io.read_split_stats(root, "hard")
+    parts = survey[2]
+    mock_cubes.write_split(root, "hard", {**parts, "train": parts["val"], "val": parts["train"]})
+    with pytest.raises(DataError, match=rf"another list of training galaxies.*\. {remedy}"):
+        data_io.read_split_stats(root, "hard")
 
 
-def test_cubes_of_another_kind_than_the_statistics_are_refused(survey):
+def test_statistics_whose_cubes_are_gone_are_accepted(root):
+    utils.cube_path(root, NAMES[0]).unlink()
+    assert data_io.read_split_stats(root, "hard").attrs["n_galaxies"] == 4
+
+
+@pytest.mark.parametrize("options", [{"wave_min": 4600}, {"deredden": False}])
+def test_cubes_of_other_options_than_the_statistics_are_refused(root, options):
     """As many bands and another range, or another treatment: the components do not fit."""
-    root, _ = survey
-    cs.main(cs.Config("hard", root, n_components=5))
     stats = data_io.read_stats(utils.stats_path(root, "hard"))
-    path = utils.cube_path(root, "8000-1901")
-    spec = data_fns.PatchSpec("logOH", patch_norm="PCA")
-    assert data_fns.load_normed(path, spec, stats).values.shape[2] == 5
-    labels = np.full((6, 6), 8.45, "f4")
-    data_io.write_labels(utils.label_path(root, "logOH", "8000-1901"), labels, labels, {})
-    options = patching.PatchOptions(("PCA",), 3, "hard")
-    write_galaxy(root, "8000-1901", 0, wave=WAVE - 400)
+    path, label_path = utils.cube_path(root, NAMES[0]), utils.label_path(root, "logOH", NAMES[0])
+    assert pack_cubes.read_normalised(path, "PCA", stats).values.shape[2] == 5
+    label_path.parent.mkdir(parents=True)
+    np.save(label_path, np.full((6, 6), 8.45, "f4"))
+    write_galaxy(root, NAMES[0], 0, **options)
+    name, value = next(iter(options.items()))
     for work in (
-        lambda: data_fns.load_normed(path, spec, stats),
-        lambda: patching.patch_galaxy(root, "8000-1901", "logOH", options),
+        lambda: pack_cubes.read_normalised(path, "PCA", stats),
+        lambda: patching.patch_galaxy(
+            root, NAMES[0], "logOH", patching.PatchOptions(("PCA",), 3, "hard"), stats
+        ),
     ):
-        with pytest.raises(DataError, match=r"40 bands of 4600.*the statistics have"):
+        with pytest.raises(DataError, match=rf"made with {name}={value}, .*the statistics with"):
             work()
-
-
-def test_too_few_spectra_are_refused(survey):
-    root, _ = survey
-    with pytest.raises(DataError, match="0 usable spectra in 4 galaxies"):
-        cs.main(cs.Config("hard", root, n_components=5, min_snr=1e6))

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial import ConvexHull
 from sklearn.decomposition import PCA
 
 import hsi_proc_fns as hsi
-from data_io import Stats
+from recipe import Recipe
 from utils import DataError
+
+MIN_MAX_NORMS = ("global", "spatial", "spectral")
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def test_patches_hold_the_neighbourhood_and_zeros_beyond():
     np.testing.assert_array_equal(patches[1, :, :, 0], cube[1:4, 2:5, 0])
 
 
-@pytest.mark.parametrize("norm", ["global", "spatial", "spectral"])
+@pytest.mark.parametrize("norm", MIN_MAX_NORMS)
 def test_masked_spaxels_set_no_minimum_and_no_maximum(flux, norm):
     poisoned = flux.copy()
     poisoned[0, :, :30] = 1e9  # 60 % measured: below MIN_MEASURED, so unusable
@@ -59,28 +62,18 @@ def test_range_is_zero_to_one_along_the_norms_axis(flux, norm, axes):
     np.testing.assert_allclose(values.max(axis=axes), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", ["global", "spatial", "spectral"])
-def test_constant_cube_gives_zeros_not_nan(norm):
-    np.testing.assert_array_equal(hsi.normalise(np.full((3, 3, 8), 2.0, "f4"), norm), 0)
-
-
-@pytest.mark.parametrize("norm", ["global", "spatial", "spectral"])
-def test_all_masked_cube_gives_zeros(norm):
-    out = hsi.normalise(np.full((3, 4, 8), np.nan, "f4"), norm)
-    assert out.shape == (3, 4, 8)
-    np.testing.assert_array_equal(out, 0)
+@pytest.mark.parametrize("norm", MIN_MAX_NORMS)
+@pytest.mark.parametrize("value", [2.0, np.nan])
+def test_constant_and_masked_cubes_give_zeros_not_nan(norm, value):
+    out = hsi.normalise(np.full((3, 4, 8), value, "f4"), norm)
+    np.testing.assert_array_equal(out, np.zeros((3, 4, 8)))
 
 
 def stats_of(spectra, k):
     pca = PCA(k, svd_solver="full").fit(spectra)
-    return Stats(
-        np.arange(spectra.shape[1], dtype=float),
-        pca.mean_,
-        spectra.std(0),
-        pca.components_,
-        pca.explained_variance_,
-        pca.explained_variance_ratio_,
-    )
+    variance = pca.explained_variance_, pca.explained_variance_ratio_
+    arrays = (np.arange(pca.n_features_in_), pca.mean_, spectra.std(0), pca.components_, *variance)
+    return hsi.Stats(*arrays, Recipe("statistics", 0))
 
 
 def test_pca_norm_equals_sklearns_whitened_transform(flux):
@@ -91,16 +84,23 @@ def test_pca_norm_equals_sklearns_whitened_transform(flux):
     np.testing.assert_array_equal(got[0], 0)
 
 
-def test_pca_without_or_with_foreign_statistics_is_refused(flux):
-    with pytest.raises(DataError, match="calc_data_stats"):
-        hsi.normalise(flux, "PCA")
-    with pytest.raises(DataError, match="20 bands, cube of 50"):
-        hsi.normalise(flux, "PCA", stats_of(np.random.default_rng(0).random((30, 20)), 3))
+@pytest.mark.parametrize(
+    ("norm", "bands", "message"),
+    [
+        ("PCA", None, "no statistics given.*calc_data_stats"),
+        ("PCA", 20, "cube of 50 bands, statistics of 20"),
+        ("minmax", None, "'minmax'.*global"),
+    ],
+)
+def test_norms_that_cannot_be_applied_are_refused(flux, norm, bands, message):
+    stats = bands and stats_of(np.random.default_rng(0).random((30, bands)), 3)
+    with pytest.raises(DataError, match=message):
+        hsi.normalise(flux, norm, stats)
 
 
-def test_unknown_norm_is_named(flux):
-    with pytest.raises(DataError, match=r"'minmax'.*global"):
-        hsi.normalise(flux, "minmax")
+def test_a_patch_without_a_spaxel_is_refused(flux):
+    with pytest.raises(DataError, match="--patch-size 0: expected 1 or more"):
+        hsi.extract_patches(flux, np.array([0]), np.array([0]), 0)
 
 
 def test_brightness_drops_out_of_spectral_norm(flux):
@@ -130,10 +130,38 @@ def test_usable_needs_enough_bins_and_light(flux):
     flux[2, 2, :11] = np.nan  # 78 % measured
     flux[3, 3, :9] = np.nan  # 82 %
     flux[4, 4] = 0
-    usable = hsi.usable_spaxels(flux)
-    assert (usable[2, 2], usable[3, 3], usable[4, 4], usable[0].any()) == (
-        False,
-        True,
-        False,
-        False,
-    )
+    expected = np.isfinite(flux).all(axis=2)
+    expected[3, 3], expected[4, 4] = True, False
+    np.testing.assert_array_equal(hsi.usable_spaxels(flux), expected)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_field_is_the_hull_of_what_was_measured(seed):
+    """The half-planes of scipy's ConvexHull as oracle."""
+    rng = np.random.default_rng(seed)
+    inside = rng.random(rng.integers(2, 25, 2)) < rng.choice([0.02, 0.1, 0.7])
+    inside[:2, :2] = True  # some area
+    planes = ConvexHull(np.argwhere(inside)).equations
+    beyond = planes[:, :2] @ np.indices(inside.shape).reshape(2, -1) + planes[:, 2:]
+    wanted = (beyond < 1e-9).all(axis=0).reshape(inside.shape)
+    np.testing.assert_array_equal(hsi.field_of_view(inside), wanted)
+
+
+@pytest.mark.parametrize(
+    ("spaxels", "between"),
+    [
+        ([], []),
+        ([(2, 3)], []),
+        ([(2, 0), (2, 2)], [(2, 1)]),
+        ([(1, 1), (2, 2), (4, 4)], [(3, 3)]),
+        ([(1, 3), (4, 3)], [(2, 3), (3, 3)]),
+        ([(0, 0), (5, 6)], []),  # no centre lies on that line
+    ],
+)
+def test_a_field_without_area_is_a_line(spaxels, between):
+    inside, wanted = np.zeros((2, 6, 7), bool)
+    for y, x in spaxels:
+        inside[y, x] = wanted[y, x] = True
+    for y, x in between:
+        wanted[y, x] = True
+    np.testing.assert_array_equal(hsi.field_of_view(inside), wanted)

@@ -1,3 +1,5 @@
+"""Maps of galaxies: their content, their place on the sky, and when they are made again."""
+
 from __future__ import annotations
 
 import logging
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import data_io
 import eval_fns
 import map_galaxies
+import run_folder
 import run_SSFTT_training as training
 import utils
 from labels import LABEL_NONE, class_middles, class_names
@@ -28,12 +31,11 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained_run(root, tmp_path_factory):
-    config = training.TrainConfig(
-        data_dir=root, split_dir="hard", run_dir=tmp_path_factory.mktemp("runs") / "logOH",
-        patch_norm="PCA", patch_size=5, epochs=2, batch_size=64, device="cpu", baselines=False,
-    )  # fmt: skip
+    run = tmp_path_factory.mktemp("runs") / "logOH"
+    options = {"split_dir": "hard", "patch_size": 5, "epochs": 2, "baselines": False}
+    config = training.train_config(data_dir=root, run_dir=run, device="cpu", **options)
     assert training.main(config) == 0
-    return config.run_dir
+    return run
 
 
 @pytest.fixture
@@ -41,16 +43,24 @@ def run(trained_run, tmp_path):
     return shutil.copytree(trained_run, tmp_path / "run")
 
 
-def map_them(run, root, *plateifus, **options):
-    config = map_galaxies.Config(
-        run_dir=run, data_dir=root, plateifu=plateifus, device="cpu", **options
-    )
-    return map_galaxies.main(config)
+@pytest.fixture
+def own_data(root, tmp_path):
+    """A copy of the data that a test may change."""
+    return shutil.copytree(root, tmp_path / "data")
 
 
-def test_map_holds_what_the_model_says(root, run):
+def map_them(run, root, *plateifus):
+    options = {"run_dir": run, "data_dir": root, "plateifu": plateifus, "device": "cpu"}
+    return map_galaxies.main(map_galaxies.Config(**options))
+
+
+def table_of(run):
+    return pd.read_csv(run / "maps" / "galaxies.csv", keep_default_na=False).set_index("plateifu")
+
+
+def test_map_holds_the_prediction(root, run):
     assert map_them(run, root, TEST_GALAXY) == 0
-    expected = eval_fns.evaluate_cube(run, utils.cube_path(root, TEST_GALAXY))
+    expected = eval_fns.predict_cube(run, utils.cube_path(root, TEST_GALAXY))
     usable = expected.classes != LABEL_NONE
     with fits.open(run / "maps" / f"{TEST_GALAXY}.fits") as hdus:
         np.testing.assert_array_equal(hdus["CLASS"].data, expected.classes)
@@ -67,74 +77,79 @@ def test_map_holds_what_the_model_says(root, run):
 
 
 def test_map_lies_where_the_galaxy_does(run, tmp_path):
-    trained = eval_fns.load_model(run, "cpu")
     sky = WCS(naxis=2)
     sky.wcs.ctype = "RA---TAN", "DEC--TAN"
     sky.wcs.crval, sky.wcs.crpix, sky.wcs.cdelt = (150.0, 2.0), (4, 5), (-0.5 / 3600, 0.5 / 3600)
-    cards = sky.to_header().tostring(sep="\n", endcard=False, padding=False)
+    cards = {"wcs_header": sky.to_header().tostring(sep="\n", endcard=False, padding=False)}
     probabilities = np.zeros((7, 8, 6), np.float32)
     probabilities[..., [1, 3]] = 0.25, 0.75
     classes = probabilities.argmax(2).astype(np.int16)
-    shown = eval_fns.MapPrediction(
-        "1-1", classes, probabilities, classes > 0, {"wcs_header": cards}, class_middles(6)
+    names, values = class_names("logOH", 6), class_middles(6)
+    shown = eval_fns.CubePrediction(
+        "1-1", classes, probabilities, names, classes > 0, cards, values
     )
-    map_galaxies.write_map(tmp_path / "x.fits", shown, trained, {})
+    map_galaxies.write_map(tmp_path / "x.fits", shown, eval_fns.load_model(run, "cpu"), {})
     with fits.open(tmp_path / "x.fits") as hdus:
         there = WCS(hdus["LOGOH"].header).pixel_to_world(3, 4)
         assert (there.ra.deg, there.dec.deg) == pytest.approx((150, 2))
-        low, high = class_middles(6)[[1, 3]]
+        low, high = values[[1, 3]]
         assert hdus["LOGOH"].data[0, 0] == pytest.approx(0.25 * low + 0.75 * high)
         spread = np.sqrt(0.25 * 0.75) * (high - low)  # of a two-valued variable
         assert hdus["LOGOH_SPREAD"].data[0, 0] == pytest.approx(spread, rel=1e-5)
 
 
 def test_every_cube_is_mapped_once_and_tabulated(root, run, caplog):
+    caplog.set_level(logging.INFO)
     parts, _ = data_io.read_split(run / "split")
     part_of = {p: part for part, table in parts.items() for p in table["plateifu"]}
-    with caplog.at_level(logging.INFO):
-        assert map_them(run, root) == 0
+    assert map_them(run, root) == 0
     assert f"{sum(p == 'train' for p in part_of.values())} of these galaxies" in caplog.text
-    table = pd.read_csv(run / "maps" / "galaxies.csv", keep_default_na=False).set_index("plateifu")
+    table = table_of(run)
     assert set(table.index) == set(mock_cubes.PLATEIFUS)
     assert table["part"].to_dict() == {p: part_of.get(p, "") for p in table.index}
-    classes = list(class_names("logOH", 6))
-    assert (table[classes].sum(axis=1) == table["spaxels"]).all()
+    assert (table[list(class_names("logOH", 6))].sum(axis=1) == table["spaxels"]).all()
     assert table["median_logoh"].astype(float).between(8.3, 8.7).all()
+    assert (table["cube"] == "").all()
     before = {p: p.stat().st_mtime_ns for p in (run / "maps").glob("*.fits")}
     caplog.clear()
-    with caplog.at_level(logging.INFO):
-        assert map_them(run, root) == 0
+    assert map_them(run, root) == 0
     assert f"{len(before)} up to date" in caplog.text
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_map_of_another_cube_or_model_is_made_anew(root, run, tmp_path):
-    root = shutil.copytree(root, tmp_path / "data")
-    path = utils.cube_path(root, TEST_GALAXY)
+def test_map_whose_cube_is_gone_is_marked_and_warned_of(own_data, run, caplog):
+    gone, left = mock_cubes.PLATEIFUS[-2:]
+    assert map_them(run, own_data, gone, left) == 0
+    assert "no longer exist" not in caplog.text
+    utils.cube_path(own_data, gone).unlink()
+    assert map_them(run, own_data, left) == 0
+    assert f"1 of the maps ({gone}, ...) are of cubes that no longer exist" in caplog.text
+    assert table_of(run)["cube"].to_dict() == {gone: "gone", left: ""}
+
+
+def test_map_of_another_cube_or_model_is_made_again(own_data, run):
     made = run / "maps" / f"{TEST_GALAXY}.fits"
 
     def recipe():
-        assert map_them(run, root, TEST_GALAXY) == 0
+        assert map_them(run, own_data, TEST_GALAXY) == 0
         return fits.getheader(made)["RECIPE"]
 
     first = recipe()
-    cube = data_io.read_cube(path)
-    cube.attrs["source_sha256"] = "of another file"
-    data_io.write_cube(path, cube)
+    mock_cubes.rebuild_cube(own_data, TEST_GALAXY, "another LOGCUBE")
     second = recipe()
-    weights = load_file(run / eval_fns.WEIGHTS_FILE)
+    weights = load_file(run / run_folder.WEIGHTS_FILE)
     next(iter(weights.values())).add_(1)
-    save_file(weights, run / eval_fns.WEIGHTS_FILE)
-    assert len({first, second, recipe()}) == 3
+    save_file(weights, run / run_folder.WEIGHTS_FILE)
+    third = recipe()
+    assert len({first, second, third}) == 3
     made.write_bytes(b"")  # not a FITS file any more
-    assert recipe() == fits.getheader(made)["RECIPE"]
+    assert recipe() == third
 
 
-def test_one_bad_cube_does_not_stop_the_others(root, run, tmp_path, caplog):
-    root = shutil.copytree(root, tmp_path / "data")
+def test_one_bad_cube_does_not_stop_the_others(own_data, run):
     bad, *good = mock_cubes.PLATEIFUS[:3]
-    utils.cube_path(root, bad).write_bytes(b"no HDF5")
-    assert map_them(run, root, bad, *good) == utils.EXIT_DATA
+    utils.cube_path(own_data, bad).write_bytes(b"no HDF5")
+    assert map_them(run, own_data, bad, *good) == utils.EXIT_DATA
     assert {p.stem for p in (run / "maps").glob("*.fits")} == set(good)
     failed = pd.read_csv(run / "maps" / "failed.csv")
     assert failed["plateifu"].tolist() == [bad]

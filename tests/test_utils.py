@@ -1,21 +1,19 @@
-"""Paths in both directions, classes, atomic writes, config files, exit codes."""
+"""Paths in both directions, atomic writes, config files, exit codes."""
 
-import json
 import os
 import platform
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
+import tyro
 
 import create_data_splits
 import cube_patch_processing
 import utils
-from labels import class_middles, class_names, label_classes, logoh_edges
 from utils import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,28 +52,29 @@ def test_every_kind_of_file_leads_to_every_other(tmp_path):
     assert utils.sibling(files["patches"], "label") == files["label"]
 
 
-def test_sibling_asks_for_what_the_path_does_not_say(tmp_path):
-    cube = utils.cube_path(tmp_path, "8485-1901")
-    with pytest.raises(DataError, match="label_task"):
-        utils.sibling(cube, "label")
-    with pytest.raises(DataError, match="patch_norm"):
-        utils.sibling(cube, "patches", "BPT")
-    with pytest.raises(DataError, match="no data folder"):
-        utils.sibling("/elsewhere/8485-1901.h5", "cube")
+CUBE = "d/processed/cubes/8485/8485-1901.h5"
 
 
-def test_two_analyses_side_by_side_need_a_choice(tmp_path):
-    touch(tmp_path, "MAPS", "HYB10-MILESHC-MASTARSSP")
-    spx = touch(tmp_path, "MAPS")
-    with pytest.raises(DataError, match="--daptype"):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((CUBE, "label"), "label_task"),
+        ((CUBE, "patches", "BPT"), "patch_norm"),
+        (("/elsewhere/8485-1901.h5", "cube"), "not in a data folder"),
+    ],
+)
+def test_what_a_path_does_not_say_is_requested(words, message):
+    with pytest.raises(DataError, match=message):
+        utils.sibling(*words)
+
+
+def test_two_analyses_or_copies_side_by_side_need_a_choice(tmp_path):
+    hyb, spx = (touch(tmp_path, "MAPS", f"{t}-MILESHC-MASTARSSP") for t in ("HYB10", "SPX"))
+    with pytest.raises(DataError, match=r"2 MAPS files .*: choose one with --daptype"):
         utils.find_raw(tmp_path, "8485-1901", "MAPS")
     assert utils.find_raw(tmp_path, "8485-1901", "MAPS", "SPX-MILESHC-MASTARSSP") == spx
-
-
-def test_a_file_packed_and_unpacked_is_told_as_such(tmp_path):
-    packed = touch(tmp_path, "MAPS")
-    packed.with_suffix("").touch()
-    with pytest.raises(DataError, match=r"2 MAPS files.*remove one"):
+    hyb.rename(spx.with_suffix(""))  # the same file, unpacked
+    with pytest.raises(DataError, match=r"2 MAPS files .*: remove one of the two copies"):
         utils.find_raw(tmp_path, "8485-1901", "MAPS")
 
 
@@ -86,8 +85,8 @@ def test_dap_cube_is_preferred_to_drp_cube(tmp_path):
     assert utils.find_raw(tmp_path, "8485-1901", "LOGCUBE") == dap
 
 
-def test_missing_raw_file_names_all_three_ways_to_the_data_folder(tmp_path):
-    with pytest.raises(DataError, match=r"--data-dir, MANGA_DATA_DIR or \./data/manga"):
+def test_missing_raw_file_names_the_three_ways_to_the_data_folder(tmp_path):
+    with pytest.raises(DataError, match=r"--data-dir, \$MANGA_DATA_DIR or \./data/manga"):
         utils.find_raw(tmp_path, "8485-1901", "MAPS")
 
 
@@ -99,29 +98,23 @@ def test_data_dir_order(monkeypatch):
     assert utils.data_dir(Path("flag")) == Path("flag")
 
 
-@pytest.mark.parametrize("text", ["8485", "8485_1901", "8485-1901-1", "abc", "84-19"])
-def test_no_plateifu_is_refused(text):
-    with pytest.raises(DataError, match="plateifu"):
-        utils.split_plateifu(text)
-
-
-def test_plateifu_from_any_file_name():
+def test_plateifu_is_found_in_any_file_name():
     for name in ("manga-8485-1901-MAPS-SPX.fits.gz", "8485-1901.h5", "8485-1901_err.npy"):
         assert utils.plateifu_of(f"a/b/{name}") == "8485-1901"
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"notes\.txt"):
         utils.plateifu_of("notes.txt")
 
 
-def test_metallicity_classes_have_the_scales_edges():
-    values = np.array([8.3, 8.40, 8.4399, 8.44, 8.9, np.nan])
-    np.testing.assert_array_equal(label_classes(values, "logOH", 6), [0, 1, 1, 2, 5, -1])
-    assert label_classes(np.array([8.34]), "logOH", 8) == 1
-    for n in (6, 8):
-        assert len(class_names("logOH", n)) == n == class_middles(n).size
-        back = label_classes(class_middles(n), "logOH", n)
-        np.testing.assert_array_equal(back, np.arange(n))
-    with pytest.raises(DataError, match="6 or 8"):
-        logoh_edges(7)
+@pytest.mark.parametrize("text", ["8485", "8485_1901", "8485-1901-1", "abc", "84-19", "../../x"])
+def test_what_is_not_a_plateifu_is_refused(text):
+    with pytest.raises(DataError, match=r"is not a valid plateifu .*e\.g\. 8485-1901"):
+        utils.split_plateifu(text)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../elsewhere", "a/b", "/tmp"])
+def test_a_split_stays_in_the_data_folder(name):
+    with pytest.raises(DataError, match="expected the name of a folder"):
+        utils.split_path(Path("data"), name)
 
 
 def test_crash_while_writing_leaves_the_old_file(tmp_path):
@@ -204,25 +197,40 @@ class Example:
     debug: bool = False
 
 
-def test_config_file_becomes_flags_and_later_flags_win(tmp_path):
-    import tyro
-
-    saved = Example(2.5, ("a", "b"), False, None)
-    path = tmp_path / "config.json"
-    utils.write_json(path, utils.config_dict(saved))
-    assert tyro.cli(Example, args=utils.config_args(path)) == saved
-    words = utils.with_config_file(["--rate", "7", f"--config={path}"])
-    assert tyro.cli(Example, args=words).rate == 7
-    words = utils.with_config_file(["--config", str(path), "--rate", "7"])
-    assert tyro.cli(Example, args=words) == Example(7, ("a", "b"), False, None)
+SAVED = Example(2.5, ("a", "b"), False)
 
 
-def test_unreadable_config_file_is_one_clear_line(tmp_path):
-    path = tmp_path / "config.json"
-    path.write_text("{nonsense")
-    for bad in (path, tmp_path / "absent.json"):
-        with pytest.raises(DataError, match=str(bad)):
-            utils.with_config_file(["--config", str(bad)])
+@pytest.fixture
+def config_file(tmp_path):
+    utils.write_json(tmp_path / "config.json", utils.config_dict(SAVED))
+    return tmp_path / "config.json"
+
+
+def test_config_file_or_run_folder_becomes_flags_and_the_users_flags_win(config_file):
+    for path in (config_file, config_file.parent):
+        assert tyro.cli(Example, args=utils.config_args(path)) == SAVED
+        for words in (["--rate", "7", f"--config={path}"], ["--config", str(path), "--rate", "7"]):
+            found = tyro.cli(Example, args=utils.with_config_file(words))
+            assert found == replace(SAVED, rate=7)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{nonsense", "not a readable JSON file"),
+        (b"\xff\xfe\x00", "not a readable JSON file"),
+        (b'["rate", 3]', "expected a JSON object of options, found list"),
+        (None, "not a readable JSON file .*No such file.*or the folder of a run"),
+    ],
+)
+def test_unreadable_config_file_is_one_clear_line(config_file, content, message):
+    config_file.unlink() if content is None else config_file.write_bytes(content)
+    for path in (config_file, config_file.parent):
+        with pytest.raises(DataError, match=f"{config_file}: {message}") as refused:
+            utils.with_config_file(["--config", str(path)])
+        assert "\n" not in str(refused.value)
+    with pytest.raises(DataError, match="--config: no file given"):
+        utils.with_config_file(["--config"])
 
 
 def run_in_process(main, argv, monkeypatch):
@@ -261,35 +269,12 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     talk.stdout.close()
     assert talk.stderr.read() == b""
     talk.stderr.close()
-    assert talk.wait(10) == 128 + signal.SIGPIPE
+    assert talk.wait() == 128 + signal.SIGPIPE
 
 
-def test_another_broken_pipe_is_an_error(monkeypatch, capsys):
+def test_any_other_broken_pipe_is_an_error(monkeypatch, capsys):
     def broken(config):
         raise BrokenPipeError("the archive closed the connection")
 
     assert run_in_process(broken, [], monkeypatch) == 1
     assert capsys.readouterr().err.strip() == "error: the archive closed the connection"
-
-
-@pytest.mark.parametrize("name", ["", "..", "../../elsewhere", "a/b", "/tmp"])
-def test_a_split_stays_in_the_data_folder(name):
-    with pytest.raises(DataError, match="expected the plain name"):
-        utils.split_path(Path("data"), name)
-
-
-def test_environment_names_what_a_run_depended_on():
-    found = json.loads(json.dumps(utils.environment()))
-    assert found["packages"]["numpy"] == np.__version__
-    assert {"python", "platform", "git", "command", "version"} <= set(found)
-
-
-def test_code_outside_a_checkout_has_neither_commit_nor_dirty_flag(tmp_path, monkeypatch):
-    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
-    assert utils.git_state() == {"commit": None, "dirty": None}
-
-
-def test_other_recipe_needs_overwrite():
-    utils.check_recipe(Path("x"), {"a": [1], "b": 3}, {"a": (1,)})
-    with pytest.raises(DataError, match=r"another a\..*--overwrite"):
-        utils.check_recipe(Path("x"), {"a": 1}, {"a": 2})

@@ -1,14 +1,19 @@
+"""What the figures show: read back from their axes, against astropy, scipy and closed forms."""
+
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mock_cubes
 import numpy as np
 import pandas as pd
 import pytest
+from astropy.coordinates import SkyCoord
 from astropy.wcs import WCS
 from conftest import write_maps
 from matplotlib.collections import QuadMesh
@@ -16,16 +21,24 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, PathPatch
 from scipy.integrate import quad
-from scipy.spatial import ConvexHull
 
 import data_io
 import eval_fns
 import run_SSFTT_training as training
 import utils
 import vis_fns
-from hsi_proc_fns import field_of_view
-from labels import BPT_CLASSES, BPT_LINES, CLASS_COLOURS, LABEL_NONE, class_names, demarcate
-from run_SSFTT_training import TrainConfig
+from hsi_proc_fns import Stats
+from labels import (
+    BPT_CLASSES,
+    BPT_LINES,
+    CLASS_COLOURS,
+    LABEL_NONE,
+    class_middles,
+    class_names,
+    demarcate,
+)
+from recipe import Recipe
+from run_folder import ModelCard
 from vis_fns import VisConfig
 
 REPO = Path(vis_fns.__file__).parent
@@ -39,13 +52,17 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run_dir(root, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
-    config = TrainConfig(
-        data_dir=root, run_dir=run, split_dir="hard", patch_norm="PCA", patch_size=5, epochs=2,
-        batch_size=64, device="cpu",
-    )  # fmt: skip
+    config = training.train_config(
+        data_dir=root, run_dir=run, split_dir="hard", patch_size=5, epochs=2, device="cpu"
+    )
     assert training.main(config) == 0
     eval_fns.evaluate_split(run)
     return run
+
+
+@pytest.fixture(scope="module")
+def card(run_dir):
+    return ModelCard.read(run_dir)
 
 
 @pytest.fixture
@@ -53,28 +70,40 @@ def ax():
     return Figure().subplots()
 
 
+def prediction_of(classes, n_classes, plateifu="1-1"):
+    """A prediction of all spaxels of the field."""
+    is_bpt, probabilities = n_classes == 3, np.zeros((*classes.shape, n_classes))
+    names = BPT_CLASSES if is_bpt else class_names("logOH", n_classes)
+    values = None if is_bpt else class_middles(n_classes)
+    inside = np.ones(classes.shape, bool)
+    return eval_fns.CubePrediction(plateifu, classes, probabilities, names, inside, {}, values)
+
+
+def mesh_of(ax) -> QuadMesh:
+    return [c for c in ax.collections if isinstance(c, QuadMesh)][-1]
+
+
+def texts_of(ax) -> list[str]:
+    return [t.get_text() for t in ax.texts]
+
+
 def legend_of(ax) -> list[str]:
     return [t.get_text() for t in ax.get_legend().get_texts()]
 
 
-def header(rotation_deg: float = 0.0) -> WCS:
+def header(rotation_deg: float = 0.0) -> tuple[WCS, str]:
     wcs = WCS(naxis=2)
     wcs.wcs.ctype = ["RA---TAN", "DEC--TAN"]
-    wcs.wcs.crpix = [18, 17]
-    wcs.wcs.crval = [232.5, 48.7]
-    angle = np.deg2rad(rotation_deg)
-    spin = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    wcs.wcs.cd = spin @ np.diag([-0.5 / 3600, 0.5 / 3600])
-    return wcs
+    wcs.wcs.crpix, wcs.wcs.crval = [18, 17], [232.5, 48.7]
+    cos, sin = np.cos(np.deg2rad(rotation_deg)), np.sin(np.deg2rad(rotation_deg))
+    wcs.wcs.cd = np.array([[cos, -sin], [sin, cos]]) @ np.diag([-0.5 / 3600, 0.5 / 3600])
+    return wcs, wcs.to_header().tostring(sep="\n")
 
 
 @pytest.mark.parametrize("rotation", [0, 30, 180])
 def test_spaxels_lie_where_astropy_puts_them(rotation):
-    from astropy.coordinates import SkyCoord
-
-    wcs = header(rotation)
-    text = wcs.to_header().tostring(sep="\n")
-    east, north = vis_fns.sky_edges((33, 35), text)
+    wcs, cards = header(rotation)
+    east, north = vis_fns.sky_edges((33, 35), cards)
     y, x = np.mgrid[:34, :36] - 0.5
     sky = SkyCoord(*wcs.all_pix2world(x, y, 0), unit="deg")
     offsets = SkyCoord(*wcs.wcs.crval, unit="deg").spherical_offsets_to(sky)
@@ -83,33 +112,28 @@ def test_spaxels_lie_where_astropy_puts_them(rotation):
 
 
 def test_maps_without_wcs_have_north_up_and_east_left(ax):
-    inside = np.ones((9, 9), bool)
-    vis_fns.finish_sky_axes(ax, inside, None, "title")
+    vis_fns.finish_sky_axes(ax, np.ones((9, 9), bool), None, "title")
     east, north = vis_fns.sky_edges((9, 9))
     assert north[-1, 0] > north[0, 0]  # up the array is north
     assert east[0, 0] > east[0, -1]  # along the array is west
     left, right = ax.get_xlim()
     assert left > right  # so that east is on the left of the figure
     assert "arcsec" in ax.get_xlabel()
-    texts = {t.get_text() for t in ax.texts}
-    assert {"N", "E"} <= texts
-    assert any('"' in t for t in texts)
+    assert {"N", "E", '1"'} <= set(texts_of(ax))
 
 
 def test_radius_and_kiloparsecs_are_drawn_where_the_galaxy_is(ax):
     """The scale by Hogg (1999, arXiv:astro-ph/9905116, eqs. 15, 18), flat, Planck 2018."""
     z, h0, matter = 0.05, 67.66, 0.3097
     integral = quad(lambda x: 1 / np.sqrt(matter * (1 + x) ** 3 + 1 - matter), 0, z)[0]
-    kpc = 299792.458 / h0 * integral / (1 + z) * 1e3 * np.deg2rad(1 / 3600)  # in an arcsec
-    wcs = header()
-    inside = np.ones((33, 35), bool)
-    text = wcs.to_header().tostring(sep="\n")
-    vis_fns.finish_sky_axes(ax, inside, text, "")
+    kpc = 299792.458 / h0 * integral / (1 + z) * 1e3 * np.deg2rad(1 / 3600)  # per arcsec
+    wcs, cards = header()
+    vis_fns.finish_sky_axes(ax, np.ones((33, 35), bool), cards, "")
     ra, dec = wcs.wcs.crval
-    attrs = {"redshift": z, "reff_arcsec": 4.0, "wcs_header": text, "objdec": dec + 1 / 3600}
+    attrs = {"redshift": z, "reff_arcsec": 4.0, "wcs_header": cards, "objdec": dec + 1 / 3600}
     attrs["objra"] = ra + 2 / 3600 / np.cos(np.deg2rad(dec))
     vis_fns.mark_scale(ax, attrs)
-    texts = [t.get_text() for t in ax.texts]
+    texts = texts_of(ax)
     assert f'5" = {5 * kpc:.1f} kpc' in texts
     assert any(f'4.0" = {4 * kpc:.1f} kpc' in t for t in texts)
     circles = [p for p in ax.patches if isinstance(p, Circle)]
@@ -122,51 +146,10 @@ def test_radius_and_kiloparsecs_are_drawn_where_the_galaxy_is(ax):
 @pytest.mark.parametrize("attrs", [{}, {"redshift": -0.001, "reff_arcsec": -9999.0}])
 def test_nothing_is_claimed_of_an_unknown_galaxy(ax, attrs):
     vis_fns.finish_sky_axes(ax, np.ones((33, 35), bool), None, "")
-    before = [t.get_text() for t in ax.texts]
+    before = texts_of(ax)
     vis_fns.mark_scale(ax, attrs)
-    assert [t.get_text() for t in ax.texts] == before
+    assert texts_of(ax) == before
     assert not ax.patches
-
-
-@pytest.mark.parametrize("bite", [(28, 16), (22, 28), (10, 4), (18, 20)])
-def test_field_is_whole_where_a_bite_is_taken_out_of_it(bite):
-    y, x = np.indices((33, 33))
-    hexagon = (np.abs(x - 16) + np.abs(y - 16) / 2 <= 15) & (np.abs(y - 16) <= 12)
-    bitten = hexagon & (np.hypot(y - bite[0], x - bite[1]) > 4)  # at an edge, or amid it
-    assert (hexagon & ~bitten).sum() > 20
-    np.testing.assert_array_equal(field_of_view(bitten), hexagon)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_field_is_the_hull_of_what_was_measured(seed):
-    """The half-planes of scipy's ConvexHull as oracle."""
-    rng = np.random.default_rng(seed)
-    inside = rng.random(rng.integers(2, 25, 2)) < rng.choice([0.02, 0.1, 0.7])
-    inside[:2, :2] = True  # some area
-    planes = ConvexHull(np.argwhere(inside)).equations
-    beyond = planes[:, :2] @ np.indices(inside.shape).reshape(2, -1) + planes[:, 2:]
-    wanted = (beyond < 1e-9).all(axis=0).reshape(inside.shape)
-    np.testing.assert_array_equal(field_of_view(inside), wanted)
-
-
-@pytest.mark.parametrize(
-    ("spaxels", "between"),
-    [
-        ([], []),
-        ([(2, 3)], []),
-        ([(2, 0), (2, 2)], [(2, 1)]),
-        ([(1, 1), (2, 2), (4, 4)], [(3, 3)]),
-        ([(1, 3), (4, 3)], [(2, 3), (3, 3)]),
-        ([(0, 0), (5, 6)], []),  # no centre lies on that line
-    ],
-)
-def test_a_field_without_area_is_a_line(spaxels, between):
-    inside, wanted = np.zeros((2, 6, 7), bool)
-    for y, x in spaxels:
-        inside[y, x] = wanted[y, x] = True
-    for y, x in between:
-        wanted[y, x] = True
-    np.testing.assert_array_equal(field_of_view(inside), wanted)
 
 
 def test_outline_of_a_rectangle_has_its_perimeter():
@@ -180,30 +163,28 @@ def test_outline_of_a_rectangle_has_its_perimeter():
 
 @pytest.mark.parametrize(("task", "n"), [("BPT", 3), ("logOH", 6), ("logOH", 8)])
 def test_classes_have_fixed_distinct_colours_and_missing_ones_none(ax, task, n):
-    classes = np.full((5, 8), LABEL_NONE)
+    classes, inside = np.full((5, 8), LABEL_NONE), np.ones((5, 8), bool)
     classes[1, :n] = range(n)
-    usable = np.ones((5, 8), bool)
+    usable = inside.copy()
     usable[0, 0] = False
-    vis_fns.plot_class_map(ax, classes, task, n, usable, np.ones((5, 8), bool))
-    meshes = [c for c in ax.collections if isinstance(c, QuadMesh)]
-    shown = meshes[-1]
+    vis_fns.plot_class_map(ax, classes, task, n, usable, inside)
+    shown = mesh_of(ax)
     assert shown.get_array().mask.sum() == 40 - n
     colours = shown.to_rgba(shown.get_array())[1, :n, :3]
     np.testing.assert_allclose(colours, [to_rgb(c) for c in CLASS_COLOURS[task, n]])
     assert len(np.unique(colours.round(6), axis=0)) == n
-    assert (~meshes[0].get_array().mask).sum() == 1  # the masked spaxel, grey
-    hatched = [p for p in ax.patches if isinstance(p, PathPatch) and p.get_hatch()]
-    assert len(hatched) == 1
-    squares = hatched[0].get_path().vertices.reshape(-1, 5, 2)
+    grey = next(c for c in ax.collections if isinstance(c, QuadMesh))
+    assert (~grey.get_array().mask).sum() == 1  # the masked spaxel
+    (hatched,) = [p for p in ax.patches if isinstance(p, PathPatch) and p.get_hatch()]
+    squares = hatched.get_path().vertices.reshape(-1, 5, 2)
     assert len(squares) == 40 - n - 1  # usable, but without a label
     assert set(class_names(task, n)) | {"no label", "masked"} == set(legend_of(ax))
-    everywhere = np.zeros((5, 8), int)
-    whole = vis_fns.plot_class_map(Figure().subplots(), everywhere, task, n, usable | True, usable)
+    whole = vis_fns.plot_class_map(Figure().subplots(), 0 * classes, task, n, inside, inside)
     assert set(legend_of(whole)) == set(class_names(task, n))  # nothing else there
 
 
 def test_class_colours_stay_apart_for_colour_blind_readers():
-    """Red-green blindness by Vienot et al. (1999): neighbours must differ after it."""
+    """Red-green blindness by Vienot et al. (1999): all classes must differ after it."""
     rgb_to_lms = np.array(
         [[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]]
     )
@@ -218,59 +199,49 @@ def test_class_colours_stay_apart_for_colour_blind_readers():
             assert gaps[~np.eye(len(seen), dtype=bool)].min() > 0.1
 
 
-def test_difference_map_shows_value_less_label():
+def test_difference_map_shows_value_minus_label():
     axes = Figure().subplots(1, 3)
-    labels = np.full((6, 6), np.nan, np.float32)
+    labels, classes = np.full((6, 6), np.nan, np.float32), np.zeros((6, 6), np.int16)
     labels[2, 3], labels[4, 1] = 8.50, 8.41
-    classes = np.zeros((6, 6), np.int16)
     classes[2, 3], classes[4, 1] = 5, 1  # values 8.58 and 8.42
-    inside = np.ones((6, 6), bool)
-    prediction = eval_fns.MapPrediction("1-1", classes, np.zeros((6, 6, 6)), inside, {})
-    vis_fns.plot_comparison(axes, prediction, labels, "logOH", 6)
-    shown = [c for c in axes[2].collections if isinstance(c, QuadMesh)][-1].get_array()
+    vis_fns.plot_comparison(axes, prediction_of(classes, 6), labels, "logOH", 6)
+    shown = mesh_of(axes[2]).get_array()
     assert (~shown.mask).sum() == 2
-    assert shown[2, 3] == pytest.approx(0.08, abs=1e-5)
-    assert shown[4, 1] == pytest.approx(0.01, abs=1e-5)
-    assert axes[2].get_title() == "MAE 0.045 dex, 50% in the right class"
-    bar = axes[2].child_axes[0]
-    assert bar.get_ylabel() == "value of predicted class - label (dex)"
-
-
-@pytest.mark.parametrize(("limit", "extend"), [(0.1, "both"), (0.5, "neither"), (None, "neither")])
-def test_colour_bar_is_pointed_where_values_lie_beyond(ax, limit, extend):
-    values = np.array([[-0.3, 0.05], [0.2, np.nan]])
-    inside = np.ones((2, 2), bool)
-    vis_fns.plot_value_map(ax, values, inside, inside, "x", limit=limit)
-    mesh = [c for c in ax.collections if isinstance(c, QuadMesh)][-1]
-    assert mesh.colorbar.extend == extend
-    if limit:
-        assert mesh.get_clim() == (-limit, limit)
+    assert [shown[2, 3], shown[4, 1]] == pytest.approx([0.08, 0.01], abs=1e-5)
+    assert axes[2].get_title() == "MAE 0.045 dex, accuracy 50%"
+    assert axes[2].child_axes[0].get_ylabel() == "value of predicted class - label (dex)"
 
 
 def test_a_galaxy_without_labels_in_common_has_no_score():
     axes = Figure().subplots(1, 3)
-    inside = np.ones((6, 6), bool)
-    classes = np.zeros((6, 6), np.int16)
-    prediction = eval_fns.MapPrediction("1-1", classes, np.zeros((6, 6, 6)), inside, {})
+    prediction = prediction_of(np.zeros((6, 6), np.int16), 6)
     vis_fns.plot_comparison(axes, prediction, np.full((6, 6), np.nan), "logOH", 6)
     assert axes[2].get_title() == "no label"
     assert "no label" in legend_of(axes[0])
     assert "no label" not in legend_of(axes[1])
 
 
+@pytest.mark.parametrize(("limit", "extend"), [(0.1, "both"), (0.5, "neither"), (None, "neither")])
+def test_colour_bar_is_pointed_where_values_exceed_it(ax, limit, extend):
+    values, inside = np.array([[-0.3, 0.05], [0.2, np.nan]]), np.ones((2, 2), bool)
+    vis_fns.plot_value_map(ax, values, inside, inside, "x", limit=limit)
+    assert mesh_of(ax).colorbar.extend == extend
+    if limit:
+        assert mesh_of(ax).get_clim() == (-limit, limit)
+
+
 def test_agreement_and_parts_explain_hatch_and_grey(ax):
-    inside = np.ones((6, 6), bool)
+    inside, parts = np.ones((6, 6), bool), np.full((6, 6), LABEL_NONE)
     inside[2, 2] = False
-    parts = np.full((6, 6), LABEL_NONE)
     parts[:2] = 1
     vis_fns.plot_part_map(ax, parts, inside)
     assert legend_of(ax) == ["train", "val", "test", "no label", "masked"]
     agrees = np.ma.masked_array(parts == 1, parts != 1)
     other = vis_fns.plot_agreement_map(Figure().subplots(), agrees, inside, inside)
-    assert legend_of(other) == ["same", "other", "no label", "masked"]
+    assert legend_of(other) == ["agrees", "differs", "no label", "masked"]
 
 
-def test_bpt_curves_are_kauffmanns_and_kewleys_and_part_the_points(ax):
+def test_bpt_curves_are_kauffmanns_and_kewleys_and_separate_the_points(ax):
     rng = np.random.default_rng(0)
     x, y = rng.uniform(-1.2, 0.4, 300), rng.uniform(-1, 1.2, 300)
     classes = demarcate(x, y)
@@ -285,17 +256,16 @@ def test_bpt_curves_are_kauffmanns_and_kewleys_and_part_the_points(ax):
     counts = {n: int((classes == k).sum()) for k, n in enumerate(BPT_CLASSES)}
     assert {"no label: 20", *(f"{n}: {c}" for n, c in counts.items())} <= set(legend_of(ax))
     drawn = {c.get_label().split(":")[0]: c for c in ax.collections}
-    for k, name in enumerate(BPT_CLASSES):
+    for k, (name, colour) in enumerate(zip(BPT_CLASSES, CLASS_COLOURS["BPT", 3], strict=True)):
         np.testing.assert_allclose(drawn[name].get_offsets()[:, 0], x[classes == k])
-        np.testing.assert_allclose(
-            drawn[name].get_facecolor()[0, :3], to_rgb(CLASS_COLOURS["BPT", 3][k])
-        )
+        np.testing.assert_allclose(drawn[name].get_facecolor()[0, :3], to_rgb(colour))
     assert drawn["no label"].get_facecolor().size == 0  # hollow
-    assert "6585" in ax.get_xlabel()
-    assert "5008" in ax.get_ylabel()
+    for label, line in ((ax.get_xlabel(), "6585"), (ax.get_ylabel(), "5008")):
+        assert line in label
+        assert "vacuum" in label
 
 
-def test_bpt_figure_shows_the_lines_of_the_maps_that_the_labels_were_made_of(tmp_path):
+def test_bpt_figure_shows_the_lines_of_the_maps_that_the_labels_were_derived_from(tmp_path):
     plateifu, shape = "8000-101", (4, 5)
     flux = np.random.default_rng(1).uniform(1, 5, (4, *shape))
     ivar = np.full(flux.shape, 100.0)
@@ -304,15 +274,17 @@ def test_bpt_figure_shows_the_lines_of_the_maps_that_the_labels_were_made_of(tmp
     for kind, steps in (("HYB10", 1), ("SPX", 7)):  # two analyses: the labels say which
         scaled = steps ** np.arange(4)[:, None, None] * flux
         maps = [dict(zip(BPT_LINES, a, strict=True)) for a in (scaled, ivar, 0 * flux)]
-        name = f"manga-{plateifu}-MAPS-{kind}.fits"
-        write_maps(raw / name, *maps, lines=BPT_LINES)
-    label_file = utils.label_path(tmp_path, "BPT", plateifu)
-    meta = {"source_file": f"manga-{plateifu}-MAPS-HYB10.fits", "options": {"min_snr": 2.0}}
-    labels = np.ones(shape, np.int16)
-    data_io.write_labels(label_file, labels, np.zeros(shape), meta)
-    usable = np.zeros(shape, np.int16)
-    usable[3, 3] = LABEL_NONE
-    prediction = eval_fns.MapPrediction(plateifu, usable, np.zeros((*shape, 3)), usable == 0, {})
+        write_maps(raw / f"manga-{plateifu}-MAPS-{kind}.fits", *maps, lines=BPT_LINES)
+
+    def write_labels(**about):
+        path, labels = utils.label_path(tmp_path, "BPT", plateifu), np.ones(shape, np.int16)
+        recipe = Recipe("labels", data_io.LABEL_VERSION, {"min_snr": 2.0})
+        data_io.write_labels(path, labels, 0 * labels, recipe, about)
+
+    write_labels(source_file=f"manga-{plateifu}-MAPS-HYB10.fits")
+    classes = np.zeros(shape, np.int16)
+    classes[3, 3] = LABEL_NONE
+    prediction = prediction_of(classes, 3, plateifu)
     figure = vis_fns.bpt_figure(tmp_path, prediction, "BPT")
     assert figure.get_suptitle() == f"{plateifu}: 18 spaxels with S/N > 2 in all four lines"
     left, right = figure.axes
@@ -324,32 +296,26 @@ def test_bpt_figure_shows_the_lines_of_the_maps_that_the_labels_were_made_of(tmp
     wanted = np.log10([nii / ha, oiii / hb]).T
     for ax in (left, right):
         np.testing.assert_allclose(ax.collections[0].get_offsets(), wanted, atol=1e-5)
-    data_io.write_labels(label_file, labels, np.zeros(shape), {})
+    write_labels()
     with pytest.raises(utils.DataError, match="2 MAPS files"):
         vis_fns.bpt_figure(tmp_path, prediction, "BPT")
 
 
-def test_confusion_shows_shares_of_the_true_class(ax):
+def test_confusion_shows_fractions_of_the_true_class_and_none_of_a_class_without_labels(ax):
     confusion = np.array([[8, 2, 0], [1, 4, 0], [0, 0, 0]])
     vis_fns.plot_confusion(ax, confusion, ["a", "b", "c"], "title")
-    texts = [t.get_text() for t in ax.texts]
-    assert texts[:6] == ["0.80\n8", "0.20\n2", "0.00\n0", "0.20\n1", "0.80\n4", "0.00\n0"]
-    np.testing.assert_allclose(ax.images[0].get_array()[0], [0.8, 0.2, 0.0])
-    assert ax.get_ylabel() == "label (each row adds up to 1)"
-    assert ax.images[0].colorbar.ax.get_ylabel() == "share of the true class"
-    assert ax.get_title() == "title"
-
-
-def test_confusion_has_no_shares_of_a_class_that_no_label_has(ax):
-    vis_fns.plot_confusion(ax, np.array([[8, 2, 0], [1, 4, 0], [0, 0, 0]]), ["a", "b", "c"])
-    assert [t.get_text() for t in ax.texts][6:] == ["-", "-", "-"]
-    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b", "c: none"]
+    cells = ["0.80\n8", "0.20\n2", "0.00\n0", "0.20\n1", "0.80\n4", "0.00\n0", "-", "-", "-"]
+    assert texts_of(ax) == cells
+    (image,) = ax.images
+    np.testing.assert_allclose(image.get_array()[0], [0.8, 0.2, 0.0])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "b", "c (no label)"]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["a", "b", "c"]
-    image = ax.images[0]
+    assert ax.get_ylabel() == "label (each row sums to 1)"
+    assert image.colorbar.ax.get_ylabel() == "fraction of the true class"
+    assert ax.get_title() == "title"
     colours = image.to_rgba(image.get_array())[..., :3]
     np.testing.assert_allclose(colours[2], [to_rgb(vis_fns.EMPTY_COLOUR)] * 3)
-    grey = np.ptp(colours[:2], axis=2) == 0
-    assert not grey.any()
+    assert (np.ptp(colours[:2], axis=2) > 0).all()  # not grey
 
 
 def test_lines_are_at_vacuum_wavelengths():
@@ -369,11 +335,10 @@ def test_lines_are_at_vacuum_wavelengths():
 
 
 def test_only_lines_inside_the_spectrum_are_marked(ax):
-    wave = np.geomspace(6400, 6600, 50)
-    flux = np.ones(50)
+    wave, flux = np.geomspace(6400, 6600, 50), np.ones(50)
     flux[3] = np.nan
     vis_fns.plot_spectrum(ax, wave, flux, np.full(50, 4.0))
-    marked = [t.get_text() for t in ax.texts]
+    marked = texts_of(ax)
     assert marked == ["[NII] 6549", r"H$\alpha$ 6564", "[NII] 6585"]
     wide = vis_fns.mark_lines(Figure().subplots(), 5000, 8000)
     shifts = {t.get_text(): t.xyann[0] for t in wide.texts}
@@ -381,23 +346,24 @@ def test_only_lines_inside_the_spectrum_are_marked(ax):
     assert legend_of(ax) == ["flux density", r"1$\sigma$ error"]
     np.testing.assert_allclose(ax.lines[1].get_ydata(), 0.5)  # 1/sqrt(4)
     assert ax.get_ylabel().startswith("flux density")
+    assert ax.get_xlabel() == "rest wavelength in vacuum (Angstrom)"
 
 
 def test_spectrum_figure_names_galaxy_redshift_and_spaxel(root):
-    figure = vis_fns.spectrum_figure(root, mock_cubes.PLATEIFUS[0])
-    title = figure.get_suptitle()
-    assert title.startswith(f"{mock_cubes.PLATEIFUS[0]}, z = 0.0300: brightest spaxel (y = ")
+    title = vis_fns.spectrum_figure(root, "8000-101").get_suptitle()
+    assert title.startswith("8000-101, z = 0.0300: brightest spaxel (y = ")
 
 
 @pytest.mark.parametrize(
     ("epochs", "ticks"), [(1, [1]), (2, [1, 2]), (7, [1, 3, 5, 7]), (20, [1, 4, 8, 12, 16, 20])]
 )
-def test_training_curves_show_every_epoch_the_best_and_the_baselines(epochs, ticks):
+def test_training_curves_show_every_epoch_the_best_and_the_baselines(card, epochs, ticks):
     names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy")
     metrics = pd.DataFrame({"epoch": range(1, epochs + 1), **{n: 0.5 for n in names}})
     baselines = {"val_majority_accuracy": 0.2, "val_spectrum_accuracy": 0.6}
     axes = Figure().subplots(1, 2)
-    vis_fns.plot_training_curves(axes, metrics, {"best": {"epoch": 1}, "baselines": baselines})
+    card = replace(card, best={"epoch": 1}, baselines=baselines)
+    vis_fns.plot_training_curves(axes, metrics, card)
     for ax in axes:
         assert ax.get_xticks().tolist() == ticks
         low, high = ax.get_xlim()
@@ -408,23 +374,19 @@ def test_training_curves_show_every_epoch_the_best_and_the_baselines(epochs, tic
     assert set(drawn["validation, linear model"].get_ydata()) == {0.6}
     assert set(drawn["validation, majority class"].get_ydata()) == {0.2}
     assert legend_of(axes[1]) == list(drawn)
-
-
-def test_training_curves_need_nothing_but_the_metrics():
-    names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy")
-    metrics = pd.DataFrame({"epoch": [1, 2], **{n: 0.5 for n in names}})
     axes = vis_fns.plot_training_curves(Figure().subplots(1, 2), metrics)
-    assert legend_of(axes[1]) == ["training", "validation"]
+    assert legend_of(axes[1]) == ["training", "validation"]  # all that metrics.csv alone says
 
 
-def test_run_figures_show_what_the_run_has(run_dir):
-    about = json.loads((run_dir / "model.json").read_text())
-    figures = vis_fns.run_figures(run_dir, about)
+def test_run_figures_show_the_results_of_the_run(run_dir, card):
+    figures = vis_fns.run_figures(run_dir, card)
     assert set(figures) == {"training_curves", "confusion_test", "explained_variance"}
-    loss = figures["training_curves"].axes[0].lines
+    loss, accuracy = figures["training_curves"].axes
     metrics = pd.read_csv(run_dir / "metrics.csv")
-    np.testing.assert_allclose(loss[0].get_ydata(), metrics["train_loss"])
-    np.testing.assert_allclose(loss[1].get_ydata(), metrics["val_loss"])
+    np.testing.assert_allclose(loss.lines[0].get_ydata(), metrics["train_loss"])
+    np.testing.assert_allclose(loss.lines[1].get_ydata(), metrics["val_loss"])
+    best = f"best epoch: {card.best['epoch']}"
+    assert {best, "validation, majority class", "validation, linear model"} < {*legend_of(accuracy)}
     stats = data_io.read_stats(run_dir / "stats.h5")
     heights = [b.get_height() for b in figures["explained_variance"].axes[0].patches]
     np.testing.assert_allclose(heights, stats.explained_ratio)
@@ -432,44 +394,34 @@ def test_run_figures_show_what_the_run_has(run_dir):
     title = figures["confusion_test"].axes[0].get_title()
     assert title.startswith("12 + log(O/H), test part of the hard split")
     assert f"accuracy {result['accuracy']:.3f}: {result['spaxels']} spaxels, 2 galaxies" in title
-    legend = legend_of(figures["training_curves"].axes[1])
-    assert f"best epoch: {about['best']['epoch']}" in legend
-    assert {"validation, majority class", "validation, linear model"} < set(legend)
 
 
-def test_one_is_counted_in_the_singular(run_dir, tmp_path, ax):
-    part = tmp_path / "test"
-    part.mkdir()
-    for name in ("metrics.json", "confusion.csv"):
-        (part / name).write_bytes((run_dir / "test" / name).read_bytes())
+def test_one_is_counted_in_the_singular_and_another_epoch_is_warned_of(
+    run_dir, card, tmp_path, ax, caplog
+):
+    part = shutil.copytree(run_dir / "test", tmp_path / "test")
     result = json.loads((part / "metrics.json").read_text()) | {"spaxels": 1, "galaxies": 1}
-    (part / "metrics.json").write_text(json.dumps(result))
-    about = json.loads((run_dir / "model.json").read_text())
-    figure = vis_fns.run_figures(tmp_path, about)["confusion_test"]
+    (part / "metrics.json").write_text(json.dumps({**result, "best_epoch": 7}))
+    figure = vis_fns.run_figures(tmp_path, card)["confusion_test"]
     assert figure.axes[0].get_title().endswith(": 1 spaxel, 1 galaxy")
+    assert f"epoch 7, the model: epoch {card.best['epoch']}" in caplog.text
     vis_fns.plot_class_shares(ax, {"train": np.array([0, 1, 0])}, "BPT", 3)
     assert legend_of(ax) == ["train: 1 spaxel"]
 
 
-def test_what_a_run_lacks_is_named_with_the_command_that_makes_it(run_dir, caplog):
-    metrics = run_dir / "metrics.csv"
-    hidden = metrics.rename(run_dir / "metrics.hidden")
-    try:
-        assert set(vis_fns.run_figures(run_dir, {}, "val")) == {"explained_variance"}
-    finally:
-        hidden.rename(metrics)
-    assert f"no {metrics}" in caplog.text
-    assert f"run_SSFTT_training.py --config {run_dir / 'config.json'}" in caplog.text
-    assert f"python eval_fns.py --run-dir {run_dir} --part val" in caplog.text
+def test_what_a_run_lacks_is_named_with_the_command_that_creates_it(card, tmp_path, caplog):
+    assert vis_fns.run_figures(tmp_path, card, "val") == {}
+    assert f"no {tmp_path / 'metrics.csv'}" in caplog.text
+    assert f"run_SSFTT_training.py --config {tmp_path / 'config.json'}" in caplog.text
+    assert f"python eval_fns.py --run-dir {tmp_path} --part val" in caplog.text
 
 
-def test_explained_variance_fills_its_axes_and_says_what_is_left(ax):
-    n = 100
-    ratio = np.array([0.2, 0.05, 0.03])
-    stats = data_io.Stats(np.arange(n), np.zeros(n), np.ones(n), np.zeros((3, n)), ratio, ratio)
-    vis_fns.plot_explained_variance(ax, stats)
+def test_explained_variance_fills_its_axes_and_states_the_remainder(ax):
+    n, ratio = 100, np.array([0.2, 0.05, 0.03])
+    arrays = (np.arange(n), np.zeros(n), np.ones(n), np.zeros((3, n)), ratio, ratio)
+    vis_fns.plot_explained_variance(ax, Stats(*arrays, Recipe("statistics", 0)))
     assert ax.get_ylim() == pytest.approx((0, 0.308))
-    assert ax.get_title() == "the other 97 directions: 72%, 0.74% each on average"
+    assert ax.get_title() == "remaining 97 directions: 72%, 0.74% each on average"
 
 
 def test_components_and_shares_and_histograms_show_their_numbers(run_dir, ax):
@@ -497,19 +449,15 @@ def test_command_draws_labelled_and_unlabelled_galaxies_and_reports_missing_ones
     root, run_dir, caplog
 ):
     labelled, unlabelled = mock_cubes.PLATEIFUS[-2:]
-    label_file = utils.label_path(root, "logOH", unlabelled)
-    hidden = label_file.rename(label_file.with_suffix(".hidden"))
-    try:
-        config = VisConfig(run_dir, (labelled, unlabelled, "7777-101"), device="cpu")
-        assert vis_fns.main(config) == utils.EXIT_DATA
-    finally:
-        hidden.rename(label_file)
+    utils.label_path(root, "logOH", unlabelled).unlink()
+    config = VisConfig(run_dir, (labelled, unlabelled, "7777-101"), device="cpu")
+    assert vis_fns.main(config) == utils.EXIT_DATA
     assert "7777-101.h5" in caplog.text
     assert f"no BPT diagram: {labelled}: no manga-{labelled}-MAPS" in caplog.text
-    names = {p.name for p in (run_dir / "figures").iterdir()}
+    drawn = list((run_dir / "figures").iterdir())
     for plateifu in (labelled, unlabelled):
-        assert {f"{plateifu}_maps.png", f"{plateifu}_spectrum.png"} <= names
-    for path in (run_dir / "figures").iterdir():
+        assert {f"{plateifu}_maps.png", f"{plateifu}_spectrum.png"} <= {p.name for p in drawn}
+    for path in drawn:
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert path.stat().st_size > 5000
 

@@ -1,0 +1,77 @@
+"""Scores against scikit-learn's, intervals against closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+import metrics
+from labels import class_middles
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_classes=st.integers(2, 8),
+    n=st.integers(1, 60),
+    seed=st.integers(0, 999),
+    narrow=st.booleans(),
+)
+def test_scores_equal_scikit_learns(n_classes, n, seed, narrow):
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(n_classes, size=n)
+    guess = np.where(rng.random(n) < 0.5, truth, rng.integers(1 if narrow else n_classes, size=n))
+    confusion = metrics.confusion_matrix(truth, guess, n_classes)
+    labels = range(n_classes)
+    np.testing.assert_array_equal(confusion, sk.confusion_matrix(truth, guess, labels=labels))
+    overall = metrics.overall_metrics(confusion)
+    assert overall["accuracy"] == pytest.approx(sk.accuracy_score(truth, guess))
+    assert overall["macro_f1"] == pytest.approx(sk.f1_score(truth, guess, average="macro"))
+    if np.unique(np.concatenate([truth, guess])).size > 1:
+        assert overall["kappa"] == pytest.approx(sk.cohen_kappa_score(truth, guess))
+    else:
+        assert np.isnan(overall["kappa"])
+    each = metrics.class_metrics(confusion)
+    options = {"labels": labels, "average": None, "zero_division": 0}
+    for name, score in (
+        ("precision", sk.precision_score),
+        ("recall", sk.recall_score),
+        ("f1", sk.f1_score),
+        ("iou", sk.jaccard_score),
+    ):
+        np.testing.assert_allclose(each[name], score(truth, guess, **options))
+
+
+def test_undefined_scores_are_nan_not_zero():
+    rows = {"plateifu": ["1-1", "1-1", "1-2"], "mangaid": ["a", "a", "b"]}
+    frame = pd.DataFrame({**rows, "true": 2, "predicted": 2, "value": 8.46})
+    overall, _, per_class, per_galaxy = metrics.score_predictions(
+        frame, list("abcdef"), [1] * 6, class_middles(6), 8.46
+    )
+    assert overall["accuracy"] == 1
+    assert np.isnan(overall["kappa"])
+    assert "kappa" not in overall["intervals"]
+    assert np.isnan(per_galaxy["kappa"]).all()
+    assert per_class["f1"].tolist()[2] == 1
+    assert per_class["f1"].isna().sum() == 5
+    assert per_class["f1"].mean() == overall["macro_f1"]
+
+
+def test_bootstrap_draws_galaxies_not_spaxels():
+    """Ten galaxies, half all right, half all wrong: sd of the mean is sqrt(0.25 / 10)."""
+    galaxy = np.repeat(np.arange(10), 50)
+    frame = pd.DataFrame({"mangaid": galaxy, "true": 1, "predicted": galaxy % 2})
+    low, high = metrics.bootstrap_intervals(frame, 2)["accuracy"]
+    assert (high - low) / (2 * 1.96) == pytest.approx(np.sqrt(0.25 / 10), rel=0.15)
+    one = frame[frame["mangaid"] == 3]
+    assert metrics.bootstrap_intervals(one, 2) == {}
+
+
+def test_bootstrap_intervals_of_equal_galaxies_have_no_width():
+    galaxy = np.repeat(list("abc"), 4)
+    frame = pd.DataFrame({"mangaid": galaxy, "true": [0, 1] * 6, "predicted": 0, "error": 0.1})
+    for low, high in metrics.bootstrap_intervals(frame, 2).values():
+        assert low == pytest.approx(high)
