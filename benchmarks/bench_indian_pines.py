@@ -12,7 +12,7 @@ batches of 64, 100 epochs, no augmentation; the network after the last epoch is 
 Splits, all with 10 % of each class's pixels to train:
   published      drawn anywhere, always the same pixels (seed 345, as in the authors' demo); the
                  rest is tested. The seeds vary the network alone.
-  random pixels  the same, drawn anew for each seed.
+  random pixels  the same, drawn again for each seed.
   whole fields   a field is a set of pixels of one class connected through their sides. Of each
                  class with n >= 2 fields, n // 2 drawn at random are tested, every pixel of them;
                  the training pixels are drawn from its other fields. A class with a single field
