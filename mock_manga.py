@@ -40,6 +40,7 @@ from typing import Any, Literal
 import numpy as np
 
 import loops
+import recipe
 import utils
 from labels import LABEL_NONE
 from mock.physics import (
@@ -605,7 +606,7 @@ def read_maps_scene(path: Path) -> Scene:
         star_sigma=np.full(ys.size, star_sigma),
         noise_scale=1.0,
         cards=cards,
-        meta={"from_maps": path.name, "sha256": utils.sha256_of(path)},
+        meta={"from_maps": path.name, "sha256": recipe.file_digest(path)},
         snr=np.maximum(snr, 0.1),
         bin_ids=bin_ids.astype(np.int32),
     )
@@ -672,7 +673,7 @@ def resynthesise(data_dir: Path, maps: Path, seed: int, overwrite: bool = False)
         log.info("%s: there already", cube)
         return [cube, copy, truth]
     galaxy = observe(scene, np.random.default_rng([seed, 5]))
-    if not copy.is_file() or utils.sha256_of(copy) != scene.meta["sha256"]:
+    if not copy.is_file() or recipe.file_digest(copy) != scene.meta["sha256"]:
         with utils.atomic_path(copy) as part:
             shutil.copyfile(maps, part)
     write_gzipped_fits(cube, logcube_hdus(galaxy))
@@ -795,11 +796,11 @@ def write_galaxy(data_dir: Path, galaxy: Galaxy) -> list[Path]:
 
 def check_folder(root: Path, galaxies: Sequence[GalaxyParams]) -> None:
     """Raise a DataError if these galaxies would mix with real ones, or with another survey's."""
-    import fits_utils  # here and below: --help does not need astropy
+    from catalogue import catalogue_rows  # here and below: --help does not need astropy
 
     catalogue = root / "raw" / DAPALL
     if catalogue.is_file():
-        named = fits_utils.catalogue_rows(catalogue)
+        named = catalogue_rows(catalogue)
         real = [name for name in named if int(utils.split_plateifu(name)[0]) < FIRST_PLATE]
         if real:
             raise DataError(
