@@ -39,8 +39,8 @@ step "5/8 patch files (optional: by default, training packs the cubes and reads 
 run cube_patch_processing.py --label-tasks logOH --patch-norms PCA --patch-size 7 \
     --split-dir hard_logOH
 
-step "6/8 train (the first run from patch files, the others on cutouts of packed cubes)"
-train() { run run_SSFTT_training.py --epochs 20 --patience 0 "$@"; }
+step "6/8 train, patch by patch (the first run from patch files, the others from packed cubes)"
+train() { run run_SSFTT_training.py --cutout 1 --epochs 20 --patience 0 "$@"; }
 train --label-task logOH --split-dir hard_logOH --source patches --run-dir $out/logOH_hard
 train --label-task logOH --split-dir easy_logOH --run-dir $out/logOH_easy
 train --label-task BPT --split-dir hard_BPT --run-dir $out/BPT_hard
