@@ -1,10 +1,12 @@
-# make demo   the whole pipeline on simulated galaxies (minutes)
-# make test   every test, MaNGA's and ImageExtractor's
-# Both set themselves up: a virtual environment in .venv from requirements*.txt, made anew when
-# those change. Another Python: make PYTHON=python3.12 demo. To use an environment of your own
-# (clusters, GPUs), which is left as it is: make VENV=/path/to/env SETUP=no test.
-# torch comes from pip's default index, which has CUDA builds for Linux on x86-64. A CPU build, much
-# smaller: make TORCH_INDEX='--index-url https://download.pytorch.org/whl/cpu' demo.
+# make demo         the whole pipeline on simulated galaxies (minutes)
+# make test         all tests, MaNGA's and ImageExtractor's
+# make test-quick   MaNGA's tests without the slow ones (less than a minute)
+# make bench        speed, memory and disk space, as ratios (minutes)
+# Each needs a virtual environment in .venv, which it creates from requirements*.txt, and recreates
+# when those change. Another Python: make PYTHON=python3.12 demo. To use an environment of your own
+# (on clusters, with GPUs), which is left unchanged: make VENV=/path/to/env SETUP=no test.
+# torch is installed from pip's default index, which has CUDA builds for Linux on x86-64. A CPU
+# build is much smaller: make TORCH_INDEX='--index-url https://download.pytorch.org/whl/cpu' demo.
 PYTHON ?= python3
 VENV ?= .venv
 SETUP ?= yes
@@ -12,12 +14,12 @@ python = $(VENV)/bin/python
 ready = $(VENV)/.ready
 ifneq ($(SETUP),no)
 ifneq ($(abspath $(VENV)),$(abspath .venv))
-$(error only .venv is set up here; to use $(VENV) as it is, add SETUP=no)
+$(error only .venv is created here; to use $(VENV) unchanged, add SETUP=no)
 endif
 endif
 STAMP = $(if $(filter no,$(SETUP)),,$(ready))
 
-.PHONY: demo test test-manga lint bench bench-gpu setup demo-cta test-cta bench-cta clean
+.PHONY: demo test test-manga test-quick lint bench bench-gpu setup demo-cta test-cta bench-cta clean
 
 demo: $(STAMP)
 	PYTHON=$(python) bash demo.sh
@@ -26,6 +28,9 @@ test: test-manga test-cta
 
 test-manga: $(STAMP)
 	$(python) -m pytest -n 2 --dist loadfile
+
+test-quick: $(STAMP)
+	$(python) -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -47,12 +52,13 @@ demo-cta test-cta bench-cta:
 setup: $(STAMP)
 
 $(ready): requirements.txt requirements-dev.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d is too old: 3.11 or newer is needed. Name one: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d is too old, 3.11 or newer is needed: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(python) -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(TORCH_INDEX)
 	$(python) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-clean:
-	rm -rf .venv data/demo results .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  # never an environment, data or results that make did not create
+	rm -rf $(if $(STAMP),$(VENV)) data/demo results/demo results/bench
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	$(MAKE) -C image-extractor clean

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# The whole pipeline, top to bottom, on simulated galaxies: the same commands serve real ones.
-#   simulate -> cubes and labels -> splits -> statistics -> patches -> train -> evaluate -> maps and figures
-# Writes data/demo/ (a data folder) and results/demo/ (runs, figures, summary.json).
-# Re-running starts over; everything is seeded.   Usage: PYTHON=.venv/bin/python bash demo.sh
+# The whole pipeline on simulated galaxies; the same commands serve real ones.
+#   simulate -> cubes and labels -> splits -> statistics -> patches -> train -> evaluate -> maps
+# Writes data/demo/ (a data folder) and results/demo/ (runs, figures, summary.json), and removes
+# both first. Seeded: on one machine, every run gives the same numbers.
+#   PYTHON=.venv/bin/python bash demo.sh
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-python}
 data=data/demo
 out=results/demo
-galaxies=36   # 19-fibre bundles, the smallest: 34 x 34 spaxels each
+galaxies=36   # 19-fibre bundles, the smallest: 34 x 34 spaxels per galaxy
 seed=1
 
 rm -rf "$data" "$out"
@@ -20,31 +21,31 @@ run() { printf '$ python %s\n' "$*"; "$python" "$@"; }
 step "1/8 simulate $galaxies galaxies in the archive's format"
 run mock_manga.py --n-galaxies $galaxies --bundles 19 --seed $seed --jobs 2
 
-step "2/8 FITS -> H5 cubes and label maps (gas velocity removed, so that lines stand still)"
+step "2/8 FITS -> H5 cubes and label maps (gas velocity removed: lines at rest in every spaxel)"
 run cube_processing.py --remove-gas-velocity --no-splits
 
-step "3/8 splits: whole galaxies held out (hard), and spaxels of shown galaxies (easy, for comparison)"
+step "3/8 splits: whole galaxies held out (hard); spaxels of training galaxies (easy, to compare)"
 for task in logOH BPT; do
     run create_data_splits.py --label-task $task --fractions 0.6 0.15 0.25 --seed $seed
 done
 run create_easy_data_splits.py --label-task logOH --fractions 0.6 0.15 0.25 --seed $seed
 
-step "4/8 principal components of each split's training spectra"
+step "4/8 statistics: principal components of the training spectra of each split"
 for split in hard_logOH hard_BPT easy_logOH; do
     run calc_data_stats.py --split-dir $split --n-components 10
 done
 
-step "5/8 patch files (training also cuts patches from cubes; this run reads the files)"
+step "5/8 patch files (optional: by default, training packs the cubes and reads those)"
 run cube_patch_processing.py --label-tasks logOH --patch-norms PCA --patch-size 7 \
     --split-dir hard_logOH
 
-step "6/8 train"
-train() { run run_SSFTT_training.py --patch-norm PCA --patch-size 7 --augment --epochs 20 "$@"; }
+step "6/8 train, patch by patch (the first run from patch files, the others from packed cubes)"
+train() { run run_SSFTT_training.py --cutout 1 --epochs 20 --patience 0 "$@"; }
 train --label-task logOH --split-dir hard_logOH --source patches --run-dir $out/logOH_hard
 train --label-task logOH --split-dir easy_logOH --run-dir $out/logOH_easy
 train --label-task BPT --split-dir hard_BPT --run-dir $out/BPT_hard
 
-step "7/8 evaluate on galaxies (easy: spaxels) that training never saw"
+step "7/8 evaluate on galaxies (easy split: spaxels) that training never saw"
 for name in logOH_hard logOH_easy BPT_hard; do
     run eval_fns.py --run-dir $out/$name --part test
 done

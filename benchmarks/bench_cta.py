@@ -1,11 +1,12 @@
 """Measure image-extractor against ctapipe-process and eventio's bare decoding, in one run.
 
-Reads   real simtel files of ../shared/data/cta, made long by ../shared/tools/replicate_simtel.py.
-Writes  a table to the screen; its rows, and what each program took, to --out.
+Reads   real simtel files in ../shared/data/cta; ../shared/tools/replicate_simtel.py repeats their
+        events to make them long.
+Writes  a table to the screen; its rows, and the measurements of each program, to --out.
 
-Every figure is of a whole process, start-up included: the median of --repeats runs in turn, after
-one of each that does not count. The decode floor is eventio's SimTelFile fed by igzip instead of
-its zcat pipe: every object parsed, nothing calibrated, nothing written.
+Every time is that of a whole process including its start: the median of --repeats runs in turn,
+after one of each that is not counted. The decoding floor is eventio's SimTelFile reading from igzip
+instead of its zcat pipe: every object is parsed, nothing is calibrated or written.
 
     image-extractor/.venv/bin/python benchmarks/bench_cta.py --out results/bench/bench_cta.json
 """
@@ -32,7 +33,7 @@ FILES = {
     "proton": ("proton_run202_za20deg_azm0deg_North_test_layout_test-prod.simtel.zst", 100, 600),
     "sct": ("gamma_test.simtel.gz", 50, 450),
 }
-"""Short file, how often its events are repeated, and how many they are then."""
+"""File, how often its events are repeated, and how many there are then."""
 CONFIG = """\
 storage_mode = {storage}
 [image]
@@ -57,27 +58,27 @@ with SimTelFile(sys.argv[1], zcat=False) as f:
 """
 
 Words = list[str | Path]
-"""A command."""
+"""The words of a command."""
 
 
 class Measured(NamedTuple):
-    """What a program took for one input."""
+    """Time, memory and output of a program for one input."""
 
     seconds: float
     peak_mb: float
-    """Of its largest process, in the last run."""
+    """Peak of its largest process, in the last run."""
     output_bytes: int
 
 
 def ours(source: str | Path, folder: Path, storage: str, *more: str) -> Words:
-    """Command of image-extractor; its configuration is written beside the output."""
+    """Make the command of image-extractor; write its configuration beside the output."""
     config = folder / f"{storage}.config"
     config.write_text(CONFIG.format(storage=storage))
     return [BINARIES / "image_extractor.py", source, folder / "out.h5", config, *more]
 
 
 def programs(source: Path, folder: Path) -> dict[str, Words]:
-    """Commands to compare on one file; those that write, write folder/out.h5."""
+    """List the commands to compare on one file; their output, if any, is folder/out.h5."""
     ctapipe: Words = [BINARIES / "ctapipe-process", "--input", source]
     ctapipe += ["--output", folder / "out.h5", "--provenance-log", folder / "provenance.log"]
     ctapipe += ["--write-images", "--no-write-parameters"]
@@ -105,7 +106,7 @@ def measure(commands: dict[str, Words], output: Path, runs: int) -> dict[str, Me
 
 
 def make_rows(key: str, found: dict[str, Measured], n_events: int) -> list[Row]:
-    """Rows of the table from what `measure` found on one of FILES."""
+    """Make the rows of the table from the result of `measure` for one of FILES."""
     rates = {name: n_events / of.seconds for name, of in found.items()}
     mapped, ctapipe = found["mapped"], found["ctapipe"]
     size, other_size = (of.output_bytes / n_events for of in (mapped, ctapipe))
@@ -121,10 +122,10 @@ def make_rows(key: str, found: dict[str, Measured], n_events: int) -> list[Row]:
 
 
 def jobs_row(source: Path, folder: Path, n_events: int) -> Row:
-    """Compare two processes with one on four files, timed once after a run that does not count.
+    """Compare two processes with one on four files, timed once after a run that is not counted.
 
-    The files hold the same events: all but the first one's are left out as duplicates, after the
-    work.
+    The files hold the same events, so those of all but the first are left out as duplicates, after
+    they were processed.
     """
     for i in range(4):
         (folder / f"copy_{i}.simtel.gz").symlink_to(source)
@@ -138,9 +139,9 @@ def jobs_row(source: Path, folder: Path, n_events: int) -> Row:
 def main(out: Path, repeats: int) -> None:
     """Measure, print, write."""
     if repeats < 1:
-        raise utils.DataError("--repeats: at least one.")
+        raise utils.DataError(f"--repeats {repeats}: expected at least 1.")
     if not REPLICATE.is_file():
-        raise utils.DataError(f"{REPLICATE} is absent: it makes the long files.")
+        raise utils.DataError(f"{REPLICATE}: no such file; it makes the long simtel files.")
     rows: list[Row] = []
     took: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="bench_cta_") as name:
@@ -167,7 +168,7 @@ if __name__ == "__main__":
         "--repeats",
         type=int,
         default=2,
-        help="counted runs of each program, in turn, after one that is not",
+        help="timed runs of each program, in turn, after one that is not counted",
     )
     arguments = parser.parse_args()
     try:

@@ -1,4 +1,4 @@
-"""Accuracy of this SSFTT on Indian Pines, beside other splits, simple baselines, the dense map.
+"""Accuracy of this SSFTT on Indian Pines: three splits, simple baselines, and the dense map.
 
 Reads   the scene in the PyPI package tensorly (pip install tensorly==0.10.0): 145 x 145 pixels,
         200 bands, 16 classes on 10,249 labelled pixels (Baumgardner, Biehl & Landgrebe 2015,
@@ -11,22 +11,22 @@ batches of 64, 100 epochs, no augmentation; the network after the last epoch is 
 
 Splits, all with 10 % of each class's pixels to train:
   published      drawn anywhere, always the same pixels (seed 345, as in the authors' demo); the
-                 rest is tested. The seeds vary the network alone.
-  random pixels  the same, drawn anew for each seed.
+                 rest is tested. Only the network varies with the seed.
+  random pixels  the same, drawn again for every seed.
   whole fields   a field is a set of pixels of one class connected through their sides. Of each
                  class with n >= 2 fields, n // 2 drawn at random are tested, every pixel of them;
                  the training pixels are drawn from its other fields. A class with a single field
-                 is trained on, and not tested. A patch may still look over a field's edge: what
-                 it sees there it sees unlabelled.
+                 is trained on, and not tested. A patch may extend beyond the edge of its field;
+                 the pixels there are seen without their labels.
 
-The first two leak: each test pixel has training pixels in its patch, most next to it. So beside
-the network stand, from the same training pixels: the class of the nearest training pixel by
-(row, column), no spectrum; a support vector machine on the pixel's own spectrum, no neighbours;
-the commonest training class.
+The first two leak: the patch of nearly every test pixel contains training pixels. So the network is
+compared with three baselines that learn from the same training pixels: the class of the nearest
+training pixel by (row, column), without spectra; a support vector machine on the pixel's own
+spectrum, without neighbours; and the most common training class.
 
-Then the map of the whole image, SSFTT_dense.dense_logits against the network on all 21,025 patches
-(cut beforehand, not timed), in turn in the same run, and both compared pixel by pixel for every
-network trained. About ten minutes on two cores.
+The map of the whole image is timed as well: SSFTT_dense.dense_logits against the network on all
+21,025 patches (cut beforehand), in turn in one run. For every trained network both maps are
+compared pixel by pixel. About ten minutes on two cores.
 
     python benchmarks/bench_indian_pines.py
     python benchmarks/bench_indian_pines.py --seeds 0 --epochs 20
@@ -57,8 +57,8 @@ from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
-import eval_fns
 import hsi_proc_fns
+import metrics
 import SSFTT_dense
 import utils
 from HSI_SSFTT import SSFTT, get_SSFTT_model
@@ -75,13 +75,13 @@ BATCH = 64
 """The published protocol (Sun et al. 2022, section III)."""
 
 PUBLISHED_SEED = 345
-"""Of scikit-learn's stratified split in the authors' public demo."""
+"""Seed of scikit-learn's stratified split in the authors' public demo."""
 
 PUBLISHED = {"OA": 98.62, "AA": 97.94, "kappa": 98.43}
 """Per cent, from the log in the authors' public repository; for comparison, not measured here."""
 
 MAP_BATCH = 128
-"""Patches at a time in evaluation: the fastest for `forward` on two cores, of 64 to 1024."""
+"""Patches at a time in evaluation: the fastest on two cores of 64 to 1024."""
 
 SVM_C = 100.0
 """Penalty of the support vector machine (radial kernel, bands scaled to unit variance)."""
@@ -91,14 +91,14 @@ METRICS = ("OA", "AA", "kappa")
 
 @dataclass(frozen=True)
 class Config:
-    """Accuracy of this SSFTT on Indian Pines, beside splits, baselines and the dense map."""
+    """Accuracy of this SSFTT on Indian Pines: three splits, simple baselines, and the dense map."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Each draws the splits and the networks' initial weights, dropout and order."""
+    """Random seeds; each decides the splits, initial weights, dropout and order of the pixels."""
     epochs: int = 100
     """Passes over the training pixels."""
     runs: int = 5
-    """Counted runs of each map, after one that is not."""
+    """Timed runs of each map, after one that is not counted."""
     results: Path = measuring.RESULTS
     """Folder of the JSON."""
 
@@ -123,18 +123,18 @@ class Split(NamedTuple):
 
 
 def load_scene() -> Scene:
-    """Take Indian Pines from the package that carries it.
+    """Load Indian Pines from the package that contains it.
 
     Raises
     ------
     DataError
-        If the package is not there.
+        If the package is not installed.
     """
     try:
         from tensorly.datasets import load_indian_pines
     except ImportError:
         raise DataError(
-            "Indian Pines comes with the package tensorly, which is not installed: "
+            "the package tensorly, which contains Indian Pines, is not installed. Install it: "
             "pip install tensorly==0.10.0"
         ) from None
     found = load_indian_pines()
@@ -145,8 +145,8 @@ def load_scene() -> Scene:
 def whiten(spectra: np.ndarray, components: int = COMPONENTS) -> np.ndarray:
     """Leading principal components of all pixels, each of unit variance.
 
-    (y, x, band) -> (y, x, components) float32. The basis sees test pixels, though not their
-    classes: so the published protocol.
+    (y, x, band) -> (y, x, components) float32. As in the published protocol, the test pixels
+    contribute to the components (their classes do not).
     """
     pixels = spectra.reshape(-1, spectra.shape[-1]).astype(np.float64)
     values = PCA(components, whiten=True, svd_solver="full").fit_transform(pixels)
@@ -173,7 +173,7 @@ def split_random(truth: np.ndarray, seed: int, share: float = TRAIN_SHARE) -> Sp
 
 
 def find_fields(truth: np.ndarray) -> np.ndarray:
-    """Give each field of (y, x) classes a number, from 0.
+    """Assign each field of (y, x) classes a number, from 0.
 
     A field is a set of pixels of one class connected through their sides; LABEL_NONE where there
     is no label.
@@ -188,14 +188,15 @@ def find_fields(truth: np.ndarray) -> np.ndarray:
 
 
 def split_by_field(truth: np.ndarray, seed: int, share: float = TRAIN_SHARE) -> Split:
-    """Hold whole fields out.
+    """Hold out whole fields.
 
     Parameters
     ----------
     truth : (y, x) classes, LABEL_NONE where there is none
     seed : int
     share : float
-        Training pixels of a class, of all its pixels; fewer if its training fields hold fewer.
+        Training pixels of a class as a fraction of all its pixels; fewer if its training fields
+        contain fewer.
 
     Returns
     -------
@@ -233,18 +234,18 @@ def share_seeing_training(
     return float(near.flat[split.test].mean())
 
 
-# Methods: each learns from split.train and gives a class to every pixel of split.test
+# Methods: each learns from split.train and predicts the class of every pixel of split.test
 
 
 def nearest_pixel(truth: np.ndarray, split: Split) -> np.ndarray:
-    """Class of the nearest training pixel by (row, column); of several, the first drawn."""
+    """Predict the class of the nearest training pixel by (row, column)."""
     where = np.indices(truth.shape).reshape(2, -1).T
     nearest = KNeighborsClassifier(1).fit(where[split.train], truth.flat[split.train])
     return nearest.predict(where[split.test])
 
 
 def single_spectrum(scene: Scene, split: Split) -> np.ndarray:
-    """Support vector machine on the pixel's own spectrum; no neighbours."""
+    """Predict by a support vector machine on the pixel's own spectrum, without neighbours."""
     pixels = scene.spectra.reshape(-1, scene.spectra.shape[-1])
     machine = make_pipeline(StandardScaler(), SVC(C=SVM_C))
     machine.fit(pixels[split.train], scene.truth.flat[split.train])
@@ -252,7 +253,7 @@ def single_spectrum(scene: Scene, split: Split) -> np.ndarray:
 
 
 def commonest_class(truth: np.ndarray, split: Split) -> np.ndarray:
-    """Give the class with the most training pixels everywhere."""
+    """Predict the class with the most training pixels everywhere."""
     return np.full(len(split.test), np.bincount(truth.flat[split.train]).argmax())
 
 
@@ -264,16 +265,16 @@ def train_network(
     Parameters
     ----------
     patches : (N, 1, C, P, P)
-        Of the training pixels.
+        Patches of the training pixels.
     classes : (N,) int64
     n_classes, epochs, seed : int
     title : str
-        Of the progress bar.
+        Title of the progress bar.
 
     Raises
     ------
     DataError
-        If the loss is no number.
+        If the loss is not finite.
     """
     torch.manual_seed(seed)
     model = get_SSFTT_model(n_classes, patches.shape[-1], patches.shape[2])
@@ -288,7 +289,9 @@ def train_network(
             optimiser.step()
             total += loss.item() * len(rows)
         if not np.isfinite(total):
-            raise DataError(f"{title}: the loss of epoch {epoch + 1} is {total}.")
+            raise DataError(
+                f"{title}: the loss of epoch {epoch + 1} is {total}, expected a finite number."
+            )
         bar.set_postfix(loss=f"{total / len(patches):.4f}")
     return model.eval()
 
@@ -310,25 +313,23 @@ def map_dense(model: SSFTT, cutout: Tensor) -> Tensor:
 
 def score(truth: np.ndarray, predicted: np.ndarray, n_classes: int) -> dict[str, float]:
     """OA, AA and kappa in per cent; AA is the mean recall over the classes in `truth`."""
-    confusion = eval_fns.confusion_matrix(truth, predicted, n_classes)
-    overall, each = eval_fns.overall_metrics(confusion), eval_fns.class_metrics(confusion)
-    values = (
-        overall["accuracy"],
-        each["recall"][each["support"] > 0].mean(),
-        overall["kappa"],
-    )
+    confusion = metrics.confusion_matrix(truth, predicted, n_classes)
+    overall, each = metrics.overall_metrics(confusion), metrics.class_metrics(confusion)
+    average = each["recall"][each["support"] > 0].mean()
+    values = overall["accuracy"], average, overall["kappa"]
     return {name: 100 * float(value) for name, value in zip(METRICS, values, strict=True)}
 
 
 def compare_maps(patch_wise: Tensor, dense: Tensor) -> dict[str, float]:
-    """How far two maps' logits (N, classes) agree.
+    """Compare the logits (N, classes) of two maps.
 
     Returns
     -------
     dict
-        differing_pixels: with another class of largest logit. largest_margin: of those pixels,
-        how far the patch-wise two largest logits lie apart (0 if there are none).
-        logit_difference: the largest. The last two are relative to the largest |logit|.
+        differing_pixels: number of pixels with another class. largest_margin: the largest
+        difference, among those pixels, between the two largest patch-wise logits (0 without any).
+        logit_difference: the largest difference between the maps. The last two are relative to
+        the largest |logit|.
     """
     scale = patch_wise.abs().max()
     differ = patch_wise.argmax(1) != dense.argmax(1)
@@ -342,7 +343,7 @@ def compare_maps(patch_wise: Tensor, dense: Tensor) -> dict[str, float]:
 
 
 def summarise(values: list[float]) -> dict[str, Any]:
-    """Mean and standard deviation (n - 1; None for one value) over the seeds, and the values."""
+    """Mean over the seeds, standard deviation (n - 1; None for one value), and the values."""
     spread = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": spread, "values": values}
 
@@ -355,13 +356,13 @@ class Bench(NamedTuple):
 
     scene: Scene
     patches: Tensor
-    """(y * x, 1, C, P, P) of all pixels, row by row."""
+    """(y * x, 1, C, P, P), of all pixels, row by row."""
     cutout: Tensor
     """(1, 1, C, y, x), the whole image."""
 
 
 def prepare() -> Bench:
-    """Load the scene, reduce it, cut it."""
+    """Load the scene, reduce it to its components, cut the patches."""
     scene = load_scene()
     image = whiten(scene.spectra)
     cutout = torch.from_numpy(image).permute(2, 0, 1)[None, None].contiguous()
@@ -369,15 +370,15 @@ def prepare() -> Bench:
 
 
 def run_split(bench: Bench, name: str, seed: int, epochs: int) -> tuple[SSFTT, dict[str, Any]]:
-    """Train on one split with one seed, score every method, compare both maps.
+    """Train on one split with one seed, score every method, and compare both maps.
 
     Returns
     -------
     SSFTT
-        The network trained.
+        The trained network.
     dict
-        trained_pixels, tested_pixels, tested_classes; seeing_training, the share of
-        `share_seeing_training`; training_s; scores of each method; maps, of `compare_maps`.
+        trained_pixels, tested_pixels, tested_classes; seeing_training: `share_seeing_training`;
+        training_s; scores of each method; maps: `compare_maps`.
     """
     truth, n_classes = bench.scene.truth, int(bench.scene.truth.max()) + 1
     split = SPLITS[name](truth, seed)
@@ -390,7 +391,7 @@ def run_split(bench: Bench, name: str, seed: int, epochs: int) -> tuple[SSFTT, d
         "SSFTT": logits.argmax(1).numpy()[split.test],
         "nearest (row, column)": nearest_pixel(truth, split),
         "SVM on the spectrum": single_spectrum(bench.scene, split),
-        "commonest class": commonest_class(truth, split),
+        "most common class": commonest_class(truth, split),
     }
     tested = truth.flat[split.test]
     scores = {method: score(tested, found, n_classes) for method, found in predicted.items()}
@@ -420,12 +421,12 @@ def summarise_scores(found: list[dict[str, Any]]) -> Scores:
 
 
 def describe_split(name: str, found: list[dict[str, Any]]) -> str:
-    """One table: a line a method."""
+    """Lay out the scores of one split as a table, one line per method."""
     one = found[0]
     seen = 100 * statistics.fmean(f["seeing_training"] for f in found)
     lines = [
-        f"{name}: {one['trained_pixels']} pixels trained on, {one['tested_pixels']} of "
-        f"{one['tested_classes']} classes tested (seed {one['seed']}); {seen:.1f} % of the tested "
+        f"{name}: {one['trained_pixels']} training pixels, {one['tested_pixels']} test pixels of "
+        f"{one['tested_classes']} classes (seed {one['seed']}); {seen:.1f} % of the test pixels "
         "have a training pixel in their patch",
         f"{'':26}" + "".join(f"{metric + ' %':>18}" for metric in METRICS),
     ]
@@ -459,7 +460,7 @@ def make_rows(scores: dict[str, Scores], seconds: dict[str, float], pixels: int)
 def main(config: Config) -> int:
     """Train, score, time, print, write."""
     if not config.seeds or min(config.epochs, config.runs) < 1:
-        raise DataError("--seeds, --epochs and --runs: at least one of each is needed.")
+        raise DataError("--seeds, --epochs, --runs: expected at least one of each.")
     bench = prepare()
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLITS}
     for seed in config.seeds:
@@ -481,7 +482,7 @@ def main(config: Config) -> int:
             cells = "".join(f"{PUBLISHED[metric]:18.2f}" for metric in METRICS)
             print(f"  {'(SSFTT, authors log)':24}{cells}")
     print(
-        f"dense against patch-wise, worst of {len(maps)} trained networks: another class in "
+        f"dense against patch-wise maps, worst of {len(maps)} trained networks: another class in "
         f"{worst['differing_pixels']} pixels (margin {worst['largest_margin']:.1e}), logits "
         f"differ by {worst['logit_difference']:.1e} of the largest"
     )

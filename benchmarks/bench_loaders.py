@@ -1,9 +1,9 @@
-"""How fast loaders feed training: patch files, cubes, packed cubes; one process or several.
+"""How fast loaders feed training: patch files, packed cubes, cutouts; one process or several.
 
-Simulates DR17-format galaxies, processes them as the commands do, cuts patch files of full spectra
-and measures, in turn, a pass of each loader over labelled spaxels, without a network. All files
-are in the page cache and all cubes in the loader's, as in any pass but the first: on a cluster's
-disk the larger files lose more.
+Simulates DR17-format galaxies, processes them with the code of the commands, cuts patch files of
+full spectra, packs the cubes, and times in turn a pass of each loader over labelled spaxels,
+without a network. All files are in the page cache, as in every pass but the first; if they have to
+be read from a disk, the larger files lose more.
 Reads and writes only a temporary folder (about 0.7 GB), and results/bench/bench_loaders.json.
 
     python benchmarks/bench_loaders.py
@@ -26,12 +26,18 @@ from torch.utils.data import DataLoader
 
 import data_fns
 import data_io
+import pack_cubes
 import process_single_cube as single
 import utils
 from labels import LABEL_NONE
+from recipe import Recipe
+from samples import DataOptions
 
-SPLIT = "hard_logOH"
-SPEC = data_fns.PatchSpec("logOH", patch_norm="global", patch_size=7)
+TASK: utils.LabelTask = "logOH"
+NORM: utils.PatchNorm = "global"
+PATCH_SIZE = 7
+"""Full spectra are loaded."""
+SPLIT = utils.default_split(TASK)
 
 
 @dataclass(frozen=True)
@@ -39,19 +45,19 @@ class Config:
     """How fast loaders feed training."""
 
     galaxies: int = 2
-    """Simulated galaxies to load from."""
+    """Number of simulated galaxies."""
     bundle: int = 19
-    """Their fibres."""
+    """Fibres in the bundle of each."""
     samples: int = 1024
-    """Labelled spaxels of one pass."""
+    """Labelled spaxels per pass."""
     batch_size: int = 256
-    """Labelled spaxels a batch."""
+    """Labelled spaxels per batch."""
     cutout: int = 5
-    """Spaxels a side of a cutout (odd)."""
+    """Width of a cutout in spaxels (odd)."""
     workers: int = 2
-    """Processes to compare with none."""
+    """Worker processes to compare with none."""
     runs: int = 3
-    """Counted passes of each, after one that is not."""
+    """Timed passes of each loader, after one that is not counted."""
     results: Path = measuring.RESULTS
     """Folder of the JSON."""
 
@@ -59,42 +65,40 @@ class Config:
 def make_data(root: Path, config: Config) -> dict[str, float]:
     """Simulate, process, cut and pack; return the MB of patch files and packed cubes."""
     names = bench_storage.simulate(root, (config.bundle,), config.galaxies)[config.bundle]
-    options = single.GalaxyOptions(
-        label_tasks=("logOH",), patch_norms=(SPEC.patch_norm,), patch_size=SPEC.patch_size
-    )
+    options = single.GalaxyOptions(label_tasks=(TASK,), patch_norms=(NORM,), patch_size=PATCH_SIZE)
     for name in names:
         single.process_galaxy(name, root, options)
     table = pd.DataFrame({"plateifu": names, "mangaid": names})
-    nobody = table[:0]
-    parts = {"train": table, "val": nobody, "test": nobody}
-    data_io.write_split(utils.split_path(root, SPLIT), parts, {"kind": "hard", "seed": 0})
-    make_loader(root, config, source="packed")
-    norm = SPEC.patch_norm
-    files = {"patch_files": [utils.patch_path(root, SPEC.label_task, norm, n) for n in names]}
-    files["packed"] = [data_io.packed_path(root, SPLIT, norm, "float16")]
+    parts = {"train": table, "val": table[:0], "test": table[:0]}
+    recipe = Recipe("split", data_io.SPLIT_VERSION, {"kind": "hard", "seed": 0})
+    data_io.write_split(utils.split_path(root, SPLIT), parts, recipe)
+    packed = pack_cubes.open_packed(root, SPLIT, NORM, names)
+    files = {"patch_files": [utils.patch_path(root, TASK, NORM, n) for n in names]}
+    files["packed"] = [packed.path]
     return {k: sum(p.stat().st_size for p in paths) / 1e6 for k, paths in files.items()}
 
 
 def make_loader(root: Path, config: Config, **options: Any) -> DataLoader:
-    """Make a training loader of the split."""
-    return data_fns.get_dataloaders(
-        root,
-        SPLIT,
-        SPEC,
-        parts=("train",),
+    """Make a training loader of the split; augmented, as training does by default."""
+    data = DataOptions(
+        data_dir=root,
+        split_dir=SPLIT,
+        label_task=TASK,
+        patch_norm=NORM,
+        patch_size=PATCH_SIZE,
         batch_size=config.batch_size,
-        augment=True,
-        num_samples=config.samples,
+        samples_per_epoch=config.samples,
         **options,
-    )["train"]
+    )
+    return data_fns.get_dataloaders(data, parts=("train",))["train"]
 
 
 def one_pass(loader: DataLoader) -> int:
-    """Load all batches; count the labelled spaxels and touch every value."""
+    """Load all batches, read every value, and count the labelled spaxels."""
     labelled = 0
     for batch in loader:
         labelled += int((batch.classes != LABEL_NONE).sum())
-        assert torch.isfinite(batch.patches.sum()), "a value that is no number"
+        assert torch.isfinite(batch.patches.sum()), "a value is not finite"
     return labelled
 
 
@@ -102,10 +106,9 @@ def measure(root: Path, config: Config) -> list[Row]:
     """Compare the loaders."""
     loaders = {
         "patch files": make_loader(root, config, source="patches"),
-        "cubes": make_loader(root, config, source="cubes"),
-        "cubes, workers": make_loader(root, config, source="cubes", workers=config.workers),
-        "packed": make_loader(root, config, source="packed"),
-        "cutouts": make_loader(root, config, source="packed", cutout=config.cutout),
+        "packed": make_loader(root, config, cutout=1),
+        "packed, workers": make_loader(root, config, cutout=1, workers=config.workers),
+        "cutouts": make_loader(root, config, cutout=config.cutout),
     }
     labelled: dict[str, int] = {}
 
@@ -115,24 +118,28 @@ def measure(root: Path, config: Config) -> list[Row]:
     works = {name: functools.partial(work, name) for name in loaders}
     took = measuring.in_turn(works, config.runs)
     rates = {name: labelled[name] / seconds for name, seconds in took.items()}
-    rows = [
-        ("patches_from_cubes", "cubes", "patch files"),
-        ("patches_from_packed", "packed", "patch files"),
-        ("cutouts_from_packed", "cutouts", "patch files"),
-        (f"loader_workers_{config.workers}", "cubes, workers", "cubes"),
+    no_workers = "patches from packed cubes, no workers"
+    return [
+        make_row(name, rates[ours], rates[baseline], "spaxels/s", against)
+        for name, ours, baseline, against in (
+            ("patches_from_packed", "packed", "patch files", "patch files"),
+            ("cutouts_from_packed", "cutouts", "patch files", "patch files"),
+            (f"loader_workers_{config.workers}", "packed, workers", "packed", no_workers),
+        )
     ]
-    return [make_row(name, rates[a], rates[b], "spaxels/s", b) for name, a, b in rows]
 
 
 def main(config: Config) -> int:
     """Measure, print, write."""
     if min(config.galaxies, config.samples, config.batch_size, config.workers, config.runs) < 1:
-        raise utils.DataError("every number must be at least 1.")
+        raise utils.DataError(
+            "--galaxies, --samples, --batch-size, --workers, --runs: expected at least 1 of each."
+        )
     torch.set_num_threads(utils.cpu_count())
     with tempfile.TemporaryDirectory() as folder:
         sizes = make_data(Path(folder), config)
         rows = measure(Path(folder), config)
-    against = f"patch files, {SPEC.patch_size}x{SPEC.patch_size}, float32"
+    against = f"patch files, {PATCH_SIZE}x{PATCH_SIZE}, float32"
     rows.append(make_row("packed_size", sizes["packed"], sizes["patch_files"], "MB", against))
     measuring.print_rows(rows)
     measuring.write_rows(config.results / "bench_loaders.json", rows)

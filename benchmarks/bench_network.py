@@ -8,7 +8,7 @@ Measures on random spectra, whose values do not change the time; what is compare
             counts the labelled ones
   run       on a GPU: epochs of run_SSFTT_training.py itself, recommended variant, cutouts 5 wide,
             for several batch sizes, eager and under torch.compile
-  map       a whole galaxy from flux to class map: normalised, and eval_fns.predict_map
+  map       a whole galaxy from flux to class map: normalised, and eval_fns.map_probabilities
   memory    what a training step adds, for the same number of spaxels patch-wise and dense
   roofline  the training rates against the bound that arithmetic and memory traffic set, from the
             network's sizes and this device's measured ceilings: roofline.py
@@ -27,7 +27,7 @@ import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,39 +43,46 @@ import data_fns
 import data_io
 import eval_fns
 import hsi_proc_fns
-import run_SSFTT_training
+import pack_cubes
 import SSFTT_dense
 import utils
-from data_fns import Batch, Batches, CutoutBatch, PatchSpec
-from HSI_SSFTT import SSFTT, SSFTTConfig, get_SSFTT_model
-from run_SSFTT_training import batch_loss, compile_steps
-from utils import DataError
+from data_fns import Batch, CutoutBatch, PackedDataset, PackedSpectra, SpaxelBatchSampler
+from hsi_proc_fns import Stats
+from HSI_SSFTT import SSFTT, SSFTTConfig, count_parameters, get_SSFTT_model
+from pack_cubes import PackedCubes
+from recipe import Recipe
+from run_folder import MODEL_VERSION, ModelCard
+from samples import DataOptions, PatchSpec, Samples
+from training import OptimisationOptions, Progress, Stopper, Training, batch_loss, train_epoch
+from utils import DataError, PatchNorm
 
 log = logging.getLogger(__name__)
 
 VARIANTS: dict[str, dict[str, int]] = {
-    "fiducial": {},
+    "published": {},
     "k9s8": {"spectral_kernel": 9, "spectral_stride": 8},
     "k16s16": {"spectral_kernel": 16, "spectral_stride": 16},
     "projection30": {"projection": 30},
     "pca30": {"bands": 30},
 }
-"""Arguments of get_SSFTT_model; pca30 gets principal components computed beforehand."""
+"""The spectral front ends, as arguments of get_SSFTT_model: the published network, strided first
+convolutions (kernel 9 stride 8, 16 and 16), a learned projection of the bands, and principal
+components, which are computed beforehand."""
 RECOMMENDED = "pca30"
 """The variant that docs/performance.md recommends."""
-SHOWN = ("fiducial", RECOMMENDED)
+SHOWN = ("published", RECOMMENDED)
 """The variants of the parts that do not measure all."""
 PATCH_WISE = "_patch_wise"
 """Ends the name of a variant's patch-wise step; a bare variant stands for training on cutouts."""
 SMALL = "small_cutouts_"
 """Begins the name of a variant's step on small cutouts."""
-BASE, AGAINST = "fiducial" + PATCH_WISE, "patch-wise, fiducial"
+BASE, AGAINST = "published" + PATCH_WISE, "patch-wise, published"
 """The step that training is compared with, and its description."""
 
 AGREES = {"off": 1e-3, "bf16": 0.15, "fp16": 0.08}
 """Largest difference between a GPU's gradients and a CPU's float32 ones, relative to their norm."""
 RUN_CUTOUT, RUN_STEPS = 5, 200
-"""Cutouts of configs/train_cutouts.json; steps of an epoch that is timed."""
+"""Width of cutouts that training chooses by default; steps of an epoch that is timed."""
 RUN_BATCHES = (256, 4096, 16384)
 """Labelled spaxels per step; the first is the default."""
 
@@ -196,6 +203,23 @@ def make_batch(bench: Bench, of: SSFTTConfig, dense: bool, n: int) -> Batch | Cu
     return type(batch)(*(part.to(bench.device) for part in batch))
 
 
+def describe_model(bench: Bench, model: SSFTT, patch_norm: PatchNorm = "global") -> ModelCard:
+    """Describe a network as a run of training would; nothing was learned."""
+    spec = PatchSpec("logOH", patch_norm=patch_norm, patch_size=bench.config.patch_size)
+    return ModelCard(
+        recipe=Recipe("run", MODEL_VERSION),
+        spec=spec,
+        class_names=list(spec.class_names),
+        class_counts=[0] * len(spec.class_names),
+        class_values=None,
+        label_median=0.0,
+        network=asdict(model.config),
+        parameters=count_parameters(model),
+        split_dir="",
+        data_dir="",
+    )
+
+
 class Step:
     """Training steps of one model: a call takes `bench.steps` of them, waits, counts spaxels."""
 
@@ -205,23 +229,36 @@ class Step:
     def __init__(self, bench: Bench, variant: str, dense: bool, n: int) -> None:
         self.bench, self.variant, self.dense, self.n = bench, variant, dense, n
         self.model = make_model(bench, variant).train()
-        self.cutout_logits: Callable[..., Tensor] = SSFTT_dense.cutout_logits
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), 1e-3, fused=True)
+        optimiser = torch.optim.AdamW(self.model.parameters(), 1e-3, fused=True)
+        self.training = Training(
+            data=DataOptions(patch_size=bench.config.patch_size),
+            options=OptimisationOptions(amp=bench.amp),
+            run_dir=bench.config.results,
+            device=bench.device,
+            loaders={},
+            model=self.model,
+            optimiser=optimiser,
+            scheduler=torch.optim.lr_scheduler.LambdaLR(optimiser, lambda _: 1.0),
+            scaler=torch.amp.GradScaler(bench.device.type, enabled=bench.amp == "fp16"),
+            card=describe_model(bench, self.model),
+            config={},
+        )
         self.batch = make_batch(bench, self.model.config, dense, n)
 
     def compile(self) -> Step:
-        """Compile as training does."""
+        """Compile training on cutouts as run_SSFTT_training.py does."""
         torch._dynamo.reset()
-        self.cutout_logits = compile_steps(self.model)
+        compiled = torch.compile(SSFTT_dense.cutout_logits, dynamic=False)
+        self.training.cutout_logits = compiled
         return self
 
     def learn(self, batch: Batch | CutoutBatch) -> Tensor:
         """Take one step; return the sums that batch_loss returns."""
         with self.bench.autocast():
-            loss, sums = batch_loss(self.model, batch, self.bench.device, 0.0, self.cutout_logits)
-        self.optimiser.zero_grad(set_to_none=True)
+            loss, sums = batch_loss(self.training, batch)
+        self.training.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        self.optimiser.step()
+        self.training.optimiser.step()
         return sums
 
     def learn_all(self, loader: DataLoader) -> float:
@@ -320,8 +357,8 @@ def rate_row(name: str, rate: float, base: float, against: str = AGAINST, **more
 
 
 def forward_rows(bench: Bench) -> list[Row]:
-    """Compare logits of a whole galaxy's spaxels with those of a batch of its patches, fiducial."""
-    model, side = make_model(bench, "fiducial").eval(), bench.config.map_size
+    """Compare a whole galaxy's logits with those of a batch of its patches, published network."""
+    model, side = make_model(bench, "published").eval(), bench.config.map_size
     cutout = random_spectra(1, side, side, bench.config.bands)
     patches = patches_of(cutout, bench.config.patch_size, bench.patches).to(bench.device)
     cutout = cutout.to(bench.device)
@@ -347,10 +384,10 @@ def training_rows(bench: Bench, steps: Steps) -> tuple[list[Row], list[dict[str,
     """Compare training steps, patch-wise and dense, of every variant; and find their roofline."""
     rates = rates_of(bench, steps)
     base = rates[BASE]
-    rows = [rate_row("dense_training", rates["fiducial"], base, variant="fiducial")]
+    rows = [rate_row("dense_training", rates["published"], base, variant="published")]
     for name, step in steps.items():
-        if name not in ("fiducial", BASE):
-            row_name = name if name.startswith(SMALL) else f"stem_{name}"
+        if name not in ("published", BASE):
+            row_name = name if name.startswith(SMALL) else f"front_end_{name}"
             width = step.bench.config.cutout if step.dense else 1
             row = rate_row(row_name, rates[name], base, variant=step.variant, cutout=width)
             rows.append(row)
@@ -403,31 +440,18 @@ def run_rows(
     rates: dict[str, float] = {}
     for size, way in itertools.product(sizes, ("eager", "compiled")[: 1 + bench.config.compile]):
         loader = packed_loader(small, folder / f"run_{bands}.h5", bands, RUN_CUTOUT, 1)
-        batches, dataset = loader.batch_sampler, loader.dataset
-        assert isinstance(batches, Batches)
-        assert isinstance(dataset, data_fns.PackedDataset)
-        each = data_fns.labelled_in_a_cutout(dataset.samples, batches.probabilities, RUN_CUTOUT)
-        batches.batch_size = max(1, round(size / each))
-        batches.num_samples = batches.batch_size * n_steps
         step = Step(small, RECOMMENDED, dense=True, n=1)
+        step.training.loaders["train"] = loader
+        sampler, dataset = step.training.sampler, eval_fns.dataset_of(loader)
+        each = data_fns.labelled_in_a_cutout(dataset.samples, sampler.probabilities, RUN_CUTOUT)
+        sampler.batch_size = max(1, round(size / each))
+        sampler.num_samples = sampler.batch_size * n_steps
         if way == "compiled":
             step.compile()
-        run = run_SSFTT_training.Training(
-            config=run_SSFTT_training.TrainConfig(amp=bench.amp),
-            run_dir=folder,
-            device=bench.device,
-            loaders={"train": loader},
-            model=step.model,
-            optimiser=step.optimiser,
-            scheduler=torch.optim.lr_scheduler.LambdaLR(step.optimiser, lambda _: 1.0),
-            scaler=torch.amp.GradScaler(bench.device.type, enabled=bench.amp == "fp16"),
-            about={},
-            cutout_logits=step.cutout_logits,
-        )
         for _ in range(2):  # the first compiles, and tries convolutions
-            run.progress = run_SSFTT_training.Progress()
-            run_SSFTT_training.train_epoch(run, run_SSFTT_training.Stopper())
-        rates[f"run_{size}_{way}"] = run.progress.seen / run.progress.seconds
+            progress = step.training.progress = Progress()
+            train_epoch(step.training, Stopper())
+        rates[f"run_{size}_{way}"] = progress.seen / progress.seconds
     against = f"the same, {sizes[0]} spaxels per step, eager"
     base = rates[f"run_{sizes[0]}_eager"]
     return [rate_row(name, rate, base, against) for name, rate in rates.items()]
@@ -443,29 +467,34 @@ def packed_loader(bench: Bench, path: Path, bands: int, cutout: int, n: int) -> 
     rng = np.random.default_rng(0)
     if not path.is_file():
         maps = np.arange(1, n_cubes * side**2 + 1, dtype=np.int32).reshape(n_cubes, side, side)
-        empty, wave = np.empty((maps.size + 1, bands), np.float16), np.geomspace(5000, 8000, bands)
-        named = dict(zip(plateifus, maps, strict=True))
-        packed = data_io.Packed(empty, named, wave, {p: {} for p in plateifus})
+        empty, rows = (
+            np.empty((maps.size + 1, bands), np.float16),
+            dict(zip(plateifus, maps, strict=True)),
+        )
+        recipe = pack_cubes.packed_recipe("global", "float16", None, {})
+        packed = PackedCubes(path, empty, rows, dict.fromkeys(plateifus, ""), recipe)
         spectra = (rng.standard_normal((side**2, bands), np.float32) for _ in plateifus)
-        data_io.write_packed(path, packed, spectra)
+        pack_cubes.write_packed(path, packed, spectra)
     y, x = np.indices((side, side)) - side // 2
     y, x = np.nonzero(np.hypot(y, x) < side / np.sqrt(3 * np.pi))
     galaxy = np.repeat(np.arange(n_cubes, dtype=np.int32), y.size)
     classes = np.random.default_rng(1).integers(6, size=galaxy.size)
     ys, xs = (np.tile(a, n_cubes).astype(np.int32) for a in (y, x))
     row, values = np.full_like(galaxy, -1), np.zeros(galaxy.size, np.float32)
-    samples = data_fns.Samples(plateifus, galaxy, ys, xs, row, classes, values)
-    batches = Batches(classes, n, balance=True, augment=True, num_samples=n * bench.steps)
+    samples = Samples(plateifus, galaxy, ys, xs, row, classes, values)
+    sampler = SpaxelBatchSampler(
+        classes, n, balance=True, augment=True, num_samples=n * bench.steps
+    )
     spec = PatchSpec("logOH", patch_size=bench.config.patch_size)
-    store = data_fns.PackedStore(path)
-    dataset = data_fns.PackedDataset(samples, spec, store, cutout, batches.probabilities)
+    store = PackedSpectra(pack_cubes.read_packed(path))
+    dataset = PackedDataset(samples, spec, store, cutout, sampler.probabilities)
     if bench.on_gpu:
         dataset.to(bench.device)
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=data_fns.collate)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=data_fns.collate)
 
 
 def map_rows(bench: Bench) -> list[Row]:
-    """Compare class maps of a whole galaxy: dense against patch-wise, fiducial and recommended."""
+    """Compare class maps of a whole galaxy: dense against patch-wise, published and recommended."""
     side = bench.config.map_size
     trained = {v: trained_model(bench, v) for v in SHOWN}
     flux = random_spectra(1, side, side, bench.config.bands)[0, 0].permute(1, 2, 0).numpy()
@@ -473,7 +502,7 @@ def map_rows(bench: Bench) -> list[Row]:
     def class_map(variant: str, patch_wise: bool = False) -> None:
         model = trained[variant]
         values = hsi_proc_fns.normalise(flux, model.spec.patch_norm, model.stats)
-        eval_fns.predict_map(model, values, patch_wise).argmax(2)
+        eval_fns.map_probabilities(model, values, patch_wise).argmax(2)
 
     network, stats = trained[RECOMMENDED].network, trained[RECOMMENDED].stats
     assert stats is not None
@@ -493,10 +522,10 @@ def map_rows(bench: Bench) -> list[Row]:
     works: dict[str, Callable[[], object]]
     works = {v: functools.partial(class_map, v) for v in SHOWN}
     took = measuring.in_turn({**works, "on_device": on_device}, bench.config.runs)
-    slow = measuring.timed(lambda: class_map("fiducial", True))  # minutes on a CPU: once
+    slow = measuring.timed(lambda: class_map("published", True))  # minutes on a CPU: once
     on_cpu = "map_latency_recommended: flux and gaps on the CPU, network in float32"
     table = [
-        ("map_latency", took["fiducial"], slow, AGAINST),
+        ("map_latency", took["published"], slow, AGAINST),
         ("map_latency_recommended", took[RECOMMENDED], slow, AGAINST),
         ("map_on_device_recommended", took["on_device"], took[RECOMMENDED], on_cpu),
     ]
@@ -504,25 +533,24 @@ def map_rows(bench: Bench) -> list[Row]:
 
 
 def trained_model(bench: Bench, variant: str) -> eval_fns.TrainedModel:
-    """Wrap an untrained network for predict_map; the components have random directions."""
+    """Wrap an untrained network for prediction; the components have random directions."""
     network = make_model(bench, variant).eval()
     n, n_bands, stats = network.config.bands, bench.config.bands, None
     if "bands" in VARIANTS[variant]:
         components = np.random.default_rng(0).normal(size=(n, n_bands)) / np.sqrt(n_bands)
         band, component = np.ones(n_bands), np.ones(n)
-        stats = data_io.Stats(band, band, band, components, component, component / n)
-    norm: utils.PatchNorm = "PCA" if stats else "global"
-    spec = PatchSpec("logOH", patch_norm=norm, patch_size=bench.config.patch_size)
-    about = {"class_names": spec.class_names}
-    return eval_fns.TrainedModel(network, spec, stats, about, bench.device)
+        recipe = Recipe("statistics", data_io.STATS_VERSION)
+        stats = Stats(band, band, band, components, component, component / n, recipe)
+    card = describe_model(bench, network, "PCA" if stats else "global")
+    return eval_fns.TrainedModel(network, card, stats, bench.device)
 
 
 def memory_rows(bench: Bench) -> list[Row]:
     """Compare what a step adds in memory, for one cutout and as many patches as its spaxels."""
     n = bench.config.cutout**2
-    base = step_memory(bench, "fiducial", False, n)
+    base = step_memory(bench, "published", False, n)
     against = f"{AGAINST}, as many spaxels ({n})"
-    names = {"fiducial": "training_memory", RECOMMENDED: "training_memory_recommended"}
+    names = {"published": "training_memory", RECOMMENDED: "training_memory_recommended"}
     return [
         make_row(name, step_memory(bench, variant, True, 1), base, "GB", against)
         for variant, name in names.items()
@@ -578,7 +606,7 @@ def trace_step(step: Step, lines: int = 12) -> tuple[list[tuple[str, float]], st
 
 def print_traces(bench: Bench) -> None:
     """Print and write where a step's time goes: patch-wise, dense, dense and recommended."""
-    kinds = [("fiducial", False, bench), ("fiducial", True, bench), (RECOMMENDED, True, bench)]
+    kinds = [("published", False, bench), ("published", True, bench), (RECOMMENDED, True, bench)]
     kinds.append((RECOMMENDED, True, bench.with_cutout(RUN_CUTOUT)))
     text = []
     for variant, dense, of in kinds:
@@ -600,6 +628,7 @@ class Report:
         self.bench, self.rows, self.failed = bench, list[Row](), list[str]()
         self.more: dict[str, Any] = {
             "config": utils.config_dict(bench.config) | {"amp": bench.amp},
+            "gpu": torch.cuda.get_device_name() if bench.on_gpu else None,
             "cudnn": torch.backends.cudnn.version(),
         }
 

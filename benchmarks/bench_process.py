@@ -1,14 +1,13 @@
-"""Cost of FITS -> H5 for one large galaxy, against its decompression alone and a plain script.
+"""Time from FITS to H5 for one large galaxy, against decompression alone and a plain script.
 
-Simulates a 74 x 74 spaxel DR17-format galaxy (or takes --fits), then measures side by side,
-in turn, in one run:
-  cube         process_cube inside a running Python, as in a loop over galaxies: FITS in, H5 out
+Simulates a DR17-format galaxy of 74 x 74 spaxels (or takes --fits), then times in turn, in one run:
+  cube         process_cube in a running Python, as in a loop over galaxies: FITS in, H5 out
   command      process_single_cube.py as a whole process: start, cube, both label maps
-  igzip        isal's igzip decompressing FLUX, IVAR, MASK and WAVE into memory, one thread (the
-               LSF array lies before WAVE, so its bytes have to pass)
-  discarding   the same, every megabyte into the same buffer: not even the arrays are there
-  plain        astropy.io.fits and one numpy resampling a spaxel, for the cube alone
-Prints a table of ratios and peak memory; writes results/bench/bench_process.json.
+  igzip        isal's igzip decompressing FLUX, IVAR, MASK and WAVE into memory, in one thread; LSF,
+               which lies before WAVE, has to be decompressed as well
+  discarding   the same, every megabyte into the same buffer: no arrays are kept
+  plain        astropy.io.fits and numpy, spaxel by spaxel, for the cube alone
+Prints a table of ratios and of peak memory; writes results/bench/bench_process.json.
 
     python benchmarks/bench_process.py
 """
@@ -32,24 +31,24 @@ import utils
 
 @dataclass(frozen=True)
 class Config:
-    """Cost of FITS -> H5 for one large galaxy."""
+    """Time from FITS to H5 for one large galaxy."""
 
     fits: Path | None = None
     """LOGCUBE to use, with its MAPS beside it; default a simulated one."""
     bundle: int = 127
-    """Fibres of the simulated galaxy's bundle (127 gives 74 x 74 spaxels)."""
+    """Fibres in the bundle of the simulated galaxy (127 gives 74 x 74 spaxels)."""
     runs: int = 5
-    """Counted runs of each, after one that is not."""
+    """Timed runs of each way, after one that is not counted."""
     results: Path = measuring.RESULTS
     """Folder of the JSON."""
 
 
 def array_spans(path: Path) -> list[tuple[bool, int]]:
-    """Bytes of the uncompressed file up to the end of WAVE, piece by piece, and which are needed.
+    """List the parts of the uncompressed file up to the end of WAVE, and which are needed.
 
     Returns
     -------
-    list of (needed, number of bytes)
+    list of (is needed, number of bytes)
     """
     from astropy.io import fits
 
@@ -65,7 +64,7 @@ def array_spans(path: Path) -> list[tuple[bool, int]]:
 
 
 def decompress(path: Path, spans: list[tuple[bool, int]], keep: bool) -> list[bytes]:
-    """Baseline: igzip through the spans; return the needed ones if they are kept."""
+    """Baseline: decompress the spans with igzip; return the needed ones if they are kept."""
     from isal import igzip
 
     kept = []
@@ -77,13 +76,13 @@ def decompress(path: Path, spans: list[tuple[bool, int]], keep: bool) -> list[by
                 continue
             while n_bytes > 0:
                 got = f.readinto(buffer[: min(len(buffer), n_bytes)])
-                assert got, f"{path}: shorter than its headers say"
+                assert got, f"{path}: shorter than its headers state"
                 n_bytes -= got
     return kept
 
 
 def plain_process(path: Path, target: Path) -> None:
-    """Baseline: astropy.io.fits, and np.interp on running integrals, spaxel by spaxel."""
+    """Baseline: astropy.io.fits, and np.interp of cumulative sums, spaxel by spaxel."""
     import h5py
     from astropy.io import fits
 
@@ -126,7 +125,7 @@ def simulate(folder: Path, bundle: int) -> Path:
 
 
 def measure(logcube: Path, folder: Path, runs: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of each, in turn, and the peak memory (GB) of command and plain script."""
+    """Return the median seconds of each way, and peak GB of the command and the plain script."""
     maps = utils.sibling(logcube, "maps")
     words: list[str | Path] = [sys.executable, measuring.ROOT / "process_single_cube.py"]
     words += ["--fits", logcube, "--maps", maps, "--data-dir"]
@@ -157,9 +156,9 @@ def measure(logcube: Path, folder: Path, runs: int) -> tuple[dict[str, float], d
 
 
 def make_rows(seconds: dict[str, float], memory: dict[str, float]) -> list[measuring.Row]:
-    """Rows of the table from what `measure` found."""
-    igzip, plain = "igzip: needed arrays to memory", "astropy and a loop over the spaxels"
-    discarding = "igzip: nothing kept"
+    """Make the rows of the table from the result of `measure`."""
+    igzip, plain = "igzip: needed arrays into memory", "astropy and a loop over the spaxels"
+    discarding = "igzip: nothing is kept"
     rows = [
         ("fits_to_h5_vs_igzip", "cube", "igzip", igzip),
         ("fits_to_h5_vs_igzip_discarding", "cube", "discarding", discarding),

@@ -1,17 +1,18 @@
-"""What 10,000 galaxies cost to process and to keep, from a few that are measured.
+"""Time and disk space for 10,000 galaxies, extrapolated from a few, and the layout of cubes.
 
 Simulates DR17-format galaxies, --galaxies of each bundle size, and measures:
-  jobs     cube_processing.py over all of them, with one process and with --jobs, in turn: galaxies
-           a second and the peak memory of the largest process
-  size     the time of process_galaxy (cube, both label maps) and the bytes of FITS, H5 and labels,
-           for each bundle size; times DR17's share of it, the extrapolation to a survey
-  layouts  flux and ivar of the largest galaxy in HDF5 under many chunk shapes and compressions:
-           file size, and the seconds to write, to read whole, to read one spaxel's spectrum, to
-           read one band; files in the page cache. blosc, lz4 and zstd join if hdf5plugin is there.
+  jobs     cube_processing.py over all of them, with one process and with --jobs, in turn:
+           galaxies/s and the peak memory of the largest process
+  size     the time of process_galaxy (cube, both label maps) and the bytes of FITS, H5 and labels
+           for each bundle size; weighted with DR17's fractions, the extrapolation to a survey
+  layouts  flux and ivar of the largest galaxy in HDF5 with various chunk shapes and compressions:
+           file size, and the seconds to write, to read whole, to read the spectrum of one spaxel,
+           and to read one band; files are in the page cache. blosc, lz4 and zstd are included if
+           hdf5plugin is installed.
 Reads and writes only a temporary folder (about 0.8 GB), and results/bench/bench_storage.json.
 
     python benchmarks/bench_storage.py
-    python benchmarks/bench_storage.py --data-dir data/bench      # keeps the simulated galaxies
+    python benchmarks/bench_storage.py --data-dir data/bench    # keeps the simulated galaxies
 """
 
 from __future__ import annotations
@@ -38,28 +39,28 @@ import utils
 from utils import LABEL_TASKS
 
 SURVEY = 10_000
-"""Galaxies to extrapolate to; DR17 has 10,161."""
+"""Number of galaxies to extrapolate to; DR17 has 10,161."""
 SEED = 1
 N_SPECTRA = 30
-"""Spaxels, and N_BANDS bands, read one by one for the time of one."""
+"""Spaxels, and N_BANDS bands, that are read one by one for the mean time of one."""
 N_BANDS = 5
 SHUFFLED = {"shuffle": True}
 
 
 @dataclass(frozen=True)
 class Config:
-    """What a survey costs to process and to keep."""
+    """Time and disk space for 10,000 galaxies, and the layout of cubes."""
 
     galaxies: int = 1
-    """Simulated galaxies of each bundle size."""
+    """Number of simulated galaxies of each bundle size."""
     bundles: tuple[int, ...] = tuple(mock_manga.BUNDLES)
     """Bundle sizes, in fibres."""
     jobs: int = 2
-    """Processes to compare with a single one."""
+    """Number of processes to compare with a single one."""
     runs: int = 3
-    """Counted runs of each, after one that is not."""
+    """Timed runs of each way, after one that is not counted."""
     data_dir: Path | None = None
-    """Folder for the simulated galaxies, kept and used again; default a temporary one."""
+    """Folder for the simulated galaxies, which are kept and reused; default a temporary one."""
     results: Path = measuring.RESULTS
     """Folder of the JSON."""
 
@@ -68,7 +69,7 @@ class Config:
 
 
 def simulate(root: Path, bundles: tuple[int, ...], galaxies: int) -> dict[int, list[str]]:
-    """Simulate `galaxies` of each bundle that are not there yet; plateifus by bundle."""
+    """Simulate `galaxies` of each bundle size that do not exist yet; plateifus by bundle size."""
     params = {b: star_forming(b, galaxies) for b in bundles}
     todo = [
         p for ps in params.values() for p in ps if not utils.raw_paths(root, p.plateifu, "MAPS")
@@ -107,7 +108,7 @@ def measure_jobs(root: Path, n_galaxies: int, jobs: int, runs: int) -> list[Row]
 
 
 def measure_size(root: Path, plateifu: str, runs: int) -> dict[str, float]:
-    """Seconds and CPU seconds to process one galaxy in this process, and the MB of its files."""
+    """Seconds and CPU seconds to process one galaxy in this process, and MB of its files."""
     options = single.GalaxyOptions()
 
     def process() -> None:
@@ -130,20 +131,21 @@ def measure_size(root: Path, plateifu: str, runs: int) -> dict[str, float]:
 def extrapolate(
     by_bundle: dict[int, list[dict[str, float]]], shares: dict[int, float], survey: int = SURVEY
 ) -> dict[str, float]:
-    """Whole survey from a few galaxies: the mean of each bundle size times its share.
+    """Extrapolate to a survey: the means over each bundle size, weighted with its fraction.
 
     Parameters
     ----------
     by_bundle : dict of bundle -> list of {"seconds", "cpu_seconds", "..._mb"}
-    shares : dict of bundle -> share of the survey's galaxies
-        Scaled to the bundles that were measured.
+    shares : dict of bundle -> fraction of the survey's galaxies
+        Scaled to the bundle sizes that were measured.
     survey : int
+        Number of galaxies.
 
     Returns
     -------
     dict
-        hours of one process, which uses more than one core, core_hours, and the GB of each kind
-        of file.
+        hours of one process (which uses more than one core at times), core_hours, and the GB of
+        each kind of file.
     """
     whole = sum(shares[b] for b in by_bundle)
     mean = {
@@ -162,16 +164,16 @@ def extrapolate(
 
 
 class Layout(NamedTuple):
-    """How a dataset lies in a file."""
+    """Layout of a dataset in a file."""
 
     name: str
     chunk: tuple[int, int, int] | None
-    """Spaxels and bands; None: contiguous."""
+    """Spaxels (y, x) and bands; None: contiguous."""
     options: dict[str, Any]
 
 
 def layouts(ny: int, nx: int, n_band: int) -> list[Layout]:
-    """List the layouts to try on a cube (y, x, band); the first is the one data_io writes."""
+    """List the layouts to try on a cube (y, x, band); the first is what data_io writes."""
     side = data_io.CHUNK_SPAXELS
     here = (min(side, ny), min(side, nx), n_band)
     compressions: list[tuple[str, dict[str, Any]]] = [
@@ -226,7 +228,13 @@ def write_layout(path: Path, flux: np.ndarray, ivar: np.ndarray, layout: Layout)
 def measure_layout(
     path: Path, flux: np.ndarray, ivar: np.ndarray, layout: Layout, runs: int
 ) -> dict[str, Any]:
-    """Size of a layout and the seconds of its uses; raises if it gives back other numbers."""
+    """Measure a layout: its size, and seconds to write and read it.
+
+    Raises
+    ------
+    DataError
+        If the values read are not those that were written.
+    """
     rng = np.random.default_rng(SEED)
     spaxels = np.argwhere(np.isfinite(flux).all(axis=2))
     spaxels = spaxels[rng.permutation(len(spaxels))[:N_SPECTRA]]
@@ -237,7 +245,7 @@ def measure_layout(
             f["cube"][...], f["ivar"][...]
 
     def spectra() -> None:
-        for y, x in spaxels:  # a file opened anew holds no chunk of the spaxel before
+        for y, x in spaxels:  # opened for each: no chunk of the previous spaxel is cached
             with h5py.File(path) as f:
                 f["cube"][y, x]
 
@@ -258,7 +266,7 @@ def measure_layout(
             np.array_equal(f["cube"][...], flux, equal_nan=True)
             and np.array_equal(f["ivar"][...], ivar)
         ):
-            raise utils.DataError(f"{layout}: gives back other numbers than were written.")
+            raise utils.DataError(f"{layout}: the values read differ from those written.")
     return {
         "chunk": list(layout.chunk) if layout.chunk else None,
         "compression": layout.name,
@@ -270,7 +278,7 @@ def measure_layout(
 
 
 def compare_layouts(table: list[dict[str, Any]]) -> list[Row]:
-    """Rows of the layout that data_io writes, the table's first, against the same with gzip-1."""
+    """Compare the first layout, which data_io writes, with the same under gzip-1."""
     ours, other = table[0], next(x for x in table if x["compression"] == "gzip-1")
     names = {"size_mb": "h5_size", "write_s": "h5_write", "whole_s": "h5_read_whole"}
     names |= {"spectrum_s": "h5_read_spectrum", "band_s": "h5_read_band"}
@@ -282,9 +290,9 @@ def compare_layouts(table: list[dict[str, Any]]) -> list[Row]:
 
 
 def print_layouts(table: list[dict[str, Any]]) -> None:
-    """Print the layouts, each as a multiple of the first."""
+    """Print the layouts relative to the first."""
     keys = ("size_mb", "write_s", "whole_s", "spectrum_s", "band_s")
-    print(f"{'flux and ivar: multiples of the first':40}" + "".join(f"{k[:-2]:>11}" for k in keys))
+    print(f"{'flux and ivar, relative to the first':40}" + "".join(f"{k[:-2]:>11}" for k in keys))
     for row in table:
         chunk = "contiguous" if row["chunk"] is None else " x ".join(map(str, row["chunk"]))
         ratios = (row[key] / table[0][key] for key in keys)
@@ -295,7 +303,7 @@ def main(config: Config) -> int:
     """Measure, print, write."""
     if not config.bundles or min(config.galaxies, config.jobs, config.runs) < 1:
         raise utils.DataError(
-            "--bundles, --galaxies, --jobs, --runs: at least one of each is needed."
+            "--bundles, --galaxies, --jobs, --runs: expected at least one of each."
         )
     with tempfile.TemporaryDirectory() as temporary:
         root = config.data_dir or Path(temporary) / "data"

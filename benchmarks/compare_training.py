@@ -1,22 +1,21 @@
-"""Accuracy and speed of training patch by patch and on cutouts, and of the spectral stems.
+"""Accuracy and speed of training patch by patch and on cutouts, for every spectral front end.
 
 Reads   a data folder with a hard split (splits/hard_logOH) and its statistics; without
-        --data-dir it simulates a survey first (36 small galaxies, the demonstration's).
+        --data-dir it simulates a survey first (36 small galaxies, those of demo.sh).
 Writes  runs and the simulated survey into --work-dir, results/bench/compare_training.json.
 
-Every entry is a stem, and the cutout's width (1: patch by patch). All see the same galaxies, the
-same number of labelled spaxels an epoch, the same epochs, the same peak learning rate; an entry is
-trained with each seed. Accuracies are those of the best epoch by validation (`monitor`), on the
-test galaxies, and on validation and test galaxies together; the number after +- is the standard
-deviation over the seeds. Stopped, it goes on where it was when the same command is given again.
+An entry is a spectral front end and the width of the cutouts (1: patch by patch). All entries see
+the same galaxies, the same number of labelled spaxels per epoch, the same epochs and the same peak
+learning rate; each is trained once per seed. Accuracies are those of the best epoch by validation,
+on the test galaxies, and on validation and test galaxies together; the number after +- is the
+standard deviation over the seeds. If it is stopped, the same command continues.
 
-    python benchmarks/compare_training.py
-    python benchmarks/compare_training.py --entries pca30:1 pca30:11 --seeds 0 1 2 3 4
+    python benchmarks/compare_training.py --work-dir work
+    python benchmarks/compare_training.py --work-dir work --entries pca30:1 pca30:5 --seeds 0 1 2 3
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 import subprocess
@@ -31,39 +30,40 @@ import numpy as np
 import pandas as pd
 
 import eval_fns
-import run_SSFTT_training as training
+import run_folder
+import run_SSFTT_training
 import utils
+from run_folder import ModelCard
 from utils import DataError
 
-STEMS: dict[str, dict[str, Any]] = {
-    stem: {"patch_norm": "PCA"} if "bands" in options else {"patch_norm": "spectral", **options}
-    for stem, options in bench_network.VARIANTS.items()
+FRONT_ENDS: dict[str, dict[str, Any]] = {
+    name: {"patch_norm": "PCA"} if "bands" in options else {"patch_norm": "spectral", **options}
+    for name, options in bench_network.VARIANTS.items()
 }
-"""Options of training; the components that stand in for bands come with the norm PCA. With the norm
-global, one brightness scale a galaxy, training on cutouts hardly gets going:
-docs/science_choices.md."""
+"""Options of training. pca30 learns from principal components (the norm PCA), the others from whole
+spectra; with the norm global, training on cutouts hardly progresses: docs/science_choices.md."""
 SPLIT = "hard_logOH"
 
 
 @dataclass(frozen=True)
 class Config:
-    """Accuracy and speed of training patch by patch and on cutouts, and of the spectral stems."""
+    """Accuracy and speed of training patch by patch and on cutouts, for every front end."""
 
     work_dir: Path
     """Folder for the runs and, without --data-dir, the simulated survey."""
     data_dir: Path | None = None
     """Data folder with splits/hard_logOH and its 30 principal components."""
-    entries: tuple[str, ...] = tuple(f"{stem}:{t}" for stem in reversed(STEMS) for t in (5, 11, 1))
-    """What to train, stem:cutout; the default takes about an hour on two cores, a third of it for
-    fiducial:1."""
+    entries: tuple[str, ...] = tuple(f"{f}:{t}" for f in reversed(FRONT_ENDS) for t in (5, 11, 1))
+    """What to train, as front_end:cutout_width; the default takes about an hour on two cores, a
+    third of it for published:1."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of weights, order and dropout."""
+    """Random seeds; each decides weight initialisation, sample order and dropout."""
     epochs: int = 20
     """Passes over the training spaxels."""
     lr: float = 1e-3
     """Peak learning rate."""
     batch_size: int = 256
-    """Labelled spaxels a step."""
+    """Labelled spaxels per step; with cutouts on average."""
     results: Path = measuring.RESULTS
     """Folder of the JSON."""
     debug: bool = False
@@ -71,7 +71,7 @@ class Config:
 
 
 def make_survey(root: Path) -> None:
-    """Simulate the demonstration's survey, up to the statistics; finished steps are kept."""
+    """Simulate the survey of demo.sh, up to the statistics; finished steps are skipped."""
     steps = (
         "mock_manga.py --n-galaxies 36 --bundles 19 --seed 1 --jobs 2",
         "cube_processing.py --remove-gas-velocity --no-splits",
@@ -86,39 +86,44 @@ def make_survey(root: Path) -> None:
 
 def train_entry(config: Config, root: Path, entry: str, seed: int) -> dict[str, float]:
     """Train one entry with one seed; return its scores and rate."""
-    stem, _, cutout = entry.partition(":")
-    if stem not in STEMS or not cutout.isdigit():
-        raise DataError(f"entry {entry!r}: expected stem:cutout, the stem of {', '.join(STEMS)}.")
-    run_dir = config.work_dir / "runs" / f"{stem}_{cutout}_{config.epochs}epochs_{seed}"
-    options = training.TrainConfig(
+    name, _, cutout = entry.partition(":")
+    if name not in FRONT_ENDS or not cutout.isdigit():
+        raise DataError(
+            f"--entries {entry}: expected front_end:cutout_width, e.g. pca30:5, with a front end "
+            f"of {', '.join(FRONT_ENDS)}."
+        )
+    run_dir = config.work_dir / "runs" / f"{name}_{cutout}_{config.epochs}epochs_{seed}"
+    options = run_SSFTT_training.train_config(
         data_dir=root,
         split_dir=SPLIT,
         run_dir=run_dir,
         resume="auto",
-        source="packed",
         cutout=int(cutout),
-        augment=True,
         epochs=config.epochs,
         batch_size=config.batch_size,
         lr=config.lr,
+        patience=0,
         baselines=False,
         seed=seed,
-        **STEMS[stem],
+        **FRONT_ENDS[name],
     )
-    saved = run_dir / eval_fns.CONFIG_FILE
-    if saved.is_file() and Path(json.loads(saved.read_text())["data_dir"]) != root:
-        raise DataError(f"{run_dir}: trained on other data. Choose another --work-dir.")
-    if training.main(options) != utils.EXIT_DONE:
-        raise DataError(f"{run_dir}: stopped by a signal; the same command goes on.")
-    scores = {part: eval_fns.evaluate_split(run_dir, part) for part in ("val", "test")}
+    is_begun = (run_dir / run_folder.MODEL_FILE).is_file()
+    if is_begun and Path(ModelCard.read(run_dir).data_dir) != root.resolve():
+        raise DataError(
+            f"{run_dir}: trained on other data, expected {root}. Choose another --work-dir."
+        )
+    if run_SSFTT_training.main(options) != utils.EXIT_DONE:
+        raise DataError(f"{run_dir}: stopped by a signal. Give the same command again to continue.")
+    scores = {part: eval_fns.evaluate_split(run_dir, part).scores for part in ("val", "test")}
     hits = sum(s["accuracy"] * s["spaxels"] for s in scores.values())
+    history = pd.read_csv(run_dir / run_folder.METRICS_FILE)
     return {
         "test_accuracy": scores["test"]["accuracy"],
         "test_mae_dex": scores["test"]["mae_dex"],
         "held_out_accuracy": hits / sum(s["spaxels"] for s in scores.values()),
-        "train_accuracy": float(pd.read_csv(run_dir / "metrics.csv")["train_accuracy"].iloc[-1]),
-        "spaxels_per_s": float(pd.read_csv(run_dir / "metrics.csv")["spaxels_per_s"].median()),
-        "parameters": json.loads((run_dir / eval_fns.MODEL_FILE).read_text())["parameters"],
+        "train_accuracy": float(history["train_accuracy"].iloc[-1]),
+        "spaxels_per_s": float(history["spaxels_per_s"].median()),
+        "parameters": ModelCard.read(run_dir).parameters,
     }
 
 
@@ -130,7 +135,7 @@ def main(config: Config) -> int:
     rows = []
     for entry in config.entries:
         runs = [train_entry(config, root, entry, seed) for seed in config.seeds]
-        utils.setup_logging()  # the run's log file is its own
+        utils.setup_logging()  # no longer into the run's log file
         row: dict[str, Any] = {"name": entry, "runs": runs}
         for key in runs[0]:
             values = [run[key] for run in runs]
@@ -146,13 +151,13 @@ def main(config: Config) -> int:
 
 
 HEADER = (
-    f"{'stem:cutout':<18}{'parameters':>11}{'test accuracy':>17}{'held-out acc.':>17}"
+    f"{'front end:cutout':<18}{'parameters':>11}{'test accuracy':>17}{'held-out acc.':>17}"
     f"{'MAE (dex)':>18}{'spaxels/s':>11}"
 )
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """Put a row of the table into a line."""
+    """Lay out a row of the table as a line."""
     cells = [
         f"{row[key]:.{digits}f} +- {row[f'{key}_std']:.{digits}f}"
         for key, digits in (("test_accuracy", 3), ("held_out_accuracy", 3), ("test_mae_dex", 4))

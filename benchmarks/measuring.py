@@ -4,16 +4,17 @@ A row compares two ways to do the same work, measured in one run:
 
     {"name", "ours", "baseline", "ratio": ours / baseline, "unit", "against": what the baseline is}
 
-Units of time and size are better small, rates ("spaxels/s") and accuracies better large. Importing
-this module makes the repository's importable, from any folder. It needs no more than numpy:
-bench_cta.py runs in image-extractor's environment. Memory is read from
-/proc (Linux), as the peak of each process's own address space: the rusage of a child would count
-its parent's memory too.
+Of times and sizes less is better, of rates ("spaxels/s") and accuracies more. Importing
+this module makes those of the repository importable, from any folder. It needs no more than numpy,
+because bench_cta.py runs in image-extractor's environment. Memory is read from /proc (Linux), as
+the peak of each process's own address space: the rusage of a child would also count the memory of
+its parent.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,9 @@ import utils  # noqa: E402
 RESULTS = ROOT / "results" / "bench"
 """Where the benchmarks write their JSON."""
 POLL_S = 0.01
-"""Between two looks at the memory of a running command."""
+"""Seconds between two readings of the memory of a running command."""
+PACKAGES = "numpy scipy h5py astropy isal torch scikit-learn tensorly hdf5plugin ctapipe eventio"
+"""Packages whose versions are recorded."""
 
 Row = dict[str, Any]
 
@@ -47,8 +52,8 @@ def timed(work: Callable[[], object]) -> float:
 def in_turn(works: Mapping[str, Callable[[], object]], runs: int) -> dict[str, float]:
     """Median wall seconds of each of several ways, run in turn.
 
-    One round is not counted: it fills caches and makes buffers. Taking turns spreads whatever
-    else the machine does over all of them alike.
+    The first round is not counted: it fills caches and creates buffers. Taking turns spreads
+    whatever else the machine does evenly over all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for run in range(runs + 1):
@@ -63,12 +68,14 @@ def in_turn(works: Mapping[str, Callable[[], object]], runs: int) -> dict[str, f
 
 
 def memory_gb(pid: int | str = "self", field: str = "VmHWM") -> float:
-    """Read a process's peak memory (VmHWM) or its memory now (VmRSS), GB; 0 once it has ended."""
+    """Read a process's peak (VmHWM) or present (VmRSS) memory, GB; 0 once it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
-    kib = next((int(x.split()[1]) for x in lines if x.startswith(f"{field}:")), 0)  # it says kB
+    kib = next(
+        (int(x.split()[1]) for x in lines if x.startswith(f"{field}:")), 0
+    )  # in units called kB
     return kib * 1024 / 1e9
 
 
@@ -87,7 +94,7 @@ def run_watched(words: Sequence[str | Path]) -> tuple[float, dict[int, float]]:
     Raises
     ------
     DataError
-        If the command fails; with the end of what it said.
+        If the command fails; with the end of its messages.
     """
     peaks: dict[int, float] = {}
     start = time.perf_counter()
@@ -104,13 +111,14 @@ def run_watched(words: Sequence[str | Path]) -> tuple[float, dict[int, float]]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    _, said = child.communicate()
+    _, messages = child.communicate()
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
     if child.returncode:
         raise utils.DataError(
-            f"{' '.join(map(str, words))} ended with code {child.returncode}: {said.strip()[-500:]}"
+            f"{' '.join(map(str, words))} ended with code {child.returncode}: "
+            f"{messages.strip()[-500:]}"
         )
     return seconds, peaks
 
@@ -121,7 +129,7 @@ def peak_in_child(work: Callable[..., object], *args: Any) -> tuple[float, float
     Returns
     -------
     peak, added : float
-        GB that the process held at most, and how far that lies above what it held before the call.
+        GB that the process held at most, and its excess over what it held before the call.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -156,7 +164,29 @@ def print_rows(rows: Sequence[Row]) -> None:
         )
 
 
+def environment() -> dict[str, Any]:
+    """Gather what measurements depend on: machine, packages, commit, command line."""
+    packages = {}
+    for name in PACKAGES.split():
+        with suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    commit = None
+    with suppress(OSError):  # no git
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "version": utils.VERSION,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": utils.cpu_count(),
+        "packages": packages,
+        "commit": commit or None,
+        "command": sys.argv,
+        "created_utc": utils.utc_now(),
+    }
+
+
 def write_rows(path: Path, rows: Sequence[Row], **more: Any) -> None:
-    """Write rows, whatever else was measured, and the environment as JSON; say where."""
-    utils.write_json(path, {"rows": list(rows), **more, "environment": utils.environment()})
+    """Write rows, whatever else was measured, and the environment as JSON; print the path."""
+    utils.write_json(path, {"rows": list(rows), **more, "environment": environment()})
     print(f"written: {path}")

@@ -1,11 +1,11 @@
-"""Run every benchmark of the MaNGA pipeline and gather the rows in one table.
+"""Run the benchmarks of the MaNGA pipeline and gather their rows in one table.
 
-Each benchmark runs as a process of its own, on --cores cores, one after the other; a row's two
-sides are always measured in the same run. Under ten minutes on two cores. A ratio is ours divided
-by the baseline: times (s), sizes (MB, GB) are better small, rates (.../s) better large.
-Writes results/bench/bench.json and one JSON a benchmark. Not part of it: bench_indian_pines.py
-(accuracy, ten minutes more), bench_cta.py (image-extractor's own environment), GPUs
-(make bench-gpu).
+Each benchmark runs in a process of its own, on --cores cores, one after the other; the two sides of
+a row are always measured in the same run. Takes less than ten minutes on two cores. A ratio is ours
+divided by the baseline: of times (s) and sizes (MB, GB) less is better, of rates (.../s) more.
+Writes results/bench/bench.json and one JSON per benchmark. Not included: bench_indian_pines.py
+(accuracy, ten minutes more), compare_training.py (an hour), bench_cta.py (which needs
+image-extractor's environment) and GPUs (make bench-gpu).
 
     python benchmarks/run_all.py
 """
@@ -34,27 +34,27 @@ BENCHMARKS = {
     "bench_loaders": "bench_loaders.json",
     "bench_network": "bench_network_cpu.json",
 }
-"""Scripts beside this one, and the JSON of each."""
+"""Scripts in this folder, and the JSON that each writes."""
 TABLE_FILE = "bench.json"
 
 
 @dataclass(frozen=True)
 class Config:
-    """Run every benchmark."""
+    """Run the benchmarks and gather their rows in one table."""
 
     cores: int = 2
-    """Cores to use; fewer if there are fewer."""
+    """Maximum number of cores to use."""
     results: Path = measuring.RESULTS
     """Folder of the JSON."""
 
 
 def pin(cores: int) -> int:
-    """Keep this process and its children on a few cores; return how many it may use."""
+    """Restrict this process and its children to a few cores; return how many it may use."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     found = min(cores, utils.cpu_count())
     os.environ["OMP_NUM_THREADS"] = str(found)
-    os.environ["SLURM_CPUS_PER_TASK"] = str(found)  # which utils.cpu_count asks first
+    os.environ["SLURM_CPUS_PER_TASK"] = str(found)  # what utils.cpu_count reads first
     return found
 
 
@@ -73,14 +73,14 @@ def gather(results: Path, names: dict[str, str]) -> list[Row]:
     seen = [row["name"] for row in rows]
     twice = sorted({name for name in seen if seen.count(name) > 1})
     if twice:
-        raise utils.DataError(f"{results}: two rows are called {twice[0]}.")
+        raise utils.DataError(f"{results}: two rows are called {twice[0]}; expected unique names.")
     return rows
 
 
 def main(config: Config) -> int:
     """Run, gather, print, write; exit code 1 if a benchmark failed."""
     if config.cores < 1:
-        raise utils.DataError("--cores: at least one.")
+        raise utils.DataError(f"--cores {config.cores}: expected at least 1.")
     cores, start = pin(config.cores), time.monotonic()
     done: dict[str, str] = {}
     for name, file in BENCHMARKS.items():
@@ -100,7 +100,7 @@ def main(config: Config) -> int:
     measuring.write_rows(config.results / TABLE_FILE, rows, cores=cores, seconds=round(seconds))
     missing = sorted(BENCHMARKS.keys() - done.keys())
     if missing:
-        raise utils.DataError(f"no rows of {', '.join(missing)}: it failed, see above.")
+        raise utils.DataError(f"not measured: {', '.join(missing)}; see the messages above.")
     return utils.EXIT_DONE
 
 

@@ -1,4 +1,4 @@
-"""Batch scripts run with stand-ins for python, srun and scontrol; what the Makefile may touch."""
+"""Batch scripts, run with stand-ins for python, srun and scontrol; what the Makefile may remove."""
 
 import os
 import shutil
@@ -9,21 +9,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"process": "cube_processing.py", "train": "run_SSFTT_training.py"}
-WORDS = {"process": ("--jobs", "4"), "train": ("configs/a.json", "--run-dir", "runs/a")}
+WORDS = {"process": ("--jobs", "4"), "train": ("--config", "a b.json", "--run-dir", "runs/a")}
 COMMANDS = {
-    "process": "cube_processing.py --jobs 4",
-    "train": "run_SSFTT_training.py --config configs/a.json --resume auto --run-dir runs/a",
+    "process": "cube_processing.py [--jobs] [4]",
+    "train": "run_SSFTT_training.py [--config] [a b.json] [--run-dir] [runs/a] [--resume] [auto]",
 }
 ARRAY = ("ID", "MIN", "MAX", "COUNT")
 
 
 @pytest.fixture
 def batch(tmp_path):
-    """Function that runs a batch script and returns its result; stdout tells what was called."""
+    """Function that runs a batch script; the stdout of its result lists the commands it called."""
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     stubs = {
-        "python": 'echo "$PWD: python $*"; exit ${CODE:-0}',
+        "python": 'echo "$PWD: python $(script=$1; shift; printf %s "$script"; '
+        'for word; do printf " [%s]" "$word"; done)"; exit ${CODE:-0}',
         "srun": 'echo "srun ${SRUN_CPUS_PER_TASK:-}"; exec "$@"',
         "scontrol": 'echo "scontrol $*"',
     }
@@ -70,7 +71,7 @@ def test_job_runs_a_copy_of_the_script_in_the_folder_of_submission(batch, tmp_pa
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_srun_is_told_no_cpus_where_none_were_asked(batch, name):
+def test_srun_gets_no_number_of_cpus_where_none_was_requested(batch, name):
     assert batch(name, *WORDS[name]).stdout.startswith("srun \n")
 
 
@@ -82,7 +83,7 @@ def test_srun_is_told_no_cpus_where_none_were_asked(batch, name):
         ((7, 3, 7, 2), "100", "7/100"),
         ((5, 5, 5, 1), "100", "5/100"),
         ((0, 0, 0, 1), "1", "0/1"),
-        ((0, 0, 0, 1), None, None),  # the first of how many?
+        ((0, 0, 0, 1), None, None),  # the first of an unknown number
         ((5, 5, 5, 1), None, None),
         ((7, 3, 7, 2), None, None),
         ((1, 1, 100, 100), None, None),
@@ -90,11 +91,11 @@ def test_srun_is_told_no_cpus_where_none_were_asked(batch, name):
         ((2, 0, 8, 5), None, None),
     ],
 )
-def test_array_task_takes_its_share_or_asks_what_it_is(batch, array, shards, expected):
+def test_array_task_takes_its_share_or_is_refused(batch, array, shards, expected):
     variables = {f"SLURM_ARRAY_TASK_{k}": str(v) for k, v in zip(ARRAY, array, strict=True)}
     done = batch("process", **variables, **({"SHARDS": shards} if shards else {}))
     if expected:
-        assert done.stdout.endswith(f"python cube_processing.py --shard {expected}\n")
+        assert done.stdout.endswith(f"python cube_processing.py [--shard] [{expected}]\n")
     else:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.count("\n") == 1
@@ -102,16 +103,15 @@ def test_array_task_takes_its_share_or_asks_what_it_is(batch, array, shards, exp
 
 
 @pytest.mark.parametrize(("code", "job"), [(75, "7"), (75, ""), (0, "7"), (1, "7")])
-def test_only_a_job_that_was_stopped_early_is_queued_again(batch, code, job):
+def test_only_a_job_that_was_stopped_early_is_requeued(batch, code, job):
     done = batch("train", *WORDS["train"], CODE=str(code), SLURM_JOB_ID=job)
     assert done.returncode == code
     assert ("scontrol requeue 7" in done.stdout) == (code == 75 and job == "7")
 
 
-def test_training_job_without_config_says_how_to_submit_it(batch):
-    done = batch("train")
-    assert done.returncode == 2
-    assert "usage: sbatch slurm/train.sbatch CONFIG.json" in done.stderr
+def test_training_job_without_arguments_runs_the_default_recipe(batch):
+    done = batch("train", srun=False)
+    assert done.stdout == f"{ROOT}: python run_SSFTT_training.py [--resume] [auto]\n"
 
 
 def make(*words, cwd):
@@ -131,13 +131,17 @@ def test_make_does_not_set_up_or_clear_an_environment_of_the_users_own(tmp_path,
     assert "add SETUP=no" in done.stderr
 
 
-def test_make_clean_leaves_an_environment_of_the_users_own(tmp_path):
-    (tmp_path / "own").mkdir()
-    make("VENV=own", "SETUP=no", "clean", cwd=tmp_path)
-    assert (tmp_path / "own").is_dir()
-
-
-def test_make_clean_removes_its_own_environment(tmp_path):
-    (tmp_path / ".venv").mkdir()
-    make("clean", cwd=tmp_path)
-    assert not (tmp_path / ".venv").exists()
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        ((), {"results/mine", "data/manga"}),
+        (("SETUP=no",), {"results/mine", "data/manga", ".venv"}),
+        (("SETUP=no", "VENV=own"), {"results/mine", "data/manga", ".venv", "own"}),
+    ],
+)
+def test_make_clean_removes_only_what_make_created(tmp_path, words, left):
+    for name in left | {".venv", "data/demo", "results/demo", "results/bench"}:
+        (tmp_path / name).mkdir(parents=True)
+    make(*words, "clean", cwd=tmp_path)
+    found = {str(p.relative_to(tmp_path)) for p in tmp_path.glob("**/*")}
+    assert found == left | {"results", "data"}
