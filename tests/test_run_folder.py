@@ -110,7 +110,7 @@ def test_new_run_keeps_nothing_of_the_old_one_and_copies_split_and_statistics(ro
         (run_dir / name).parent.mkdir(exist_ok=True)
         (run_dir / name).touch()
     (run_dir / "notes.txt").write_text("mine")
-    run_folder.check_replaceable(run_dir)
+    assert run_folder.choose(run_dir, False, True, {}, "") == (run_dir, False)
     run_folder.start(run_dir, root, "hard", is_pca=True)
     left = {str(p.relative_to(run_dir)) for p in run_dir.rglob("*") if p.is_file()}
     copies = {f"split/{part}.csv" for part in utils.SPLIT_PARTS} | {"stats.h5"}

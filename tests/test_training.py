@@ -267,8 +267,9 @@ def test_resume_without_a_folder_finds_the_newest_run_of_the_same_options(
     utils.write_json(Path("runs/damaged/last.pt"), {})
 
     def chosen(**changes):
-        changes = {"run_dir": None, "resume": "auto", **changes}
-        return script.choose_run_dir(train_config(**{**options, **changes}))
+        resume = changes.pop("resume", "auto") == "auto"
+        config = train_config(**{**options, **changes, "run_dir": None})
+        return run_folder.choose(None, resume, False, config.deciding, "logOH_PCA")
 
     assert chosen() == (runs[0], True)
     assert chosen(epochs=9, patience=1) == (runs[0], True)
