@@ -1,7 +1,5 @@
 """Models are loaded, used on cubes and evaluated: against their patches, scikit-learn, by hand."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Maps of galaxies: their content, their place on the sky, and when they are made again."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 

@@ -1,7 +1,5 @@
 """Scores against scikit-learn's, intervals against closed forms."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

@@ -1,7 +1,5 @@
 """The notebooks run from top to bottom as in a clean clone, and are kept without outputs."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What the figures show: read back from their axes, against astropy, scipy and closed forms."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
