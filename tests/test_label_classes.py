@@ -33,7 +33,7 @@ def test_bpt_labels_are_classes_already():
 
 
 def test_numbers_of_classes_without_a_scale_are_refused():
-    with pytest.raises(DataError, match="7 metallicity classes: choose 6 or 8"):
+    with pytest.raises(DataError, match="7 metallicity classes: expected 6 or 8"):
         logoh_edges(7)
-    with pytest.raises(DataError, match="BPT has 3 classes, not 6"):
+    with pytest.raises(DataError, match="BPT with 6 classes: expected 3"):
         class_names("BPT", 6)

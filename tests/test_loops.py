@@ -164,7 +164,10 @@ def test_stopped_loop_leaves_no_process_and_no_file(tmp_path, start_loop, number
     assert loop.returncode == code
     assert list(out.iterdir()) == []
     if code > 0:
-        assert stderr == "stopped; finished outputs are whole, run the same command to go on\n"
+        assert (
+            stderr
+            == "stopped; finished outputs are complete. Run the same command again to continue.\n"
+        )
 
 
 def test_list_of_failures_keeps_the_galaxies_that_were_not_tried(tmp_path):
