@@ -174,6 +174,7 @@ def write_checked(
     parts: dict[str, pd.DataFrame],
     recipe: Recipe,
     overwrite: bool,
+    warning: str = "",
 ) -> None:
     """Write a split unless it is there already; log what each part holds.
 
@@ -187,7 +188,7 @@ def write_checked(
         recipe.require(data_io.read_split(folder)[1], folder, "Replace it with --overwrite")
         log.info("Split: %s, up to date", folder)
         return
-    data_io.write_split(folder, parts, recipe)
+    data_io.write_split(folder, parts, recipe, warning)
     for name, table in parts.items():
         count = f"{table['mangaid'].nunique()} galaxies"
         spaxels = int(table["n_labelled"].sum()) if "n_labelled" in table else len(table)

@@ -97,7 +97,7 @@ def main(config: Config) -> int:
     parts = easy_split(galaxies, spaxels, config.fractions, config.seed)
     recipe = hard.split_recipe(config, "easy", galaxies)
     split_dir = config.split_dir or f"easy_{config.label_task}"
-    hard.write_checked(root, split_dir, parts, recipe, config.overwrite)
+    hard.write_checked(root, split_dir, parts, recipe, config.overwrite, WARNING)
     log.warning(WARNING)
     return utils.EXIT_DONE
 

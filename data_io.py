@@ -478,7 +478,9 @@ def _load_npy(path: Path, maker: str, ndim: int, mmap: bool = False) -> np.ndarr
 # Splits
 
 
-def write_split(folder: Path, parts: dict[str, pd.DataFrame], recipe: Recipe) -> None:
+def write_split(
+    folder: Path, parts: dict[str, pd.DataFrame], recipe: Recipe, warning: str = ""
+) -> None:
     """Write train.csv, val.csv and test.csv with their recipe in the header.
 
     Parameters
@@ -490,9 +492,12 @@ def write_split(folder: Path, parts: dict[str, pd.DataFrame], recipe: Recipe) ->
         are kept.
     recipe : Recipe
         With the option kind: "hard" (whole galaxies) or "easy" (spaxels).
+    warning : str
+        For readers of the files, in the header.
     """
     check_split(parts, recipe.options["kind"], str(folder))
     made = {"created_utc": utils.utc_now(), "code_version": utils.VERSION}
+    made |= {"warning": warning} if warning else {}
     header = f"# recipe: {recipe.to_json()}\n"
     header += "".join(f"# {k}: {json.dumps(v)}\n" for k, v in made.items())
     for part, table in parts.items():

@@ -350,7 +350,7 @@ def test_a_maps_file_is_not_taken_for_a_logcube(one):
     root, plateifu = one
     maps = utils.find_raw(root, plateifu, "MAPS")
     config = process_single_cube.Config(fits=maps, data_dir=root)
-    with pytest.raises(DataError, match="its name says MAPS, expected a LOGCUBE file"):
+    with pytest.raises(DataError, match="a MAPS file by its name, expected a LOGCUBE file"):
         process_single_cube.main(config)
 
 

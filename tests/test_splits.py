@@ -180,7 +180,9 @@ def test_easy_split_shows_every_galaxy_on_both_sides_and_says_so(labelled, caplo
     folder = utils.split_path(labelled, "easy_logOH")
     parts, recipe = data_io.read_split(folder)
     assert recipe.options["kind"] == "easy"
-    assert '"kind": "easy"' in (folder / "test.csv").read_text()
+    header = (folder / "test.csv").read_text()
+    assert '"kind": "easy"' in header
+    assert '# warning: "EASY split' in header
     assert set(parts["train"]["plateifu"]) == set(parts["test"]["plateifu"])
     labels = read_labels(labelled)
     count, total = np.isfinite(labels).sum(), 0
