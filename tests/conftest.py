@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from astropy.io import fits
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share the cores
 
 N_WAVE = 4563
 LINES = ("OII-3727", "OII-3729", "Hb-4862", "OIII-5008", "Ha-6564", "NII-6585")

@@ -23,6 +23,8 @@ from HSI_SSFTT import get_SSFTT_model
 from labels import LABEL_NONE
 from utils import DataError
 
+pytestmark = pytest.mark.slow
+
 
 def make_truth(shape=(18, 24)) -> np.ndarray:
     """Three classes, of two, three and one fields; strips without a label in between."""

@@ -35,6 +35,8 @@ import SSFTT_dense
 import utils
 from run_SSFTT_training import train_config
 
+pytestmark = pytest.mark.slow
+
 TINY = {"bands": 40, "patches": 4, "cutouts": 2, "cutout": 5, "map_size": 9}
 TINY |= {"small_cutout": 3, "runs": 1}
 

@@ -27,6 +27,8 @@ from mock.galaxy import BUNDLES, build_scene, draw_params, simulate_galaxy
 from mock.truth import read_truth, truth_path
 from utils import DataError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 REAL_MAPS = "manga-7815-3702-MAPS-HYB10-GAU-MILESHC.fits.gz"
 BPT = ("Hb-4862", "OIII-5008", "Ha-6564", "NII-6585")
