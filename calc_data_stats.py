@@ -138,7 +138,9 @@ def split_stats(
         whose = f"that of {plateifus[0]}"
         require_alike(cube.recipe.shared, options, path, whose, data_io.REBUILD_CUBE)
         if not 1 <= n_components <= wave.size:
-            raise DataError(f"--n-components {n_components}: expected 1 to {wave.size} (bands).")
+            raise DataError(
+                f"--n-components {n_components}: expected 1 to {wave.size}, the number of bands."
+            )
         moments.add(usable_spectra(cube, min_snr))
     if moments is None or wave is None or moments.n <= n_components:
         n = moments.n if moments else 0

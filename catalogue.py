@@ -39,7 +39,10 @@ def catalogue_rows(path: Path, plateifus: Sequence[str] | None = None) -> dict[s
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such catalogue.")
+        raise DataError(
+            f"{path}: no such catalogue. Fetch it with download_utils.py --catalogue, or check "
+            "--catalogue."
+        )
     rows: dict[str, dict[str, Any]] = {}
     try:
         with fits.open(path) as hdus:
@@ -69,5 +72,7 @@ def catalogue_rows(path: Path, plateifus: Sequence[str] | None = None) -> dict[s
         ) from None
     for key in plateifus or ():
         if key not in rows:
-            raise DataError(f"{path}: no galaxy {key} in the catalogue ({len(rows)} rows matched).")
+            raise DataError(
+                f"{path}: no galaxy {key} in the catalogue. Check --plateifu, or give --redshift."
+            )
     return rows

@@ -74,12 +74,13 @@ def labelled_galaxies(
             f"{root}: no label maps of {label_task}. Create them with cube_processing.py."
         )
     n_classes = len(class_names(label_task))
-    rows = []
+    rows, most = [], 0
     for path in paths:
         labels = data_io.read_labels(path)
         classes = label_classes(labels, label_task)
         has_label = classes != LABEL_NONE
         count = int(has_label.sum())
+        most = max(most, count)
         about = data_io.read_label_meta(path)
         if count < max(min_labelled, 1) or (skip_critical and about.get("critical")):
             continue
@@ -99,7 +100,7 @@ def labelled_galaxies(
     if not rows:
         raise DataError(
             f"{paths[0].parent}: none of the {len(paths)} galaxies has {min_labelled} "
-            "labelled spaxels. Lower --min-labelled."
+            f"labelled spaxels, at most {most}. Lower --min-labelled, or look at the label maps."
         )
     left_out = len(paths) - len(rows)
     if left_out:
@@ -143,7 +144,9 @@ def split_galaxies(
     rng = np.random.default_rng(seed)
     means = galaxies.groupby("mangaid")["mean_label"].mean()
     if len(means) < 3:
-        raise DataError(f"{len(means)} galaxies: a split into three parts needs at least 3.")
+        raise DataError(
+            f"{len(means)} galaxies: expected at least 3, one for each part. Process more."
+        )
     order = means.index[np.lexsort((rng.random(len(means)), means.to_numpy()))]
     parts = _interleave(len(order), fractions, rng)
     part_of = dict(zip(order, parts, strict=True))

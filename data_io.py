@@ -208,7 +208,10 @@ def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
             with contextlib.suppress(OSError, RuntimeError):
                 f.close()
             if isinstance(error, OSError | RuntimeError):
-                raise DataError(f"{path}: could not be written ({_first_line(error)}).") from error
+                reason = _first_line(error)
+                raise DataError(
+                    f"{path}: could not be written ({reason}). Check the disk, then run this again."
+                ) from error
             raise
 
 
@@ -422,7 +425,9 @@ def read_patches(path: Path) -> tuple[np.ndarray, pd.DataFrame, Recipe]:
     side = Path(path).with_suffix(".json")
     recipe = _read_provenance(side, maker).get("recipe")
     if recipe is None:  # as in files of earlier versions
-        raise DataError(f"{side}: has no recipe. Re-run {maker} --overwrite.")
+        raise DataError(
+            f"{side}: does not say how the file was made (no recipe). Re-run {maker} --overwrite."
+        )
     return patches, index, recipe
 
 

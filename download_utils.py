@@ -234,8 +234,8 @@ def _check_content(path: Path, name: str) -> None:
 
     if path.stat().st_size == 0:
         raise DataError(
-            f"{name}: the server sent an empty file. Expected a FITS file; report it to the "
-            "archive's help desk."
+            f"{name}: the server sent an empty file, expected a FITS file. Try again later; if "
+            "it stays empty, report it to the archive's help desk."
         )
     if not name.endswith(".gz"):
         return

@@ -106,8 +106,8 @@ def check_folder(root: Path, galaxies: Sequence[GalaxyParams]) -> None:
         expected = wanted.get(_slot(path.stem), path.stem)
         if expected != path.stem:
             raise DataError(
-                f"{path}: has a bundle of another size than this survey's galaxy. Expected "
-                f"{expected}. Use the same --bundles as before, or another --data-dir."
+                f"{path}: the folder holds this galaxy with a bundle of another size, expected "
+                f"{expected}. Give the --bundles of the earlier simulation, or another --data-dir."
             )
 
 

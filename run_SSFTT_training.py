@@ -323,7 +323,9 @@ def begin(config: TrainConfig, training: Training) -> None:
     """Make the folder of a new run."""
     run_dir = training.run_dir
     if not config.run.overwrite and (run_dir / run_folder.CHECKPOINT_FILE).is_file():
-        raise DataError(f"{run_dir}: another process has just started a run here.")
+        raise DataError(
+            f"{run_dir}: another process has just started a run here. Choose another --run-dir."
+        )
     write_config(config, run_dir)  # first: it marks the folder of a run that is stopped here
     is_pca = config.data.patch_norm == "PCA"
     run_folder.start(run_dir, config.data.root, config.data.split, is_pca)

@@ -91,7 +91,7 @@ def read_truth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such truth file. Simulate the galaxy with mock_manga.py.")
+        raise DataError(f"{path}: no such truth file. Simulate galaxies with mock_manga.py.")
     try:
         with h5py.File(path) as f:
             attrs = dict(f.attrs)
