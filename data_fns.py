@@ -505,7 +505,7 @@ def get_dataloaders(
     options.check()
     root, spec = options.root, options.spec
     tables, _ = data_io.read_split(utils.split_path(root, options.split))
-    store, stats = None, None
+    store, stats, inputs = None, None, {"split": data_io.split_digest(tables)}
     if options.source == "packed":
         galaxies = pd.concat([tables[part]["plateifu"] for part in parts]).unique().tolist()
         packed = pack_cubes.open_packed(
@@ -518,11 +518,14 @@ def get_dataloaders(
         )
         log.info("learning from %s: %s, memory-mapped", packed.path, packed.size)
         store = PackedSpectra(packed)
+        inputs |= packed.recipe.inputs
     elif spec.patch_norm == "PCA":
         stats = data_io.read_split_stats(root, options.split)
+        inputs["statistics"] = stats.recipe.digest
     datasets = {part: get_dataset(options, tables[part], store, stats) for part in parts}
     first = datasets[parts[0]].samples
     for part, dataset in datasets.items():
+        dataset.samples.inputs = inputs
         where, whose = f"the {part} part", f"those of the {parts[0]} part"
         require_alike(dataset.samples.options, first.options, where, whose, REBUILD_LABELS)
     loaders: dict[str, DataLoader] = {}

@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader
 
 import calc_data_stats
 import data_fns
-import data_io
 import eval_fns
 import hsi_proc_fns
 import run_folder
@@ -160,7 +159,6 @@ def create_statistics(data: DataOptions) -> None:
     """Create the statistics of the split if its samples need them and there are none."""
     path = utils.stats_path(data.root, data.split)
     if data.patch_norm == "PCA" and not path.is_file():
-        data_io.read_split(utils.split_path(data.root, data.split))
         log.info("%s: creating the statistics of the split (calc_data_stats.py)", path)
         calc_data_stats.main(calc_data_stats.Config(data.split, data.root))
 
@@ -276,16 +274,12 @@ def describe_model(config: TrainConfig, loaders: dict[str, DataLoader], model: S
 
 def run_recipe(config: TrainConfig, train: Samples, val: Samples) -> Recipe:
     """Name what decides a run: options, split, statistics, and every cube and label map."""
-    data = config.data
-    parts, _ = data_io.read_split(utils.split_path(data.root, data.split))
     inputs = {
-        "split": data_io.split_digest(parts),
+        "split": train.inputs["split"],
         "set of cubes": digest_of([train.cubes, val.cubes]),
         "set of training labels": digest_of([train.label_maps, val.label_maps]),
+        **train.inputs,  # statistics
     }
-    if data.patch_norm == "PCA":
-        stats = data_io.read_stats(utils.stats_path(data.root, data.split))
-        inputs["statistics"] = stats.recipe.digest
     options = {**config.deciding, **train.options}
     return Recipe("run", run_folder.MODEL_VERSION, options, inputs)
 

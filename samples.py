@@ -148,6 +148,8 @@ class Samples:
         How all the cubes ("cube") and labels ("labels") were made; an empty dict if nothing says.
     cubes, label_maps : dict of plateifu -> str
         Digests of the cubes (of their recipes) and of the label maps (of their values).
+    inputs : dict of str -> str
+        Digests of the split and, with the norm PCA, of its statistics.
     """
 
     plateifus: list[str]
@@ -160,6 +162,7 @@ class Samples:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     cubes: dict[str, str] = field(default_factory=dict)
     label_maps: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Count the samples."""
