@@ -28,7 +28,6 @@ measured: all their values are masked NOVALUE|DONOTUSE.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +40,7 @@ import loops
 import utils
 from mock.galaxy import BUNDLES, DAPTYPE, FIRST_PLATE, GalaxyParams, draw_params, simulate_galaxy
 from mock.physics import Galaxy
-from mock.truth import read_meta, truth_path, write_truth
+from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
 from mock.truth import read_truth as read_truth  # the reader of the truth files, for callers
 from utils import DataError
 
@@ -116,8 +115,8 @@ def simulated_galaxies(root: Path) -> list[GalaxyParams]:
 
     Galaxies that were re-synthesised from real MAPS files are left out.
     """
-    metas = map(read_meta, utils.files_in(root / "truth", "*.h5"))
-    return [GalaxyParams(**meta["params"]) for meta in metas if "params" in meta]
+    recipes = map(read_recipe, utils.files_in(root / "truth", "*.h5"))
+    return [GalaxyParams(**r.options["params"]) for r in recipes if "params" in r.options]
 
 
 def write_catalogue(data_dir: Path, galaxies: Sequence[GalaxyParams]) -> Path:
@@ -194,11 +193,8 @@ def _simulate_one(
     """Simulate and write one galaxy unless its files exist."""
     wanted, truth = params[plateifu], truth_path(root, plateifu)
     if truth.is_file() and not overwrite:
-        if read_meta(truth).get("params") != json.loads(json.dumps(asdict(wanted))):
-            raise DataError(
-                f"{truth}: made with other settings. Expected this seed, these bundles and this "
-                "version of the code. Use --overwrite, or another --data-dir."
-            )
+        today = truth_recipe({"params": asdict(wanted)})
+        today.require(read_recipe(truth), truth, "Use --overwrite, or another --data-dir")
         if all(utils.raw_paths(root, plateifu, form, DAPTYPE) for form in ("LOGCUBE", "MAPS")):
             return "up to date"
     write_galaxy(root, simulate_galaxy(wanted))

@@ -23,8 +23,8 @@ from utils import DataError
 
 PER_GALAXY = ("redshift",)
 """Options that differ from galaxy to galaxy and do not keep their products apart."""
-SHOWN = 12
-"""Characters of a digest that are shown to a person."""
+MOST_SHOWN = 4
+"""Differences that an error message names."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Recipe:
         """
         changed = self.differences(made)
         if changed:
-            raise DataError(f"{target}: made with {', '.join(changed)}. {remedy}.")
+            raise DataError(f"{target}: made with {_some(changed)}. {remedy}.")
 
 
 def option_differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -155,6 +155,12 @@ def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _some(words: list[str]) -> str:
+    """Join the first few words."""
+    more = len(words) - MOST_SHOWN
+    return ", ".join(words[:MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _shown(value: Any) -> str:

@@ -40,7 +40,7 @@ from mock.physics import (
     stellar_templates,
     wave_grid,
 )
-from mock.truth import read_meta, truth_path, write_truth
+from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
 from recipe import file_digest
 from utils import DataError
 
@@ -180,11 +180,10 @@ def resynthesise(data_dir: Path, maps: Path, seed: int, overwrite: bool = False)
     truth = truth_path(data_dir, scene.plateifu)
     scene.meta["seed"] = seed
     if cube.is_file() and not overwrite:
-        if not truth.is_file() or read_meta(truth) != scene.meta:
-            raise DataError(
-                f"{cube}: exists, but was not made from this MAPS file and seed. "
-                "Use --overwrite, or another --data-dir."
-            )
+        remedy = "Use --overwrite, or another --data-dir"
+        if not truth.is_file():
+            raise DataError(f"{cube}: exists, but is not a simulated cube. {remedy}.")
+        truth_recipe(scene.meta).require(read_recipe(truth), cube, remedy)
         log.info("%s: up to date", cube)
         return [cube, copy, truth]
     galaxy = observe(scene, np.random.default_rng([seed, 5]))

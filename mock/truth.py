@@ -8,7 +8,6 @@ Writes and reads truth/<plateifu>.h5 (layout: docs/data_formats.md). Maps are (y
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import numpy as np
 import utils
 from labels import LABEL_NONE
 from mock.physics import Galaxy, bpt_class, logoh_n2, logoh_o3n2, to_image, wave_grid
+from recipe import Recipe
 from utils import DataError
 
-TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 1
+TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 2
 
 
 def truth_path(root: Path, plateifu: str) -> Path:
@@ -69,7 +69,7 @@ def write_truth(path: Path, galaxy: Galaxy) -> None:
             z=scene.z,
             ebv_gal=scene.ebv_gal,
             code_version=utils.VERSION,
-            meta_json=json.dumps(scene.meta, default=str),
+            recipe=truth_recipe(scene.meta).to_json(),
         )
         for name, values in maps.items():
             f[name] = values
@@ -109,6 +109,13 @@ def read_truth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return maps, attrs
 
 
-def read_meta(path: Path) -> dict[str, Any]:
-    """How a simulated galaxy was made: its parameters, or the MAPS file and seed it comes from."""
-    return json.loads(read_truth(path)[1]["meta_json"])
+def truth_recipe(meta: dict[str, Any]) -> Recipe:
+    """Name what decides a simulated galaxy: its parameters, or a MAPS file (by digest) and seed."""
+    options = {k: v for k, v in meta.items() if k != "sha256"}
+    inputs = {"MAPS": meta["sha256"]} if "sha256" in meta else {}
+    return Recipe("simulated galaxy", TRUTH_VERSION, options, inputs)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read the recipe of a simulated galaxy from its truth file; raises as `read_truth` does."""
+    return Recipe.from_json(read_truth(path)[1]["recipe"], path)
