@@ -201,7 +201,7 @@ REFUSED = {
     "labels without recipe": (SIDE, content('{"recipe": 5}'), "its recipe is damaged"),
     "short index": (INDEX_FILE, content("row,y,x,label\n0,0,1,8\n"), "4 patches, but 1 rows"),
     "empty index": (INDEX_FILE, content(""), r"_index\.csv: not readable.*Re-run cube_patch_proc"),
-    "patches without recipe": (PATCH_SIDE, content("{}"), "has no recipe. Re-run cube_patch_proc"),
+    "patches without recipe": (PATCH_SIDE, content("{}"), r"no recipe\). Re-run cube_patch_proc"),
     "empty patches": (PATCH, content(""), r"not a readable \.npy file.*Re-run cube_patch_process"),
     "a galaxy in two parts": (
         VAL, lambda path: shutil.copy(path.with_name("train.csv"), path), "in two parts"
