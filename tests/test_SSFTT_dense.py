@@ -78,6 +78,7 @@ def test_dense_logits_are_the_patch_wise_ones(
     assert torch.equal(patch_wise.argmax(-1)[clear], dense.argmax(-1)[clear])
 
 
+@pytest.mark.slow
 def test_modes_agree_for_a_trained_network():
     """Trained until the loss is small: large weights, moved batch norms."""
     torch.manual_seed(0)
@@ -182,6 +183,7 @@ def test_a_cutout_as_large_as_a_patch_gives_the_logits_of_the_patch():
         torch.testing.assert_close(cutout_logits(model, patches)[..., 0, 0], model(patches))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bands", [11, 12])
 def test_compiled_cutouts_train_as_uncompiled_ones(bands):
     """Traced as torch.compile does, but run by its backend without a C++ compiler."""

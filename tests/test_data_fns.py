@@ -240,6 +240,7 @@ def test_batch_size_counts_labelled_spaxels(root, caplog):
 # Loaders
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "cutout"), [("packed", 1), ("packed", 5), ("patches", 1)])
 def test_spawned_workers_give_the_batches_of_this_process(files, source, cutout):
     options = {"source": source, "cutout": cutout, "batch_size": 100, "label_task": "BPT"}

@@ -142,6 +142,7 @@ def start_loop(tmp_path):
         loop.stderr.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "jobs", "code", "send"),
     [

@@ -33,6 +33,8 @@ import vis_fns
 from fits_stream import read_hdus
 from utils import LABEL_TASKS, DataError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [
     pytest.param(

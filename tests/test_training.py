@@ -210,6 +210,7 @@ def test_signal_in_the_last_step_leaves_only_validation_to_do(options, monkeypat
     assert len(numbers_of(options["run_dir"])) == 1
 
 
+@pytest.mark.slow
 def test_process_stops_on_a_signal_and_continues(root, tmp_path, monkeypatch):
     run = tmp_path / "run"
     words = [
