@@ -521,7 +521,7 @@ def get_dataloaders(
         inputs |= packed.recipe.inputs
     elif spec.patch_norm == "PCA":
         stats = data_io.read_split_stats(root, options.split)
-        inputs["statistics"] = stats.recipe.digest
+        inputs["set of statistics"] = stats.recipe.digest
     datasets = {part: get_dataset(options, tables[part], store, stats) for part in parts}
     first = datasets[parts[0]].samples
     for part, dataset in datasets.items():

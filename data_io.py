@@ -454,7 +454,7 @@ def patch_recipe(
     options["labels"] = label_recipe.shared if label_recipe else {}
     inputs = {"cube": cube.digest, "label map": digest_of(labels)}
     if stats is not None:
-        inputs["statistics"] = stats.recipe.digest
+        inputs["set of statistics"] = stats.recipe.digest
     return Recipe("patches", PATCH_VERSION, options, inputs)
 
 

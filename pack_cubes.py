@@ -231,7 +231,7 @@ def packed_recipe(
 ) -> Recipe:
     """Name what decides packed cubes, besides the cubes themselves."""
     options = {"patch_norm": patch_norm, "dtype": dtype, "cube": cube_options}
-    inputs = {"statistics": stats.recipe.digest} if stats is not None else {}
+    inputs = {"set of statistics": stats.recipe.digest} if stats is not None else {}
     return Recipe("packed cubes", PACKED_VERSION, options, inputs)
 
 

@@ -347,7 +347,7 @@ class SpaxelListing:
                 made.options["patch_size"],
                 self.stats,
             ).require(made, path, remedy)
-        elif self.stats and made.inputs.get("statistics") != self.stats.recipe.digest:
+        elif self.stats and made.inputs.get("set of statistics") != self.stats.recipe.digest:
             raise DataError(
                 f"{path}: projected on other components than those of the split's statistics. "
                 f"{remedy} with --split-dir."

@@ -100,7 +100,7 @@ def gone(root):
             GALAXIES,
             "cube of 8000-103 and 0 more were rebuilt",
         ),
-        (mock_cubes.rebuild_statistics, GALAXIES, "made with another statistics"),
+        (mock_cubes.rebuild_statistics, GALAXIES, "made with another set of statistics"),
     ],
     ids=["same", "other order", "cube gone", "more galaxies", "cube rebuilt", "statistics"],
 )

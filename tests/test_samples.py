@@ -205,7 +205,7 @@ REFUSED = {
     ),
     "patch files of other statistics": (
         rebuild_statistics,
-        FILES, r"\.npy: made with another statistics.*cube_patch_processing\.py --overwrite",
+        FILES, r"\.npy: made with another set of statistics.*cube_patch_processing\.py --overwrite",
     ),
     "patch files of other statistics, cubes gone": (
         other_statistics_and_no_cubes,

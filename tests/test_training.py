@@ -336,10 +336,13 @@ REFUSED = {
     ),
     "a test galaxy became a training galaxy": (
         then_statistics(exchanged("train", "test")), {},
-        "another split, another set of cubes, another set of training labels, another statistics",
+        "another split, another set of cubes, another set of training labels, "
+        "another set of statistics",
     ),
     "validation and test parts exchanged": (exchanged("val", "test"), {}, "with another split"),
-    "statistics": (mock_cubes.rebuild_statistics, {}, "old: made with another statistics. Start"),
+    "statistics": (
+        mock_cubes.rebuild_statistics, {}, "old: made with another set of statistics. Start"
+    ),
     "training labels": (relabelled(TRAIN[:1], 0.01), {}, "with another set of training labels. S"),
     "validation labels": (relabelled(VAL, 0.01), {}, "with another set of training labels. Start"),
     "options of labels": (
@@ -348,7 +351,7 @@ REFUSED = {
     "validation cube": (rebuilt(VAL, source="new"), {}, "old: made with another set of cubes. St"),
     "training cube": (
         then_statistics(rebuilt(TRAIN[:1], redshift=0.5)), {},
-        "old: made with another set of cubes, another statistics. Start again",
+        "old: made with another set of cubes, another set of statistics. Start again",
     ),
     "options of cubes": (
         then_statistics(rebuilt(mock_cubes.PLATEIFUS, deredden=False)), {},
