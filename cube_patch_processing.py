@@ -88,8 +88,8 @@ def label_patches(
     usable = hsi_proc_fns.usable_spaxels(flux)
     has_label = label_classes(labels, label_task) != LABEL_NONE
     ys, xs = np.nonzero(usable & has_label)
-    normed = hsi_proc_fns.normalise(flux, patch_norm, stats, usable)
-    return hsi_proc_fns.extract_patches(normed, ys, xs, patch_size), ys, xs
+    normalised = hsi_proc_fns.normalise(flux, patch_norm, stats, usable)
+    return hsi_proc_fns.extract_patches(normalised, ys, xs, patch_size), ys, xs
 
 
 def patch_galaxy(

@@ -5,8 +5,8 @@ the others are zero in every normalised cube, do not enter its minimum and maxim
 the centre of a patch.
 
     >>> usable = usable_spaxels(cube.flux)
-    >>> normed = normalise(cube.flux, "spectral")
-    >>> patches = extract_patches(normed, ys, xs, patch_size=7)      # label of spaxel (y, x)
+    >>> normalised = normalise(cube.flux, "spectral")
+    >>> patches = extract_patches(normalised, ys, xs, patch_size=7)      # label of spaxel (y, x)
 """
 
 from __future__ import annotations

@@ -184,16 +184,16 @@ def write_patch_files(root: Path, task: str, norm: str, size: int, split: str = 
         cube = data_io.read_cube(path, with_errors=False)
         labels = data_io.read_labels(utils.label_path(root, task, path.stem))
         usable = hsi_proc_fns.usable_spaxels(cube.flux)
-        normed = hsi_proc_fns.normalise(cube.flux, norm, stats, usable)
+        normalised = hsi_proc_fns.normalise(cube.flux, norm, stats, usable)
         has_label = label_classes(labels, task) != LABEL_NONE
         patches, rows = [], []
         for y, x in np.argwhere(usable & has_label):
-            patch = np.zeros((size, size, normed.shape[2]), np.float32)
+            patch = np.zeros((size, size, normalised.shape[2]), np.float32)
             for i in range(size):
                 for j in range(size):
                     at = y + i - size // 2, x + j - size // 2
-                    if 0 <= at[0] < normed.shape[0] and 0 <= at[1] < normed.shape[1]:
-                        patch[i, j] = normed[at]
+                    if 0 <= at[0] < normalised.shape[0] and 0 <= at[1] < normalised.shape[1]:
+                        patch[i, j] = normalised[at]
             rows.append((len(patches), y, x, labels[y, x]))
             patches.append(patch)
         made = data_io.read_label_meta(utils.label_path(root, task, path.stem))["recipe"]
