@@ -210,7 +210,7 @@ def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
             if isinstance(error, OSError | RuntimeError):
                 reason = _first_line(error)
                 raise DataError(
-                    f"{path}: could not be written ({reason}). Check disk and memory, then run this again."
+                    f"{path}: could not be written ({reason}). Check disk and memory, then re-run."
                 ) from error
             raise
 
