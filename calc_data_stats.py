@@ -24,8 +24,8 @@ from scipy.linalg import eigh
 import data_io
 import hsi_proc_fns
 import utils
+from data_io import Recipe, require_alike
 from hsi_proc_fns import Stats
-from recipe import Recipe, require_alike
 from utils import DataError
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ import pandas as pd
 
 import data_io
 import utils
+from data_io import Recipe, digest_of
 from labels import LABEL_NONE, class_names, label_classes
-from recipe import Recipe, digest_of
 from utils import DataError, LabelTask
 
 log = logging.getLogger(__name__)

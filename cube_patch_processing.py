@@ -26,9 +26,9 @@ import data_io
 import hsi_proc_fns
 import loops
 import utils
+from data_io import require_alike
 from hsi_proc_fns import Stats
 from labels import LABEL_NONE, label_classes
-from recipe import require_alike
 from utils import LABEL_TASKS, DataError, LabelTask
 
 log = logging.getLogger(__name__)

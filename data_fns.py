@@ -1,11 +1,12 @@
-"""Training batches: the sampler, datasets from packed cubes or patch files, loaders.
+"""Which spaxels are learned, and the batches that training reads.
 
-Reads   splits/<split_dir>/{train,val,test}.csv, and processed/packed (made from processed/cubes on
-        demand) or processed/patches. Layouts: docs/data_formats.md.
+Reads   splits/<split_dir>/{train,val,test}.csv, processed/labels, and processed/packed (made from
+        processed/cubes on demand) or processed/patches. Layouts: docs/data_formats.md.
 
 A sample is one labelled, usable spaxel: its patch (1, band, P, P), with the spaxel at
 [P//2, P//2] and zeros beyond the field of view, and its class. Both datasets give the same tensors
-for the same split. Batches are cut in one call each, so no Python code runs per patch.
+for the same split. Batches are cut in one call each, so no Python code runs per patch. Galaxies are
+used together only if their cubes and labels were made with the same options.
 
 A cutout is a sample with T - 1 more spaxels per side, all labelled spaxels of which are learned
 from: see CutoutBatch. Cutouts come from packed cubes: one table of normalised spectra,
@@ -22,8 +23,9 @@ import signal
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -31,24 +33,386 @@ import torch
 from scipy.ndimage import uniform_filter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 import data_io
 import pack_cubes
 import utils
+from data_io import digest_of, require_alike
 from hsi_proc_fns import Stats, band_slice
-from labels import LABEL_NONE
-from pack_cubes import PackedCubes
-from recipe import require_alike
-from samples import REBUILD_LABELS, DataOptions, PatchSpec, Samples, get_samples, patch_file
+from labels import LABEL_NONE, LOGOH_SCALE, class_names, label_classes
+from pack_cubes import PackedCubes, PackedType
+from utils import DataError, LabelTask, PatchNorm
 
 log = logging.getLogger(__name__)
 
+Source = Literal["packed", "patches"]
+CUTOUT = 5
+"""Default side of the cutouts from packed cubes, in spaxels."""
 DEVICE_SHARE = 0.6
 """Fraction of a GPU's free memory that packed cubes may take to be held there."""
 FEW_CUTOUTS = 3
 """Training warns if a step has fewer cutouts than this."""
 N_TURNS = 8
 """Symmetries of the square: four quarter turns, each plain or mirrored; 0 leaves a patch as is."""
+REBUILD_LABELS = "Re-run cube_processing.py (or process_single_cube.py) --overwrite"
+
+
+# Options
+
+
+@dataclass(frozen=True)
+class PatchSpec:
+    """What a sample is."""
+
+    label_task: LabelTask
+    n_classes: int = 6
+    """Number of metallicity classes, 6 or 8; ignored for BPT, which has 3."""
+    patch_norm: PatchNorm = "PCA"
+    patch_size: int = 7
+    bands: tuple[int, int] | None = None
+    """First band (or component) and the one after the last, cut after normalising; None: all."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in order."""
+        return class_names(self.label_task, None if self.label_task == "BPT" else self.n_classes)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which samples are learned, and from which files."""
+
+    data_dir: Path | None = None
+    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
+    split_dir: str | None = None
+    """Split to learn from, a folder in <data_dir>/splits; default hard_<label_task>."""
+    label_task: LabelTask = "logOH"
+    """Labels to learn."""
+    n_classes: Literal[6, 8] = 6
+    """Number of metallicity classes; ignored for BPT, which has 3."""
+    patch_norm: PatchNorm = "PCA"
+    """Normalisation of the spectra. PCA: principal components of the training split."""
+    patch_size: int = 7
+    """Side of a patch in spaxels."""
+    bands: tuple[int, int] | None = None
+    """First band (or component) and the one after the last; default all."""
+    source: Source = "packed"
+    """Files to learn from. packed: packed cubes (pack_cubes.py), created if necessary. patches:
+    the patch files of cube_patch_processing.py."""
+    packed_type: PackedType = "float16"
+    """Number type of packed cubes."""
+    cutout: int | None = None
+    """Side of the cutouts in spaxels, odd; all labelled spaxels of a cutout are learned at once,
+    with the same expectation as patch by patch, but faster. 1: patch by patch. Default 5 from
+    packed cubes; patch files only allow 1."""
+    batch_size: int = 256
+    """Labelled spaxels per step; with cutouts on average."""
+    samples_per_epoch: int | None = None
+    """Labelled spaxels per epoch; default as many as there are in the training part."""
+    balance: bool = True
+    """Draw all classes equally often; otherwise as often as they occur."""
+    augment: bool = True
+    """Turn and mirror patches at random (odd patch sizes only)."""
+    workers: int = 0
+    """Processes that cut batches and pack cubes; 0 uses this process, which is fast enough for
+    principal components."""
+
+    @property
+    def root(self) -> Path:
+        """Data folder."""
+        return utils.data_dir(self.data_dir)
+
+    @property
+    def split(self) -> str:
+        """Name of the split."""
+        return self.split_dir or utils.default_split(self.label_task)
+
+    @property
+    def spec(self) -> PatchSpec:
+        """What a sample is."""
+        return PatchSpec(
+            self.label_task, self.n_classes, self.patch_norm, self.patch_size, self.bands
+        )
+
+    @property
+    def cutout_size(self) -> int:
+        """Side of the cutouts; 1 for patches."""
+        return self.cutout or (CUTOUT if self.source == "packed" else 1)
+
+    def check(self) -> None:
+        """Raise a DataError if options contradict each other."""
+        size, cutout = self.patch_size, self.cutout_size
+        if self.augment and size % 2 == 0:
+            raise DataError(
+                f"--patch-size {size}: an even patch has no central spaxel to turn about. Choose "
+                "an odd size, or --no-augment."
+            )
+        if cutout > 1 and self.source != "packed":
+            raise DataError(
+                f"--cutout {cutout}: patch files hold no cutouts. Choose --cutout 1, or --source "
+                "packed."
+            )
+        if cutout < 1 or cutout % 2 == 0:
+            raise DataError(f"--cutout {cutout}: expected an odd number from 1.")
+
+
+# Samples
+
+
+@dataclass
+class Samples:
+    """Labelled spaxels, one row each.
+
+    Attributes
+    ----------
+    plateifus : list of str
+        The galaxies.
+    galaxy : (N,) int32
+        Rows of `plateifus`.
+    y, x, row : (N,) int32
+        Spaxel; row of the patch file (-1 without one).
+    classes : (N,) int64
+    values : (N,) float32
+        Label values: 12+log(O/H) in dex, or the BPT class.
+    options : dict
+        How all the cubes ("cube") and labels ("labels") were made; an empty dict if nothing says.
+    cubes, label_maps : dict of plateifu -> str
+        Digests of the cubes (of their recipes) and of the label maps (of their values).
+    inputs : dict of str -> str
+        Digests of the split and, with the norm PCA, of its statistics.
+    """
+
+    plateifus: list[str]
+    galaxy: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+    row: np.ndarray
+    classes: np.ndarray
+    values: np.ndarray
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cubes: dict[str, str] = field(default_factory=dict)
+    label_maps: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return self.classes.size
+
+    def class_counts(self, n_classes: int) -> np.ndarray:
+        """Count the samples of each class, (classes,) int."""
+        return np.bincount(self.classes, minlength=n_classes)
+
+    def spaxel_names(self, rows: Sequence[int]) -> list[str]:
+        """Plateifu and spaxel of some rows, in words."""
+        return [f"{self.plateifus[self.galaxy[i]]} y={self.y[i]} x={self.x[i]}" for i in rows]
+
+    def by_galaxy(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Iterate over the galaxies (rows of `plateifus`) and their samples (rows)."""
+        order = np.argsort(self.galaxy, kind="stable")
+        starts = np.flatnonzero(np.diff(self.galaxy[order], prepend=-1))
+        for rows in np.split(order, starts[1:]) if len(order) else []:
+            yield int(self.galaxy[rows[0]]), rows
+
+
+class GalaxySpaxels(NamedTuple):
+    """Labelled, usable spaxels of one galaxy, and how they were made."""
+
+    rows: pd.DataFrame
+    """row (of the patch file, else -1), y, x, label."""
+    options: dict[str, dict[str, Any]]
+    """As in `Samples`."""
+    cube: str
+    label_map: str
+    """Digests, as in `Samples`."""
+
+
+def get_samples(
+    table: pd.DataFrame,
+    spec: PatchSpec,
+    root: Path,
+    packed: PackedCubes | None = None,
+    stats: Stats | None = None,
+) -> Samples:
+    """List the samples of one part of a split, by galaxy in the split's order, then y and x.
+
+    Parameters
+    ----------
+    table : DataFrame
+        The part's CSV: plateifu, and y and x where the split is by spaxel.
+    spec : PatchSpec
+    root : Path
+        Data folder.
+    packed : PackedCubes, optional
+        Cubes to learn from; without them, the patch files.
+    stats : Stats, optional
+        Statistics that patch files with the norm PCA must have been made with.
+
+    Raises
+    ------
+    DataError
+        If files of galaxies are missing or do not belong together (the first one is named), or
+        there is no sample.
+    """
+    plateifus = list(dict.fromkeys(table["plateifu"]))
+    by_spaxel = {"y", "x"} <= set(table.columns)
+    chosen = dict(list(table.groupby("plateifu")[["y", "x"]])) if by_spaxel else {}
+    found: dict[str, GalaxySpaxels] = {}
+    options: dict[str, dict[str, Any]] = {"cube": {}, "labels": {}}
+    problems: list[str] = []
+    for plateifu in tqdm(
+        plateifus, desc="listing spaxels", unit="galaxy", leave=False, disable=None
+    ):
+        try:
+            if packed is not None:
+                spaxels = packed_spaxels(packed, root, spec, plateifu)
+            else:
+                spaxels = patch_file_spaxels(root, spec, stats, plateifu)
+            for product, made in spaxels.options.items():
+                if made and options[product]:
+                    where, whose = f"{plateifu} ({product})", f"those of {next(iter(found))}"
+                    require_alike(made, options[product], where, whose, REBUILD_LABELS)
+                options[product] = options[product] or made
+            found[plateifu] = spaxels
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        remedy = " Or remove their label maps and rebuild the split."
+        raise DataError(
+            f"{problems[0]} ({len(problems)} of the {len(plateifus)} galaxies of this part of the "
+            f"split have such a problem.){remedy if len(problems) < len(plateifus) else ''}"
+        )
+    each = []
+    for i, (plateifu, spaxels) in enumerate(found.items()):
+        rows = spaxels.rows.merge(chosen[plateifu], on=["y", "x"]) if by_spaxel else spaxels.rows
+        each.append(rows.sort_values(["y", "x"]).assign(galaxy=i))
+    whole = pd.concat(each, ignore_index=True) if each else pd.DataFrame()
+    if whole.empty:
+        raise DataError(
+            f"{root}: no labelled {spec.label_task} spaxel in the {len(plateifus)} galaxies of a "
+            "part of the split. Look at the label maps (processed/labels), or choose another split."
+        )
+    check_scale(spec, options["labels"], root)
+    label_maps = {p: found[p].label_map for p in plateifus}
+    warn_of_changes(table, len(whole), label_maps, spec.label_task)
+    classes = label_classes(whole["label"].to_numpy(), spec.label_task, spec.n_classes)
+    assert (classes != LABEL_NONE).all(), "a spaxel without a label became a sample"
+    galaxy, y, x, row = (whole[c].to_numpy(np.int32) for c in ("galaxy", "y", "x", "row"))
+    values = whole["label"].to_numpy(np.float32)
+    inputs = options, {p: found[p].cube for p in plateifus}, label_maps
+    return Samples(plateifus, galaxy, y, x, row, classes.astype(np.int64), values, *inputs)
+
+
+def packed_spaxels(
+    packed: PackedCubes, root: Path, spec: PatchSpec, plateifu: str
+) -> GalaxySpaxels:
+    """List a galaxy's spaxels by its label map and its usable spectra.
+
+    Raises
+    ------
+    DataError
+        If the label map is missing, unreadable or of another shape than the cube.
+    """
+    usable = packed.rows[plateifu] > 0
+    path = utils.label_path(root, spec.label_task, plateifu)
+    labels = data_io.read_labels(path)
+    check_label_shape(labels, usable, path)
+    classes = label_classes(labels, spec.label_task, spec.n_classes)
+    y, x = np.nonzero((classes != LABEL_NONE) & usable)
+    rows = pd.DataFrame({"row": -1, "y": y, "x": x, "label": labels[y, x]})
+    made = data_io.read_label_meta(path).get("recipe")
+    options = {"cube": packed.recipe.options["cube"], "labels": made.shared if made else {}}
+    return GalaxySpaxels(rows, options, packed.cubes[plateifu], digest_of(labels))
+
+
+def patch_file_spaxels(
+    root: Path, spec: PatchSpec, stats: Stats | None, plateifu: str
+) -> GalaxySpaxels:
+    """List a galaxy's spaxels by the index of its patch file.
+
+    Raises
+    ------
+    DataError
+        If the file is missing, unreadable, outdated or holds smaller patches than needed.
+    """
+    remedy = "Re-run cube_patch_processing.py --overwrite"
+    path = patch_file(root, spec, plateifu)
+    patches, rows, made = data_io.read_patches(path)
+    if patches.shape[1] < spec.patch_size:
+        raise DataError(
+            f"{path}: patches of {patches.shape[1]}x{patches.shape[1]} spaxels, expected at "
+            f"least {spec.patch_size}x{spec.patch_size}. {remedy} --patch-size {spec.patch_size}."
+        )
+    cube = utils.cube_path(root, plateifu)
+    label = utils.label_path(root, spec.label_task, plateifu)
+    if cube.is_file() and label.is_file():
+        data_io.patch_recipe(
+            data_io.read_cube_head(cube).recipe,
+            data_io.read_labels(label),
+            data_io.read_label_meta(label).get("recipe"),
+            spec.patch_norm,
+            made.options["patch_size"],
+            stats,
+        ).require(made, path, remedy)
+    elif stats and made.inputs.get("set of statistics") != stats.recipe.digest:
+        raise DataError(
+            f"{path}: projected on other components than those of the split's statistics. "
+            f"{remedy} with --split-dir."
+        )
+    options = {k: made.options[k] for k in ("cube", "labels")}
+    return GalaxySpaxels(rows, options, made.inputs["cube"], made.inputs["label map"])
+
+
+def warn_of_changes(
+    table: pd.DataFrame, n_found: int, label_maps: dict[str, str], label_task: str
+) -> None:
+    """Warn if label maps have changed since the split was made, or spaxels of it are unusable."""
+    if "label_digest" in table:
+        split_maps = table.drop_duplicates("plateifu").set_index("plateifu")["label_digest"]
+        length = data_io.DIGEST_LENGTH
+        changed = [p for p, digest in label_maps.items() if digest[:length] != split_maps.get(p)]
+        if changed:
+            log.warning(
+                "the label maps of %d of the %d galaxies (%s, ...) have changed since the split "
+                "was made; rebuild it with create_data_splits.py --overwrite",
+                len(changed),
+                len(label_maps),
+                changed[0],
+            )
+    if {"y", "x"} <= set(table.columns) and n_found < len(table):
+        log.warning(
+            "%d of the split's %d spaxels have no %s label or no usable spectrum: left out",
+            len(table) - n_found,
+            len(table),
+            label_task,
+        )
+
+
+def check_scale(spec: PatchSpec, options: dict[str, Any], root: Path) -> None:
+    """Raise a DataError if metallicities are not on the scale that the classes are defined on."""
+    diagnostic = options.get("diagnostic")
+    if spec.label_task == "logOH" and diagnostic not in (None, *LOGOH_SCALE):
+        raise DataError(
+            f"{root}: the labels were made with {diagnostic}; the class limits are on the scale of "
+            f"{' and '.join(LOGOH_SCALE)}. Make labels with --diagnostic {LOGOH_SCALE[0]}."
+        )
+
+
+def check_label_shape(labels: np.ndarray, usable: np.ndarray, path: Path) -> None:
+    """Raise a DataError unless a label map and its cube have the same spaxels."""
+    if labels.shape != usable.shape:
+        raise DataError(
+            f"{path}: label map of {labels.shape} spaxels, expected {usable.shape} as in the cube. "
+            "Re-run process_single_cube.py --overwrite."
+        )
+
+
+def patch_file(root: Path, spec: PatchSpec, plateifu: str) -> Path:
+    """Path of a galaxy's patch file."""
+    return utils.patch_path(root, spec.label_task, spec.patch_norm, plateifu)
+
+
+# Datasets
 
 
 class Batch(NamedTuple):
@@ -84,17 +448,11 @@ class CutoutBatch(NamedTuple):
     """(N, T, T) float32, 0 where there is no sample; expected sum over a cutout: 1."""
 
 
-# Datasets
-
-
 class PatchDataset(Dataset, ABC):
     """Samples and how their batches are put together; subclasses know where the patches are.
 
     An index is a row of `samples`, or a pair (row, turn): see N_TURNS.
     """
-
-    has_fields = False
-    """Whether `field` can return whole galaxies."""
 
     def __init__(self, samples: Samples, spec: PatchSpec) -> None:
         self.samples, self.spec = samples, spec
@@ -120,22 +478,6 @@ class PatchDataset(Dataset, ABC):
     @abstractmethod
     def centres(self, rows: np.ndarray) -> np.ndarray:
         """Read the spectra of the samples themselves, (n, band) float32."""
-
-    def field(self, galaxy: int) -> tuple[Tensor, tuple[int, int]]:
-        """Return the usable part of a whole galaxy, if the dataset `has_fields`.
-
-        Parameters
-        ----------
-        galaxy : int
-            Row of `samples.plateifus`.
-
-        Returns
-        -------
-        (1, 1, band, y, x) float32
-            The box around all usable spaxels.
-        (y, x) of the box's first spaxel.
-        """
-        raise TypeError("patch files hold no whole galaxies")
 
 
 class PatchFileDataset(PatchDataset):
@@ -198,75 +540,41 @@ class PatchFileDataset(PatchDataset):
         return self._maps[plateifu]
 
 
-class PackedSpectra:
-    """Spectra of packed cubes as a tensor, which several datasets may share.
-
-    A pickled object (in a worker) maps the file again.
-    """
-
-    def __init__(self, packed: PackedCubes) -> None:
-        self.path = packed.path
-        self._packed: PackedCubes | None = packed
-        self._tensor: Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the spectra."""
-        return {"path": self.path, "_packed": None, "_tensor": None}
-
-    @property
-    def packed(self) -> PackedCubes:
-        """The file's content."""
-        self._packed = self._packed or pack_cubes.read_packed(self.path)
-        return self._packed
-
-    @property
-    def tensor(self) -> Tensor:
-        """All spectra, (row, C), on disk until `to` moves them; row 0 is zero."""
-        if self._tensor is None:
-            with warnings.catch_warnings():  # about a read-only map, which nothing writes to
-                warnings.simplefilter("ignore", UserWarning)
-                self._tensor = torch.from_numpy(self.packed.spectra)
-        return self._tensor
-
-    def to(self, device: torch.device) -> None:
-        """Hold the spectra on a device."""
-        self._tensor = self.tensor.to(device)
-
-
 class PackedDataset(PatchDataset):
     """Patches or cutouts, gathered from packed cubes by one index operation per batch.
-
-    The tensors of a batch are on the dataset's device: the CPU, until `to` moves it.
 
     Parameters
     ----------
     samples : Samples
     spec : PatchSpec
-    store : PackedSpectra
-        Holds all the samples' galaxies.
+    packed : PackedCubes
+        Hold all the samples' galaxies.
+    spectra : (row, C) Tensor, optional
+        Their spectra, which several datasets may share; the tensors of a batch are on the same
+        device. Default: those on the disk, memory-mapped.
     cutout : int
         T, odd; 1 gives patches (`Batch`), more gives cutouts (`CutoutBatch`).
     probabilities : (N,) array, optional
         Probability with which each sample is drawn; needed for cutouts.
     """
 
-    has_fields = True
-
     def __init__(
         self,
         samples: Samples,
         spec: PatchSpec,
-        store: PackedSpectra,
+        packed: PackedCubes,
+        spectra: Tensor | None = None,
         cutout: int = 1,
         probabilities: np.ndarray | None = None,
     ) -> None:
         super().__init__(samples, spec)
-        self.store, self.cutout = store, cutout
-        self._bands = band_slice(spec.bands, store.tensor.shape[1], store.path)
+        self.packed, self.cutout = packed, cutout
+        self.spectra = as_tensor(packed) if spectra is None else spectra
+        self._bands = band_slice(spec.bands, self.spectra.shape[1], packed.path)
         size = spec.patch_size + cutout - 1
         before = spec.patch_size // 2 + cutout // 2
         edges = (before, size - 1 - before)
-        padded = [np.pad(store.packed.rows[p], (edges, edges)) for p in samples.plateifus]
+        padded = [np.pad(packed.rows[p], (edges, edges)) for p in samples.plateifus]
         ends = np.cumsum([r.size for r in padded])
         widths = np.array([r.shape[1] for r in padded])
         first = (ends - [r.size for r in padded])[samples.galaxy]
@@ -289,12 +597,18 @@ class PackedDataset(PatchDataset):
             shares = probabilities / chance_of_being_seen(samples, probabilities, cutout)
             self._weights[self._centre] = torch.from_numpy(shares.astype(np.float32))
 
-    def to(self, device: torch.device) -> None:
-        """Hold everything on a device."""
-        self.store.to(device)
         for name, value in self.__dict__.items():
             if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
+                setattr(self, name, value.to(self.spectra.device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the spectra: a worker maps the file again."""
+        return {**self.__dict__, "spectra": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Map the spectra."""
+        self.__dict__.update(state)
+        self.spectra = as_tensor(self.packed)
 
     def __getitems__(self, index: Sequence | np.ndarray) -> Batch | CutoutBatch:
         """Cut a whole batch at once; called by torch's loader."""
@@ -320,8 +634,20 @@ class PackedDataset(PatchDataset):
         return self._look_up(self._rows[there]).cpu().numpy()
 
     def field(self, galaxy: int) -> tuple[Tensor, tuple[int, int]]:
-        """Return the usable part of a whole galaxy."""
-        rows = self.store.packed.rows[self.samples.plateifus[galaxy]]
+        """Return the usable part of a whole galaxy.
+
+        Parameters
+        ----------
+        galaxy : int
+            Row of `samples.plateifus`.
+
+        Returns
+        -------
+        (1, 1, band, y, x) float32
+            The box around all usable spaxels.
+        (y, x) of the box's first spaxel.
+        """
+        rows = self.packed.rows[self.samples.plateifus[galaxy]]
         box = usable_box(rows > 0)
         here = torch.from_numpy(rows[box]).to(self._rows.device)
         values = self._look_up(here).view(*here.shape, -1)
@@ -329,8 +655,14 @@ class PackedDataset(PatchDataset):
 
     def _look_up(self, rows: Tensor) -> Tensor:
         """Spectra of rows of any shape, (n, C) float32."""
-        spectra = self.store.tensor[:, self._bands]
-        return spectra.index_select(0, rows.reshape(-1)).float()
+        return self.spectra[:, self._bands].index_select(0, rows.reshape(-1)).float()
+
+
+def as_tensor(packed: PackedCubes) -> Tensor:
+    """Wrap the memory-mapped spectra of packed cubes, (row, C); row 0 is zero."""
+    with warnings.catch_warnings():  # about a read-only map, which nothing writes to
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(packed.spectra)
 
 
 def usable_box(usable: np.ndarray) -> tuple[slice, slice]:
@@ -359,6 +691,9 @@ def turned_positions(patch_size: int) -> np.ndarray:
     grid = np.arange(patch_size**2).reshape(patch_size, patch_size)
     turns = [np.rot90(g, k) for g in (grid, grid.T) for k in range(4)]
     return np.stack([t.reshape(-1) for t in turns])
+
+
+# Loaders
 
 
 class SpaxelBatchSampler(Sampler):
@@ -446,33 +781,6 @@ class SpaxelBatchSampler(Sampler):
         return np.concatenate([rng.permutation(self.n) for _ in range(rounds)])[: self.num_samples]
 
 
-# Loaders
-
-
-def get_dataset(
-    options: DataOptions,
-    table: pd.DataFrame,
-    store: PackedSpectra | None = None,
-    stats: Stats | None = None,
-) -> PatchDataset:
-    """Make the dataset of patches of one part of a split.
-
-    Parameters
-    ----------
-    options : DataOptions
-    table : DataFrame
-        The part's CSV.
-    store : PackedSpectra, optional
-        Needed for packed cubes; several parts may share it.
-    stats : Stats, optional
-        Needed for patch files with the norm PCA.
-    """
-    spec, root = options.spec, options.root
-    if store is None:
-        return PatchFileDataset(get_samples(table, spec, root, None, stats), spec, root)
-    return PackedDataset(get_samples(table, spec, root, store.packed), spec, store)
-
-
 def get_dataloaders(
     options: DataOptions,
     seed: int = 0,
@@ -505,7 +813,8 @@ def get_dataloaders(
     options.check()
     root, spec = options.root, options.spec
     tables, _ = data_io.read_split(utils.split_path(root, options.split))
-    store, stats, inputs = None, None, {"split": data_io.split_digest(tables)}
+    packed, spectra, stats = None, None, None
+    inputs = {"split": data_io.split_digest(tables)}
     if options.source == "packed":
         galaxies = pd.concat([tables[part]["plateifu"] for part in parts]).unique().tolist()
         packed = pack_cubes.open_packed(
@@ -517,22 +826,22 @@ def get_dataloaders(
             max(options.workers, 1),
         )
         log.info("learning from %s: %s, memory-mapped", packed.path, packed.size)
-        store = PackedSpectra(packed)
+        spectra = spectra_on(device, packed)
         inputs |= packed.recipe.inputs
     elif spec.patch_norm == "PCA":
         stats = data_io.read_split_stats(root, options.split)
         inputs["set of statistics"] = stats.recipe.digest
-    datasets = {part: get_dataset(options, tables[part], store, stats) for part in parts}
-    first = datasets[parts[0]].samples
-    for part, dataset in datasets.items():
-        dataset.samples.inputs = inputs
+    samples = {part: get_samples(tables[part], spec, root, packed, stats) for part in parts}
+    for part, found in samples.items():
+        found.inputs = inputs
         where, whose = f"the {part} part", f"those of the {parts[0]} part"
-        require_alike(dataset.samples.options, first.options, where, whose, REBUILD_LABELS)
+        require_alike(found.options, samples[parts[0]].options, where, whose, REBUILD_LABELS)
+    on_gpu = spectra is not None and spectra.is_cuda  # batches are cut there, without workers
     loaders: dict[str, DataLoader] = {}
-    for part, dataset in datasets.items():
+    for part, found in samples.items():
         train = part == "train"
         sampler = SpaxelBatchSampler(
-            dataset.samples.classes,
+            found.classes,
             options.batch_size,
             seed,
             shuffle=train,
@@ -540,34 +849,29 @@ def get_dataloaders(
             augment=train and options.augment,
             num_samples=options.samples_per_epoch if train else None,
         )
-        if train and options.cutout_size > 1:
-            assert store is not None
-            dataset = cutouts_of(dataset.samples, spec, store, options.cutout_size, sampler)
-        on_device = _hold_on(device, dataset)
+        probabilities = sampler.probabilities
+        cutout = options.cutout_size if train else 1
+        if cutout > 1:
+            count_in_cutouts(sampler, found, cutout)
         loaders[part] = DataLoader(
-            dataset,
+            PatchFileDataset(found, spec, root)
+            if packed is None
+            else PackedDataset(found, spec, packed, spectra, cutout, probabilities),
             batch_sampler=sampler,
             collate_fn=collate,
-            num_workers=0 if on_device else options.workers,
-            multiprocessing_context="spawn" if options.workers and not on_device else None,
-            persistent_workers=options.workers > 0 and not on_device,
+            num_workers=0 if on_gpu else options.workers,
+            multiprocessing_context="spawn" if options.workers and not on_gpu else None,
+            persistent_workers=options.workers > 0 and not on_gpu,
             worker_init_fn=_ignore_signals,
-            pin_memory=device is not None and device.type == "cuda" and not on_device,
+            pin_memory=device is not None and device.type == "cuda" and not on_gpu,
             generator=torch.Generator(),  # the loader's own draws leave the global state alone
         )
     return loaders
 
 
-def cutouts_of(
-    samples: Samples,
-    spec: PatchSpec,
-    store: PackedSpectra,
-    cutout: int,
-    sampler: SpaxelBatchSampler,
-) -> PackedDataset:
-    """Make the dataset of cutouts, and have the sampler count labelled spaxels in cutouts."""
-    probabilities = sampler.probabilities
-    each = labelled_in_a_cutout(samples, probabilities, cutout)
+def count_in_cutouts(sampler: SpaxelBatchSampler, samples: Samples, cutout: int) -> None:
+    """Have a sampler of patches draw cutouts instead, of as many labelled spaxels in total."""
+    each = labelled_in_a_cutout(samples, sampler.probabilities, cutout)
     sampler.num_samples = max(1, round(sampler.num_samples / each))
     wanted, sampler.batch_size = sampler.batch_size, max(1, round(sampler.batch_size / each))
     if sampler.batch_size < FEW_CUTOUTS:
@@ -580,24 +884,22 @@ def cutouts_of(
             sampler.batch_size,
             FEW_CUTOUTS * each,
         )
-    return PackedDataset(samples, spec, store, cutout, probabilities)
 
 
-def _hold_on(device: torch.device | None, dataset: PatchDataset) -> bool:
-    """Move packed cubes to a GPU if they fit; say whether they are there now."""
-    if device is None or device.type != "cuda" or not isinstance(dataset, PackedDataset):
-        return False
-    spectra = dataset.store.tensor
-    need, free = 0 if spectra.is_cuda else spectra.nbytes, torch.cuda.mem_get_info(device)[0]
-    if need > DEVICE_SHARE * free:
-        log.info(
-            "packed cubes of %.1f GB stay on disk: %.1f GB of GPU memory are free",
-            need / 1e9,
-            free / 1e9,
-        )
-        return False
-    dataset.to(device)
-    return True
+def spectra_on(device: torch.device | None, packed: PackedCubes) -> Tensor:
+    """Spectra of packed cubes, (row, C): on a GPU if they fit there, else memory-mapped."""
+    spectra = as_tensor(packed)
+    if device is None or device.type != "cuda":
+        return spectra
+    free = torch.cuda.mem_get_info(device)[0]
+    if spectra.nbytes <= DEVICE_SHARE * free:
+        return spectra.to(device)
+    log.info(
+        "packed cubes of %.1f GB stay on disk: %.1f GB of GPU memory are free",
+        spectra.nbytes / 1e9,
+        free / 1e9,
+    )
+    return spectra
 
 
 def labelled_in_a_cutout(samples: Samples, probabilities: np.ndarray, cutout: int) -> float:

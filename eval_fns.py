@@ -40,17 +40,15 @@ import loops
 import metrics
 import pack_cubes
 import run_folder
-import samples
 import SSFTT_dense
 import utils
-from data_fns import PatchDataset, dataset_of
+from data_fns import PackedDataset, PatchDataset, PatchSpec, dataset_of
+from data_io import require_alike
 from hsi_proc_fns import Stats
 from HSI_SSFTT import SSFTT, get_SSFTT_model
 from labels import LABEL_NONE, label_classes
 from pack_cubes import NormalisedCube
-from recipe import require_alike
 from run_folder import ModelCard
-from samples import PatchSpec
 from utils import DataError
 
 log = logging.getLogger(__name__)
@@ -330,9 +328,9 @@ def read_labels_for(model: TrainedModel, path: Path, usable: np.ndarray) -> np.n
     """
     made, options = data_io.read_label_meta(path).get("recipe"), model.card.recipe.options["labels"]
     if made is not None and options:
-        require_alike(made.shared, options, path, "the training labels", samples.REBUILD_LABELS)
+        require_alike(made.shared, options, path, "the training labels", data_fns.REBUILD_LABELS)
     labels = data_io.read_labels(path)
-    samples.check_label_shape(labels, usable, path)
+    data_fns.check_label_shape(labels, usable, path)
     return labels
 
 
@@ -407,11 +405,10 @@ def predict(model: TrainedModel, patches: np.ndarray | Tensor) -> np.ndarray:
     return logits.float().softmax(1).cpu().numpy()
 
 
-@torch.inference_mode()
 def sample_logits(
     network: SSFTT, loader: DataLoader, device: torch.device, amp: Amp = "off"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Class logits of all samples of a loader.
+    """Class logits of all samples of a loader of patches.
 
     Whole galaxies at a time where the dataset has them (packed cubes), otherwise patch by patch:
     the same numbers.
@@ -423,9 +420,17 @@ def sample_logits(
         Into the dataset's samples.
     """
     dataset = dataset_of(loader)
-    network.eval()
-    if dataset.has_fields:
+    if isinstance(dataset, PackedDataset):
         return field_logits(network, dataset, device, amp)
+    return patch_logits(network, loader, device, amp)
+
+
+@torch.inference_mode()
+def patch_logits(
+    network: SSFTT, loader: DataLoader, device: torch.device, amp: Amp = "off"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Like `sample_logits`, always patch by patch."""
+    network.eval()
     logits, rows = [], []
     for batch in loader:
         patches = batch.patches.to(device, non_blocking=True)
@@ -438,7 +443,7 @@ def sample_logits(
 @torch.inference_mode()
 def field_logits(
     network: SSFTT,
-    dataset: PatchDataset,
+    dataset: PackedDataset,
     device: torch.device,
     amp: Amp = "off",
     at_once: int | None = None,
@@ -448,6 +453,7 @@ def field_logits(
     A GPU classifies `at_once` galaxies together (default: by their number of bands), the smaller
     ones padded with zeros, as beyond any field of view; a CPU one at a time, without padding.
     """
+    network.eval()
     logits, order, chosen = [], [], dataset.samples
     if at_once is None:
         at_once = max(1, BANDS_AT_ONCE // dataset.n_bands) if device.type == "cuda" else 1
@@ -751,7 +757,7 @@ def predict_from_patch_files(
 ) -> pd.DataFrame:
     """Like `predict_from_cubes`, but from patch files."""
     spec = model.spec
-    chosen = samples.get_samples(table, spec, root, None, model.stats)
+    chosen = data_fns.get_samples(table, spec, root, None, model.stats)
     dataset = data_fns.PatchFileDataset(chosen, spec, root)
     sampler = data_fns.SpaxelBatchSampler(chosen.classes, PATCHES_AT_ONCE, shuffle=False)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=data_fns.collate)

@@ -30,6 +30,7 @@ import loops
 import resample
 import utils
 from catalogue import catalogue_row
+from data_io import Recipe, file_digest, file_stamp
 from fits_stream import Hdu, iterate_hdus, read_hdus, shape_of
 from labels import (
     BPT_CLASSES,
@@ -44,7 +45,6 @@ from labels import (
     lines_needed,
     metallicity,
 )
-from recipe import Recipe, file_digest, file_stamp
 from utils import DataError, LabelTask
 
 log = logging.getLogger(__name__)

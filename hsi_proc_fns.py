@@ -12,11 +12,12 @@ the centre of a patch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipe import Recipe
+if TYPE_CHECKING:
+    from data_io import Recipe
 from utils import PATCH_NORMS, DataError
 
 LEAST_VARIANCE = 1e-12

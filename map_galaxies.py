@@ -28,8 +28,8 @@ import eval_fns
 import loops
 import run_folder
 import utils
+from data_io import Recipe, file_digest
 from pack_cubes import NormalisedCube
-from recipe import Recipe, file_digest
 
 log = logging.getLogger(__name__)
 

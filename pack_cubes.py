@@ -27,8 +27,8 @@ import data_io
 import hsi_proc_fns
 import loops
 import utils
+from data_io import Recipe, require_alike
 from hsi_proc_fns import Stats
-from recipe import Recipe, require_alike
 from utils import DataError, PatchNorm
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,10 @@ class PackedCubes:
     rows: dict[str, np.ndarray]
     cubes: dict[str, str]
     recipe: Recipe
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the path alone: a worker maps the file again."""
+        return read_packed, (self.path,)
 
     @property
     def size(self) -> str:

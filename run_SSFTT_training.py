@@ -36,11 +36,10 @@ import hsi_proc_fns
 import run_folder
 import SSFTT_dense
 import utils
-from data_fns import PatchDataset, dataset_of
+from data_fns import DataOptions, PatchDataset, Samples, dataset_of
+from data_io import Recipe, digest_of
 from HSI_SSFTT import SSFTT, count_parameters, get_SSFTT_model
-from recipe import Recipe, digest_of
 from run_folder import ModelCard
-from samples import DataOptions, Samples
 from training import OptimisationOptions, Stopper, Training, in_words, restore, train
 from utils import DataError
 

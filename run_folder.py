@@ -31,10 +31,10 @@ from torch import Tensor
 
 import data_io
 import utils
+from data_fns import PatchSpec
+from data_io import Recipe, option_differences
 from hsi_proc_fns import Stats
 from labels import class_middles
-from recipe import Recipe, option_differences
-from samples import PatchSpec
 from utils import DataError
 
 RUNS_FOLDER = Path("runs")

@@ -28,11 +28,10 @@ import metrics
 import run_folder
 import SSFTT_dense
 import utils
-from data_fns import Batch, CutoutBatch, SpaxelBatchSampler, dataset_of
+from data_fns import Batch, CutoutBatch, DataOptions, SpaxelBatchSampler, dataset_of, patch_file
 from HSI_SSFTT import SSFTT
 from labels import LABEL_NONE
 from run_folder import ModelCard
-from samples import DataOptions, patch_file
 from utils import DataError
 
 log = logging.getLogger(__name__)

@@ -29,9 +29,9 @@ import data_io
 import pack_cubes
 import process_single_cube as single
 import utils
+from data_fns import DataOptions
+from data_io import Recipe
 from labels import LABEL_NONE
-from recipe import Recipe
-from samples import DataOptions
 
 TASK: utils.LabelTask = "logOH"
 NORM: utils.PatchNorm = "global"

@@ -46,13 +46,20 @@ import hsi_proc_fns
 import pack_cubes
 import SSFTT_dense
 import utils
-from data_fns import Batch, CutoutBatch, PackedDataset, PackedSpectra, SpaxelBatchSampler
+from data_fns import (
+    Batch,
+    CutoutBatch,
+    DataOptions,
+    PackedDataset,
+    PatchSpec,
+    Samples,
+    SpaxelBatchSampler,
+)
+from data_io import Recipe
 from hsi_proc_fns import Stats
 from HSI_SSFTT import SSFTT, SSFTTConfig, count_parameters, get_SSFTT_model
 from pack_cubes import PackedCubes
-from recipe import Recipe
 from run_folder import MODEL_VERSION, ModelCard
-from samples import DataOptions, PatchSpec, Samples
 from training import OptimisationOptions, Progress, Stopper, Training, batch_loss, train_epoch
 from utils import DataError, PatchNorm
 
@@ -486,10 +493,9 @@ def packed_loader(bench: Bench, path: Path, bands: int, cutout: int, n: int) -> 
         classes, n, balance=True, augment=True, num_samples=n * bench.steps
     )
     spec = PatchSpec("logOH", patch_size=bench.config.patch_size)
-    store = PackedSpectra(pack_cubes.read_packed(path))
-    dataset = PackedDataset(samples, spec, store, cutout, sampler.probabilities)
-    if bench.on_gpu:
-        dataset.to(bench.device)
+    packed = pack_cubes.read_packed(path)
+    spectra = data_fns.as_tensor(packed).to(bench.device)
+    dataset = PackedDataset(samples, spec, packed, spectra, cutout, sampler.probabilities)
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=data_fns.collate)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import fits_stream
 import fits_utils
 import utils
+from data_io import file_digest
 from mock.dr17_files import PRIMARY, logcube_hdus, raw_file, write_gzipped_fits
 from mock.physics import (
     C_KMS,
@@ -41,7 +42,6 @@ from mock.physics import (
     wave_grid,
 )
 from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
-from recipe import file_digest
 from utils import DataError
 
 log = logging.getLogger(__name__)

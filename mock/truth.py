@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 import utils
+from data_io import Recipe
 from labels import LABEL_NONE
 from mock.physics import Galaxy, bpt_class, logoh_n2, logoh_o3n2, to_image, wave_grid
-from recipe import Recipe
 from utils import DataError
 
 TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 2

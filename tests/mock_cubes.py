@@ -16,9 +16,9 @@ import pandas as pd
 
 import data_io
 import utils
+from data_io import Recipe
 from hsi_proc_fns import Stats
 from labels import LABEL_NONE, label_classes
-from recipe import Recipe
 from utils import LABEL_TASKS
 
 N_BAND = 40

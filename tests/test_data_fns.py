@@ -11,9 +11,8 @@ import data_fns
 import data_io
 import hsi_proc_fns
 import utils
-from data_fns import SpaxelBatchSampler
+from data_fns import DataOptions, SpaxelBatchSampler
 from labels import LABEL_NONE
-from samples import DataOptions
 from utils import LABEL_TASKS
 
 
@@ -255,7 +254,7 @@ def test_pickled_datasets_leave_their_spectra_behind(files, source):
     dataset = dataset_of(files, source=source)
     before = dataset[3].patches
     pickled = pickle.dumps(dataset)
-    assert len(pickled) < (30_000 if source == "patches" else dataset.store.tensor.nbytes)
+    assert len(pickled) < (30_000 if source == "patches" else dataset.spectra.nbytes)
     assert torch.equal(pickle.loads(pickled)[3].patches, before)
 
 
@@ -269,7 +268,7 @@ def test_loaders_leave_the_global_random_state_alone(root):
 
 def test_parts_of_a_split_share_the_spectra_and_only_training_is_shuffled(root):
     loaders = data_fns.get_dataloaders(DataOptions(root, "hard"), parts=utils.SPLIT_PARTS)
-    stores = {loader.dataset.store.tensor.data_ptr() for loader in loaders.values()}
+    stores = {loader.dataset.spectra.data_ptr() for loader in loaders.values()}
     assert len(stores) == 1
     batches = [type(next(iter(loader))).__name__ for loader in loaders.values()]
     assert batches == ["CutoutBatch", "Batch", "Batch"]

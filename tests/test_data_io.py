@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 import data_io
+from data_io import Recipe
 from hsi_proc_fns import Stats
-from recipe import Recipe
 from utils import DataError
 
 GALAXY = "8485-1901"

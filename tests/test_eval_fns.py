@@ -17,12 +17,11 @@ import data_fns
 import data_io
 import eval_fns
 import run_SSFTT_training as training
-import samples
 import utils
+from data_fns import DataOptions
 from hsi_proc_fns import MIN_MEASURED
 from HSI_SSFTT import get_SSFTT_model
 from labels import LABEL_NONE
-from samples import DataOptions
 from utils import DataError
 
 TEST_GALAXY = mock_cubes.PLATEIFUS[-1]
@@ -214,16 +213,16 @@ def test_run_on_patch_files_is_evaluated_on_them(root, own_run, own_data, tmp_pa
 
 def test_patch_files_of_rebuilt_cubes_are_refused(own_data):
     galaxies, options = mock_cubes.PLATEIFUS[:2], patching.PatchOptions(("spectral",), 5)
-    spec = samples.PatchSpec("logOH", patch_norm="spectral", patch_size=5)
+    spec = data_fns.PatchSpec("logOH", patch_norm="spectral", patch_size=5)
     table = pd.DataFrame({"plateifu": galaxies})
 
     def refused(message):
         with pytest.raises(DataError, match=f"{galaxies[1]}.* {message}"):
-            samples.get_samples(table, spec, own_data)
+            data_fns.get_samples(table, spec, own_data)
 
     for plateifu in galaxies:
         patching.patch_galaxy(own_data, plateifu, "logOH", options)
-    assert len(samples.get_samples(table, spec, own_data)) > 50
+    assert len(data_fns.get_samples(table, spec, own_data)) > 50
     mock_cubes.rebuild_cube(own_data, galaxies[1], "another LOGCUBE")
     refused("made with another cube.*Re-run cube_patch")
     mock_cubes.rebuild_cube(own_data, galaxies[1], remove_gas_velocity=False)

@@ -8,7 +8,7 @@ from scipy.spatial import ConvexHull
 from sklearn.decomposition import PCA
 
 import hsi_proc_fns as hsi
-from recipe import Recipe
+from data_io import Recipe
 from utils import DataError
 
 MIN_MAX_NORMS = ("global", "spatial", "spectral")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from recipe import Recipe, digest_of, file_digest, file_stamp, require_alike
+from data_io import Recipe, digest_of, file_digest, file_stamp, require_alike
 from utils import DataError
 
 OPTIONS = {"n_components": 30, "bands": [0, 5], "cube": {"wave_min": 5000.0, "redshift": None}}

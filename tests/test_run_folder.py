@@ -10,10 +10,10 @@ import torch
 
 import run_folder
 import utils
+from data_fns import PatchSpec
+from data_io import Recipe
 from labels import class_middles
-from recipe import Recipe
 from run_folder import ModelCard
-from samples import PatchSpec
 from utils import DataError
 
 CARD = ModelCard(

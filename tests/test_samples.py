@@ -11,9 +11,8 @@ from mock_cubes import rebuild_cube, rebuild_statistics, relabel, write_labels
 import data_fns
 import data_io
 import pack_cubes
-import samples
 import utils
-from samples import DataOptions, PatchSpec, Samples
+from data_fns import DataOptions, PatchSpec, Samples
 from utils import LABEL_TASKS, DataError
 
 TRAIN, VAL, GALAXIES = mock_cubes.PLATEIFUS[:2], mock_cubes.PLATEIFUS[2], mock_cubes.PLATEIFUS[:4]
@@ -36,7 +35,7 @@ def samples_of(root, spec, part="train", split="hard"):
     table = data_io.read_split(utils.split_path(root, split))[0][part]
     galaxies = table["plateifu"].unique()
     packed = pack_cubes.open_packed(root, split, spec.patch_norm, galaxies)
-    return samples.get_samples(table, spec, root, packed)
+    return data_fns.get_samples(table, spec, root, packed)
 
 
 def spaxels_of(found):
@@ -81,7 +80,7 @@ def test_classes_and_values_are_those_of_the_label_maps(root):
 def test_samples_come_in_the_order_of_the_split_then_of_the_map(root):
     table = pd.DataFrame({"plateifu": list(GALAXIES[::-1]), "mangaid": "1-0"})
     packed = pack_cubes.open_packed(root, "hard", "global", GALAXIES)
-    found = samples.get_samples(table, PatchSpec("BPT", patch_norm="global"), root, packed)
+    found = data_fns.get_samples(table, PatchSpec("BPT", patch_norm="global"), root, packed)
     assert found.plateifus == list(table["plateifu"])
     assert (np.diff(found.galaxy.astype(int) * 10_000 + found.y * 100 + found.x) > 0).all()
     assert found.cubes == data_io.cube_digests(root, GALAXIES)

@@ -12,7 +12,7 @@ import create_data_splits as cds
 import create_easy_data_splits as easy
 import data_io
 import utils
-from recipe import Recipe, digest_of
+from data_io import Recipe, digest_of
 from utils import DataError
 
 FRACTIONS = (0.7, 0.15, 0.15)

@@ -25,6 +25,7 @@ import eval_fns
 import run_SSFTT_training as training
 import utils
 import vis_fns
+from data_io import Recipe
 from hsi_proc_fns import Stats
 from labels import (
     BPT_CLASSES,
@@ -35,7 +36,6 @@ from labels import (
     class_names,
     demarcate,
 )
-from recipe import Recipe
 from run_folder import ModelCard
 from vis_fns import VisConfig
 
