@@ -21,9 +21,10 @@ import functools
 import itertools
 import logging
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -181,10 +182,10 @@ def load_model(run_dir: Path | str, device: str = "auto") -> TrainedModel:
     DataError
         If the folder holds no trained model, a damaged one, or one of another version.
     """
-    saved = run_folder.read_model(Path(run_dir))
-    network = get_SSFTT_model(**saved.card.network)
+    card, weights, stats, parts = run_folder.read_model(Path(run_dir))
+    network = get_SSFTT_model(**card.network)
     try:
-        network.load_state_dict(saved.weights)
+        network.load_state_dict(weights)
     except RuntimeError:
         raise DataError(
             f"{run_dir}: {run_folder.WEIGHTS_FILE} does not fit the network described in "
@@ -192,7 +193,7 @@ def load_model(run_dir: Path | str, device: str = "auto") -> TrainedModel:
         ) from None
     chosen = pick_device(device)
     network = network.to(chosen).eval()
-    return TrainedModel(network, saved.card, saved.stats, chosen, saved.parts)
+    return TrainedModel(network, card, stats, chosen, parts)
 
 
 # Prediction
@@ -528,12 +529,6 @@ def baseline_logits(weights: dict[str, Tensor], spectra: np.ndarray) -> np.ndarr
     return spectra @ weights["weight"].numpy().T + weights["bias"].numpy()
 
 
-def read_baseline(run_dir: Path) -> dict[str, Tensor] | None:
-    """Read a run's spectrum-only baseline; None if it was not fitted."""
-    path = run_dir / run_folder.BASELINE_FILE
-    return run_folder.read_tensors(path)[0] if path.is_file() else None
-
-
 def baseline_scores(
     train: PatchDataset, val: PatchDataset, weights: dict[str, Tensor] | None
 ) -> dict[str, float]:
@@ -564,7 +559,7 @@ class Evaluation:
     confusion : (true class, predicted class) int
     per_class, per_galaxy : DataFrame
     predictions : DataFrame
-        One row per spaxel: see `predict_from_cubes`.
+        One row per spaxel: see `predictions_table`.
     """
 
     scores: dict[str, Any]
@@ -650,14 +645,18 @@ def evaluate_split(
     model = load_model(run_dir, device)
     root = run_folder.run_data_dir(run_dir, data_dir)
     parts, split = data_io.read_split(run_dir / run_folder.SPLIT_FOLDER)
-    baseline = read_baseline(run_dir)
+    baseline = None
+    if (path := run_dir / run_folder.BASELINE_FILE).is_file():
+        baseline, _ = run_folder.read_tensors(path)
     cubes = [utils.cube_path(root, p) for p in parts[part]["plateifu"].unique()]
     source = model.card.recipe.options["source"]
     if source == "patches" and not any(path.is_file() for path in cubes):
         log.info("evaluating the patch files: there are no cubes")
-        frame = predict_from_patch_files(model, baseline, root, parts[part])
+        galaxies = predict_patch_files(model, root, parts[part])
     else:
-        frame = predict_from_cubes(model, baseline, root, parts[part], patch_wise)
+        galaxies = predict_cubes(model, root, parts[part], patch_wise)
+    mangaids = dict(zip(parts[part]["plateifu"], parts[part]["mangaid"], strict=True))
+    frame = predictions_table(galaxies, mangaids, baseline)
     if frame.empty:
         raise DataError(
             f"{run_dir}: no labelled spaxel in the {part} part of the split. Choose another --part."
@@ -668,15 +667,14 @@ def evaluate_split(
     )
     scores = {
         "part": part,
-        "split": model.card.split_dir,
+        "split": card.split_dir,
         "split_kind": split.options["kind"],
         "label_task": model.spec.label_task,
-        "best_epoch": model.card.best["epoch"],
+        "best_epoch": card.best["epoch"],
         **{k: None if v != v else v for k, v in overall.items()},  # JSON has no NaN
         "created_utc": utils.utc_now(),
     }
-    names = model.card.class_names
-    evaluation = Evaluation(scores, names, confusion, per_class, per_galaxy, frame)
+    evaluation = Evaluation(scores, card.class_names, confusion, per_class, per_galaxy, frame)
     evaluation.write(run_dir / part)
     return evaluation
 
@@ -686,31 +684,24 @@ def count_readers() -> int:
     return min(utils.cpu_count(), READERS)
 
 
-def predict_from_cubes(
-    model: TrainedModel,
-    baseline: dict[str, Tensor] | None,
-    root: Path,
-    table: pd.DataFrame,
-    patch_wise: bool = False,
+class Labelled(NamedTuple):
+    """The labelled spaxels of one galaxy and what a model says of them."""
+
+    plateifu: str
+    y: np.ndarray
+    x: np.ndarray
+    value: np.ndarray
+    true: np.ndarray
+    probabilities: np.ndarray
+    """(n, class) float32."""
+    spectra: np.ndarray
+    """(n, band) float32, normalised."""
+
+
+def predictions_table(
+    galaxies: Iterable[Labelled], mangaids: dict[str, str], baseline: dict[str, Tensor] | None
 ) -> pd.DataFrame:
-    """Predict the labelled spaxels of one part of a split.
-
-    Parameters
-    ----------
-    model : TrainedModel
-    baseline : dict, optional
-        Spectrum-only baseline to apply as well.
-    root : Path
-        Data folder.
-    table : DataFrame
-        The part: plateifu, mangaid, and y and x where the split is by spaxel.
-    patch_wise : bool
-        As in `predict_cube`.
-
-    Raises
-    ------
-    DataError
-        If a cube or label map is missing, unreadable, or made otherwise than the training's.
+    """Gather the predictions for the labelled spaxels of galaxies.
 
     Returns
     -------
@@ -718,7 +709,47 @@ def predict_from_cubes(
         plateifu, mangaid, y, x, value (label: dex or class), true, predicted, probability (of the
         predicted class) and, with a baseline, spectrum_only (its class).
     """
-    spec, frames = model.spec, []
+    frames = [pd.DataFrame()]
+    for galaxy in galaxies:
+        frame = pd.DataFrame(
+            {
+                "plateifu": galaxy.plateifu,
+                "mangaid": mangaids[galaxy.plateifu],
+                "y": galaxy.y,
+                "x": galaxy.x,
+                "value": galaxy.value,
+                "true": galaxy.true,
+                "predicted": galaxy.probabilities.argmax(1),
+                "probability": galaxy.probabilities.max(1),
+            }
+        )
+        if baseline is not None:
+            frame["spectrum_only"] = baseline_logits(baseline, galaxy.spectra).argmax(1)
+        frames.append(frame)
+    return pd.concat(frames[1:] or frames, ignore_index=True)
+
+
+def predict_cubes(
+    model: TrainedModel, root: Path, table: pd.DataFrame, patch_wise: bool = False
+) -> Iterator[Labelled]:
+    """Predict the labelled spaxels of one part of a split.
+
+    Parameters
+    ----------
+    model : TrainedModel
+    root : Path
+        Data folder.
+    table : DataFrame
+        The part: plateifu, and y and x where the split is by spaxel.
+    patch_wise : bool
+        As in `predict_cube`.
+
+    Raises
+    ------
+    DataError
+        If a cube or label map is missing, unreadable, or made otherwise than the training's.
+    """
+    spec = model.spec
     groups = table.groupby("plateifu", sort=False)
     paths = [utils.cube_path(root, plateifu) for plateifu in table["plateifu"].unique()]
     cubes = loops.in_threads(functools.partial(read_cube_for, model), paths, count_readers())
@@ -734,51 +765,26 @@ def predict_from_cubes(
             chosen[rows["y"], rows["x"]] = True
             wanted &= chosen
         y, x = np.nonzero(wanted)
-        frame = pd.DataFrame(
-            {
-                "plateifu": plateifu,
-                "mangaid": rows["mangaid"].iloc[0],
-                "y": y,
-                "x": x,
-                "value": labels[y, x],
-                "true": classes[y, x],
-                "predicted": result.classes[y, x],
-                "probability": result.probabilities[y, x].max(1),
-            }
+        maps = (labels, classes, result.probabilities, cube.values)
+        yield Labelled(plateifu, y, x, *(each[y, x] for each in maps))
+
+
+def predict_patch_files(model: TrainedModel, root: Path, table: pd.DataFrame) -> Iterator[Labelled]:
+    """Like `predict_cubes`, but from patch files."""
+    samples = data_fns.get_samples(table, model.spec, root, None, model.stats)
+    dataset = data_fns.PatchFileDataset(samples, model.spec, root)
+    for galaxy, rows in samples.by_galaxy():
+        blocks = np.split(rows, range(PATCHES_AT_ONCE, len(rows), PATCHES_AT_ONCE))
+        guesses = [predict(model, dataset.__getitems__(block).patches) for block in blocks]
+        yield Labelled(
+            samples.plateifus[galaxy],
+            samples.y[rows],
+            samples.x[rows],
+            samples.values[rows],
+            samples.classes[rows],
+            np.concatenate(guesses),
+            dataset.centres(rows),
         )
-        if baseline is not None:
-            frame["spectrum_only"] = baseline_logits(baseline, cube.values[y, x]).argmax(1)
-        frames.append(frame)
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-
-
-def predict_from_patch_files(
-    model: TrainedModel, baseline: dict[str, Tensor] | None, root: Path, table: pd.DataFrame
-) -> pd.DataFrame:
-    """Like `predict_from_cubes`, but from patch files."""
-    spec = model.spec
-    chosen = data_fns.get_samples(table, spec, root, None, model.stats)
-    dataset = data_fns.PatchFileDataset(chosen, spec, root)
-    sampler = data_fns.SpaxelBatchSampler(chosen.classes, PATCHES_AT_ONCE, shuffle=False)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=data_fns.collate)
-    logits, rows = sample_logits(model.network, loader, model.device)
-    plateifus = np.array(chosen.plateifus)[chosen.galaxy[rows]]
-    mangaids = table.drop_duplicates("plateifu").set_index("plateifu")["mangaid"]
-    frame = pd.DataFrame(
-        {
-            "plateifu": plateifus,
-            "mangaid": mangaids.loc[plateifus].to_numpy(),
-            "y": chosen.y[rows],
-            "x": chosen.x[rows],
-            "value": chosen.values[rows],
-            "true": chosen.classes[rows],
-            "predicted": logits.argmax(1),
-            "probability": torch.from_numpy(logits).softmax(1).numpy().max(1),
-        }
-    )
-    if baseline is not None:
-        frame["spectrum_only"] = baseline_logits(baseline, dataset.centres(rows)).argmax(1)
-    return frame
 
 
 def main(config: EvalConfig) -> int:

@@ -36,9 +36,10 @@ import hsi_proc_fns
 import run_folder
 import SSFTT_dense
 import utils
-from data_fns import DataOptions, PatchDataset, Samples, dataset_of
+from data_fns import DataOptions, PatchDataset, PatchSpec, Samples, dataset_of
 from data_io import Recipe, digest_of
 from HSI_SSFTT import SSFTT, count_parameters, get_SSFTT_model
+from labels import class_middles
 from run_folder import ModelCard
 from training import OptimisationOptions, Stopper, Training, in_words, restore, train
 from utils import DataError
@@ -256,19 +257,28 @@ def describe_model(config: TrainConfig, loaders: dict[str, DataLoader], model: S
     """Describe the model and what decides it."""
     data, spec = config.data, config.data.spec
     train, val = (dataset_of(loaders[part]).samples for part in ("train", "val"))
-    of_class = {int(k): train.values[train.classes == k] for k in np.unique(train.classes)}
     return ModelCard(
         recipe=run_recipe(config, train, val),
         spec=spec,
         class_names=list(spec.class_names),
         class_counts=train.class_counts(len(spec.class_names)).tolist(),
-        class_values=run_folder.training_class_values(of_class, spec),
+        class_values=class_values(train.values, train.classes, spec),
         label_median=float(np.median(train.values)),
         network=asdict(model.config),
         parameters=count_parameters(model),
         split_dir=data.split,
         data_dir=str(data.root.resolve()),
     )
+
+
+def class_values(labels: np.ndarray, classes: np.ndarray, spec: PatchSpec) -> list[float] | None:
+    """Mean 12+log(O/H) of each class's training labels, dex; of an empty class its middle."""
+    if spec.label_task != "logOH":
+        return None
+    values = class_middles(spec.n_classes)
+    for k in np.unique(classes):
+        values[k] = labels[classes == k].mean(dtype=float)
+    return values.tolist()
 
 
 def run_recipe(config: TrainConfig, train: Samples, val: Samples) -> Recipe:

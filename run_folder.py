@@ -34,7 +34,6 @@ import utils
 from data_fns import PatchSpec
 from data_io import Recipe, option_differences
 from hsi_proc_fns import Stats
-from labels import class_middles
 from utils import DataError
 
 RUNS_FOLDER = Path("runs")
@@ -152,22 +151,6 @@ class ModelCard:
         )
 
 
-def training_class_values(samples_of: dict[int, np.ndarray], spec: PatchSpec) -> list[float] | None:
-    """Mean 12+log(O/H) of each class's training labels, dex; of an empty class its middle.
-
-    Parameters
-    ----------
-    samples_of : dict of class -> (n,) dex
-    spec : PatchSpec
-    """
-    if spec.label_task != "logOH":
-        return None
-    values = class_middles(spec.n_classes)
-    for k, labels in samples_of.items():
-        values[k] = labels.mean(dtype=float)
-    return values.tolist()
-
-
 # Starting a run
 
 
@@ -204,7 +187,9 @@ def choose(
         other options, or there are files of other origin that a run would replace.
     """
     if run_dir is None:
-        for found in newest_runs() if resume else ():
+        runs = [path.parent for path in RUNS_FOLDER.glob(f"*/{CHECKPOINT_FILE}")]
+        runs.sort(key=lambda run: -(run / CHECKPOINT_FILE).stat().st_mtime_ns)
+        for found in runs if resume else ():
             with contextlib.suppress(DataError):  # a damaged run is not the one
                 if not option_differences(own_options(found), options):
                     return found, True
@@ -229,12 +214,6 @@ def choose(
             "--run-dir."
         )
     return run_dir, False
-
-
-def newest_runs() -> list[Path]:
-    """List the folders in ./runs that hold a checkpoint, the newest first."""
-    found = [path.parent for path in RUNS_FOLDER.glob(f"*/{CHECKPOINT_FILE}")]
-    return sorted(found, key=lambda run: -(run / CHECKPOINT_FILE).stat().st_mtime_ns)
 
 
 def own_options(run_dir: Path) -> dict[str, Any]:
@@ -380,28 +359,19 @@ def read_checkpoint(run_dir: Path, device: torch.device | str = "cpu") -> dict[s
 # Using a run
 
 
-@dataclass
-class SavedModel:
-    """What a run's folder holds of its model.
+def read_model(
+    run_dir: Path,
+) -> tuple[ModelCard, dict[str, Tensor], Stats | None, dict[str, str]]:
+    """Read the best model of a run.
 
-    Attributes
-    ----------
+    Returns
+    -------
     card : ModelCard
     weights : dict of str -> Tensor
     stats : Stats or None
         For the norm PCA.
     parts : dict of str -> str
         Part of the run's split by mangaid; training for a galaxy in several (easy splits).
-    """
-
-    card: ModelCard
-    weights: dict[str, Tensor]
-    stats: Stats | None
-    parts: dict[str, str]
-
-
-def read_model(run_dir: Path) -> SavedModel:
-    """Read the best model of a run.
 
     Raises
     ------
@@ -427,7 +397,7 @@ def read_model(run_dir: Path) -> SavedModel:
     stats = data_io.read_stats(run_dir / STATS_FILE) if STATS_FILE in needed else None
     split = data_io.read_split(run_dir / SPLIT_FOLDER)[0] if has_split else {}
     parts = {m: part for part in reversed(split) for m in split[part]["mangaid"]}
-    return SavedModel(card, weights, stats, parts)
+    return card, weights, stats, parts
 
 
 def run_data_dir(run_dir: Path, flag: Path | None = None) -> Path:

@@ -479,9 +479,9 @@ def packed_loader(bench: Bench, path: Path, bands: int, cutout: int, n: int) -> 
             dict(zip(plateifus, maps, strict=True)),
         )
         recipe = pack_cubes.packed_recipe("global", "float16", None, {})
-        packed = PackedCubes(path, empty, rows, dict.fromkeys(plateifus, ""), recipe)
-        spectra = (rng.standard_normal((side**2, bands), np.float32) for _ in plateifus)
-        pack_cubes.write_packed(path, packed, spectra)
+        to_write = PackedCubes(path, empty, rows, dict.fromkeys(plateifus, ""), recipe)
+        normals = (rng.standard_normal((side**2, bands), np.float32) for _ in plateifus)
+        pack_cubes.write_packed(path, to_write, normals)
     y, x = np.indices((side, side)) - side // 2
     y, x = np.nonzero(np.hypot(y, x) < side / np.sqrt(3 * np.pi))
     galaxy = np.repeat(np.arange(n_cubes, dtype=np.int32), y.size)

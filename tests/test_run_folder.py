@@ -4,7 +4,6 @@ import json
 import os
 
 import mock_cubes
-import numpy as np
 import pytest
 import torch
 
@@ -12,7 +11,6 @@ import run_folder
 import utils
 from data_fns import PatchSpec
 from data_io import Recipe
-from labels import class_middles
 from run_folder import ModelCard
 from utils import DataError
 
@@ -74,9 +72,9 @@ def half(path):
     ],
 )
 def test_model_survives_its_files_and_damaged_ones_are_refused(run_dir, name, damage, message):
-    saved = run_folder.read_model(run_dir)
-    assert saved.card == CARD
-    assert torch.equal(saved.weights["w"], torch.arange(6.0).reshape(2, 3).T)
+    card, weights, _, _ = run_folder.read_model(run_dir)
+    assert card == CARD
+    assert torch.equal(weights["w"], torch.arange(6.0).reshape(2, 3).T)
     damage(run_dir / name)
     with pytest.raises(DataError, match=message) as caught:
         run_folder.read_model(run_dir)
@@ -94,15 +92,6 @@ def test_damaged_checkpoint_is_refused_and_no_code_in_one_is_executed(run_dir, t
         with pytest.raises(DataError, match=r"last\.pt: not a readable checkpoint"):
             run_folder.read_checkpoint(run_dir)
     assert not (tmp_path / "executed").exists()
-
-
-def test_class_values_are_means_of_training_labels_or_middles_of_classes_without_any():
-    labels = {2: np.array([8.41, 8.43], np.float32), 5: np.array([8.7], np.float32)}
-    expected = class_middles(6)
-    expected[[2, 5]] = [8.42, 8.7]
-    found = run_folder.training_class_values(labels, PatchSpec("logOH"))
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert run_folder.training_class_values({}, PatchSpec("BPT")) is None
 
 
 def test_new_run_keeps_nothing_of_the_old_one_and_copies_split_and_statistics(root, run_dir):

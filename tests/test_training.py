@@ -26,7 +26,7 @@ import run_SSFTT_training as script
 import training
 import utils
 from data_fns import DataOptions, PatchSpec
-from labels import class_names
+from labels import class_middles, class_names
 from run_SSFTT_training import TrainConfig, train_config
 from utils import DataError
 
@@ -456,7 +456,7 @@ def test_command_alone_creates_statistics_and_packed_cubes_and_trains(tmp_path, 
     assert len(data_io.read_split_stats(root, "hard_logOH").components) == 30
     assert (root / "processed/packed/hard_logOH/PCA_float16.h5").is_file()
     (run,) = Path("runs").iterdir()
-    spec = run_folder.read_model(run).card.spec
+    spec = run_folder.ModelCard.read(run).spec
     assert (spec.patch_norm, spec.patch_size, spec.bands) == ("PCA", 7, None)
 
 
@@ -486,7 +486,7 @@ def test_config_of_a_run_folder_repeats_the_run(options, tmp_path, monkeypatch):
 def test_run_folder_records_where_it_came_from(options, trained):
     files = "config.json environment.json split log.txt metrics.csv last.pt model.json stats.h5"
     assert {p.name for p in trained.iterdir()} == {*files.split(), "best.safetensors"}
-    card = run_folder.read_model(trained).card
+    card = run_folder.ModelCard.read(trained)
     assert card.class_names == list(class_names("logOH", 6))
     assert sum(card.class_counts) == 444
     assert card.recipe.options["cube"]["n_band"] == mock_cubes.N_BAND
@@ -578,7 +578,7 @@ def test_mixed_precision_learns_and_resumes(options, amp, cutout):
 def test_network_learns_to_beat_the_majority_class(options, cutout):
     options = {**options, "patch_norm": "spectral", "cutout": cutout, "patience": 0}
     assert train(options, epochs=12, baselines=True) == 0
-    card = run_folder.read_model(options["run_dir"]).card
+    card = run_folder.ModelCard.read(options["run_dir"])
     assert card.best["val_accuracy"] > card.baselines["val_majority_accuracy"] + 0.25
     assert card.baselines["val_spectrum_accuracy"] > 0.5
 
@@ -692,3 +692,12 @@ def test_a_gpu_trains_stops_and_takes_over_from_a_cpu(options, monkeypatch, cuto
     numbers = numbers_of(options["run_dir"])
     assert len(numbers) == 3
     assert numbers["train_loss"].iloc[-1] < numbers["train_loss"].iloc[0]
+
+
+def test_class_values_are_means_of_training_labels_or_middles_of_classes_without_any():
+    labels, classes = np.array([8.41, 8.43, 8.7], np.float32), np.array([2, 2, 5])
+    expected = class_middles(6)
+    expected[[2, 5]] = [8.42, 8.7]
+    found = script.class_values(labels, classes, PatchSpec("logOH"))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert script.class_values(labels, classes, PatchSpec("BPT")) is None
