@@ -17,7 +17,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -120,7 +120,9 @@ class LabelOptions:
     regions."""
 
 
-# Headers
+def _of(options: Any, options_class: type) -> dict[str, Any]:
+    """Values of the fields that a class of options declares; a command's config has more."""
+    return {f.name: getattr(options, f.name) for f in fields(options_class)}
 
 
 def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, bool]:
@@ -177,7 +179,7 @@ def process_cube(
     catalogue: Path | None = None,
     skip_critical: bool = False,
     overwrite: bool = False,
-    compression: str | None = None,
+    compression: Literal["gzip"] | None = None,
 ) -> str:
     """De-redshift and resample one LOGCUBE, and write it as H5.
 
@@ -215,7 +217,7 @@ def process_cube(
     if not source.is_file():
         raise DataError(f"{source}: no such file. Fetch it with download_utils.py.")
     _check_grid(options)
-    chosen, inputs = {**asdict(options), "redshift": redshift}, dict[str, str]()
+    chosen, inputs = {**_of(options, CubeOptions), "redshift": redshift}, dict[str, str]()
     if options.remove_gas_velocity and maps is not None and maps.is_file():
         inputs["MAPS"] = file_digest(maps)
     stamp = file_stamp(source)
@@ -548,8 +550,8 @@ def process_map(
     source, target = Path(source), Path(target)
     if not source.is_file():
         raise DataError(f"{source}: no such file. Fetch it with download_utils.py.")
-    chosen, inputs = {**asdict(options), "label_task": label_task}, {"MAPS": file_digest(source)}
-    recipe = Recipe("labels", data_io.LABEL_VERSION, chosen, inputs)
+    chosen = {**_of(options, LabelOptions), "label_task": label_task}
+    recipe = Recipe("labels", data_io.LABEL_VERSION, chosen, {"MAPS": file_digest(source)})
     if target.is_file() and not overwrite:
         data_io.read_labels(target)  # a damaged one is not up to date
         made = data_io.read_label_meta(target)
