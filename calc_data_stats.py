@@ -14,9 +14,8 @@ Writes  splits/<split_dir>/stats.h5, stats_components.png, stats_variance.png.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.linalg import eigh
@@ -49,27 +48,14 @@ class Config:
     """Show tracebacks."""
 
 
-@dataclass
 class Moments:
-    """Running count, mean and scatter matrix of spectra.
+    """Running count `n`, `mean` (band,) and `scatter` (band, band) of spectra, float64.
 
-    Attributes
-    ----------
-    n : int
-    mean : (band,) float64
-    scatter : (band, band) float64
-        Sum of outer products of deviations from the mean.
+    The scatter is the sum of outer products of deviations from the mean.
     """
 
-    n_band: int
-    n: int = 0
-    mean: np.ndarray = field(init=False)
-    scatter: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Start with no spectra."""
-        self.mean = np.zeros(self.n_band)
-        self.scatter = np.zeros((self.n_band, self.n_band))
+    def __init__(self, n_band: int) -> None:
+        self.n, self.mean, self.scatter = 0, np.zeros(n_band), np.zeros((n_band, n_band))
 
     def add(self, spectra: np.ndarray) -> None:
         """Add (N, band) spectra; Chan et al. (1983), The American Statistician 37, 242, eq. 2.1."""
@@ -77,8 +63,7 @@ class Moments:
             return
         block = spectra.astype(float)
         block_mean = block.mean(axis=0)
-        deviations = block - block_mean
-        shift = block_mean - self.mean
+        deviations, shift = block - block_mean, block_mean - self.mean
         total = self.n + len(block)
         self.scatter += deviations.T @ deviations
         self.scatter += np.outer(shift, shift) * (self.n * len(block) / total)
@@ -96,9 +81,8 @@ def principal_components(moments: Moments, k: int) -> tuple[np.ndarray, np.ndarr
     variance, ratio : (k,)
         Sample variance along each (divisor n - 1), and its share of the total.
     """
-    covariance = moments.scatter / (moments.n - 1)
-    leading = (moments.n_band - k, moments.n_band - 1)
-    values, vectors = eigh(covariance, subset_by_index=leading)  # ascending
+    covariance, n_band = moments.scatter / (moments.n - 1), moments.mean.size
+    values, vectors = eigh(covariance, subset_by_index=(n_band - k, n_band - 1))  # ascending
     components = vectors[:, ::-1].T
     largest = np.abs(components).argmax(axis=1)
     components = components * np.sign(components[np.arange(k), largest])[:, None]
@@ -129,24 +113,22 @@ def split_stats(
     """
     from tqdm import tqdm
 
-    moments, wave, options = None, None, None
+    recipe = stats_recipe(root, plateifus, n_components, min_snr)
+    wave = data_io.read_cube_head(utils.cube_path(root, plateifus[0])).wave
+    if not 1 <= n_components <= wave.size:
+        raise DataError(
+            f"--n-components {n_components}: expected 1 to {wave.size}, the number of bands."
+        )
+    moments, first = Moments(wave.size), f"that of {plateifus[0]}"
     for plateifu in tqdm(plateifus, desc="statistics", unit="galaxy", disable=None):
         path = utils.cube_path(root, plateifu)
         cube = data_io.read_cube(path)
-        if moments is None or wave is None or options is None:
-            moments, wave, options = Moments(cube.wave.size), cube.wave, cube.recipe.shared
-        whose = f"that of {plateifus[0]}"
-        require_alike(cube.recipe.shared, options, path, whose, data_io.REBUILD_CUBE)
-        if not 1 <= n_components <= wave.size:
-            raise DataError(
-                f"--n-components {n_components}: expected 1 to {wave.size}, the number of bands."
-            )
+        require_alike(cube.recipe.shared, recipe.options["cube"], path, first, data_io.REBUILD_CUBE)
         moments.add(usable_spectra(cube, min_snr))
-    if moments is None or wave is None or moments.n <= n_components:
-        n = moments.n if moments else 0
+    if moments.n <= n_components:
         raise DataError(
-            f"{root}: {n} usable spectra in {len(plateifus)} galaxies, expected more than the "
-            f"{n_components} components. Lower --n-components or --min-snr."
+            f"{root}: {moments.n} usable spectra in {len(plateifus)} galaxies, expected more than "
+            f"the {n_components} components. Lower --n-components or --min-snr."
         )
     components, variance, ratio = principal_components(moments, n_components)
     std = np.sqrt(np.diag(moments.scatter) / (moments.n - 1))
@@ -157,19 +139,13 @@ def split_stats(
         "created_utc": utils.utc_now(),
         "code_version": utils.VERSION,
     }
-    recipe = stats_recipe(root, plateifus, n_components, min_snr, options)
     return Stats(wave, moments.mean, std, components, variance, ratio, recipe, attrs)
 
 
-def stats_recipe(
-    root: Path,
-    plateifus: list[str],
-    n_components: int,
-    min_snr: float,
-    cube_options: dict[str, Any] | None,
-) -> Recipe:
-    """Name what decides the statistics of the given galaxies; `cube_options` as in the cubes."""
-    options = {"n_components": n_components, "min_snr": min_snr, "cube": cube_options}
+def stats_recipe(root: Path, plateifus: list[str], n_components: int, min_snr: float) -> Recipe:
+    """Name what decides the statistics of the given galaxies' cubes, all made like the first."""
+    cube = data_io.read_cube_head(utils.cube_path(root, plateifus[0])).recipe
+    options = {"n_components": n_components, "min_snr": min_snr, "cube": cube.shared}
     inputs = data_io.stats_inputs(data_io.cube_digests(root, plateifus))
     return Recipe("statistics", data_io.STATS_VERSION, options, inputs)
 
@@ -182,29 +158,21 @@ def main(config: Config) -> int:
     folder = utils.split_path(root, config.split_dir)
     parts, _ = data_io.read_split(folder)
     plateifus = sorted(parts["train"]["plateifu"].unique())
+    if not plateifus:
+        raise DataError(f"{folder}/train.csv: no galaxy, expected some. Rebuild the split.")
     target = utils.stats_path(root, config.split_dir)
     if target.is_file() and not config.overwrite:
-        head = data_io.read_cube_head(utils.cube_path(root, plateifus[0]))
-        today = stats_recipe(
-            root, plateifus, config.n_components, config.min_snr, head.recipe.shared
-        )
+        today = stats_recipe(root, plateifus, config.n_components, config.min_snr)
         today.require(data_io.read_stats(target).recipe, target, "Replace it with --overwrite")
         log.info("%s: up to date", target)
         return utils.EXIT_DONE
     stats = split_stats(root, config.split_dir, plateifus, config.n_components, config.min_snr)
-    for figure, name in (
-        (vis_fns.components_figure(stats), "stats_components.png"),
-        (vis_fns.variance_figure(stats), "stats_variance.png"),
-    ):
-        vis_fns.save(figure, folder / name)
+    vis_fns.save(vis_fns.components_figure(stats), folder / "stats_components.png")
+    vis_fns.save(vis_fns.variance_figure(stats), folder / "stats_variance.png")
     data_io.write_stats(target, stats)
     shown = ", ".join(f"{100 * r:.1f}" for r in stats.explained_ratio[:5])
-    log.info(
-        "%d spectra of %d galaxies; the first components explain %s %% of the variance",
-        stats.attrs["n_spaxels"],
-        len(plateifus),
-        shown,
-    )
+    counts = f"{stats.attrs['n_spaxels']} spectra of {len(plateifus)} galaxies"
+    log.info("%s; the first components explain %s %% of the variance", counts, shown)
     log.info("Statistics and figures: %s", folder)
     return utils.EXIT_DONE
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,26 @@ from utils import DataError
 
 
 def catalogue_row(path: Path, plateifu: str) -> dict[str, Any]:
-    """Redshift and identity of a galaxy from the dapall or drpall catalogue.
-
-    Returns
-    -------
-    dict with plateifu, mangaid, redshift
+    """Redshift and identity of one galaxy, as in `catalogue_rows`.
 
     Raises
     ------
     DataError
-        If the catalogue does not hold the galaxy, or no redshift of it.
+        If the catalogue is missing, unreadable or does not list the galaxy.
     """
-    return catalogue_rows(path, (plateifu,))[plateifu]
+    rows = catalogue_rows(path, plateifu)
+    if plateifu not in rows:
+        raise DataError(
+            f"{path}: no galaxy {plateifu} in the catalogue. Check --plateifu, or give --redshift."
+        )
+    return rows[plateifu]
 
 
-def catalogue_rows(path: Path, plateifus: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Rows of a dapall or drpall catalogue by plateifu; all of them, or those asked for.
+def catalogue_rows(path: Path, plateifu: str | None = None) -> dict[str, dict[str, Any]]:
+    """Rows of a catalogue by plateifu, each with mangaid and redshift; all, or that of one galaxy.
 
-    The redshift is NSA_Z, else Z (in drpall nsa_z, else z); negative values mean none.
-
-    Raises
-    ------
-    DataError
-        If a galaxy asked for is not there.
+    The redshift is NSA_Z, else Z (in drpall nsa_z, else z); None where neither is above -0.01.
     """
-    path = Path(path)
     if not path.is_file():
         raise DataError(
             f"{path}: no such catalogue. Fetch it with download_utils.py --catalogue, or check "
@@ -46,33 +40,28 @@ def catalogue_rows(path: Path, plateifus: Sequence[str] | None = None) -> dict[s
     rows: dict[str, dict[str, Any]] = {}
     try:
         with fits.open(path) as hdus:
-            for hdu in hdus[1:]:
-                if not isinstance(hdu, fits.BinTableHDU):
-                    continue
-                names = {n.lower(): n for n in hdu.columns.names}
+            for hdu in (hdu for hdu in hdus[1:] if isinstance(hdu, fits.BinTableHDU)):
+                names = {name.lower() for name in hdu.columns.names}
                 if "plateifu" not in names:
                     continue
-                z_names = [names[n] for n in ("nsa_z", "z") if n in names]
-                columns = [hdu.data[names["plateifu"]], hdu.data[names["mangaid"]]]
-                for i, (key, mangaid) in enumerate(zip(*columns, strict=True)):
-                    key = key.strip()
-                    if key in rows or (plateifus is not None and key not in plateifus):
-                        continue
-                    values = [float(hdu.data[n][i]) for n in z_names]
-                    good = [v for v in values if np.isfinite(v) and v > -0.01]
-                    rows[key] = {
-                        "plateifu": key,
-                        "mangaid": mangaid.strip(),
-                        "redshift": good[0] if good else None,
-                    }
+                table = hdu.data
+                redshift = np.full(len(table), np.nan)
+                for name in ("z", "nsa_z"):  # the latter takes precedence
+                    if name in names:
+                        values = np.asarray(table[name], float)
+                        redshift = np.where(values > -0.01, values, redshift)
+                for key, mangaid, z in zip(
+                    table["plateifu"], table["mangaid"], redshift.tolist(), strict=True
+                ):
+                    if plateifu in (None, key.strip()):
+                        row = {
+                            "mangaid": mangaid.strip(),
+                            "redshift": z if np.isfinite(z) else None,
+                        }
+                        rows.setdefault(key.strip(), row)
     except (OSError, TypeError, ValueError) as error:  # what astropy makes of a file cut short
         raise DataError(
             f"{path}: not a readable catalogue ({error}). Fetch it again with download_utils.py "
             "--catalogue."
         ) from None
-    for key in plateifus or ():
-        if key not in rows:
-            raise DataError(
-                f"{path}: no galaxy {key} in the catalogue. Check --plateifu, or give --redshift."
-            )
     return rows

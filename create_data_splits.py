@@ -85,12 +85,11 @@ def labelled_galaxies(
         if count < max(min_labelled, 1) or (skip_critical and about.get("critical")):
             continue
         plateifu = utils.plateifu_of(path)
-        mangaid = about.get("mangaid") or plateifu
         counts = np.bincount(classes[has_label], minlength=n_classes)
         rows.append(
             {
                 "plateifu": plateifu,
-                "mangaid": mangaid,
+                "mangaid": about.get("mangaid") or plateifu,
                 "n_labelled": count,
                 "mean_label": round(float(labels[has_label].mean(dtype=float)), 4),
                 **{f"class_{k}": int(c) for k, c in enumerate(counts)},
@@ -102,12 +101,9 @@ def labelled_galaxies(
             f"{paths[0].parent}: none of the {len(paths)} galaxies has {min_labelled} "
             f"labelled spaxels, at most {most}. Lower --min-labelled, or look at the label maps."
         )
-    left_out = len(paths) - len(rows)
-    if left_out:
-        why = " or CRITICAL" if skip_critical else ""
-        log.info(
-            "%d galaxies left out: fewer than %d labelled spaxels%s", left_out, min_labelled, why
-        )
+    if left_out := len(paths) - len(rows):
+        why = f"fewer than {min_labelled} labelled spaxels{' or CRITICAL' * skip_critical}"
+        log.info("%d galaxies left out: %s", left_out, why)
     return pd.DataFrame(rows)
 
 
@@ -120,15 +116,7 @@ def check_fractions(fractions: tuple[float, float, float]) -> None:
 def split_galaxies(
     galaxies: pd.DataFrame, fractions: tuple[float, float, float], seed: int
 ) -> dict[str, pd.DataFrame]:
-    """Distribute whole galaxies over the parts.
-
-    Parameters
-    ----------
-    galaxies : DataFrame
-        With plateifu, mangaid and mean_label.
-    fractions : (train, val, test)
-        Positive, summing to 1.
-    seed : int
+    """Distribute whole galaxies (with plateifu, mangaid and mean_label) over the parts.
 
     Returns
     -------
@@ -148,8 +136,7 @@ def split_galaxies(
             f"{len(means)} galaxies: expected at least 3, one for each part. Process more."
         )
     order = means.index[np.lexsort((rng.random(len(means)), means.to_numpy()))]
-    parts = _interleave(len(order), fractions, rng)
-    part_of = dict(zip(order, parts, strict=True))
+    part_of = dict(zip(order, _interleave(len(order), fractions, rng), strict=True))
     assigned = galaxies["mangaid"].map(part_of)
     return {
         name: galaxies[assigned == i].sort_values("plateifu").reset_index(drop=True)
@@ -193,9 +180,9 @@ def write_checked(
         return
     data_io.write_split(folder, parts, recipe, warning)
     for name, table in parts.items():
-        count = f"{table['mangaid'].nunique()} galaxies"
         spaxels = int(table["n_labelled"].sum()) if "n_labelled" in table else len(table)
-        log.info("%s/%s: %s, %d labelled spaxels", split_dir, name, count, spaxels)
+        counts = table["mangaid"].nunique(), spaxels
+        log.info("%s/%s: %d galaxies, %d labelled spaxels", split_dir, name, *counts)
     log.info("Split: %s", folder)
 
 
@@ -209,13 +196,11 @@ def split_recipe(config: Config, kind: str, galaxies: pd.DataFrame) -> Recipe:
 
 def main(config: Config) -> int:
     """Write the split."""
-    root = utils.data_dir(config.data_dir)
-    task = config.label_task
+    root, task = utils.data_dir(config.data_dir), config.label_task
     galaxies = labelled_galaxies(root, task, config.min_labelled, config.skip_critical)
     parts = split_galaxies(galaxies, config.fractions, config.seed)
     split_dir = config.split_dir or utils.default_split(task)
-    recipe = split_recipe(config, "hard", galaxies)
-    write_checked(root, split_dir, parts, recipe, config.overwrite)
+    write_checked(root, split_dir, parts, split_recipe(config, "hard", galaxies), config.overwrite)
     return utils.EXIT_DONE
 
 

@@ -13,6 +13,7 @@ Writes  splits/<split_dir>/{train,val,test}.csv: plateifu, mangaid, y, x, one ro
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,20 +42,11 @@ class Config(hard.Config):
 
 def easy_split(
     galaxies: pd.DataFrame,
-    spaxels: dict[str, tuple[np.ndarray, np.ndarray]],
+    spaxels: Mapping[str, tuple[np.ndarray, ...]],
     fractions: tuple[float, float, float],
     seed: int,
 ) -> dict[str, pd.DataFrame]:
-    """Distribute each galaxy's labelled spaxels over the parts at random.
-
-    Parameters
-    ----------
-    galaxies : DataFrame
-        With plateifu and mangaid.
-    spaxels : dict of plateifu -> (ys, xs)
-        Labelled spaxels.
-    fractions : (train, val, test)
-    seed : int
+    """Distribute each galaxy's labelled spaxels, (ys, xs) by plateifu, over the parts at random.
 
     Returns
     -------
@@ -84,19 +76,15 @@ def easy_split(
 
 def main(config: Config) -> int:
     """Write the split, with a warning."""
-    root = utils.data_dir(config.data_dir)
-    galaxies = hard.labelled_galaxies(
-        root, config.label_task, config.min_labelled, config.skip_critical
-    )
+    root, task = utils.data_dir(config.data_dir), config.label_task
+    galaxies = hard.labelled_galaxies(root, task, config.min_labelled, config.skip_critical)
     spaxels = {}
     for plateifu in galaxies["plateifu"]:
-        labels = data_io.read_labels(utils.label_path(root, config.label_task, plateifu))
-        classes = label_classes(labels, config.label_task)
-        ys, xs = np.nonzero(classes != LABEL_NONE)
-        spaxels[plateifu] = ys, xs
+        labels = data_io.read_labels(utils.label_path(root, task, plateifu))
+        spaxels[plateifu] = np.nonzero(label_classes(labels, task) != LABEL_NONE)
     parts = easy_split(galaxies, spaxels, config.fractions, config.seed)
     recipe = hard.split_recipe(config, "easy", galaxies)
-    split_dir = config.split_dir or f"easy_{config.label_task}"
+    split_dir = config.split_dir or f"easy_{task}"
     hard.write_checked(root, split_dir, parts, recipe, config.overwrite, WARNING)
     log.warning(WARNING)
     return utils.EXIT_DONE

@@ -66,19 +66,12 @@ def label_patches(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut the patches of every labelled, usable spaxel.
 
-    Parameters
-    ----------
-    flux : (y, x, band) array
-    labels : (y, x) array
-        Label map of the task.
-    label_task, patch_norm, patch_size, stats
-        As in `hsi_proc_fns.normalise` and `extract_patches`.
-
     Returns
     -------
     patches : (N, P, P, C) float32
+        From the cube's flux (y, x, band), as `hsi_proc_fns.normalise` and `extract_patches` do.
     ys, xs : (N,) int
-        Spaxels at their centres, in C order of the map.
+        Spaxels at their centres, in C order of the label map (y, x).
     """
     if labels.shape != flux.shape[:2]:
         raise DataError(
@@ -102,16 +95,8 @@ def patch_galaxy(
 ) -> str:
     """Write the patch files of one galaxy and label task, one for each norm.
 
-    Parameters
-    ----------
-    root : Path
-        Data folder.
-    plateifu, label_task : str
-    options : PatchOptions
-    stats : Stats, optional
-        Needed for the norm PCA: see `stats_for`.
-    overwrite : bool
-        Replace files that were made otherwise.
+    The norm PCA needs `stats` (`stats_for`). With `overwrite`, files that were made otherwise are
+    replaced.
 
     Returns
     -------
@@ -140,13 +125,8 @@ def patch_galaxy(
             recipe.require(made, target, "Replace it with --overwrite")
             continue
         if norm_stats is not None:
-            require_alike(
-                cube_recipe.shared,
-                norm_stats.recipe.options["cube"],
-                cube_path,
-                "the statistics",
-                data_io.REBUILD_CUBE,
-            )
+            theirs = norm_stats.recipe.options["cube"], cube_path, "the statistics"
+            require_alike(cube_recipe.shared, *theirs, data_io.REBUILD_CUBE)
         if flux is None:
             flux = data_io.read_cube(cube_path, with_errors=False).flux
         patches, ys, xs = label_patches(
@@ -182,36 +162,24 @@ def stats_for(root: Path, options: PatchOptions) -> Stats | None:
     return data_io.read_split_stats(root, options.split_dir)
 
 
-def patch_all_tasks(
-    plateifu: str,
-    root: Path,
-    label_tasks: tuple[str, ...],
-    options: PatchOptions,
-    stats: Stats | None,
-    overwrite: bool,
-) -> str:
-    """Write one galaxy's patch files for several label tasks."""
-    words = {patch_galaxy(root, plateifu, t, options, stats, overwrite) for t in label_tasks}
+def patch_all_tasks(plateifu: str, root: Path, config: Config, stats: Stats | None) -> str:
+    """Write one galaxy's patch files for all chosen label tasks."""
+    words = {
+        patch_galaxy(root, plateifu, task, config, stats, config.overwrite)
+        for task in config.label_tasks
+    }
     return "written" if "written" in words else "up to date"
 
 
 def main(config: Config) -> int:
     """Cut the patches of all chosen galaxies."""
     root = utils.data_dir(config.data_dir)
-    cubes = utils.processed_cubes(root)
-    galaxies = loops.chosen_galaxies(config, [p.stem for p in cubes])
-    options = PatchOptions(config.patch_norms, config.patch_size, config.split_dir)
-    work = partial(
-        patch_all_tasks,
-        root=root,
-        label_tasks=config.label_tasks,
-        options=options,
-        stats=stats_for(root, options),
-        overwrite=config.overwrite,
-    )
-    failed_csv = loops.failed_path(root / "processed" / "patches", config.shard)
+    galaxies = loops.chosen_galaxies(config, [p.stem for p in utils.processed_cubes(root)])
+    work = partial(patch_all_tasks, root=root, config=config, stats=stats_for(root, config))
+    folder = root / "processed" / "patches"
+    failed_csv = loops.failed_path(folder, config.shard)
     outcome = loops.for_each_galaxy(work, galaxies, "patches", failed_csv, config.jobs)
-    return loops.report(outcome, "patches", root / "processed" / "patches")
+    return loops.report(outcome, "patches", folder)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ Writes  processed/cubes, processed/labels, processed/patches (see process_single
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import create_data_splits
@@ -22,6 +22,7 @@ import loops
 import process_single_cube as single
 import utils
 from cube_patch_processing import stats_for
+from utils import DataError
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +38,11 @@ class Config(single.GalaxyOptions, loops.GalaxyChoice):
     """Random seed of that split."""
 
 
-def galaxies_with_files(config: Config) -> list[str]:
-    """Plateifus that have a LOGCUBE in the raw folder, sorted."""
-    raw = utils.data_dir(config.data_dir) / "raw"
-    found = {utils.plateifu_of(p) for p in raw.glob("*/*/manga-*-LOGCUBE*.fits*")}
-    return sorted(found)
-
-
 def main(config: Config) -> int:
     """Process all chosen galaxies, then split them."""
     root = utils.data_dir(config.data_dir)
-    galaxies = loops.chosen_galaxies(config, galaxies_with_files(config))
+    cubes = (root / "raw").glob("*/*/manga-*-LOGCUBE*.fits*")
+    galaxies = loops.chosen_galaxies(config, sorted({utils.plateifu_of(path) for path in cubes}))
     work = partial(
         single.process_galaxy,
         root=root,
@@ -76,14 +71,9 @@ def main(config: Config) -> int:
             )
             continue
         try:
-            create_data_splits.main(
-                create_data_splits.Config(
-                    task, data_dir=root, skip_critical=config.skip_critical, seed=config.seed
-                )
-            )
-        except (
-            utils.DataError
-        ) as error:  # e.g. too few galaxies, which are worth processing all the same
+            split = create_data_splits.Config(task, data_dir=root, seed=config.seed)
+            create_data_splits.main(replace(split, skip_critical=config.skip_critical))
+        except DataError as error:  # too few galaxies are worth processing all the same
             log.warning("no split %s: %s", name, error)
     return code
 

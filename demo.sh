@@ -57,4 +57,4 @@ for name in logOH_hard BPT_hard; do
         $out/$name/split/test.csv)
     run vis_fns.py --run-dir $out/$name --plateifu $shown
 done
-run demo_summary.py --results $out --seconds $SECONDS
+run -m mock.demo_summary --results $out --seconds $SECONDS

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import logging
 import os
 import time
@@ -68,32 +67,19 @@ class Config(loops.GalaxyChoice):
 
 
 def archive_url(kind: str, plateifu: str | None, daptype: str, base_url: str = ARCHIVE) -> str:
-    """URL of a file in the archive.
+    """URL of a file in the archive, or in a mirror of it.
 
-    Parameters
-    ----------
-    kind : {"LOGCUBE", "MAPS", "DRPCUBE", "dapall"}
-    plateifu : str or None
-        None for the catalogue.
-    daptype : str
-    base_url : str
-        Root URL of the archive or of a mirror.
+    `kind` is a FileKind, or "dapall" for the catalogue, whose plateifu is None.
     """
     from sdss_access.path import Path as SdssPath
 
     logging.getLogger("sdss_access").propagate = False  # its debug lines would fill our log
-    versions = {"drpver": DRP_VERSION, "dapver": DAP_VERSION}
-    paths = SdssPath(release=RELEASE)
-    if kind == "dapall":
-        location = paths.location("dapall", **versions)
-    else:
-        plate, ifu = utils.split_plateifu(str(plateifu))
-        where = {**versions, "plate": plate, "ifu": ifu}
-        if kind == "DRPCUBE":
-            location = paths.location("mangacube", **where, wave="LOG")
-        else:
-            location = paths.location("mangadap", **where, mode=kind, daptype=daptype)
-    return f"{base_url.rstrip('/')}/{location}"
+    keys = {"drpver": DRP_VERSION, "dapver": DAP_VERSION, "wave": "LOG", "mode": kind}
+    keys["daptype"] = daptype
+    if plateifu:
+        keys["plate"], keys["ifu"] = utils.split_plateifu(plateifu)
+    name = {"dapall": "dapall", "DRPCUBE": "mangacube"}.get(kind, "mangadap")
+    return f"{base_url.rstrip('/')}/{SdssPath(release=RELEASE).location(name, **keys)}"
 
 
 def local_path(root: Path, url: str, plateifu: str | None) -> Path:
@@ -119,15 +105,8 @@ def missing_files(root: Path, plateifu: str | None, config: Config) -> list[tupl
 def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
     """Download one file, resuming an earlier download of it.
 
-    Parameters
-    ----------
-    url : str
-    path : Path
-        Appears only when complete and checked.
-    retries : int
-        Number of further attempts after a failed connection.
-    pause_s : float
-        Pause before the first of them in seconds; it doubles each time.
+    `path` appears only when complete and checked. After a failed connection, up to `retries` more
+    attempts are made, the first after `pause_s` seconds, a time that doubles for each of the next.
 
     Returns
     -------
@@ -249,12 +228,11 @@ def _check_content(path: Path, name: str) -> None:
         ) from None
 
 
-def fetch_galaxy(plateifu: str, root: Path, config: Config) -> str:
-    """Fetch a galaxy's missing files; return "fetched", or "complete" if none was missing."""
+def fetch_galaxy(plateifu: str | None, root: Path, config: Config) -> str:
+    """Fetch a galaxy's missing files (None: the catalogue); return "fetched" or "complete"."""
     missing = missing_files(root, plateifu, config)
     for url, path in missing:
-        size = fetch(url, path, config.retries)
-        log.info("%s: %.1f MB", path.name, size / 1e6)
+        log.info("%s: %.1f MB", path.name, fetch(url, path, config.retries) / 1e6)
     return "fetched" if missing else "complete"
 
 
@@ -265,15 +243,13 @@ def main(config: Config) -> int:
     if not is_named and not config.catalogue:
         raise DataError("nothing to fetch. Give --plateifu, --galaxy-list or --catalogue.")
     names = loops.chosen_galaxies(config, []) if is_named else []
-    catalogue = missing_files(root, None, config) if config.catalogue else []
     if config.dry_run:
-        for url, path in itertools.chain(
-            catalogue, *(missing_files(root, name, config) for name in names)
-        ):
-            print(url, path)
+        for name in [*([None] if config.catalogue else []), *names]:
+            for url, path in missing_files(root, name, config):
+                print(url, path)
         return utils.EXIT_DONE
-    for url, path in catalogue:
-        log.info("%s: %.1f MB", path.name, fetch(url, path, config.retries) / 1e6)
+    if config.catalogue:
+        fetch_galaxy(None, root, config)
     if not names:
         return utils.EXIT_DONE
     work = partial(fetch_galaxy, root=root, config=config)

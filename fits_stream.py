@@ -9,9 +9,11 @@ Returns headers, and arrays in native byte order with numpy's axis order: (band,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,10 +34,10 @@ FETCH_AGAIN = "Fetch it again with download_utils.py --overwrite."
 
 @dataclass(frozen=True)
 class Hdu:
-    """Header and array of one HDU; (band, y, x), native byte order."""
+    """Header and array of one HDU; (band, y, x), native byte order. Without data, it is empty."""
 
     header: fits.Header
-    data: np.ndarray | None
+    data: np.ndarray
 
 
 class _Checksum:
@@ -75,18 +77,13 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise DataError(
             f"{path}: no such file. Check the path, or fetch it with download_utils.py."
         )
-    size = path.stat().st_size
-    if size == 0:
-        raise DataError(f"{path}: zero bytes. Expected a FITS file. {FETCH_AGAIN}")
     with path.open("rb") as raw:
-        is_gzip = raw.read(2) == b"\x1f\x8b"
-    opened = (
-        igzip_threaded.open(path, "rb", threads=1, block_size=DECOMPRESSION_BUFFER)
-        if is_gzip
-        else path.open("rb")
-    )
+        lead = raw.read(2)
+    if not lead:
+        raise DataError(f"{path}: zero bytes. Expected a FITS file. {FETCH_AGAIN}")
+    gzipped = partial(igzip_threaded.open, threads=1, block_size=DECOMPRESSION_BUFFER)
     try:
-        with opened as stream:
+        with (gzipped if lead == b"\x1f\x8b" else open)(path, "rb") as stream:
             yield stream
     except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]
         raise DataError(f"{path}: damaged or cut short ({error}). {FETCH_AGAIN}") from None
@@ -105,10 +102,6 @@ def iterate_hdus(
         Extension names; "PRIMARY" is the first HDU. Other HDUs are skipped.
     planes : slice, optional
         Part of the first axis to keep of arrays with three axes (wavelengths of a cube).
-
-    Yields
-    ------
-    name, Hdu
 
     Raises
     ------
@@ -129,17 +122,16 @@ def iterate_hdus(
             name = header.get("EXTNAME", "PRIMARY" if not seen else f"HDU{len(seen)}").strip()
             seen.append(name)
             shape = shape_of(header)
-            groups = header.get("GCOUNT", 1) * (
-                int(np.prod(shape, dtype=np.int64)) + header.get("PCOUNT", 0) if shape else 0
-            )
-            n_bytes = abs(header["BITPIX"]) // 8 * groups
+            n_values = math.prod(shape) + header.get("PCOUNT", 0) if shape else 0
+            n_bytes = abs(header["BITPIX"]) // 8 * header.get("GCOUNT", 1) * n_values
             padded = -(-n_bytes // FITS_BLOCK) * FITS_BLOCK
             if name not in missing:
                 _skip(stream, padded, path, name)
                 continue
-            part = planes if planes and len(shape) == 3 else slice(None)
-            checksum, bitpix = _Checksum(), header["BITPIX"]
-            data = _read_array(stream, bitpix, shape, path, name, part, checksum) if shape else None
+            data, checksum = np.empty(0), _Checksum()
+            if shape:
+                part = planes if planes and len(shape) == 3 else slice(None)
+                data = _read_array(stream, header["BITPIX"], shape, path, name, part, checksum)
             _skip(stream, padded - n_bytes, path, name, is_padding=True)  # zeros: nothing to add
             checksum.check(header, path, name)
             missing.discard(name)
@@ -192,7 +184,7 @@ def _read_array(
     kind = np.dtype(code)
     first, stop, _ = planes.indices(shape[0])
     array = np.empty((stop - first, *shape[1:]), kind.newbyteorder("="))
-    plane = kind.itemsize * int(np.prod(shape[1:], dtype=np.int64))
+    plane = kind.itemsize * math.prod(shape[1:])
     _skip(stream, first * plane, path, name, checksum=checksum)
     flat, scratch, filled = array.reshape(-1), bytearray(SWAP_BUFFER), 0
     while filled < flat.size:

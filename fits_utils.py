@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from astropy.io import fits
@@ -33,7 +34,6 @@ from catalogue import catalogue_row
 from data_io import Recipe, file_digest, file_stamp
 from fits_stream import Hdu, iterate_hdus, read_hdus, shape_of
 from labels import (
-    BPT_CLASSES,
     BPT_LINES,
     CALIBRATIONS,
     HA,
@@ -76,6 +76,14 @@ MAPS_DONOTUSE = 1 << 30
 CRITICAL = 1 << 30
 """DRP3QUAL and DAPQUAL: the whole file is unreliable."""
 
+COPIED_CARDS = {
+    "drp3qual": "DRP3QUAL", "dapqual": "DAPQUAL", "drp_version": "VERSDRP3",
+    "dap_version": "VERSDAP", "daptype": "DAPTYPE", "objra": "OBJRA", "objdec": "OBJDEC",
+    "ebv_galactic": "EBVGAL", "reff_arcsec": "REFF",
+}  # fmt: skip
+"""Attributes of a cube that are cards of the LOGCUBE's primary header."""
+CELESTIAL_CARD = re.compile("(CRPIX|CRVAL|CDELT|CUNIT|CTYPE)[12]|(PC|CD)[12]_[12]|RADESYS|EQUINOX")
+
 ESSENTIAL = ("FLUX", "IVAR", "MASK", "WAVE")
 SKIPPED = "skipped: CRITICAL"
 
@@ -112,55 +120,20 @@ class LabelOptions:
     regions."""
 
 
-# Headers
-
-
-def redshift_of(primary: fits.Header, path: Path) -> float:
-    """Redshift in a DAP primary header: SCINPVEL is cz in km/s.
-
-    Raises
-    ------
-    DataError
-        If there is none, or it is out of the survey's range.
-    """
-    cz = primary.get("SCINPVEL")
-    if cz is None:
-        raise DataError(
-            f"{path}: no redshift (SCINPVEL) in the primary header. Give --redshift, or put the "
-            "dapall or drpall catalogue into <data-dir>/raw/."
-        )
-    return _checked_redshift(float(cz) / C_KMS, f"{path} (SCINPVEL)")
-
-
-def _checked_redshift(z: float, where: str) -> float:
-    """Return z if it is in the survey's range."""
-    if not (np.isfinite(z) and -0.01 < z < 1.0):
-        raise DataError(
-            f"{where}: redshift {z}, expected a value from -0.01 to 1. Give --redshift."
-        )
-    return z
+def _of(options: Any, options_class: type) -> dict[str, Any]:
+    """Values of the fields that a class of options declares; a command's config has more."""
+    return {f.name: getattr(options, f.name) for f in fields(options_class)}
 
 
 def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, bool]:
-    """Check galaxy and quality of a file before processing it.
+    """Check galaxy and quality of a file; return its plateifu and whether it is CRITICAL.
 
-    Parameters
-    ----------
-    primary : fits.Header
-    source : Path
-    target : Path
-        Output, whose name (or else the source's) contains the expected plateifu.
-
-    Returns
-    -------
-    plateifu : str
-    is_critical : bool
-        DRP3QUAL or DAPQUAL says CRITICAL; a warning is logged here.
+    A critical file (by DRP3QUAL or DAPQUAL) is also logged as a warning.
 
     Raises
     ------
     DataError
-        If the file is of another galaxy than the output.
+        If the file is of another galaxy than the output's name says (or else its own).
     """
     named = utils.PLATEIFU.search(target.name)
     expected = named[0] if named else utils.plateifu_of(source)
@@ -176,36 +149,25 @@ def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, b
 # Cubes
 
 
-@dataclass(frozen=True)
-class RawCube:
-    """The part of a LOGCUBE that resampling needs.
-
-    Attributes
-    ----------
-    flux, ivar : (n, y, x) float
-        Pixels `pixels` of the spectra.
-    mask : (n, y, x) int
-    bad_bits : int
-        Bits of `mask` that invalidate a pixel.
-    redcorr : (n,) float
-        Factor that undoes the Galaxy's reddening.
-    header : fits.Header
-        Header of FLUX.
-    """
+class RawCube(NamedTuple):
+    """The part of a LOGCUBE that resampling needs: some of its wavelengths."""
 
     flux: np.ndarray
+    """(n, y, x) float, like `ivar`."""
     ivar: np.ndarray
     mask: np.ndarray
+    """(n, y, x) int; the bits `bad_bits` invalidate a pixel."""
     bad_bits: int
     redcorr: np.ndarray
+    """(n,) float factor that undoes the Galaxy's reddening."""
     header: fits.Header
+    """Of FLUX."""
 
     def row(self, y: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Flux, ivar (n, x) and bad pixels (n, x) bool of one row of spaxels."""
-        flux, ivar, mask = self.flux[:, y], self.ivar[:, y], self.mask[:, y]
-        bad = (mask & self.bad_bits) != 0
-        bad |= ~(ivar > 0) | ~np.isfinite(ivar) | ~np.isfinite(flux)
-        return flux, ivar, bad
+        flux, ivar = self.flux[:, y], self.ivar[:, y]
+        bad = (self.mask[:, y] & self.bad_bits) != 0
+        return flux, ivar, bad | ~(ivar > 0) | ~np.isfinite(ivar) | ~np.isfinite(flux)
 
 
 def process_cube(
@@ -217,7 +179,7 @@ def process_cube(
     catalogue: Path | None = None,
     skip_critical: bool = False,
     overwrite: bool = False,
-    compression: str | None = None,
+    compression: Literal["gzip"] | None = None,
 ) -> str:
     """De-redshift and resample one LOGCUBE, and write it as H5.
 
@@ -230,7 +192,6 @@ def process_cube(
         DAP or DRP LOGCUBE, plain or gzipped.
     target : Path
         H5 file; layout in docs/data_formats.md#cubes.
-    options : CubeOptions
     redshift : float, optional
         Default: the DAP header's SCINPVEL / c, else the catalogue's.
     maps : Path, optional
@@ -242,7 +203,6 @@ def process_cube(
         the flag recorded.
     overwrite : bool
         Replace an output that was made with other options or from another source.
-    compression : {None, "gzip"}
 
     Returns
     -------
@@ -257,7 +217,7 @@ def process_cube(
     if not source.is_file():
         raise DataError(f"{source}: no such file. Fetch it with download_utils.py.")
     _check_grid(options)
-    chosen, inputs = {**asdict(options), "redshift": redshift}, dict[str, str]()
+    chosen, inputs = {**_of(options, CubeOptions), "redshift": redshift}, dict[str, str]()
     if options.remove_gas_velocity and maps is not None and maps.is_file():
         inputs["MAPS"] = file_digest(maps)
     stamp = file_stamp(source)
@@ -303,15 +263,7 @@ def process_cube(
             "mangaid": mangaid,
             "redshift": z,
             "critical": critical,
-            "drp3qual": primary.get("DRP3QUAL"),
-            "dapqual": primary.get("DAPQUAL"),
-            "drp_version": primary.get("VERSDRP3"),
-            "dap_version": primary.get("VERSDAP"),
-            "daptype": primary.get("DAPTYPE"),
-            "objra": primary.get("OBJRA"),
-            "objdec": primary.get("OBJDEC"),
-            "ebv_galactic": primary.get("EBVGAL"),
-            "reff_arcsec": primary.get("REFF"),
+            **{name: primary.get(card) for name, card in COPIED_CARDS.items()},
             "wcs_header": _celestial(raw.header),
             "source_file": source.name,
             "source_stamp": stamp,
@@ -345,11 +297,6 @@ def _check_grid(options: CubeOptions) -> None:
         )
 
 
-def _is_dap(primary: fits.Header) -> bool:
-    """Say whether this is a DAP model cube, not a DRP cube."""
-    return primary.get("MASKNAME", "").startswith("MANGA_DAP") or "DAPTYPE" in primary
-
-
 def _identify(
     source: Path,
     primary: fits.Header,
@@ -357,33 +304,44 @@ def _identify(
     redshift: float | None,
     catalogue: Path | None,
 ) -> tuple[float, str]:
-    """Determine redshift (flag, then header, then catalogue) and mangaid of a cube."""
-    mangaid = str(primary.get("MANGAID", "")).strip()
+    """Determine redshift (as given, else the header's, else the catalogue's) and mangaid of a cube.
+
+    The header's redshift is that of the DAP: SCINPVEL is cz in km/s.
+    """
+    mangaid, cz = str(primary.get("MANGAID", "")).strip(), primary.get("SCINPVEL")
     if redshift is not None:
-        return _checked_redshift(redshift, "--redshift"), mangaid
-    if primary.get("SCINPVEL") is None and catalogue is not None:
+        z, where = redshift, "--redshift"
+    elif cz is not None:
+        z, where = float(cz) / C_KMS, f"{source} (SCINPVEL)"
+    elif catalogue is not None:
         row = catalogue_row(catalogue, plateifu)
         if row["redshift"] is None:
             raise DataError(f"{catalogue}: contains no redshift of {plateifu}. Give --redshift.")
-        return _checked_redshift(row["redshift"], str(catalogue)), mangaid or row["mangaid"]
-    return redshift_of(primary, source), mangaid
+        z, where, mangaid = row["redshift"], str(catalogue), mangaid or row["mangaid"]
+    else:
+        raise DataError(
+            f"{source}: no redshift (SCINPVEL) in the primary header. Give --redshift, or put the "
+            "dapall or drpall catalogue into <data-dir>/raw/."
+        )
+    if not -0.01 < z < 1.0:
+        raise DataError(
+            f"{where}: redshift {z}, expected a value from -0.01 to 1. Give --redshift."
+        )
+    return z, mangaid
 
 
 def _read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Header) -> RawCube:
     """Read the arrays of a LOGCUBE and check that they belong together."""
+    is_dap = primary.get("MASKNAME", "").startswith("MANGA_DAP") or "DAPTYPE" in primary
     shape: tuple[int, ...] = ()
-    kept: dict[str, np.ndarray] = {}
-    header = primary
-    redcorr = None
-    wanted = (*ESSENTIAL, "REDCORR") if _is_dap(primary) else ESSENTIAL
-    for name, hdu in iterate_hdus(path, wanted, pixels):
-        if hdu.data is None:
+    hdus: dict[str, Hdu] = {}
+    for name, hdu in iterate_hdus(path, (*ESSENTIAL, *(["REDCORR"] if is_dap else [])), pixels):
+        if not shape_of(hdu.header):
             raise DataError(f"{path}: HDU {name} is empty. Fetch it again with download_utils.py.")
+        hdus[name] = hdu
         if name == "WAVE":
             _check_wave(hdu.data, path)
-        elif name == "REDCORR":
-            redcorr = hdu.data.astype(float)
-        else:
+        elif name != "REDCORR":
             found = shape_of(hdu.header)
             shape = shape or found
             if len(found) != 3 or found != shape or found[0] != WAVE_N:
@@ -391,20 +349,15 @@ def _read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Heade
                     f"{path}: {name} has shape {found}, expected ({WAVE_N}, y, x) like FLUX "
                     f"{shape}. Fetch it again with download_utils.py --overwrite."
                 )
-            kept[name] = hdu.data
-            header = hdu.header if name == "FLUX" else header
     if not deredden:
         redcorr = np.ones(WAVE_N)
-    elif redcorr is None:
+    elif is_dap:
+        redcorr = hdus["REDCORR"].data.astype(float)
+    else:
         redcorr = galactic_correction(primary, path)
-    return RawCube(
-        kept["FLUX"],
-        kept["IVAR"],
-        kept["MASK"],
-        DAP_BAD if _is_dap(primary) else DRP_BAD,
-        redcorr[pixels],
-        header,
-    )
+    flux, ivar, mask = (hdus[name].data for name in ("FLUX", "IVAR", "MASK"))
+    bad_bits = DAP_BAD if is_dap else DRP_BAD
+    return RawCube(flux, ivar, mask, bad_bits, redcorr[pixels], hdus["FLUX"].header)
 
 
 def _resampled_rows(
@@ -419,21 +372,17 @@ def _resampled_rows(
 
     Parameters
     ----------
-    raw : RawCube
     edges : (n + 1,) array
         Observed edges of its pixels, Angstrom.
     bins : (band + 1,) array
         Rest-frame edges of the bins, Angstrom.
-    one_plus_z : float
     stretch : (y, x) array, optional
         1 + v/c of each spaxel, on top of `one_plus_z`.
-    path : Path
-        LOGCUBE, for the message.
 
     Raises
     ------
     DataError
-        After the last row, if every pixel was masked.
+        After the last row, if every pixel was masked; `path` is the LOGCUBE.
     """
     ny = raw.flux.shape[1]
     matrix = resample.overlap_matrix(edges / one_plus_z, bins)
@@ -462,9 +411,14 @@ def _resampled_rows(
         )
 
 
+def _logcube_wave() -> np.ndarray:
+    """Wavelengths of the LOGCUBE grid, (WAVE_N,) Angstrom."""
+    return 10 ** (WAVE_LOG_FIRST + WAVE_LOG_STEP * np.arange(WAVE_N))
+
+
 def _check_wave(wave: np.ndarray, path: Path) -> None:
     """Raise a DataError unless WAVE is the LOGCUBE grid."""
-    expected = 10 ** (WAVE_LOG_FIRST + WAVE_LOG_STEP * np.arange(WAVE_N))
+    expected = _logcube_wave()
     if wave.shape != expected.shape or np.max(np.abs(wave / expected - 1)) > WAVE_TOLERANCE:
         raise DataError(
             f"{path}: wrong wavelengths in WAVE, expected the LOGCUBE grid of {WAVE_N} pixels from "
@@ -486,9 +440,7 @@ def galactic_correction(primary: fits.Header, path: Path) -> np.ndarray:
         raise DataError(
             f"{path}: no Galactic E(B-V) (EBVGAL) in the primary header. Use --no-deredden."
         )
-    wave = 10 ** (WAVE_LOG_FIRST + WAVE_LOG_STEP * np.arange(WAVE_N))
-    law = O94(Rv=R_V)
-    return 10 ** (0.4 * law(wave * u.AA) * R_V * float(ebv))
+    return 10 ** (0.4 * O94(Rv=R_V)(_logcube_wave() * u.AA) * R_V * float(ebv))
 
 
 def _gas_stretch(maps: Path | None, source: Path) -> np.ndarray:
@@ -501,21 +453,15 @@ def _gas_stretch(maps: Path | None, source: Path) -> np.ndarray:
     names = ("EMLINE_GVEL", "EMLINE_GVEL_MASK")
     hdus = read_hdus(maps, names)
     channel = line_channels(hdus["EMLINE_GVEL"].header, (HA,), maps)[HA]
-    velocity, mask = (hdus[n].data[channel] for n in names)  # type: ignore[index]
+    velocity, mask = (hdus[n].data[channel] for n in names)
     is_bad = (mask & MAPS_DONOTUSE != 0) | ~np.isfinite(velocity)
     return np.where(is_bad, 1.0, 1 + velocity.astype(float) / C_KMS)
 
 
 def _celestial(header: fits.Header) -> str:
     """Select the celestial WCS cards of a cube header, as a header string."""
-    keep = fits.Header()
-    for card in header.cards:
-        key = card.keyword
-        if key[:5] in ("CRPIX", "CRVAL", "CDELT", "CUNIT", "CTYPE") and key[5:] in ("1", "2"):
-            keep.append(card)
-        elif key in ("PC1_1", "PC2_2", "PC1_2", "PC2_1", "CD1_1", "CD2_2", "RADESYS", "EQUINOX"):
-            keep.append(card)
-    return keep.tostring(sep="\n", endcard=False, padding=False)
+    cards = [card for card in header.cards if CELESTIAL_CARD.fullmatch(card.keyword)]
+    return fits.Header(cards).tostring(sep="\n", endcard=False, padding=False)
 
 
 # Maps
@@ -556,22 +502,20 @@ def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[LineMaps, Hdu, Hdu
     primary, flux : Hdu
         For their headers.
     """
-    quantity = "EMLINE_GFLUX"
-    names = (quantity, f"{quantity}_IVAR", f"{quantity}_MASK")
+    names = ("EMLINE_GFLUX", "EMLINE_GFLUX_IVAR", "EMLINE_GFLUX_MASK")
     hdus = read_hdus(path, ("PRIMARY", *names))
-    channels = line_channels(hdus[quantity].header, lines, path)
-    arrays = [hdus[name].data for name in names]
-    shape = arrays[0].shape  # type: ignore[union-attr]
-    for name, array in zip(names, arrays, strict=True):
-        if array is None or array.ndim != 3 or array.shape != shape:
-            found = None if array is None else array.shape
+    found = [hdus[name] for name in names]
+    channels = line_channels(found[0].header, lines, path)
+    shapes = [shape_of(hdu.header) for hdu in found]
+    for name, shape in zip(names, shapes, strict=True):
+        if len(shape) != 3 or shape != shapes[0]:
             raise DataError(
-                f"{path}: {name} has shape {found}, expected (channel, y, x) {shape}. Fetch it "
+                f"{path}: {name} has shape {shape}, expected (channel, y, x) {shapes[0]}. Fetch it "
                 "again with download_utils.py --overwrite."
             )
-    flux, ivar, mask = ({k: a[channels[k]] for k in lines} for a in arrays)  # type: ignore[index]
-    bad = {k: (m & MAPS_DONOTUSE) != 0 for k, m in mask.items()}
-    return LineMaps(flux, ivar, bad), hdus["PRIMARY"], hdus[quantity]
+    flux, ivar, mask = ({line: hdu.data[channels[line]] for line in lines} for hdu in found)
+    bad = {line: (bits & MAPS_DONOTUSE) != 0 for line, bits in mask.items()}
+    return LineMaps(flux, ivar, bad), hdus["PRIMARY"], found[0]
 
 
 def process_map(
@@ -591,8 +535,6 @@ def process_map(
     target : Path
         `.npy` label map; beside it the uncertainty (`_err.npy`), provenance (`.json`) and a
         picture (`.png`). Layout in docs/data_formats.md#labels.
-    label_task : {"BPT", "logOH"}
-    options : LabelOptions
     skip_critical, overwrite : bool
         As in `process_cube`.
 
@@ -608,8 +550,8 @@ def process_map(
     source, target = Path(source), Path(target)
     if not source.is_file():
         raise DataError(f"{source}: no such file. Fetch it with download_utils.py.")
-    chosen, inputs = {**asdict(options), "label_task": label_task}, {"MAPS": file_digest(source)}
-    recipe = Recipe("labels", data_io.LABEL_VERSION, chosen, inputs)
+    chosen = {**_of(options, LabelOptions), "label_task": label_task}
+    recipe = Recipe("labels", data_io.LABEL_VERSION, chosen, {"MAPS": file_digest(source)})
     if target.is_file() and not overwrite:
         data_io.read_labels(target)  # a damaged one is not up to date
         made = data_io.read_label_meta(target)
@@ -633,13 +575,12 @@ def process_map(
         return SKIPPED
     if label_task == "BPT":
         labels, error = bpt_classes(maps, options.min_snr)
-        counts = {n: int((labels == i).sum()) for i, n in enumerate(BPT_CLASSES)}
     else:
         labels, error = metallicity(
             maps, options.diagnostic, options.min_snr, options.star_forming_only
         )
-        classes = label_classes(labels, "logOH", 6)
-        counts = {n: int((classes == i).sum()) for i, n in enumerate(class_names("logOH", 6))}
+    classes = label_classes(labels, label_task)
+    counts = {n: int((classes == i).sum()) for i, n in enumerate(class_names(label_task))}
     n_labelled = sum(counts.values())
     if not n_labelled:
         log.warning("%s: no spaxel has a %s label", source, label_task)
@@ -659,7 +600,7 @@ def process_map(
     if label_task == "logOH":
         calibration = CALIBRATIONS[options.diagnostic]
         meta["calibration"] = {"source": calibration.source, "scatter_dex": calibration.scatter}
-    covered = np.any([maps.ivar[k] > 0 for k in maps.ivar], axis=0)
+    covered = np.any([ivar > 0 for ivar in maps.ivar.values()], axis=0)
     note = f"S/N > {options.min_snr:g}"
     note += f", {options.diagnostic}" if label_task == "logOH" else ""
     label_picture.write_label_png(target.with_suffix(".png"), labels, label_task, covered, note)

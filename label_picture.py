@@ -15,9 +15,8 @@ import numpy as np
 
 import hsi_proc_fns
 import utils
-from labels import CLASS_COLOURS, class_names, label_classes
+from labels import CLASS_COLOURS, MASKED_COLOUR, TASK_TITLES, class_names, label_classes
 
-MASKED_COLOUR = "#BDBDBD"
 HATCH_GREY = 154
 BAR_SPAXELS = 10
 """Length of the scale bar: 5 arcsec in spaxels of 0.5 arcsec (Law et al. 2016, AJ 152, 83)."""
@@ -30,10 +29,8 @@ def write_label_png(
 
     Parameters
     ----------
-    path : Path
     labels : (y, x)
         BPT classes (-1 without a label) or 12+log(O/H) (NaN without a label).
-    label_task : {"BPT", "logOH"}
     covered : (y, x) bool
         Spaxels with a measurement; hatched where they have no label. Other spaxels in the field of
         view (`hsi_proc_fns.field_of_view`) are masked ones and grey.
@@ -42,8 +39,7 @@ def write_label_png(
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    classes = label_classes(labels, label_task, 6)
-    names = class_names(label_task, None if label_task == "BPT" else 6)
+    classes, names = label_classes(labels, label_task), class_names(label_task)
     colours = CLASS_COLOURS[label_task, len(names)]
     ny, nx = labels.shape
     zoom, margin, top = max(4, 420 // max(ny, nx)), 12, 56
@@ -66,10 +62,9 @@ def write_label_png(
     for k, colour in enumerate(colours):
         image.paste(colour, mask=enlarged(classes == k))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    title = "BPT class" if label_task == "BPT" else "12 + log(O/H)"
     count = int((classes >= 0).sum())
     labelled = f"{count} labelled spaxel" + ("s" if count != 1 else "")
-    draw.text((margin, 8), f"{path.stem}   {title}   {labelled}", "black", font)
+    draw.text((margin, 8), f"{path.stem}   {TASK_TITLES[label_task]}   {labelled}", "black", font)
     draw.text((margin, 30), note, "black", ImageFont.load_default(13))
     entries: list[tuple[str, str | None]] = list(zip(names, colours, strict=True))
     if label_task == "logOH":

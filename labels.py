@@ -117,6 +117,11 @@ CLASS_COLOURS: dict[tuple[str, int], tuple[str, ...]] = {
 """Colours of the classes by label task and number of classes, safe for colour-blind readers. BPT:
 blue and orange of Okabe & Ito (2008), wine of P. Tol's muted scheme; metallicity: viridis."""
 
+MASKED_COLOUR = "#BDBDBD"
+"""Spaxels in the field of view without a usable spectrum."""
+
+TASK_TITLES = {"BPT": "BPT class", "logOH": "12 + log(O/H)"}
+
 
 # Lines
 

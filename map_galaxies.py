@@ -69,23 +69,14 @@ def read_map_header(path: Path) -> fits.Header:
 def write_map(
     path: Path, result: eval_fns.CubePrediction, trained: eval_fns.TrainedModel, cards: dict
 ) -> None:
-    """Write a map as FITS, whole or not at all.
-
-    Parameters
-    ----------
-    path : Path
-    result : CubePrediction
-    trained : TrainedModel
-    cards : dict
-        Additional cards for the primary header; None values are left out.
-    """
-    names = result.class_names
+    """Write a map as FITS, whole or not at all, with additional cards in the primary header."""
     probabilities = np.moveaxis(result.probabilities, 2, 0)
     images: dict[str, Any] = {"CLASS": result.classes, "PROBABILITY": probabilities}
     median, values = None, result.class_values
     if values is not None:
         images["LOGOH"], images["LOGOH_SPREAD"] = result.logoh, result.logoh_spread
         median = float(np.median(images["LOGOH"][result.usable])) if result.usable.any() else None
+    counts = map(int, result.class_counts)
     cards = {
         "PLATEIFU": (result.plateifu, "galaxy"),
         "MANGAID": (result.attrs.get("mangaid"), "galaxy, however often observed"),
@@ -96,10 +87,8 @@ def write_map(
         "PART": (result.part, "of the run's split; empty if in none"),
         "SPAXELS": (int(result.usable.sum()), "with a prediction"),
         "MEDIAN": (median, "12+log(O/H) of those spaxels, dex"),
-        **{f"CLASS{k}": (name, "") for k, name in enumerate(names)},
-        **{
-            f"COUNT{k}": (int(n), "spaxels of the class") for k, n in enumerate(result.class_counts)
-        },
+        **{f"CLASS{k}": (name, "") for k, name in enumerate(result.class_names)},
+        **{f"COUNT{k}": (n, "spaxels of the class") for k, n in enumerate(counts)},
         **{
             f"VALUE{k}": (float(v), "dex, of the class")
             for k, v in enumerate([] if values is None else values)
@@ -151,22 +140,7 @@ def map_galaxies(
     readers: int = 1,
     overwrite: bool = False,
 ) -> dict[str, str]:
-    """Map galaxies, reading the next cubes while the network works.
-
-    Parameters
-    ----------
-    trained : TrainedModel
-    run_dir : Path
-        Folder of its run, in whose `maps` they are written.
-    root : Path
-        Data folder.
-    plateifus : sequence of str
-    failed_csv : Path
-        As in `loops.for_each_galaxy`.
-    readers : int
-        Threads that read.
-    overwrite : bool
-        Also replace maps that are up to date.
+    """Map galaxies into the run's folder `maps`; `readers` threads read cubes in advance.
 
     Returns
     -------
@@ -210,8 +184,7 @@ def main(config: Config) -> int:
     """Map the chosen galaxies and tabulate all maps of the run."""
     trained = eval_fns.load_model(config.run_dir, config.device)
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
-    available = [p.stem for p in utils.processed_cubes(root)]
-    galaxies = loops.chosen_galaxies(config, available)
+    galaxies = loops.chosen_galaxies(config, [p.stem for p in utils.processed_cubes(root)])
     folder = config.run_dir / run_folder.MAPS_FOLDER
     readers = config.jobs or eval_fns.count_readers()
     failed_csv = loops.failed_path(folder, config.shard)
@@ -223,24 +196,19 @@ def main(config: Config) -> int:
         gone = [not utils.cube_path(root, p).is_file() for p in table["plateifu"]]
         table["cube"] = np.where(gone, "gone", "")
         if any(gone):
-            log.warning(
-                "%d of the maps (%s, ...) are of cubes that no longer exist in %s: marked as gone "
-                "in %s",
-                sum(gone),
-                table["plateifu"][gone].iloc[0],
-                root,
-                TABLE_FILE,
-            )
+            count = f"{sum(gone)} of the maps ({table['plateifu'][gone].iloc[0]}, ...)"
+            where = f"no longer exist in {root}: marked as gone in {TABLE_FILE}"
+            log.warning("%s are of cubes that %s", count, where)
         with utils.atomic_path(folder / TABLE_FILE) as part:
             table.to_csv(part, index=False)
         shown = (table["part"] == "train") & table["plateifu"].isin(galaxies)
         if shown.any():
+            some = ", ".join(table["plateifu"][shown][:3]) + ", ..." * (shown.sum() > 3)
             log.warning(
-                "%d of these galaxies (%s%s) were trained on: their maps do not show how well the "
+                "%d of these galaxies (%s) were trained on: their maps do not show how well the "
                 "model works on new ones",
                 shown.sum(),
-                ", ".join(table["plateifu"][shown][:3]),
-                ", ..." if shown.sum() > 3 else "",
+                some,
             )
     return loops.report(outcome, "maps", folder)
 

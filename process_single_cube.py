@@ -13,9 +13,9 @@ Layouts: docs/data_formats.md. Outputs that are up to date are skipped.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import cube_patch_processing as patches
 import fits_utils
@@ -24,8 +24,6 @@ from hsi_proc_fns import Stats
 from utils import LABEL_TASKS, DataError, LabelTask
 
 log = logging.getLogger(__name__)
-
-Options = TypeVar("Options", fits_utils.CubeOptions, fits_utils.LabelOptions)
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,6 @@ class GalaxyOptions(fits_utils.CubeOptions, fits_utils.LabelOptions, patches.Pat
     <data-dir>/raw/."""
     compression: Literal["none", "gzip"] = "none"
     """Compression of the cube's flux and ivar."""
-
-    def part(self, options_class: type[Options]) -> Options:
-        """Pick the fields that one of the base classes declares, as that class."""
-        return options_class(**{f.name: getattr(self, f.name) for f in fields(options_class)})
 
 
 @dataclass(frozen=True)
@@ -83,14 +77,10 @@ def process_galaxy(
 
     Parameters
     ----------
-    plateifu : str
     root : Path
         Data folder.
-    options : GalaxyOptions
     logcube, maps : Path, optional
         Default: the galaxy's files in the raw folder; MAPS first beside the LOGCUBE.
-    redshift : float, optional
-    overwrite : bool
     stats : Stats, optional
         Needed for patches with the norm PCA: `cube_patch_processing.stats_for`.
 
@@ -115,7 +105,7 @@ def process_galaxy(
         fits_utils.process_cube(
             logcube,
             utils.cube_path(root, plateifu),
-            options.part(fits_utils.CubeOptions),
+            options,
             redshift,
             maps if options.remove_gas_velocity else None,
             options.catalogue or utils.catalogue_path(root),
@@ -128,14 +118,8 @@ def process_galaxy(
         return words[0]
     for task in options.label_tasks:
         assert maps is not None
-        word = fits_utils.process_map(
-            maps,
-            utils.label_path(root, task, plateifu),
-            task,
-            options.part(fits_utils.LabelOptions),
-            options.skip_critical,
-            overwrite,
-        )
+        target = utils.label_path(root, task, plateifu)
+        word = fits_utils.process_map(maps, target, task, options, options.skip_critical, overwrite)
         words.append(word)
         if options.patch_norms and not word.startswith("skipped"):
             words.append(patches.patch_galaxy(root, plateifu, task, options, stats, overwrite))
@@ -147,28 +131,17 @@ def main(config: Config) -> int:
     root = utils.data_dir(config.data_dir)
     if config.plateifu is None and config.fits is None:
         raise DataError("no galaxy given. Expected --plateifu, e.g. 8485-1901, or --fits FILE.")
-    for path, kind in ((config.fits, "LOGCUBE"), (config.maps, "MAPS")):
+    for flag, kind, other in (("fits", "LOGCUBE", "MAPS"), ("maps", "MAPS", "LOGCUBE")):
+        path: Path | None = getattr(config, flag)
         if path is not None and not path.is_file():
-            raise DataError(
-                f"{path}: no such file. Check --{'fits' if kind == 'LOGCUBE' else 'maps'}."
-            )
-        other = {"LOGCUBE": "-MAPS-", "MAPS": "-LOGCUBE"}[kind]
-        if path is not None and other in path.name:
-            raise DataError(
-                f"{path}: a {other.strip('-')} file by its name, expected a {kind} file."
-            )
+            raise DataError(f"{path}: no such file. Check --{flag}.")
+        if path is not None and f"-{other}" in path.name:
+            raise DataError(f"{path}: a {other} file by its name, expected a {kind} file.")
     plateifu = config.plateifu or utils.plateifu_of(config.fits)  # type: ignore[arg-type]
     utils.split_plateifu(plateifu)
-    word = process_galaxy(
-        plateifu,
-        root,
-        config,
-        config.fits,
-        config.maps,
-        config.redshift,
-        config.overwrite,
-        patches.stats_for(root, config),
-    )
+    files = config.fits, config.maps, config.redshift
+    stats = patches.stats_for(root, config)
+    word = process_galaxy(plateifu, root, config, *files, config.overwrite, stats)
     log.info("%s: %s. Cube: %s", plateifu, word, utils.cube_path(root, plateifu))
     return utils.EXIT_DONE
 

@@ -1,7 +1,14 @@
 """Figures: label, prediction and difference on the sky, BPT, training curves, confusion, spectra.
 
-Every function draws into the axes it is given and returns them. Maps are shown as on the sky,
-north up and east left, in arcseconds from the field's centre.
+Functions plot_... draw into the axes they are given, `ax`, and return them. Maps are shown as on
+the sky, north up and east left, in arcseconds from the field's centre; their arguments are
+
+    usable      (y, x) bool: spaxels with a usable spectrum; hatched where they have no value.
+    inside      (y, x) bool: spaxels with any measurement. The field of view is their convex hull,
+                and grey where it is not usable.
+    wcs_header  Celestial cards of the cube (attribute of this name); without them, spaxels of 0.5
+                arcsec, north up and east left, with the centre of the map at the origin.
+    label_task, n_classes   choose names and colours of the classes.
 
 Reads   a run folder (run_SSFTT_training.py, eval_fns.py), cubes and labels of the data folder and,
         for the BPT diagram, raw MAPS.
@@ -13,6 +20,7 @@ torch is imported only to run a model.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,6 +49,8 @@ from labels import (
     CLASS_COLOURS,
     COMPOSITE,
     LABEL_NONE,
+    MASKED_COLOUR,
+    TASK_TITLES,
     class_names,
     demarcate,
     detected,
@@ -57,8 +67,6 @@ log = logging.getLogger(__name__)
 
 DPI = 150
 
-MASKED_COLOUR = "#BDBDBD"
-"""Spaxels in the field of view without a usable spectrum."""
 EMPTY_COLOUR = "#E4E4E4"
 """Rows of classes that no label has."""
 NO_LABEL_HATCH = "////"
@@ -86,8 +94,6 @@ EMISSION_LINES: dict[str, float] = {
 """Vacuum wavelengths, Angstrom: NIST Atomic Spectra Database, version 5 (Ritz values). The names
 contain them truncated to whole Angstrom, as in the DAP."""
 
-TASK_TITLES = {"BPT": "BPT class", "logOH": "12 + log(O/H)"}
-
 
 @dataclass(frozen=True)
 class VisConfig:
@@ -110,15 +116,8 @@ class VisConfig:
 # The sky
 
 
-def sky_edges(shape: tuple[int, int], wcs_header: str | None = None) -> tuple[np.ndarray, ...]:
+def sky_edges(shape: tuple[int, ...], wcs_header: str | None = None) -> tuple[np.ndarray, ...]:
     """Find the corners of all spaxels on the sky.
-
-    Parameters
-    ----------
-    shape : (ny, nx)
-    wcs_header : str, optional
-        Celestial cards of the cube (attribute `wcs_header`). Without them: 0.5 arcsec spaxels,
-        north up, east left, the centre of the map at the origin.
 
     Returns
     -------
@@ -140,44 +139,35 @@ def sky_edges(shape: tuple[int, int], wcs_header: str | None = None) -> tuple[np
 
 def finish_sky_axes(ax: Axes, inside: np.ndarray, wcs_header: str | None, title: str) -> Axes:
     """Outline the field, set limits and labels, add a scale bar and a compass."""
-    east, north = sky_edges((inside.shape[0], inside.shape[1]), wcs_header)
+    east, north = sky_edges(inside.shape, wcs_header)
     sides = outline_segments(field_of_view(inside), east, north)
     ax.add_collection(LineCollection(list(sides), colors="k", lw=0.8))
     reach = 1.25 * max(np.abs(sides).max(), 1.0) if sides.size else np.abs(east).max()
     ax.set(xlim=(reach, -reach), ylim=(-reach, reach), aspect="equal", title=title)
+    ax.set(xlabel="east offset (arcsec)", ylabel="north offset (arcsec)")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(5, symmetric=True, steps=[1, 2, 5, 10]))
-    ax.set_xlabel("east offset (arcsec)")
-    ax.set_ylabel("north offset (arcsec)")
     bar, low = SCALE_BAR_ARCSEC if reach > SCALE_BAR_ARCSEC else 1.0, -0.94 * reach
     ax.plot([0.94 * reach, 0.94 * reach - bar], [low, low], color="k", lw=2)
     ax.text(0.94 * reach, low + 0.03 * reach, f'{bar:g}"', fontsize=8, gid=SCALE_BAR_TEXT)
     arrow = {"arrowstyle": "->", "lw": 0.8, "shrinkA": 0, "shrinkB": 0}
-    corner, tip = (-0.94 * reach, low), 0.1 * reach
-    for name, end in (("N", (corner[0], corner[1] + tip)), ("E", (corner[0] + tip, corner[1]))):
-        ax.annotate("", xy=end, xytext=corner, arrowprops=arrow)
-        along = "bottom" if name == "N" else "center"
-        side = "center" if name == "N" else "right"
-        ax.annotate(name, end, va=along, ha=side, fontsize=8)
+    x, tip = -0.94 * reach, 0.1 * reach
+    for name, end, va, ha in (
+        ("N", (x, low + tip), "bottom", "center"),
+        ("E", (x + tip, low), "center", "right"),
+    ):
+        ax.annotate("", xy=end, xytext=(x, low), arrowprops=arrow)
+        ax.annotate(name, end, va=va, ha=ha, fontsize=8)
     return ax
 
 
 def mark_scale(ax: Axes, attrs: Mapping[str, Any]) -> Axes:
     """Circle the effective radius and add kiloparsecs to the scale bar, where both are known.
 
-    Parameters
-    ----------
-    ax : Axes
-        Finished by `finish_sky_axes`.
-    attrs : mapping
-        Of a cube: redshift, reff_arcsec, objra, objdec, wcs_header.
-
-    Notes
-    -----
-    Kiloparsecs are proper lengths in the flat LCDM cosmology of Planck 2018 (astropy's Planck18);
-    peculiar velocities are neglected. The radius is the semi-major axis of the elliptical Petrosian
-    photometry of the NASA-Sloan Atlas; cubes record neither flattening nor position angle, hence
-    the circle.
+    `ax` was finished by `finish_sky_axes`; `attrs` are those of a cube. Kiloparsecs are proper
+    lengths in the flat LCDM cosmology of Planck 2018 (astropy's Planck18); peculiar velocities are
+    neglected. The radius is the semi-major axis of the elliptical Petrosian photometry of the
+    NASA-Sloan Atlas; cubes record neither flattening nor position angle, hence the circle.
     """
     from astropy.cosmology import Planck18
     from astropy.io.fits import Header
@@ -240,31 +230,15 @@ def plot_class_map(
     title: str = "",
     wcs_header: str | None = None,
 ) -> Axes:
-    """Draw a map of classes, with its legend beside it.
-
-    Parameters
-    ----------
-    ax : Axes
-    classes : (y, x) int
-        LABEL_NONE is hatched where the spaxel is usable.
-    label_task, n_classes
-        Choose names and colours.
-    usable : (y, x) bool
-        Other spaxels in the field of view are grey.
-    inside : (y, x) bool
-        Spaxels with any measurement; the field of view is their convex hull.
-    title : str
-    wcs_header : str, optional
-        As in `sky_edges`.
-    """
+    """Draw a map of classes, (y, x) int, with its legend beside it; LABEL_NONE has no value."""
     colours = CLASS_COLOURS[label_task, n_classes]
     shown = np.ma.masked_where(~usable | (classes == LABEL_NONE), classes)
-    _, others = _draw_map(ax, shown, usable, inside, wcs_header, **_scale(colours))
+    _, others = _draw_map(ax, shown, usable, inside, wcs_header, title, **_scale(colours))
     handles = _patches(class_names(label_task, n_classes), colours)
     if label_task == "logOH":
         handles.reverse()  # high above low, as on a colour bar
     _legend(ax, handles + others, TASK_TITLES[label_task])
-    return finish_sky_axes(ax, inside, wcs_header, title)
+    return ax
 
 
 def _draw_map(
@@ -273,13 +247,14 @@ def _draw_map(
     usable: np.ndarray,
     inside: np.ndarray,
     wcs_header: str | None,
+    title: str,
     **colours: Any,
 ) -> tuple[QuadMesh, list[Patch]]:
-    """Draw values; grey where the spectrum is not usable, hatched where it has no value.
+    """Draw a masked map; also return legend entries for grey and hatched areas, if there are any.
 
-    Also returns legend entries for grey and hatched areas, where they occur.
+    The areas are as in the module's docstring.
     """
-    east, north = sky_edges((inside.shape[0], inside.shape[1]), wcs_header)
+    east, north = sky_edges(inside.shape, wcs_header)
     masked = ~usable & field_of_view(inside)
     no_label = usable & np.ma.getmaskarray(values)
     grey = np.ma.masked_where(~masked, np.zeros(inside.shape))
@@ -290,7 +265,9 @@ def _draw_map(
         others.append(Patch(fc="w", ec="#9A9A9A", hatch=NO_LABEL_HATCH, lw=0, label="no label"))
     if masked.any():
         others += _patches(["masked"], [MASKED_COLOUR])
-    return ax.pcolormesh(east, north, values, **colours), others
+    drawn = ax.pcolormesh(east, north, values, **colours)
+    finish_sky_axes(ax, inside, wcs_header, title)
+    return drawn, others
 
 
 def _scale(colours: Sequence[str]) -> dict[str, Any]:
@@ -325,19 +302,12 @@ def plot_value_map(
     wcs_header: str | None = None,
     limit: float | None = None,
 ) -> Axes:
-    """Draw a map of numbers with its colour bar.
+    """Draw a map of numbers, (y, x) float or NaN, with its colour bar.
 
     Parameters
     ----------
-    ax : Axes
-    values : (y, x) float
-        NaN is hatched where the spaxel is usable.
-    usable, inside : (y, x) bool
-        As in `plot_class_map`.
     label : str
         Of the colour bar, with unit.
-    title, wcs_header
-        As in `plot_class_map`.
     limit : float, optional
         Diverging colours from -limit to limit; the ends of the bar are pointed if values lie
         beyond them. Default: sequential colours over the range of the data.
@@ -347,11 +317,11 @@ def plot_value_map(
     if limit is not None:
         colours = {"cmap": "PuOr", "vmin": -limit, "vmax": limit}
     extend = "both" if limit is not None and (np.abs(shown) > limit).any() else "neither"
-    drawn, _ = _draw_map(ax, shown, usable, inside, wcs_header, **colours)
+    drawn, _ = _draw_map(ax, shown, usable, inside, wcs_header, title, **colours)
     bar = ax.figure.colorbar(drawn, cax=ax.inset_axes((1.04, 0.0, 0.05, 1.0)), extend=extend)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    return finish_sky_axes(ax, inside, wcs_header, title)
+    return ax
 
 
 def plot_comparison(
@@ -361,18 +331,8 @@ def plot_comparison(
     label_task: str,
     n_classes: int,
 ) -> Sequence[Axes]:
-    """Draw label, prediction and their difference side by side.
+    """Draw label (as `data_io.read_labels` gives it), prediction and their difference in 3 axes.
 
-    Parameters
-    ----------
-    axes : 3 Axes
-    prediction : CubePrediction
-    labels : (y, x) array
-        Label map as read by data_io.read_labels.
-    label_task, n_classes
-
-    Notes
-    -----
     For metallicities, the difference is the value of the predicted class (CubePrediction) minus the
     label in dex, with steps of a class width where the label varies smoothly; for BPT it shows
     whether the two classes agree. Its title gives the score over the labelled spaxels.
@@ -418,10 +378,10 @@ def plot_agreement_map(
 ) -> Axes:
     """Draw where prediction and label agree, (y, x) bool, masked where one is missing."""
     colours = _scale([WRONG_COLOUR, RIGHT_COLOUR])
-    _, others = _draw_map(ax, agrees.astype(float), usable, inside, wcs_header, **colours)
+    _, others = _draw_map(ax, agrees.astype(float), usable, inside, wcs_header, title, **colours)
     handles = _patches(["agrees", "differs"], [RIGHT_COLOUR, WRONG_COLOUR])
     _legend(ax, handles + others, "predicted class")
-    return finish_sky_axes(ax, inside, wcs_header, title)
+    return ax
 
 
 def plot_part_map(
@@ -433,20 +393,13 @@ def plot_part_map(
 ) -> Axes:
     """Draw the part of an easy split that each spaxel is in.
 
-    Parameters
-    ----------
-    ax : Axes
-    parts : (y, x) int
-        Index into utils.SPLIT_PARTS; LABEL_NONE is hatched.
-    inside : (y, x) bool
-    title, wcs_header
-        As in `plot_class_map`.
+    `parts` (y, x) are indices into utils.SPLIT_PARTS; LABEL_NONE has no value.
     """
     colours = [PART_COLOURS[part] for part in utils.SPLIT_PARTS]
     shown = np.ma.masked_equal(parts, LABEL_NONE)
-    _, others = _draw_map(ax, shown, inside, inside, wcs_header, **_scale(colours))
+    _, others = _draw_map(ax, shown, inside, inside, wcs_header, title, **_scale(colours))
     _legend(ax, _patches(utils.SPLIT_PARTS, colours) + others)
-    return finish_sky_axes(ax, inside, wcs_header, title)
+    return ax
 
 
 # Diagrams, curves, matrices, spectra, splits
@@ -465,25 +418,21 @@ def plot_bpt(
 
     Parameters
     ----------
-    ax : Axes
     nitrogen, oxygen : (N,) float
         log([N II] 6585 / Ha) and log([O III] 5008 / Hb).
     classes : (N,) int
         Symbols of LABEL_NONE are hollow.
-    label_task, n_classes
-        Choose names and colours.
-    title : str
     """
     colours = CLASS_COLOURS[label_task, n_classes]
     names = class_names(label_task, n_classes)
     points: list[Artist] = []
     for k, name in [(LABEL_NONE, "no label"), *enumerate(names)]:
         here = classes == k
-        face, edge = ("none", "#9A9A9A") if k == LABEL_NONE else (colours[k], "k")
-        style: dict[str, Any] = {"s": 8, "fc": face, "ec": edge, "lw": 0.5 if k < 0 else 0.15}
+        face, edge, width = ("none", "#9A9A9A", 0.5) if k == LABEL_NONE else (colours[k], "k", 0.15)
         if here.any():
-            label = f"{name}: {here.sum()}"
-            points.append(ax.scatter(nitrogen[here], oxygen[here], label=label, **style))
+            style: dict[str, Any] = {"s": 8, "fc": face, "ec": edge, "lw": width}
+            style["label"] = f"{name}: {here.sum()}"
+            points.append(ax.scatter(nitrogen[here], oxygen[here], **style))
     if label_task == "logOH":
         points.reverse()  # high above low, "no label" last
     x_limits = min(-1.5, nitrogen.min(initial=0) - 0.1), max(0.6, nitrogen.max(initial=0) + 0.1)
@@ -505,15 +454,9 @@ def plot_bpt(
 def plot_training_curves(
     axes: Sequence[Axes], metrics: pd.DataFrame, card: ModelCard | None = None
 ) -> Sequence[Axes]:
-    """Draw loss and accuracy against the epoch.
+    """Draw loss and accuracy (metrics.csv of a run) against the epoch in two axes.
 
-    Parameters
-    ----------
-    axes : 2 Axes
-    metrics : DataFrame
-        metrics.csv of a run.
-    card : ModelCard, optional
-        To mark the best epoch and the validation accuracy of the baselines.
+    The card marks the best epoch and the validation accuracy of the baselines.
     """
     curves = {"train": ("training", OTHER_COLOUR), "val": ("validation", MODEL_COLOUR)}
     last = int(metrics["epoch"].max())
@@ -541,14 +484,8 @@ def plot_training_curves(
 def plot_confusion(ax: Axes, confusion: np.ndarray, names: Sequence[str], title: str = "") -> Axes:
     """Draw a confusion matrix: fractions of each true class, counts below them.
 
-    The row of a class that no label has is grey, and its name says so.
-
-    Parameters
-    ----------
-    ax : Axes
-    confusion : (true class, predicted class) int
-    names : sequence of str
-    title : str
+    `confusion` is (true class, predicted class) int. The row of a class that no label has is grey,
+    and its name says so.
     """
     shares = np.ma.divide(confusion, confusion.sum(axis=1, keepdims=True))  # masked in empty rows
     absent = np.ma.getmaskarray(shares)
@@ -594,11 +531,9 @@ def plot_spectrum(
 
     Parameters
     ----------
-    ax : Axes
     wave : (band,) Angstrom, vacuum
     flux, ivar : (band,) 1e-17 erg/s/cm2/Angstrom/spaxel and its inverse variance
         NaN leaves a gap.
-    label : str
     """
     style: dict[str, Any] = {"lw": 0.8, "drawstyle": "steps-mid"}
     ax.plot(wave, flux, color=MODEL_COLOUR, label=label, **style)
@@ -653,11 +588,7 @@ def plot_class_shares(
 ) -> Axes:
     """Draw the fraction of each class in every part of a split; an empty part has no bars.
 
-    Parameters
-    ----------
-    ax : Axes
-    counts : mapping of part -> (classes,) int
-    label_task, n_classes
+    `counts` maps each part to its number of spaxels per class, (classes,) int.
     """
     names = class_names(label_task, n_classes)
     width = 0.8 / len(counts)
@@ -676,22 +607,12 @@ def plot_class_shares(
 def plot_histograms(ax: Axes, values: Mapping[str, np.ndarray], label: str, bins: int = 12) -> Axes:
     """Draw histograms of several samples side by side, e.g. the redshifts of a split's parts.
 
-    Parameters
-    ----------
-    ax : Axes
-    values : mapping of name -> (N,) float
-    label : str
-        Quantity and unit.
-    bins : int
+    `values` maps the name of each sample to its values, (N,) float; `label` states quantity and
+    unit.
     """
-    shades = list(PART_COLOURS.values())
-    samples = list(values.values())
-    ax.hist(
-        samples,
-        np.histogram_bin_edges(np.concatenate(samples), bins).tolist(),
-        label=[f"{name}: {len(sample)}" for name, sample in values.items()],
-        color=[shades[i % len(shades)] for i in range(len(samples))],
-    )
+    names = [f"{name}: {len(sample)}" for name, sample in values.items()]
+    colours = list(itertools.islice(itertools.cycle(PART_COLOURS.values()), len(names)))
+    ax.hist(list(values.values()), bins, label=names, color=colours)
     ax.set(xlabel=label, ylabel="galaxies")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False, fontsize=8)
@@ -699,6 +620,14 @@ def plot_histograms(ax: Axes, values: Mapping[str, np.ndarray], label: str, bins
 
 
 # The command
+
+
+def _figure(
+    width: float, height: float, rows: int = 1, columns: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """Make a figure of some inches, and its rows * columns axes; rows share their x axis."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, sharex="col", squeeze=False).ravel().tolist()
 
 
 def galaxy_figure(
@@ -718,17 +647,16 @@ def galaxy_figure(
     label_file = utils.label_path(root, task, plateifu)
     if label_file.is_file():
         labels = eval_fns.read_labels_for(trained, label_file, prediction.usable)
-        figure = Figure(figsize=(14, 4.1), layout="constrained")
-        plot_comparison(figure.subplots(1, 3), prediction, labels, task, n_classes)
+        figure, axes = _figure(14, 4.1, columns=3)
+        plot_comparison(axes, prediction, labels, task, n_classes)
         return figure, prediction
-    figure = Figure(figsize=(10, 4.3), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    wcs, inside, usable = prediction.attrs.get("wcs_header"), prediction.inside, prediction.usable
-    shared = (task, n_classes, usable, inside)
-    plot_class_map(left, prediction.classes, *shared, f"{plateifu}: {title_of(prediction)}", wcs)
+    figure, (left, right) = _figure(10, 4.3, columns=2)
+    wcs, sky = prediction.attrs.get("wcs_header"), (prediction.usable, prediction.inside)
+    title = f"{plateifu}: {title_of(prediction)}"
+    plot_class_map(left, prediction.classes, task, n_classes, *sky, title, wcs)
     highest = prediction.probabilities.max(axis=2)
     title = "probability of the predicted class"
-    plot_value_map(right, highest, usable, inside, "probability", title, wcs)
+    plot_value_map(right, highest, *sky, "probability", title, wcs)
     for ax in (left, right):
         mark_scale(ax, prediction.attrs)
     return figure, prediction
@@ -762,10 +690,9 @@ def bpt_figure(root: Path, prediction: eval_fns.CubePrediction, label_task: str)
     if label_file.is_file():
         labels = data_io.read_labels(label_file)
         maps_of = {"label": label_classes(labels, label_task, n_classes), **maps_of}
-    figure = Figure(figsize=(5.5 * len(maps_of), 4.2), layout="constrained")
+    figure, axes = _figure(5.5 * len(maps_of), 4.2, columns=len(maps_of))
     spaxels = _counted(int(shown.sum()), "spaxel")
     figure.suptitle(f"{plateifu}: {spaxels} with S/N > {snr:g} in all four lines")
-    axes = figure.subplots(1, len(maps_of), squeeze=False)[0]
     for ax, (name, classes) in zip(axes, maps_of.items(), strict=True):
         plot_bpt(ax, nitrogen, oxygen, classes[shown], label_task, n_classes, name)
     return figure
@@ -776,9 +703,9 @@ def spectrum_figure(root: Path, plateifu: str) -> Figure:
     cube = data_io.read_cube(utils.cube_path(root, plateifu))
     brightness = np.nan_to_num(cube.flux).mean(axis=2)
     y, x = np.unravel_index(int(brightness.argmax()), brightness.shape)
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure, (ax,) = _figure(10, 4)
     ivar = None if cube.ivar is None else cube.ivar[y, x]
-    plot_spectrum(figure.subplots(), cube.wave, cube.flux[y, x], ivar)
+    plot_spectrum(ax, cube.wave, cube.flux[y, x], ivar)
     z = f", z = {cube.attrs['redshift']:.4f}" if "redshift" in cube.attrs else ""
     figure.suptitle(f"{plateifu}{z}: brightest spaxel (y = {y}, x = {x})")
     return figure
@@ -787,15 +714,15 @@ def spectrum_figure(root: Path, plateifu: str) -> Figure:
 def components_figure(stats: Stats, n: int = 5) -> Figure:
     """Make the figure of the mean spectrum and the first n components."""
     rows = min(n, len(stats.components)) + 1
-    figure = Figure(figsize=(9, 1.5 * rows), layout="constrained")
-    plot_components(figure.subplots(rows, 1, sharex=True), stats)
+    figure, axes = _figure(9, 1.5 * rows, rows)
+    plot_components(axes, stats)
     return figure
 
 
 def variance_figure(stats: Stats) -> Figure:
     """Make the figure of the explained variance."""
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-    plot_explained_variance(figure.subplots(), stats)
+    figure, (ax,) = _figure(5.5, 3.6)
+    plot_explained_variance(ax, stats)
     return figure
 
 
@@ -809,8 +736,7 @@ def run_figures(run_dir: Path, card: ModelCard, part: str = "test") -> dict[str,
     figures = {}
     metrics = run_dir / run_folder.METRICS_FILE
     if metrics.is_file():
-        figures["training_curves"] = Figure(figsize=(11, 3.4), layout="constrained")
-        axes = figures["training_curves"].subplots(1, 2)
+        figures["training_curves"], axes = _figure(11, 3.4, columns=2)
         plot_training_curves(axes, pd.read_csv(metrics), card)
     else:
         command = f"python run_SSFTT_training.py --config {run_dir / run_folder.CONFIG_FILE}"
@@ -822,8 +748,7 @@ def run_figures(run_dir: Path, card: ModelCard, part: str = "test") -> dict[str,
         if epochs[0] != epochs[1]:
             log.warning("%s: epoch %d, the model: epoch %d; evaluate again", evaluation, *epochs)
         table = pd.read_csv(run_dir / part / run_folder.CONFUSION_FILE, index_col="true")
-        figures[f"confusion_{part}"] = Figure(figsize=(6, 5.6), layout="constrained")
-        ax = figures[f"confusion_{part}"].subplots()
+        figures[f"confusion_{part}"], (ax,) = _figure(6, 5.6)
         spaxels = _counted(result["spaxels"], "spaxel")
         galaxies = _counted(result["galaxies"], "galaxy", "galaxies")
         title = (
@@ -857,7 +782,7 @@ def main(config: VisConfig) -> int:
     out = config.run_dir / run_folder.FIGURES_FOLDER
     for name, figure in run_figures(config.run_dir, trained.card, config.part).items():
         save(figure, out / f"{name}.png")
-    failed = 0
+    code = utils.EXIT_DONE
     for plateifu in config.plateifu:
         try:
             figure, prediction = galaxy_figure(trained, root, plateifu)
@@ -865,14 +790,14 @@ def main(config: VisConfig) -> int:
             save(spectrum_figure(root, plateifu), out / f"{plateifu}_spectrum.png")
         except DataError as error:
             log.error("%s", error)
-            failed += 1
+            code = utils.EXIT_DATA
             continue
         try:
             figure = bpt_figure(root, prediction, trained.spec.label_task)
             save(figure, out / f"{plateifu}_bpt.png")
         except DataError as error:  # only MAPS can be missing; the other figures are drawn
             log.warning("no BPT diagram: %s", error)
-    return utils.EXIT_DATA if failed else utils.EXIT_DONE
+    return code
 
 
 if __name__ == "__main__":

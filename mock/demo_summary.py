@@ -3,7 +3,7 @@
 Reads   results/demo/{logOH_hard,logOH_easy,BPT_hard}/test/metrics.json (written by eval_fns.py).
 Writes  results/demo/summary.json with flat keys such as logOH.hard_accuracy; prints the table.
 
-    python demo_summary.py --results results/demo --seconds 120
+    python -m mock.demo_summary --results results/demo --seconds 120
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 
 import data_io
 import utils
 from utils import DataError
-
-RUNS = ("logOH_hard", "logOH_easy", "BPT_hard")
 
 
 @dataclass(frozen=True)
@@ -49,61 +47,54 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
 
 def summarise(root: Path, results: Path, seconds: float | None) -> dict[str, Any]:
     """Flat summary of the demo: amount of data, and scores of the runs."""
-    found = {name: read_metrics(results / name) for name in RUNS}
-    logoh, easy, bpt = (found[name] for name in RUNS)
-    maps = utils.label_maps(root, "logOH")
+    hard = {task: read_metrics(results / f"{task}_hard") for task in ("logOH", "BPT")}
+    easy = read_metrics(results / "logOH_easy")
     parts, _ = data_io.read_split(results / "logOH_hard" / "split")
-    patches = int(pd.concat(parts.values())["n_labelled"].sum())
-    return {
-        "galaxies": len(maps),
-        "patches": patches,
-        "test_galaxies": logoh["galaxies"],
-        "logOH.hard_accuracy": logoh["accuracy"],
-        "logOH.hard_accuracy_interval": logoh["intervals"]["accuracy"],
+    summary = {
+        "galaxies": len(utils.label_maps(root, "logOH")),
+        "patches": sum(int(table["n_labelled"].sum()) for table in parts.values()),
+        "test_galaxies": hard["logOH"]["galaxies"],
         "logOH.easy_accuracy": easy["accuracy"],
-        "logOH.majority_accuracy": logoh["majority_accuracy"],
-        "logOH.spectrum_accuracy": logoh["spectrum_accuracy"],
-        "logOH.mae_dex": logoh["mae_dex"],
-        "logOH.constant_mae_dex": logoh["constant_mae_dex"],
-        "BPT.hard_accuracy": bpt["accuracy"],
-        "BPT.hard_accuracy_interval": bpt["intervals"]["accuracy"],
-        "BPT.majority_accuracy": bpt["majority_accuracy"],
-        "BPT.spectrum_accuracy": bpt["spectrum_accuracy"],
-        "seconds": seconds,
-        "version": utils.VERSION,
-        "created_utc": utils.utc_now(),
+        "logOH.mae_dex": hard["logOH"]["mae_dex"],
+        "logOH.constant_mae_dex": hard["logOH"]["constant_mae_dex"],
     }
+    for task, found in hard.items():
+        summary[f"{task}.hard_accuracy"] = found["accuracy"]
+        summary[f"{task}.hard_accuracy_interval"] = found["intervals"]["accuracy"]
+        for baseline in ("majority_accuracy", "spectrum_accuracy"):
+            summary[f"{task}.{baseline}"] = found[baseline]
+    made = {"version": utils.VERSION, "created_utc": utils.utc_now()}
+    return {**summary, "seconds": seconds, **made}
 
 
 def table(summary: dict[str, Any]) -> str:
     """Format the summary as a text table."""
 
-    def interval(task: str) -> str:
-        low, high = summary[f"{task}.hard_accuracy_interval"]
-        return f"{low:.3f}-{high:.3f}"
+    def cell(key: str) -> str:
+        value = summary.get(key, key)  # a word stands for itself
+        if isinstance(value, str):
+            return value
+        return "-".join(f"{v:.3f}" for v in np.atleast_1d(value))
 
-    def row(*cells: str) -> str:
-        return f"{cells[0]:<34}" + "".join(f"{c:>14}" for c in cells[1:])
+    def row(name: str, *keys: str) -> str:
+        return f"{name:<34}" + "".join(f"{cell(key):>14}" for key in keys)
 
-    s = summary
-    lines = [
-        row("held-out galaxies (hard split)", "metallicity", "BPT class"),
-        row("  SSFTT accuracy", *(f"{s[f'{t}.hard_accuracy']:.3f}" for t in ("logOH", "BPT"))),
-        row("    95 % interval over galaxies", interval("logOH"), interval("BPT")),
-        row(
-            "  majority-class accuracy",
-            *(f"{s[f'{t}.majority_accuracy']:.3f}" for t in ("logOH", "BPT")),
-        ),
-        row(
-            "  linear model of one spectrum",
-            *(f"{s[f'{t}.spectrum_accuracy']:.3f}" for t in ("logOH", "BPT")),
-        ),
-        row("  mean absolute error (dex)", f"{s['logOH.mae_dex']:.3f}", "-"),
-        row("    of a constant prediction", f"{s['logOH.constant_mae_dex']:.3f}", "-"),
-        row("held-out spaxels (easy split)", "", ""),
-        row("  SSFTT accuracy", f"{s['logOH.easy_accuracy']:.3f}", "-"),
-    ]
-    return "\n".join(lines)
+    def both(name: str, key: str) -> str:
+        return row(name, f"logOH.{key}", f"BPT.{key}")
+
+    return "\n".join(
+        [
+            row("held-out galaxies (hard split)", "metallicity", "BPT class"),
+            both("  SSFTT accuracy", "hard_accuracy"),
+            both("    95 % interval over galaxies", "hard_accuracy_interval"),
+            both("  majority-class accuracy", "majority_accuracy"),
+            both("  linear model of one spectrum", "spectrum_accuracy"),
+            row("  mean absolute error (dex)", "logOH.mae_dex", "-"),
+            row("    of a constant prediction", "logOH.constant_mae_dex", "-"),
+            row("held-out spaxels (easy split)"),
+            row("  SSFTT accuracy", "logOH.easy_accuracy", "-"),
+        ]
+    )
 
 
 def main(config: Config) -> int:
