@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -41,6 +42,43 @@ def device(request) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory) -> Path:
+    """Data folder of eight small galaxies; only copies of it may be changed."""
+    import mock_cubes
+
+    return mock_cubes.make_data_dir(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def own_data(root, tmp_path) -> Path:
+    """A copy of the data folder that a test may change."""
+    return shutil.copytree(root, tmp_path / "data")
+
+
+def train(root: Path, run_dir: Path, **options) -> Path:
+    """Train briefly, on patches of 5 x 5 spaxels one by one; return the run's folder."""
+    import run_SSFTT_training as script
+
+    usual = {"split_dir": "hard", "patch_size": 5, "cutout": 1, "packed_type": "float32"}
+    usual |= {"batch_size": 64, "epochs": 3, "device": "cpu"}
+    config = script.train_config(data_dir=root, run_dir=run_dir, **{**usual, **options})
+    assert script.main(config) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def trained_run(root, tmp_path_factory) -> Path:
+    """A trained run; only copies of it may be changed."""
+    return train(root, tmp_path_factory.mktemp("runs") / "logOH")
+
+
+@pytest.fixture
+def own_run(trained_run, tmp_path) -> Path:
+    """A copy of the trained run that a test may change."""
+    return shutil.copytree(trained_run, tmp_path / "run")
 
 
 def write_logcube(path: Path, flux, ivar, mask, drop=(), redcorr=None, wave=None, **cards) -> Path:

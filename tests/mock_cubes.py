@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 import data_io
+import hsi_proc_fns
 import utils
 from data_io import Recipe
 from hsi_proc_fns import Stats
@@ -58,6 +59,13 @@ def make_cube(
     flux[3, 4, 5:8] = np.nan  # a gap that is bridged
     flux[4, 4, : n_band // 2] = np.nan  # too little measured: unusable, though labelled
     return flux.astype(np.float32)
+
+
+def parted(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Split a table: its first half for training, a quarter each for the other parts."""
+    n = len(table)
+    train, val, test = table[: n // 2], table[n // 2 : 3 * n // 4], table[3 * n // 4 :]
+    return {"train": train, "val": val, "test": test}
 
 
 def cube_recipe(n_band: int = N_BAND, source: str = "", **options: Any) -> Recipe:
@@ -132,53 +140,31 @@ def make_data_dir(
         for task, values in labels.items():
             write_labels(root, task, plateifu, values)
         spectra.append(flux[np.isfinite(flux).all(axis=2)])
-    table = pd.DataFrame(
-        {"plateifu": plateifus, "mangaid": [f"1-{i}" for i in range(len(plateifus))]}
-    )
-    n = len(plateifus)
-    hard = {
-        "train": table[: n // 2],
-        "val": table[n // 2 : 3 * n // 4],
-        "test": table[3 * n // 4 :],
-    }
-    write_split(root, "hard", hard, seed)
+    mangaids = [f"1-{i}" for i in range(len(plateifus))]
+    table = pd.DataFrame({"plateifu": plateifus, "mangaid": mangaids})
     y, x = np.indices(shape).reshape(2, -1)
-    spaxels = table.merge(pd.DataFrame({"y": y, "x": x}), how="cross").sample(
-        frac=1, random_state=seed
-    )
-    m = len(spaxels)
-    easy = {
-        "train": spaxels[: m // 2],
-        "val": spaxels[m // 2 : 3 * m // 4],
-        "test": spaxels[3 * m // 4 :],
-    }
-    write_split(root, "easy", easy, seed)
+    spaxels = table.merge(pd.DataFrame({"y": y, "x": x}), how="cross")
+    splits = {"hard": parted(table), "easy": parted(spaxels.sample(frac=1, random_state=seed))}
     whole = np.concatenate(spectra).astype(float)
     whole /= np.abs(whole).mean(axis=1, keepdims=True)
     mean = whole.mean(axis=0)
     _, s, components = np.linalg.svd(whole - mean, full_matrices=False)
     variance = s**2 / len(whole)
-    arrays = (
-        wave_grid(n_band),
-        mean,
-        whole.std(axis=0),
-        components[:n_components],
-        variance[:n_components],
-        variance[:n_components] / variance.sum(),
-    )
-    for split, parts in {"hard": hard, "easy": easy}.items():
+    some = slice(n_components)
+    arrays = wave_grid(n_band), mean, whole.std(axis=0), components[some], variance[some]
+    ratio = variance[some] / variance.sum()
+    for split, parts in splits.items():
+        write_split(root, split, parts, seed)
         galaxies = sorted(parts["train"]["plateifu"].unique())
         inputs = data_io.stats_inputs(data_io.cube_digests(root, galaxies))
         options = {"n_components": n_components, "cube": cube_recipe(n_band).shared}
         recipe = Recipe("statistics", data_io.STATS_VERSION, options, inputs)
-        data_io.write_stats(utils.stats_path(root, split), Stats(*arrays, recipe))
+        data_io.write_stats(utils.stats_path(root, split), Stats(*arrays, ratio, recipe))
     return root
 
 
 def write_patch_files(root: Path, task: str, norm: str, size: int, split: str = "hard") -> None:
     """Write patch files of all galaxies, each patch cut by hand: an oracle, not a tool."""
-    import hsi_proc_fns
-
     stats = data_io.read_stats(utils.stats_path(root, split))
     for path in sorted((root / "processed" / "cubes").glob("*/*.h5")):
         cube = data_io.read_cube(path, with_errors=False)
@@ -187,15 +173,12 @@ def write_patch_files(root: Path, task: str, norm: str, size: int, split: str = 
         normalised = hsi_proc_fns.normalise(cube.flux, norm, stats, usable)
         has_label = label_classes(labels, task) != LABEL_NONE
         patches, rows = [], []
+        margin = (size, size), (size, size), (0, 0)
+        padded, first = np.pad(normalised, margin), size - size // 2
         for y, x in np.argwhere(usable & has_label):
-            patch = np.zeros((size, size, normalised.shape[2]), np.float32)
-            for i in range(size):
-                for j in range(size):
-                    at = y + i - size // 2, x + j - size // 2
-                    if 0 <= at[0] < normalised.shape[0] and 0 <= at[1] < normalised.shape[1]:
-                        patch[i, j] = normalised[at]
             rows.append((len(patches), y, x, labels[y, x]))
-            patches.append(patch)
+            corner = y + first, x + first
+            patches.append(padded[corner[0] : corner[0] + size, corner[1] : corner[1] + size])
         made = data_io.read_label_meta(utils.label_path(root, task, path.stem))["recipe"]
         used = stats if norm == "PCA" else None
         recipe = data_io.patch_recipe(cube.recipe, labels, made, norm, size, used)

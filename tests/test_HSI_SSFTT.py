@@ -114,11 +114,8 @@ def test_weights_load_into_the_network_that_the_saved_config_makes():
     assert again.config.folded_channels == 8 * 3
 
 
-def test_defaults_of_the_function_and_of_the_config_are_the_same():
-    assert get_SSFTT_model().config == SSFTTConfig()
-
-
 def test_num_classes_is_another_name_of_n_classes():
+    assert get_SSFTT_model().config == SSFTTConfig()
     for names in ({"num_classes": 8}, {"n_classes": 8}, {"num_classes": 8, "n_classes": 8}):
         assert get_SSFTT_model(bands=9, **names).head.out_features == 8
     with pytest.raises(DataError, match="n_classes is 6 and num_classes 8"):
@@ -128,11 +125,10 @@ def test_num_classes_is_another_name_of_n_classes():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"n_classes": 0}, "n_classes is 0, expected at least 1"),
-        ({"patch_size": 0}, "patch_size is 0, expected at least 1"),
-        ({"spectral_kernel": 0}, "spectral_kernel is 0, expected at least 1"),
-        ({"heads": 0}, "heads is 0, expected at least 1"),
-        ({"dim": 0}, "dim is 0, expected at least 1"),
+        *(
+            ({name: 0}, f"{name} is 0, expected at least 1")
+            for name in ("n_classes", "patch_size", "spectral_kernel", "heads", "dim")
+        ),
         ({"heads": 7}, r"dim is 64, expected a multiple of 7 \(heads\)"),
         ({"bands": 2}, "spectral_kernel is 3, expected at most 2"),
         ({"projection": 2}, "spectral_kernel is 3, expected at most 2"),

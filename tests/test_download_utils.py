@@ -31,19 +31,14 @@ class Archive(BaseHTTPRequestHandler):
         time.sleep(self.pause_s)
         content = self.files.get(self.path)
         if content is None:
-            self.send_error(404)
-            return
-        asked, start = self.headers.get("Range"), 0
-        if asked and self.ranges:
+            return self.send_error(404)
+        asked, start = self.ranges and self.headers.get("Range"), 0
+        if asked:
             start = int(asked.removeprefix("bytes=").rstrip("-"))
-            if start >= len(content):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(content)}")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-        rest = content[start:]
-        self.send_response(206 if asked and self.ranges else 200)
+        rest, is_beyond = content[start:], start >= len(content) > 0
+        self.send_response(416 if is_beyond else 206 if asked else 200)
+        if is_beyond:
+            self.send_header("Content-Range", f"bytes */{len(content)}")
         self.send_header("Content-Length", str(len(rest)))
         self.end_headers()
         self.wfile.write(rest[: self.cuts.pop()] if self.cuts else rest)
@@ -57,44 +52,28 @@ class Archive(BaseHTTPRequestHandler):
 def archive():
     Archive.files, Archive.cuts, Archive.ranges, Archive.log = {}, [], True, []
     Archive.pause_s = 0.0
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Archive)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    Archive.base = f"http://127.0.0.1:{server.server_port}/sas"
-    yield Archive
-    server.shutdown()
-    server.server_close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Archive) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        Archive.base = f"http://127.0.0.1:{server.server_port}/sas"
+        yield Archive
+        server.shutdown()
 
 
-def serve(archive, url, content=CONTENT):
+def url_of(archive, content=CONTENT, url=None):
+    """URL from which the archive now serves the content."""
+    url = url or f"{archive.base}/a.fits.gz"
     archive.files["/sas" + url.removeprefix(archive.base)] = content
     return url
 
 
-def url_of(archive, content=CONTENT):
-    return serve(archive, f"{archive.base}/a.fits.gz", content)
-
-
 def test_urls_are_those_of_the_archive():
-    base = "https://data.sdss.org/sas/dr17/manga/spectro"
-    daptype = du.DEFAULT_DAPTYPE
-    assert du.archive_url("LOGCUBE", "8485-1901", daptype) == (
-        f"{base}/analysis/v3_1_1/3.1.0/{daptype}/8485/1901/"
-        f"manga-8485-1901-LOGCUBE-{daptype}.fits.gz"
-    )
-    assert du.archive_url("DRPCUBE", "8485-1901", daptype) == (
-        f"{base}/redux/v3_1_1/8485/stack/manga-8485-1901-LOGCUBE.fits.gz"
-    )
-    assert du.archive_url("dapall", None, daptype) == (
-        f"{base}/analysis/v3_1_1/3.1.0/dapall-v3_1_1-3.1.0.fits"
-    )
-
-
-def test_whole_file_arrives(archive, tmp_path):
-    path = tmp_path / "deep" / "a.fits.gz"
-    assert du.fetch(url_of(archive), path) == len(CONTENT)
-    assert path.read_bytes() == CONTENT
-    assert list(path.parent.iterdir()) == [path]
+    base, daptype = "https://data.sdss.org/sas/dr17/manga/spectro", du.DEFAULT_DAPTYPE
+    analysis = f"{base}/analysis/v3_1_1/3.1.0"
+    logcube = f"{analysis}/{daptype}/8485/1901/manga-8485-1901-LOGCUBE-{daptype}.fits.gz"
+    drp = f"{base}/redux/v3_1_1/8485/stack/manga-8485-1901-LOGCUBE.fits.gz"
+    assert du.archive_url("LOGCUBE", "8485-1901", daptype) == logcube
+    assert du.archive_url("DRPCUBE", "8485-1901", daptype) == drp
+    assert du.archive_url("dapall", None, daptype) == f"{analysis}/dapall-v3_1_1-3.1.0.fits"
 
 
 def test_broken_connection_is_resumed_where_it_stopped(archive, tmp_path):
@@ -149,75 +128,69 @@ def test_waiting_processes_resume_a_download_that_failed_elsewhere(archive, tmp_
     assert [asked for _, asked in archive.log] == [None, "bytes=65536-"]
 
 
-def test_server_without_ranges_starts_over(archive, tmp_path):
-    archive.cuts, archive.ranges = [70_000], False
-    path = tmp_path / "a.fits.gz"
-    du.fetch(url_of(archive), path, pause_s=0)
+@pytest.mark.parametrize(
+    ("part", "cuts", "ranges"),
+    [
+        (None, [], True),
+        (None, [70_000], False),  # a server without ranges: from the beginning
+        (CONTENT, [], True),
+        (CONTENT + b"more", [], True),
+    ],
+)
+def test_whole_file_arrives_whatever_there_is_of_it(archive, tmp_path, part, cuts, ranges):
+    archive.cuts, archive.ranges = cuts, ranges
+    path = tmp_path / "deep" / "a.fits.gz"
+    path.parent.mkdir()
+    if part:
+        (path.parent / ".a.fits.gz.part").write_bytes(part)
+    assert du.fetch(url_of(archive), path, pause_s=0) == len(CONTENT)
     assert path.read_bytes() == CONTENT
-
-
-def test_complete_part_needs_no_bytes(archive, tmp_path):
-    path = tmp_path / "a.fits.gz"
-    (tmp_path / ".a.fits.gz.part").write_bytes(CONTENT)
-    du.fetch(url_of(archive), path)
-    assert path.read_bytes() == CONTENT
-
-
-def test_part_longer_than_the_file_is_discarded(archive, tmp_path):
-    path = tmp_path / "a.fits.gz"
-    (tmp_path / ".a.fits.gz.part").write_bytes(CONTENT + b"more")
-    du.fetch(url_of(archive), path, pause_s=0)
-    assert path.read_bytes() == CONTENT
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"", "empty file"), (CONTENT[:-9], "damaged"), (b"<html>", "damaged")],
-)
-def test_empty_or_damaged_content_is_never_renamed(archive, tmp_path, content, expected):
+    [
+        (b"", "empty file"), (CONTENT[:-9], "damaged"), (b"<html>", "damaged"),
+        (None, "not in the archive"),
+    ],
+)  # fmt: skip
+def test_missing_or_damaged_file_is_requested_once_and_never_kept(
+    archive, tmp_path, content, expected
+):
     with pytest.raises(DataError, match=expected):
         du.fetch(url_of(archive, content), tmp_path / "a.fits.gz")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_file_is_requested_only_once(archive, tmp_path):
-    with pytest.raises(DataError, match="not in the archive"):
-        du.fetch(f"{archive.base}/b.fits.gz", tmp_path / "b.fits.gz")
     assert len(archive.log) == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_command_fetches_missing_files_and_continues_after_failures(archive, tmp_path):
-    config = du.Config(
-        plateifu=("8485-1901", "7443-12703"), data_dir=tmp_path, base_url=archive.base, jobs=1
-    )
+    one, config = "8485-1901", du.Config(data_dir=tmp_path, base_url=archive.base, jobs=1)
     for kind in ("MAPS", "LOGCUBE"):
-        serve(archive, du.archive_url(kind, "8485-1901", config.daptype, archive.base))
-    empty = utils.raw_dir(tmp_path, "8485-1901") / f"manga-8485-1901-MAPS-{config.daptype}.fits.gz"
+        url_of(archive, url=du.archive_url(kind, one, config.daptype, archive.base))
+    empty = utils.raw_dir(tmp_path, one) / f"manga-{one}-MAPS-{config.daptype}.fits.gz"
     empty.parent.mkdir(parents=True)
     empty.touch()  # zero bytes count as missing
-    assert du.main(config) == 1
-    assert empty.read_bytes() == CONTENT
-    assert utils.find_raw(tmp_path, "8485-1901", "LOGCUBE").read_bytes() == CONTENT
+    assert du.main(replace(config, plateifu=(one, "7443-12703"))) == 1
+    for kind in ("MAPS", "LOGCUBE"):
+        assert utils.find_raw(tmp_path, one, kind).read_bytes() == CONTENT
     assert "7443-12703" in (tmp_path / "raw" / "failed.csv").read_text()
     archive.log.clear()
-    assert du.main(replace(config, plateifu=("8485-1901",))) == 0
+    assert du.main(replace(config, plateifu=(one,))) == 0
     assert archive.log == []
 
 
 def test_dry_run_lists_missing_files_among_them_an_empty_catalogue(archive, tmp_path, capsys):
-    config = du.Config(catalogue=True, data_dir=tmp_path, base_url=archive.base, dry_run=True)
-    url = du.archive_url("dapall", None, config.daptype, archive.base)
-    serve(archive, url)
+    config = du.Config(catalogue=True, data_dir=tmp_path, base_url=archive.base)
+    url = url_of(archive, url=du.archive_url("dapall", None, config.daptype, archive.base))
     path = du.local_path(tmp_path, url, None)
     path.parent.mkdir(parents=True)
     path.touch()
-    assert du.main(config) == 0
-    assert capsys.readouterr().out == f"{url} {path}\n"
-    assert du.main(replace(config, dry_run=False)) == 0
-    assert path.read_bytes() == CONTENT
-    assert du.main(config) == 0
-    assert capsys.readouterr().out == ""
+    for printed in (f"{url} {path}\n", ""):
+        assert du.main(replace(config, dry_run=True)) == 0
+        assert capsys.readouterr().out == printed
+        assert du.main(config) == 0
+        assert path.read_bytes() == CONTENT
 
 
 def test_command_without_a_galaxy_is_refused(tmp_path):

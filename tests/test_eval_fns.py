@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import train
 from mock_network import like_trained
 from sklearn import metrics as sk
 
@@ -16,7 +17,6 @@ import cube_patch_processing as patching
 import data_fns
 import data_io
 import eval_fns
-import run_SSFTT_training as training
 import utils
 from data_fns import DataOptions
 from hsi_proc_fns import MIN_MEASURED
@@ -25,48 +25,17 @@ from labels import LABEL_NONE
 from utils import DataError
 
 TEST_GALAXY = mock_cubes.PLATEIFUS[-1]
-ONE_BY_ONE = {"cutout": 1, "packed_type": "float32"}
-"""Patches from packed cubes like those of patch files."""
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return mock_cubes.make_data_dir(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def own_data(root, tmp_path):
-    """A copy of the data that a test may change."""
-    return shutil.copytree(root, tmp_path / "data")
-
-
-def train(root, run_dir, **options):
-    options = {"split_dir": "hard", "patch_size": 5, "epochs": 3, "batch_size": 64, **options}
-    config = training.train_config(data_dir=root, run_dir=run_dir, device="cpu", **options)
-    assert training.main(config) == 0
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def run_dir(root, tmp_path_factory):
-    return train(root, tmp_path_factory.mktemp("runs") / "logOH", **ONE_BY_ONE)
-
-
-@pytest.fixture(scope="module")
-def model(run_dir):
-    return eval_fns.load_model(run_dir, "cpu")
-
-
-@pytest.fixture
-def own_run(run_dir, tmp_path):
-    """A copy that a test may write into."""
-    return shutil.copytree(run_dir, tmp_path / "run")
+def model(trained_run):
+    return eval_fns.load_model(trained_run, "cpu")
 
 
 @pytest.fixture(scope="module")
 def loaders(root):
     """Loaders of all parts of the split, as in training."""
-    options = DataOptions(root, "hard", patch_size=5, **ONE_BY_ONE)
+    options = DataOptions(root, "hard", patch_size=5, cutout=1, packed_type="float32")
     return data_fns.get_dataloaders(options, parts=utils.SPLIT_PARTS)
 
 

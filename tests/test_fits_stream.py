@@ -1,6 +1,7 @@
 """The FITS reader: plain and gzipped files, checksums, damaged files, how far it reads."""
 
 import gzip
+import os
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,12 @@ def gzipped(path):
     return out
 
 
+def zeros_in(path):
+    content = bytearray(path.read_bytes())
+    content[5000:6000] = bytes(1000)
+    path.write_bytes(content)
+
+
 def test_plain_and_gzipped_files_give_what_astropy_reads(logcube):
     plain, zipped = read_hdus(logcube, NEEDED), read_hdus(gzipped(logcube), NEEDED)
     with fits.open(logcube) as hdus:
@@ -42,71 +49,35 @@ def test_planes_are_cut_from_arrays_of_three_axes_only(logcube):
     part = dict(iterate_hdus(logcube, NEEDED, slice(1000, 2000)))
     np.testing.assert_array_equal(part["FLUX"].data, whole["FLUX"].data[1000:2000])
     np.testing.assert_array_equal(part["REDCORR"].data, whole["REDCORR"].data)
-
-
-def missing(path):
-    return path.with_name("absent-8485-1901.fits.gz")
-
-
-def empty(path):
-    path.write_bytes(b"")
-    return path
-
-
-def half_of_gzip(path):
-    path = gzipped(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    return path
-
-
-def zeros_in_gzip(path):
-    path = gzipped(path)
-    content = bytearray(path.read_bytes())
-    content[5000:6000] = bytes(1000)
-    path.write_bytes(content)
-    return path
-
-
-def start_of_plain_file(path):
-    path.write_bytes(path.read_bytes()[:400_000])
-    return path
-
-
-def text_file(path):
-    path.write_bytes(b"this is a text file" * 1000)
-    return path
+    with pytest.raises(DataError, match=r"no HDU NOTHING; it holds PRIMARY, FLUX, .*MODEL"):
+        read_hdus(logcube, ("FLUX", "NOTHING"))
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("kind", "damage", "message"),
     [
-        (missing, "no such file"),
-        (empty, "zero bytes"),
-        (half_of_gzip, "cut short"),
-        (zeros_in_gzip, "damaged"),
-        (start_of_plain_file, "cut short inside IVAR"),
-        (text_file, "not a FITS file"),
+        (gzipped, Path.unlink, "no such file"),
+        (Path, lambda path: path.write_bytes(b""), "zero bytes"),
+        (gzipped, lambda path: os.truncate(path, path.stat().st_size // 2), "cut short"),
+        (gzipped, zeros_in, "damaged"),
+        (Path, lambda path: os.truncate(path, 400_000), "cut short inside IVAR"),
+        (Path, lambda path: path.write_bytes(b"this is a text file" * 1000), "not a FITS file"),
     ],
 )
 def test_damaged_file_is_reported_in_one_line_and_nothing_is_written(
-    tmp_path, logcube, spoil, message
+    tmp_path, logcube, kind, damage, message
 ):
-    bad, target = spoil(logcube), tmp_path / "out" / "8485-1901.h5"
-    options = fits_utils.CubeOptions()
-    for read in (
-        lambda: read_hdus(bad, NEEDED),
-        lambda: fits_utils.process_cube(bad, target, options),
+    bad, target = kind(logcube), tmp_path / "out" / "8485-1901.h5"
+    damage(bad)
+    for read, words in (
+        (read_hdus, (bad, NEEDED)),
+        (fits_utils.process_cube, (bad, target, fits_utils.CubeOptions())),
     ):
         with pytest.raises(DataError, match=message) as error:
-            read()
+            read(*words)
         assert str(bad) in str(error.value)
         assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("out/*"))
-
-
-def test_missing_hdu_is_named_with_those_of_the_file(logcube):
-    with pytest.raises(DataError, match=r"no HDU NOTHING; it holds PRIMARY, FLUX, .*MODEL"):
-        read_hdus(logcube, ("FLUX", "NOTHING"))
 
 
 def flip(path, position, bit):
@@ -121,27 +92,23 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(logcube, name):
     with fits.open(logcube) as hdus:
         hdus.writeto(logcube, overwrite=True, checksum=True)
     with fits.open(logcube) as hdus:
-        start, size = hdus[name].fileinfo()["datLoc"], hdus[name].data.nbytes
+        info, size = hdus[name].fileinfo(), hdus[name].data.nbytes
 
     def read():
         return dict(iterate_hdus(logcube, NEEDED, slice(1500, 3500)))
 
     good = read()[name].data
-    for part in (0.01, 0.5, 0.99):  # before, among and after the planes that are kept
-        position = start + int(part * size)
+    damages = [(info["hdrLoc"], "no header where one should be")]
+    damages += [  # before, among and after the planes that are kept
+        (info["datLoc"] + int(part * size), f"{name} is damaged.*Fetch it again")
+        for part in (0.01, 0.5, 0.99)
+    ]
+    for position, message in damages:
         flip(logcube, position, 3)
-        with pytest.raises(DataError, match=f"{name} is damaged.*Fetch it again"):
+        with pytest.raises(DataError, match=message):
             read()
         flip(logcube, position, 3)
     np.testing.assert_array_equal(read()[name].data, good)
-
-
-def test_damaged_header_ends_the_search(logcube):
-    with fits.open(logcube) as hdus:
-        start = hdus["IVAR"].fileinfo()["hdrLoc"]
-    flip(logcube, start, 0)
-    with pytest.raises(DataError, match="no header where one should be"):
-        read_hdus(logcube, NEEDED)
 
 
 @pytest.mark.parametrize("n_bytes", [1, 2, 3, 4, 5, 4000, 262_147])

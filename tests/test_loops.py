@@ -165,10 +165,8 @@ def test_stopped_loop_leaves_no_process_and_no_file(tmp_path, start_loop, number
     assert loop.returncode == code
     assert list(out.iterdir()) == []
     if code > 0:
-        assert (
-            stderr
-            == "stopped; finished outputs are complete. Run the same command again to continue.\n"
-        )
+        again = "Run the same command again to continue.\n"
+        assert stderr == f"stopped; finished outputs are complete. {again}"
 
 
 def test_list_of_failures_keeps_the_galaxies_that_were_not_tried(tmp_path):
@@ -188,9 +186,8 @@ def test_list_of_failures_keeps_the_galaxies_that_were_not_tried(tmp_path):
 def test_each_shard_has_its_own_list_of_failures(tmp_path):
     found = []
     for shard in ("0/2", "1/2", None):
-        config = cube_patch_processing.Config(
-            data_dir=tmp_path, plateifu=("8485-1901", "8485-1902"), shard=shard, jobs=1
-        )
+        chosen = {"data_dir": tmp_path, "plateifu": NAMES[:2], "shard": shard, "jobs": 1}
+        config = cube_patch_processing.Config(**chosen)
         assert cube_patch_processing.main(config) == 1
         found.append({p.name: p.read_text().count("\n") for p in tmp_path.rglob("failed*.csv")})
     assert found[1] == {"failed-0of2.csv": 2, "failed-1of2.csv": 2}
@@ -203,10 +200,23 @@ def test_shards_partition_the_list():
     assert sorted(i for part in parts for i in part) == items
 
 
-@pytest.mark.parametrize("shard", ["3/3", "a/b", "1"])
-def test_wrong_shards_are_refused(shard):
-    with pytest.raises(DataError, match="--shard"):
-        loops.shard_of([], shard)
+@pytest.mark.parametrize(
+    ("shard", "listed", "message"),
+    [
+        ("3/3", None, "--shard 3/3"),
+        ("a/b", None, "--shard a/b"),
+        ("1", None, "--shard 1"),
+        (None, "# none yet\n", "names no galaxy"),
+        (None, "", "names no galaxy"),
+        (None, "mangaid,plateifu\n1-1\n", "names no galaxy"),
+    ],
+)
+def test_wrong_choice_of_galaxies_does_not_mean_all_of_them(tmp_path, shard, listed, message):
+    path = listed if listed is None else tmp_path / "galaxies.txt"
+    if path:
+        path.write_text(listed)
+    with pytest.raises(DataError, match=message):
+        loops.chosen_galaxies(loops.GalaxyChoice(galaxy_list=path, shard=shard), NAMES)
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3, 99])

@@ -1,7 +1,6 @@
 """Maps of galaxies: their content, their place on the sky, and when they are made again."""
 
 import logging
-import shutil
 
 import mock_cubes
 import numpy as np
@@ -15,52 +14,26 @@ import data_io
 import eval_fns
 import map_galaxies
 import run_folder
-import run_SSFTT_training as training
 import utils
 from labels import LABEL_NONE, class_middles, class_names
 
 TEST_GALAXY = mock_cubes.PLATEIFUS[-1]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return mock_cubes.make_data_dir(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def trained_run(root, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "logOH"
-    options = {"split_dir": "hard", "patch_size": 5, "epochs": 2, "baselines": False}
-    config = training.train_config(data_dir=root, run_dir=run, device="cpu", **options)
-    assert training.main(config) == 0
-    return run
-
-
-@pytest.fixture
-def run(trained_run, tmp_path):
-    return shutil.copytree(trained_run, tmp_path / "run")
-
-
-@pytest.fixture
-def own_data(root, tmp_path):
-    """A copy of the data that a test may change."""
-    return shutil.copytree(root, tmp_path / "data")
-
-
 def map_them(run, root, *plateifus):
-    options = {"run_dir": run, "data_dir": root, "plateifu": plateifus, "device": "cpu"}
-    return map_galaxies.main(map_galaxies.Config(**options))
+    config = map_galaxies.Config(run_dir=run, data_dir=root, plateifu=plateifus, device="cpu")
+    return map_galaxies.main(config)
 
 
 def table_of(run):
     return pd.read_csv(run / "maps" / "galaxies.csv", keep_default_na=False).set_index("plateifu")
 
 
-def test_map_holds_the_prediction(root, run):
-    assert map_them(run, root, TEST_GALAXY) == 0
-    expected = eval_fns.predict_cube(run, utils.cube_path(root, TEST_GALAXY))
+def test_map_holds_the_prediction(root, own_run):
+    assert map_them(own_run, root, TEST_GALAXY) == 0
+    expected = eval_fns.predict_cube(own_run, utils.cube_path(root, TEST_GALAXY))
     usable = expected.classes != LABEL_NONE
-    with fits.open(run / "maps" / f"{TEST_GALAXY}.fits") as hdus:
+    with fits.open(own_run / "maps" / f"{TEST_GALAXY}.fits") as hdus:
         np.testing.assert_array_equal(hdus["CLASS"].data, expected.classes)
         probabilities = hdus["PROBABILITY"].data
         np.testing.assert_array_equal(probabilities, np.moveaxis(expected.probabilities, 2, 0))
@@ -74,7 +47,7 @@ def test_map_holds_the_prediction(root, run):
     assert header["MEDIAN"] == pytest.approx(np.median(by_hand[usable]), rel=1e-6)
 
 
-def test_map_lies_where_the_galaxy_does(run, tmp_path):
+def test_map_lies_where_the_galaxy_does(own_run, tmp_path):
     sky = WCS(naxis=2)
     sky.wcs.ctype = "RA---TAN", "DEC--TAN"
     sky.wcs.crval, sky.wcs.crpix, sky.wcs.cdelt = (150.0, 2.0), (4, 5), (-0.5 / 3600, 0.5 / 3600)
@@ -86,7 +59,7 @@ def test_map_lies_where_the_galaxy_does(run, tmp_path):
     shown = eval_fns.CubePrediction(
         "1-1", classes, probabilities, names, classes > 0, cards, values
     )
-    map_galaxies.write_map(tmp_path / "x.fits", shown, eval_fns.load_model(run, "cpu"), {})
+    map_galaxies.write_map(tmp_path / "x.fits", shown, eval_fns.load_model(own_run, "cpu"), {})
     with fits.open(tmp_path / "x.fits") as hdus:
         there = WCS(hdus["LOGOH"].header).pixel_to_world(3, 4)
         assert (there.ra.deg, there.dec.deg) == pytest.approx((150, 2))
@@ -96,59 +69,59 @@ def test_map_lies_where_the_galaxy_does(run, tmp_path):
         assert hdus["LOGOH_SPREAD"].data[0, 0] == pytest.approx(spread, rel=1e-5)
 
 
-def test_every_cube_is_mapped_once_and_tabulated(root, run, caplog):
+def test_every_cube_is_mapped_once_and_tabulated(root, own_run, caplog):
     caplog.set_level(logging.INFO)
-    parts, _ = data_io.read_split(run / "split")
+    parts, _ = data_io.read_split(own_run / "split")
     part_of = {p: part for part, table in parts.items() for p in table["plateifu"]}
-    assert map_them(run, root) == 0
+    assert map_them(own_run, root) == 0
     assert f"{sum(p == 'train' for p in part_of.values())} of these galaxies" in caplog.text
-    table = table_of(run)
+    table = table_of(own_run)
     assert set(table.index) == set(mock_cubes.PLATEIFUS)
     assert table["part"].to_dict() == {p: part_of.get(p, "") for p in table.index}
     assert (table[list(class_names("logOH", 6))].sum(axis=1) == table["spaxels"]).all()
     assert table["median_logoh"].astype(float).between(8.3, 8.7).all()
     assert (table["cube"] == "").all()
-    before = {p: p.stat().st_mtime_ns for p in (run / "maps").glob("*.fits")}
+    before = {p: p.stat().st_mtime_ns for p in (own_run / "maps").glob("*.fits")}
     caplog.clear()
-    assert map_them(run, root) == 0
+    assert map_them(own_run, root) == 0
     assert f"{len(before)} up to date" in caplog.text
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_map_whose_cube_is_gone_is_marked_and_warned_of(own_data, run, caplog):
+def test_map_whose_cube_is_gone_is_marked_and_warned_of(own_data, own_run, caplog):
     gone, left = mock_cubes.PLATEIFUS[-2:]
-    assert map_them(run, own_data, gone, left) == 0
+    assert map_them(own_run, own_data, gone, left) == 0
     assert "no longer exist" not in caplog.text
     utils.cube_path(own_data, gone).unlink()
-    assert map_them(run, own_data, left) == 0
+    assert map_them(own_run, own_data, left) == 0
     assert f"1 of the maps ({gone}, ...) are of cubes that no longer exist" in caplog.text
-    assert table_of(run)["cube"].to_dict() == {gone: "gone", left: ""}
+    assert table_of(own_run)["cube"].to_dict() == {gone: "gone", left: ""}
 
 
-def test_map_of_another_cube_or_model_is_made_again(own_data, run):
-    made = run / "maps" / f"{TEST_GALAXY}.fits"
+def test_map_of_another_cube_or_model_is_made_again(own_data, own_run):
+    made = own_run / "maps" / f"{TEST_GALAXY}.fits"
 
     def recipe():
-        assert map_them(run, own_data, TEST_GALAXY) == 0
+        assert map_them(own_run, own_data, TEST_GALAXY) == 0
         return fits.getheader(made)["RECIPE"]
 
     first = recipe()
     mock_cubes.rebuild_cube(own_data, TEST_GALAXY, "another LOGCUBE")
     second = recipe()
-    weights = load_file(run / run_folder.WEIGHTS_FILE)
+    weights = load_file(own_run / run_folder.WEIGHTS_FILE)
     next(iter(weights.values())).add_(1)
-    save_file(weights, run / run_folder.WEIGHTS_FILE)
+    save_file(weights, own_run / run_folder.WEIGHTS_FILE)
     third = recipe()
     assert len({first, second, third}) == 3
     made.write_bytes(b"")  # not a FITS file any more
     assert recipe() == third
 
 
-def test_one_bad_cube_does_not_stop_the_others(own_data, run):
+def test_one_bad_cube_does_not_stop_the_others(own_data, own_run):
     bad, *good = mock_cubes.PLATEIFUS[:3]
     utils.cube_path(own_data, bad).write_bytes(b"no HDF5")
-    assert map_them(run, own_data, bad, *good) == utils.EXIT_DATA
-    assert {p.stem for p in (run / "maps").glob("*.fits")} == set(good)
-    failed = pd.read_csv(run / "maps" / "failed.csv")
+    assert map_them(own_run, own_data, bad, *good) == utils.EXIT_DATA
+    assert {p.stem for p in (own_run / "maps").glob("*.fits")} == set(good)
+    failed = pd.read_csv(own_run / "maps" / "failed.csv")
     assert failed["plateifu"].tolist() == [bad]
     assert "not a readable HDF5 file" in failed["reason"][0]

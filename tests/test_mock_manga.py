@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import subprocess
-import sys
+import os
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from astropy.io import fits
+from astropy.table import Table
 from astropy.wcs import WCS
 from scipy import optimize, stats
 
-import mock.dr17_files as dr17
 import mock.physics as physics
 import mock_manga
 import utils
@@ -34,6 +34,7 @@ REAL_MAPS = "manga-7815-3702-MAPS-HYB10-GAU-MILESHC.fits.gz"
 BPT = ("Hb-4862", "OIII-5008", "Ha-6564", "NII-6585")
 DONOTUSE = 1 << 30
 C_KMS = 299792.458
+KINDS = {"cube": "LOGCUBE", "maps": "MAPS"}
 EDGES = 10 ** (3.5589 + 1e-4 * (np.arange(4564) - 0.5))
 """Edges of the LOGCUBE's pixels, vacuum Angstrom, observed."""
 
@@ -55,25 +56,20 @@ def survey(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def galaxies(survey, tmp_path_factory) -> list[dict]:
     """LOGCUBE, MAPS, truth maps and parameters of the survey's galaxies."""
-    out, plain = [], tmp_path_factory.mktemp("plain")
+    plain = tmp_path_factory.mktemp("plain")
 
     def unpacked(plateifu: str, kind: str) -> fits.HDUList:
         path = plain / f"{plateifu}-{kind}.fits"  # memory-mapped: seeking in a gzip file is slow
         path.write_bytes(gzip.decompress(utils.find_raw(survey, plateifu, kind).read_bytes()))
         return fits.open(path)
 
-    for path in sorted((survey / "truth").glob("*.h5")):
+    def opened(path: Path) -> dict:
         truth, attrs = read_truth(path)
-        plateifu = attrs["plateifu"]
-        out.append(
-            {
-                "cube": unpacked(plateifu, "LOGCUBE"),
-                "maps": unpacked(plateifu, "MAPS"),
-                "truth": truth,
-                "params": json.loads(attrs["recipe"])["options"]["params"],
-            }
-        )
-    return out
+        files = {kind: unpacked(path.stem, name) for kind, name in KINDS.items()}
+        params = json.loads(attrs["recipe"])["options"]["params"]
+        return {**files, "truth": truth, "params": params}
+
+    return [opened(path) for path in sorted((survey / "truth").glob("*.h5"))]
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +110,11 @@ def box_flux(cube, wave_rest: float, half_aa: float) -> tuple[np.ndarray, np.nda
 
 @pytest.mark.parametrize(
     ("kind", "page", "count"),
-    [("LOGCUBE", "mangaModelCube_DR17.json", 13), ("MAPS", "mangaMaps_DR17.json", 64)],
+    [("cube", "mangaModelCube_DR17.json", 13), ("maps", "mangaMaps_DR17.json", 64)],
 )
 def test_every_hdu_has_the_cards_of_the_archive(galaxies, shared_manga, kind, page, count):
     want = json.loads((shared_manga / page).read_text())["releases"]["DR17"]["hdus"].values()
-    files = galaxies[0]["cube" if kind == "LOGCUBE" else "maps"]
+    files = galaxies[0][kind]
     assert len(files) == count == len(want)
     free = {"CHECKSUM", "DATASUM", "CRVAL1", "CRVAL2", "LATPOLE"}
     for page_hdu, hdu in zip(want, files, strict=True):
@@ -140,7 +136,7 @@ def test_primary_cards_have_the_types_of_a_real_file(galaxies, real_maps):
         assert type(real[key]) is type(ours[key]), key
 
 
-@pytest.mark.parametrize("kind", ["cube", "maps"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_checksums_are_right(galaxies, kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -149,20 +145,15 @@ def test_checksums_are_right(galaxies, kind):
             assert all("DATASUM" in hdu.header for hdu in f)
 
 
-def test_data_types_are_those_of_the_archive(galaxies):
-    cube, maps = galaxies[0]["cube"], galaxies[0]["maps"]
-    assert cube["FLUX"].data.dtype == ">f4"
-    assert cube["MASK"].data.dtype == ">i2"
-    assert cube["BINID"].data.dtype == ">i4"
-    assert maps["EMLINE_GFLUX_MASK"].data.dtype == ">i4"
-    assert cube["FLUX"].shape == (4563, 34, 34)
-    assert cube["WAVE"].data == pytest.approx(10 ** (3.5589 + 1e-4 * np.arange(4563)), abs=6e-4)
-
-
-def test_nothing_is_infinite_or_nan(galaxies):
+def test_arrays_have_the_types_of_the_archive_and_finite_values(galaxies):
     for g in galaxies:
         for hdu in (*g["cube"][1:], *g["maps"][1:]):
             assert np.isfinite(hdu.data).all(), hdu.name
+    cube, maps = galaxies[0]["cube"], galaxies[0]["maps"]
+    hdus = cube["FLUX"], cube["MASK"], cube["BINID"], maps["EMLINE_GFLUX_MASK"]
+    assert [hdu.data.dtype for hdu in hdus] == [">f4", ">i2", ">i4", ">i4"]
+    assert cube["FLUX"].shape == (4563, 34, 34)
+    assert cube["WAVE"].data == pytest.approx(10 ** (3.5589 + 1e-4 * np.arange(4563)), abs=6e-4)
 
 
 def test_sky_coordinates_agree_with_the_wcs(galaxies):
@@ -324,19 +315,6 @@ def test_seeing_mixes_spectra_as_a_sum_over_neighbours():
         shift = np.log10(1 + v_kms / C_KMS) / 1e-4
         want += share * np.interp(np.arange(4563) - shift, half, templates[2, 1])
     assert got == pytest.approx(want, rel=3e-3)
-    # the spectrum of that line of sight alone differs
-    alone = np.interp(np.arange(4563), half, templates[2, 1]) * got.mean() / templates[2, 1].mean()
-    assert np.abs(got / alone - 1).max() > 0.02
-
-
-def test_a_point_source_is_blurred_to_the_seeing():
-    image = np.zeros((49, 49))
-    image[24, 24] = 1
-    sigma = 2.5 / 0.5 / 2.3548
-    out = physics.blur(image, physics.blur_matrix(33, 8, sigma))
-    assert out.sum() == pytest.approx(1, abs=1e-6)
-    width = np.sqrt((out.sum(0) * (np.arange(33) - 16) ** 2).sum())
-    assert width == pytest.approx(sigma, rel=1e-3)
 
 
 def test_noise_is_correlated_as_westfall_et_al_found():
@@ -368,18 +346,6 @@ def test_drawn_lines_integrate_to_their_flux():
 
 
 # Measurements
-
-
-def test_planted_flux_is_in_the_cube(galaxies):
-    pulls = []
-    for g in galaxies:
-        flux, sigma = box_flux(g["cube"], 4862.691, 16)
-        used = np.isfinite(flux) & (sigma > 0)
-        pulls.append((flux - g["truth"]["line_flux/Hb-4862"])[used] / sigma[used])
-    pulls = np.concatenate(pulls)
-    assert pulls.size > 900
-    assert np.std(pulls) == pytest.approx(1, abs=0.12)
-    assert np.mean(pulls) == pytest.approx(0, abs=0.15)
 
 
 @pytest.mark.parametrize("line", [*BPT, "OII-3729", "SII-6718"])
@@ -431,23 +397,6 @@ def test_map_fluxes_are_what_a_fit_to_the_cube_finds(galaxies):
     assert np.std(v_off) < 1.6
 
 
-def test_metallicities_from_the_maps_agree_with_the_truth(galaxies):
-    pulls = []
-    for g in galaxies:
-        maps, row = g["maps"], channels(g["maps"])
-        flux, ivar, mask = (
-            maps[f"EMLINE_GFLUX{s}"].data.astype(float) for s in ("", "_IVAR", "_MASK")
-        )
-        good = np.all(
-            [(mask[row[k]] == 0) & (flux[row[k]] ** 2 * ivar[row[k]] > 64) for k in BPT], 0
-        )
-        got = physics.logoh_o3n2({k: flux[row[k]] for k in BPT})
-        rel = sum(1 / (flux[row[k]] ** 2 * ivar[row[k]]).clip(1e-9) for k in BPT)
-        error = 0.214 / np.log(10) * np.sqrt(rel)
-        pulls.append(((got - g["truth"]["logoh_o3n2"]) / error)[good])
-    assert np.std(np.concatenate(pulls)) == pytest.approx(1, abs=0.15)
-
-
 # The survey as a whole
 
 
@@ -473,7 +422,6 @@ def test_bundles_and_redshifts_are_distributed_as_in_dr17(shared_manga):
         assert stats.ks_2samp(real, ours).statistic < 0.15, bundle
 
 
-@pytest.mark.slow
 def test_labels_spread_over_all_classes():
     row = {name: i for i, name in enumerate(physics.EMLINES)}
     metals, bpt, share = [], [], []
@@ -488,12 +436,10 @@ def test_labels_spread_over_all_classes():
         share.append(good.mean())
     metals, bpt = np.concatenate(metals), np.concatenate(bpt)
     by_class = np.bincount(label_classes(metals, "logOH"), minlength=6) / metals.size
-    assert by_class.max() < 0.35
-    assert by_class.min() > 0.04
-    assert 0.06 < metals.std() < 0.11
     by_bpt = np.bincount(bpt, minlength=3) / bpt.size
-    assert by_bpt.max() < 0.8
-    assert by_bpt.min() > 0.05
+    assert 0.04 < by_class.min() <= by_class.max() < 0.35
+    assert 0.05 < by_bpt.min() <= by_bpt.max() < 0.8
+    assert 0.06 < metals.std() < 0.11
     assert 0.4 < np.mean(share) < 0.7
 
 
@@ -522,48 +468,32 @@ def test_same_seed_gives_identical_files_with_any_number_of_processes(survey, tm
     assert digests(tmp_path) == digests(survey)
 
 
-def test_a_galaxy_depends_on_the_seed_but_not_on_the_number_of_galaxies(survey, tmp_path):
-    run(tmp_path / "other", n_galaxies=1, seed=2)
-    run(tmp_path / "few", n_galaxies=1)
-    name = "raw/13001/1901/manga-13001-1901-MAPS-SPX-MILESHC-MASTARSSP.fits.gz"
-    assert digests(tmp_path / "other")[name] != digests(survey)[name]
-    assert digests(tmp_path / "few")[name] == digests(survey)[name]
-
-
-def test_a_second_run_makes_only_what_is_missing(tmp_path):
+def test_second_run_makes_only_what_is_missing_and_refuses_another_seed(survey, tmp_path, caplog):
     run(tmp_path, n_galaxies=2)
-    lost = utils.find_raw(tmp_path, "13001-1902", "MAPS")
-    before = digests(tmp_path)
-    lost.unlink()
+    first, second = (utils.find_raw(tmp_path, f"13001-190{i}", "MAPS") for i in (1, 2))
+    before, old = digests(tmp_path), first.read_bytes()
+    assert old == utils.find_raw(survey, "13001-1901", "MAPS").read_bytes()  # of three galaxies
+    second.unlink()
     assert run(tmp_path, n_galaxies=2) == {"13001-1901": "up to date", "13001-1902": "written"}
     assert digests(tmp_path) == before
-    assert run(tmp_path, n_galaxies=1, overwrite=True) == {"13001-1901": "written"}
-
-
-def test_files_made_with_another_seed_are_refused(tmp_path, caplog):
-    run(tmp_path, n_galaxies=1)
     assert run(tmp_path, n_galaxies=1, seed=2) == {"13001-1901": "failed"}
     assert "made with params.seed=1 (now 2)" in caplog.text
+    assert run(tmp_path, n_galaxies=1, seed=2, overwrite=True) == {"13001-1901": "written"}
+    assert first.read_bytes() != old
 
 
-def test_catalogue_lists_all_simulated_galaxies_and_replaces_no_real_one(tmp_path):
+def test_catalogue_lists_all_simulated_galaxies_and_replaces_no_real_one(survey, tmp_path):
+    shutil.copytree(survey, tmp_path, dirs_exist_ok=True)
+
     def listed():
         return fits.getdata(tmp_path / "raw" / mock_manga.DAPALL, 1)["PLATEIFU"].tolist()
 
-    run(tmp_path, n_galaxies=2)
     run(tmp_path, n_galaxies=1)
-    assert listed() == ["13001-1901", "13001-1902"]
+    assert listed() == ["13001-1901", "13001-1902", "13002-1901"]
     with pytest.raises(DataError, match=r"another size, expected 13001-3701"):
         run(tmp_path, n_galaxies=1, bundles=(37,))
-    real = fits.BinTableHDU.from_columns(
-        [
-            fits.Column(name, form, array=np.array([value]))
-            for name, form, value in (
-                ("PLATEIFU", "12A", "8485-1901"), ("MANGAID", "12A", "1-1"), ("Z", "D", 0.04),
-            )
-        ]
-    )  # fmt: skip
-    real.writeto(tmp_path / "raw" / mock_manga.DAPALL, overwrite=True)
+    real = Table({"PLATEIFU": ["8485-1901"], "MANGAID": ["1-1"], "Z": [0.04]})
+    real.write(tmp_path / "raw" / mock_manga.DAPALL, overwrite=True)
     with pytest.raises(DataError, match=r"lists real galaxies \(8485-1901"):
         run(tmp_path, n_galaxies=1, overwrite=True)
     assert listed() == ["8485-1901"]
@@ -575,34 +505,6 @@ def test_wrong_settings_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(DataError, match="n-galaxies 0"):
         run(tmp_path, n_galaxies=0)
     assert not list(tmp_path.rglob("*.gz"))
-
-
-def test_command_line_runs_and_reports_errors_in_one_line(tmp_path):
-    def command(*words: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, ROOT / "mock_manga.py", "--data-dir", tmp_path, *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-        )
-
-    done = command("--n-galaxies", "1", "--bundles", "19")
-    assert done.returncode == 0, done.stderr
-    assert utils.find_raw(tmp_path, "13001-1901", "LOGCUBE").is_file()
-    assert command("--n-galaxy", "1").returncode == 2
-    missing = command("--from-maps", "none.fits.gz")
-    assert missing.returncode == 1
-    assert missing.stderr.count("\n") == 1
-    assert "no such file" in missing.stderr
-
-
-def test_importing_the_command_needs_neither_torch_nor_astropy():
-    code = (
-        "import sys, mock_manga; "
-        "assert not {'torch', 'astropy', 'h5py', 'tyro'} & set(sys.modules), sys.modules.keys()"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 # From a real MAPS file
@@ -647,9 +549,7 @@ def test_truth_of_real_maps_has_their_bpt_classes(resynthesised, real_maps):
         flux, ivar = maps["EMLINE_GFLUX"].data, maps["EMLINE_GFLUX_IVAR"].data
         bad = (maps["EMLINE_GFLUX_MASK"].data & DONOTUSE) > 0
     good = np.all([~bad[row[k]] & (flux[row[k]] * np.sqrt(ivar[row[k]]) > 3) for k in BPT], axis=0)
-    assert good.sum() == 671
-    assert (truth["bpt"][good] == 0).sum() == 575
-    assert (truth["bpt"][good] == 1).sum() == 96
+    assert np.bincount(truth["bpt"][good]).tolist() == [575, 96]
 
 
 def test_maps_with_35_channels_give_back_their_lines(survey, galaxies, tmp_path):
@@ -673,37 +573,20 @@ def test_a_cube_made_from_other_maps_is_not_overwritten(resynthesised, real_maps
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "message"),
+    ("kind", "change", "message"),
     [
-        ("zero.fits.gz", lambda whole: b"", "zero bytes"),
-        ("cut.fits.gz", lambda whole: whole[: len(whole) // 3], "cut short"),
-        ("text.fits", lambda whole: b"hello", "not a FITS file"),
+        ("MAPS", lambda path: path.write_bytes(b""), "zero bytes"),
+        ("MAPS", lambda path: os.truncate(path, path.stat().st_size // 3), "cut short"),
+        ("MAPS", lambda path: path.write_bytes(b"hello"), "not a FITS file"),
+        ("MAPS", Path.unlink, "no such file"),
+        ("LOGCUBE", Path.touch, r"no HDU .*SPX_MFLUX"),
     ],
 )
-def test_damaged_maps_are_refused_and_nothing_is_written(survey, tmp_path, name, spoil, message):
-    whole = utils.find_raw(survey, "13001-1901", "MAPS").read_bytes()
-    (tmp_path / name).write_bytes(spoil(whole))
+def test_what_is_not_a_maps_file_is_refused_and_nothing_written(
+    survey, tmp_path, kind, change, message
+):
+    path = Path(shutil.copy(utils.find_raw(survey, "13001-1901", kind), tmp_path))
+    change(path)
     with pytest.raises(DataError, match=message):
-        resynthesise(tmp_path / "out", tmp_path / name, seed=1)
+        mock_manga.main(mock_manga.MockConfig(tmp_path / "out", from_maps=path))
     assert not (tmp_path / "out").exists()
-
-
-def test_a_logcube_is_not_taken_for_maps(survey, tmp_path):
-    with pytest.raises(DataError, match=r"no HDU .*SPX_MFLUX"):
-        resynthesise(tmp_path / "out", utils.find_raw(survey, "13001-1901", "LOGCUBE"), seed=1)
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_interrupted_write_leaves_no_file(tmp_path):
-    def hdus():
-        yield dr17.primary_hdu("MAPS", {})
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        dr17.write_gzipped_fits(tmp_path / "a.fits.gz", hdus())
-    assert not list(tmp_path.iterdir())
-
-
-def test_unknown_cards_are_refused():
-    with pytest.raises(KeyError, match="PLATEIFOO"):
-        dr17.primary_hdu("MAPS", {"PLATEIFOO": "1-1"})

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import shutil
-
 import h5py
 import mock_cubes
 import numpy as np
@@ -18,20 +16,9 @@ GALAXIES = list(mock_cubes.PLATEIFUS[:3])
 """Training part of the hard split of four galaxies, and the galaxy after it."""
 
 
-@pytest.fixture(scope="module")
-def mock(tmp_path_factory):
-    return mock_cubes.make_data_dir(tmp_path_factory.mktemp("data"), mock_cubes.PLATEIFUS[:4])
-
-
 @pytest.fixture
-def root(mock, tmp_path):
-    """A copy that a test may change."""
-    return shutil.copytree(mock, tmp_path / "data")
-
-
-def axes_of(path):
-    with h5py.File(path) as f:
-        return f["spectra"].attrs["axes"]
+def root(tmp_path):
+    return mock_cubes.make_data_dir(tmp_path / "data", mock_cubes.PLATEIFUS[:4])
 
 
 def test_packed_file_holds_each_usable_spectrum_once_as_normalised_by_hand(root):
@@ -41,7 +28,8 @@ def test_packed_file_holds_each_usable_spectrum_once_as_normalised_by_hand(root)
     packed = read_packed(path)
     parts, _ = data_io.read_split(utils.split_path(root, "hard"))
     assert list(packed.rows) == [*parts["train"]["plateifu"], *parts["val"]["plateifu"]]
-    assert axes_of(path) == "row,band"
+    with h5py.File(path) as f:
+        assert f["spectra"].attrs["axes"] == "row,band"
     seen = []
     for plateifu, rows in packed.rows.items():
         cube = data_io.read_cube(utils.cube_path(root, plateifu))
@@ -55,59 +43,45 @@ def test_packed_file_holds_each_usable_spectrum_once_as_normalised_by_hand(root)
     assert not packed.spectra[0].any()
 
 
-def test_several_processes_write_the_same_file_as_one(root):
-    path = packed_path(root, "easy", "PCA", "float16")
-    content = []
-    for jobs in (1, 2):
-        assert pack_cubes.main(Config("easy", root, jobs=jobs, overwrite=True)) == 0
-        assert axes_of(path) == "row,component"
+def test_several_processes_write_the_same_file_as_one_and_only_overwrite_replaces_it(root):
+    path, content, files = packed_path(root, "easy", "PCA", "float16"), [], []
+    for jobs, overwrite in ((1, False), (1, False), (2, True)):
+        assert pack_cubes.main(Config("easy", root, jobs=jobs, overwrite=overwrite)) == 0
         packed = read_packed(path)
         content.append((packed.spectra.tobytes(), [r.tolist() for r in packed.rows.values()]))
-    assert content[0] == content[1]
-
-
-def test_second_run_leaves_the_file_and_overwrite_replaces_it(root):
-    path, seen = packed_path(root, "hard", "PCA", "float16"), []
-    for overwrite in (False, False, True):
-        pack_cubes.main(Config("hard", root, overwrite=overwrite, jobs=1))
-        seen.append(path.stat().st_ino)
-    assert seen[0] == seen[1] != seen[2]
+        files.append(path.stat().st_ino)
+    assert content[0] == content[2]
+    assert files[0] == files[1] != files[2]
+    with h5py.File(path) as f:
+        assert f["spectra"].attrs["axes"] == "row,component"
 
 
 def test_half_precision_keeps_eleven_bits(root):
-    exact, half = (
-        open_packed(root, "hard", "global", GALAXIES, dtype).spectra
-        for dtype in ("float32", "float16")
-    )
+    exact = open_packed(root, "hard", "global", GALAXIES, "float32").spectra
+    half = open_packed(root, "hard", "global", GALAXIES, "float16").spectra
     assert half.dtype == np.float16
     assert (half != exact).any()
     np.testing.assert_allclose(half, exact, rtol=2**-11, atol=2**-24)
 
 
-def gone(root):
-    utils.cube_path(root, GALAXIES[0]).unlink()
+KEPT_OR_REBUILT = {
+    "other order": (lambda root: None, GALAXIES[::-1], ""),
+    "cube gone": (lambda root: utils.cube_path(root, GALAXIES[0]).unlink(), GALAXIES, ""),
+    "more galaxies": (lambda root: None, mock_cubes.PLATEIFUS[:4], "lacks 8000-104 and 0 more"),
+    "cube rebuilt": (
+        lambda root: mock_cubes.rebuild_cube(root, GALAXIES[2], redshift=0.5),
+        GALAXIES, "cube of 8000-103 and 0 more were rebuilt",
+    ),
+    "statistics": (
+        mock_cubes.rebuild_statistics, GALAXIES, "made with another set of statistics"
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("change", "asked", "reason"),
-    [
-        (lambda root: None, GALAXIES, ""),
-        (lambda root: None, GALAXIES[::-1], ""),
-        (gone, GALAXIES, ""),
-        (lambda root: None, mock_cubes.PLATEIFUS[:4], "lacks 8000-104 and 0 more"),
-        (
-            lambda root: mock_cubes.rebuild_cube(root, GALAXIES[2], redshift=0.5),
-            GALAXIES,
-            "cube of 8000-103 and 0 more were rebuilt",
-        ),
-        (mock_cubes.rebuild_statistics, GALAXIES, "made with another set of statistics"),
-    ],
-    ids=["same", "other order", "cube gone", "more galaxies", "cube rebuilt", "statistics"],
-)
-def test_packed_file_is_kept_while_it_serves_and_rebuilt_when_not(
-    root, caplog, change, asked, reason
-):
+@pytest.mark.parametrize("case", KEPT_OR_REBUILT)
+def test_packed_file_is_kept_while_it_serves_and_rebuilt_when_not(root, caplog, case):
     """Cubes may be gone: perhaps only the packed file was copied to the machine with a GPU."""
+    change, asked, reason = KEPT_OR_REBUILT[case]
     caplog.set_level("INFO")
     open_packed(root, "hard", "PCA", GALAXIES)
     assert "packing 3 cubes (there is no such file yet)" in caplog.text

@@ -72,11 +72,18 @@ def test_values_of_bad_pixels_have_no_influence(value):
         np.testing.assert_array_equal(a, b)
 
 
-def test_bin_with_a_bad_half_is_the_mean_of_its_good_half():
-    flux, ivar = np.array([[3.0], [99.0]]), np.array([[4.0], [1.0]])
-    bad = np.array([[False], [True]])
-    got = resampled(np.array([0.0, 1, 2]), np.array([0.0, 2]), flux, ivar, bad)
-    assert [a[0, 0] for a in got] == [3, 4, 0.5]
+@pytest.mark.parametrize(
+    ("bad", "factor", "expected"),
+    [
+        ([False, True], 1, (3, 4, 0.5)),  # the good half alone
+        ([False, False], 1, (5, 8, 1)),  # two equal pixels: half the variance
+        ([False, False], 4, (20, 8 / 16, 1)),
+    ],
+)
+def test_two_pixels_in_one_bin_give_their_mean(bad, factor, expected):
+    flux, ivar, bad = np.array([[3.0], [7.0]]), np.full((2, 1), 4.0), np.array(bad)[:, None]
+    got = resampled(np.array([0.0, 1, 2]), np.array([0.0, 2]), flux, ivar, bad, factor)
+    assert [a[0, 0] for a in got] == pytest.approx(expected)
 
 
 def test_bins_beyond_the_edge_are_missing_not_zero_with_zero_error():
@@ -86,21 +93,6 @@ def test_bins_beyond_the_edge_are_missing_not_zero_with_zero_error():
     np.testing.assert_array_equal(np.isfinite(got[0]), inside)
     np.testing.assert_array_equal(got_ivar[0], inside.astype(float))
     np.testing.assert_array_equal(good[0], inside.astype(float))
-
-
-def test_variance_of_two_equal_pixels_in_one_bin_halves():
-    edges = np.array([0.0, 1, 2])
-    _, ivar, _ = resampled(edges, edges[::2], np.ones((2, 1)), np.full((2, 1), 5.0))
-    assert ivar[0, 0] == pytest.approx(10)
-
-
-def test_factor_scales_flux_and_inverse_variance():
-    source, target = np.arange(0.0, 51), np.arange(0.0, 50, 1.5)
-    flux, ivar = random_spectra(50, 2, 1)
-    plain = resampled(source, target, flux, ivar)
-    scaled = resampled(source, target, flux, ivar, factor=4.0)
-    np.testing.assert_allclose(scaled[0], 4 * plain[0], rtol=1e-6)
-    np.testing.assert_allclose(scaled[1], plain[1] / 16, rtol=1e-6)
 
 
 def test_individual_redshifts_equal_one_common_redshift():

@@ -51,6 +51,7 @@ def batch(tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_batch_script_runs_from_any_folder_without_slurm(batch, tmp_path, name):
+    assert batch(name, *WORDS[name]).stdout.startswith("srun \n")  # no number of CPUs
     done = batch(name, *WORDS[name], cwd=tmp_path, srun=False, SLURM_SUBMIT_DIR=str(tmp_path))
     assert done.stdout == f"{ROOT}: python {COMMANDS[name]}\n"
     assert (done.returncode, done.stderr) == (0, "")
@@ -68,11 +69,6 @@ def test_job_runs_a_copy_of_the_script_in_the_folder_of_submission(batch, tmp_pa
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert f"no {SCRIPTS[name]} in {tmp_path}" in done.stderr
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_srun_gets_no_number_of_cpus_where_none_was_requested(batch, name):
-    assert batch(name, *WORDS[name]).stdout.startswith("srun \n")
 
 
 @pytest.mark.parametrize(
@@ -107,11 +103,6 @@ def test_only_a_job_that_was_stopped_early_is_requeued(batch, code, job):
     done = batch("train", *WORDS["train"], CODE=str(code), SLURM_JOB_ID=job)
     assert done.returncode == code
     assert ("scontrol requeue 7" in done.stdout) == (code == 75 and job == "7")
-
-
-def test_training_job_without_arguments_runs_the_default_recipe(batch):
-    done = batch("train", srun=False)
-    assert done.stdout == f"{ROOT}: python run_SSFTT_training.py [--resume] [auto]\n"
 
 
 def make(*words, cwd):

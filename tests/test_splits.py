@@ -20,14 +20,10 @@ ONE = "8003-1901"
 
 
 def galaxies(n, seed=0, twins=0):
-    rng = np.random.default_rng(seed)
-    return pd.DataFrame(
-        {
-            "plateifu": [f"{7000 + i}-1901" for i in range(n + twins)],
-            "mangaid": [f"1-{i}" for i in (*range(n), *range(twins))],
-            "mean_label": rng.normal(8.45, 0.09, n + twins),
-        }
-    )
+    means = np.random.default_rng(seed).normal(8.45, 0.09, n + twins)
+    names = [f"{7000 + i}-1901" for i in range(n + twins)]
+    mangaids = [f"1-{i}" for i in (*range(n), *range(twins))]
+    return pd.DataFrame({"plateifu": names, "mangaid": mangaids, "mean_label": means})
 
 
 @given(n=st.integers(3, 80), twins=st.integers(0, 3), seed=st.integers(0, 20))
@@ -128,14 +124,8 @@ def test_command_writes_a_readable_split_and_leaves_out_the_unlabelled(labelled)
 def test_critical_galaxies_can_be_left_out(labelled):
     write_labels(labelled, ONE, read_labels(labelled), mangaid="1-3", critical=True)
     for skip, n in ((False, 11), (True, 10)):
-        table = cds.labelled_galaxies(labelled, "logOH", 20, skip)
-        assert len(table) == n
-        assert (ONE in set(table["plateifu"])) is not skip
-
-
-def test_no_labels_is_one_clear_line(tmp_path):
-    with pytest.raises(DataError, match=r"no label maps of logOH\. Create them with cube_process"):
-        cds.main(cds.Config(data_dir=tmp_path))
+        found = set(cds.labelled_galaxies(labelled, "logOH", 20, skip)["plateifu"])
+        assert (len(found), ONE in found) == (n, not skip)
 
 
 @pytest.mark.parametrize("script", [cds, easy])
@@ -151,26 +141,6 @@ def test_split_of_other_options_or_labels_replaces_none_unasked(labelled, script
     with pytest.raises(DataError, match=r"another set of label maps.*--overwrite"):
         script.main(script.Config(data_dir=labelled))
     assert script.main(script.Config(data_dir=labelled, overwrite=True)) == 0
-
-
-def test_split_replaced_half_way_is_refused(labelled, monkeypatch):
-    """Parts of two splits may share no galaxy and still be wrong."""
-    cds.main(cds.Config(data_dir=labelled, seed=1))
-    real, seen = utils.atomic_path, []
-
-    def stopped(path):
-        seen.append(path)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-        return real(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(utils, "atomic_path", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            cds.main(cds.Config(data_dir=labelled, seed=2, overwrite=True))
-    with pytest.raises(DataError, match=r"parts of different splits.*--overwrite"):
-        data_io.read_split(utils.split_path(labelled, "hard_logOH"))
-    assert cds.main(cds.Config(data_dir=labelled, seed=2, overwrite=True)) == 0
 
 
 def test_easy_split_shows_every_galaxy_on_both_sides_and_says_so(labelled, caplog):
