@@ -203,7 +203,8 @@ def main(config: Config) -> int:
             table.to_csv(part, index=False)
         shown = (table["part"] == "train") & table["plateifu"].isin(galaxies)
         if shown.any():
-            some = ", ".join(table["plateifu"][shown][:3]) + ", ..." * (shown.sum() > 3)
+            more = ", ..." if shown.sum() > 3 else ""
+                some = ", ".join(table["plateifu"][shown][:3]) + more
             log.warning(
                 "%d of these galaxies (%s) were trained on: their maps do not show how well the "
                 "model works on new ones",
