@@ -204,7 +204,7 @@ def main(config: Config) -> int:
         shown = (table["part"] == "train") & table["plateifu"].isin(galaxies)
         if shown.any():
             more = ", ..." if shown.sum() > 3 else ""
-                some = ", ".join(table["plateifu"][shown][:3]) + more
+            some = ", ".join(table["plateifu"][shown][:3]) + more
             log.warning(
                 "%d of these galaxies (%s) were trained on: their maps do not show how well the "
                 "model works on new ones",
