@@ -196,19 +196,18 @@ def main(config: Config) -> int:
         gone = [not utils.cube_path(root, p).is_file() for p in table["plateifu"]]
         table["cube"] = np.where(gone, "gone", "")
         if any(gone):
-            count = f"{sum(gone)} of the maps ({table['plateifu'][gone].iloc[0]}, ...)"
-            where = f"no longer exist in {root}: marked as gone in {TABLE_FILE}"
-            log.warning("%s are of cubes that %s", count, where)
+            log.warning(
+                f"{sum(gone)} of the maps ({table['plateifu'][gone].iloc[0]}, ...) are of cubes "
+                f"that no longer exist in {root}: marked as gone in {TABLE_FILE}"
+            )
         with utils.atomic_path(folder / TABLE_FILE) as part:
             table.to_csv(part, index=False)
         shown = (table["part"] == "train") & table["plateifu"].isin(galaxies)
         if shown.any():
-            some = ", ".join(table["plateifu"][shown][:3]) + ", ..." * (shown.sum() > 3)
+            names = ", ".join(table["plateifu"][shown][:3]) + (", ..." if shown.sum() > 3 else "")
             log.warning(
-                "%d of these galaxies (%s) were trained on: their maps do not show how well the "
-                "model works on new ones",
-                shown.sum(),
-                some,
+                f"{shown.sum()} of these galaxies ({names}) were trained on: their maps do not "
+                "show how well the model works on new ones"
             )
     return loops.report(outcome, "maps", folder)
 

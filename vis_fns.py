@@ -69,7 +69,7 @@ DPI = 150
 
 EMPTY_COLOUR = "#E4E4E4"
 """Rows of classes that no label has."""
-NO_LABEL_HATCH = "////"
+NO_LABEL_HATCH, LINE_GREY = "////", "#9A9A9A"
 RIGHT_COLOUR, WRONG_COLOUR = "#DDE6ED", "#D55E00"
 MODEL_COLOUR, OTHER_COLOUR = "#0072B2", "#D55E00"
 PART_COLOURS = {"train": "#0072B2", "val": "#E69F00", "test": "#882255"}
@@ -217,7 +217,7 @@ def _hatch(ax: Axes, where: np.ndarray, east: np.ndarray, north: np.ndarray) -> 
         for i, j in zip(y, x, strict=True)
     ]
     outline = Outline.make_compound_path(*squares)
-    ax.add_patch(PathPatch(outline, fc="w", ec="#9A9A9A", hatch=NO_LABEL_HATCH, lw=0))
+    ax.add_patch(PathPatch(outline, fc="w", ec=LINE_GREY, hatch=NO_LABEL_HATCH, lw=0))
 
 
 def plot_class_map(
@@ -262,7 +262,7 @@ def _draw_map(
     _hatch(ax, no_label, east, north)
     others = []
     if no_label.any():
-        others.append(Patch(fc="w", ec="#9A9A9A", hatch=NO_LABEL_HATCH, lw=0, label="no label"))
+        others.append(Patch(fc="w", ec=LINE_GREY, hatch=NO_LABEL_HATCH, lw=0, label="no label"))
     if masked.any():
         others += _patches(["masked"], [MASKED_COLOUR])
     drawn = ax.pcolormesh(east, north, values, **colours)
@@ -428,7 +428,7 @@ def plot_bpt(
     points: list[Artist] = []
     for k, name in [(LABEL_NONE, "no label"), *enumerate(names)]:
         here = classes == k
-        face, edge, width = ("none", "#9A9A9A", 0.5) if k == LABEL_NONE else (colours[k], "k", 0.15)
+        face, edge, width = ("none", LINE_GREY, 0.5) if k == LABEL_NONE else (colours[k], "k", 0.15)
         if here.any():
             style: dict[str, Any] = {"s": 8, "fc": face, "ec": edge, "lw": width}
             style["label"] = f"{name}: {here.sum()}"
@@ -510,12 +510,12 @@ def mark_lines(ax: Axes, wave_min: float, wave_max: float) -> Axes:
     waves = np.array(list(inside.values()))
     far = np.flatnonzero(np.diff(waves) > 0.022 * (wave_max - wave_min)) + 1
     style: dict[str, Any] = {"ha": "center", "va": "bottom", "rotation": 90, "fontsize": 7}
-    style["arrowprops"] = {"arrowstyle": "-", "lw": 0.5, "color": "#9A9A9A", "shrinkB": 0}
+    style["arrowprops"] = {"arrowstyle": "-", "lw": 0.5, "color": LINE_GREY, "shrinkB": 0}
     style |= {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
     for group in np.split(np.array(list(inside)), far):
         for i, name in enumerate(group):
             wave, shift = inside[name], 10 * (i - (len(group) - 1) / 2)  # names side by side
-            ax.axvline(wave, color="#9A9A9A", lw=0.6, ls=":", zorder=0)
+            ax.axvline(wave, color=LINE_GREY, lw=0.6, ls=":", zorder=0)
             ax.annotate(name, (wave, 1), xytext=(shift, 10), **style)
     return ax
 
@@ -568,19 +568,6 @@ def plot_explained_variance(ax: Axes, stats: Stats) -> Axes:
         directions = _counted(others, "direction")
         ax.set_title(f"remaining {directions}: {left:.0%}, {mean}", fontsize=9)
     return ax
-
-
-def plot_components(axes: Sequence[Axes], stats: Stats) -> Sequence[Axes]:
-    """Draw the mean spectrum and the first components, one in each of the axes."""
-    curves = [("mean", stats.mean)]
-    curves += [(f"component {k + 1}", c) for k, c in enumerate(stats.components)]
-    for ax, (name, curve) in zip(axes, curves, strict=False):
-        ax.plot(stats.wave, curve, color=MODEL_COLOUR, lw=0.8)
-        ax.axhline(0, color="#9A9A9A", lw=0.5, zorder=0)
-        ax.set(ylabel=name, xlim=(stats.wave[0], stats.wave[-1]))
-    mark_lines(axes[0], stats.wave[0], stats.wave[-1])
-    axes[-1].set_xlabel("rest wavelength in vacuum (Angstrom)")
-    return axes
 
 
 def plot_class_shares(
@@ -713,9 +700,15 @@ def spectrum_figure(root: Path, plateifu: str) -> Figure:
 
 def components_figure(stats: Stats, n: int = 5) -> Figure:
     """Make the figure of the mean spectrum and the first n components."""
-    rows = min(n, len(stats.components)) + 1
-    figure, axes = _figure(9, 1.5 * rows, rows)
-    plot_components(axes, stats)
+    curves = {"mean": stats.mean}
+    curves |= {f"component {k}": curve for k, curve in enumerate(stats.components[:n], 1)}
+    figure, axes = _figure(9, 1.5 * len(curves), len(curves))
+    for ax, (name, curve) in zip(axes, curves.items(), strict=True):
+        ax.plot(stats.wave, curve, color=MODEL_COLOUR, lw=0.8)
+        ax.axhline(0, color=LINE_GREY, lw=0.5, zorder=0)
+        ax.set(ylabel=name, xlim=(stats.wave[0], stats.wave[-1]))
+    mark_lines(axes[0], stats.wave[0], stats.wave[-1])
+    axes[-1].set_xlabel("rest wavelength in vacuum (Angstrom)")
     return figure
 
 
