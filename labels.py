@@ -22,6 +22,7 @@ from utils import DataError
 
 HA, HB, NII, OIII = "Ha-6564", "Hb-4862", "NII-6585", "OIII-5008"
 OII_BLUE, OII_RED = "OII-3727", "OII-3729"
+OII = OII_BLUE + "+" + OII_RED
 BPT_LINES = (HA, HB, NII, OIII)
 
 BALMER_RATIO = 2.86
@@ -33,7 +34,7 @@ R_V = 3.1
 RATIOS: dict[str, dict[str, float]] = {
     "N2": {NII: 1, HA: -1},
     "O3N2": {OIII: 1, HB: -1, NII: -1, HA: 1},
-    "N2O2": {NII: 1, OII_BLUE + "+" + OII_RED: -1},
+    "N2O2": {NII: 1, OII: -1},
 }
 """Each log ratio as a weighted sum of log fluxes; lines joined by + are summed before the log."""
 
@@ -149,10 +150,10 @@ def detected(maps: LineMaps, lines: tuple[str, ...], min_snr: float) -> np.ndarr
     The [O II] doublet is blended at MaNGA's resolution: the cut applies to the sum of its two
     channels.
     """
-    ok = np.ones(maps.shape, bool)
-    blended = {OII_BLUE, OII_RED} <= set(lines)
-    groups = [line for line in lines if not (blended and line in (OII_BLUE, OII_RED))]
-    for group in [*groups, *([OII_BLUE + "+" + OII_RED] if blended else [])]:
+    ok, groups, doublet = np.ones(maps.shape, bool), set(lines), {OII_BLUE, OII_RED}
+    if doublet <= groups:
+        groups = groups - doublet | {OII}
+    for group in groups:
         flux, variance, bad = _summed(maps, group)
         with np.errstate(invalid="ignore", divide="ignore"):
             ok &= ~bad & (flux > 0) & (flux > min_snr * np.sqrt(variance))
@@ -288,9 +289,8 @@ def bpt_classes(maps: LineMaps, min_snr: float = 3.0) -> tuple[np.ndarray, np.nd
     classes[ok] = demarcate(x, y)
     steps = [NormalDist().inv_cdf((i + 0.5) / NOISE_NODES) for i in range(NOISE_NODES)]
     wrong = np.zeros(x.shape)
-    for dx in steps:
-        for dy in steps:
-            wrong += demarcate(x + dx * x_error, y + dy * y_error) != classes[ok]
+    for dx, dy in itertools.product(steps, steps):
+        wrong += demarcate(x + dx * x_error, y + dy * y_error) != classes[ok]
     p_wrong = np.full(maps.shape, np.nan, np.float32)
     p_wrong[ok] = wrong / NOISE_NODES**2
     return classes, p_wrong

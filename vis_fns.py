@@ -1,14 +1,7 @@
 """Figures: label, prediction and difference on the sky, BPT, training curves, confusion, spectra.
 
-Functions plot_... draw into the axes they are given, `ax`, and return them. Maps are shown as on
-the sky, north up and east left, in arcseconds from the field's centre; their arguments are
-
-    usable      (y, x) bool: spaxels with a usable spectrum; hatched where they have no value.
-    inside      (y, x) bool: spaxels with any measurement. The field of view is their convex hull,
-                and grey where it is not usable.
-    wcs_header  Celestial cards of the cube (attribute of this name); without them, spaxels of 0.5
-                arcsec, north up and east left, with the centre of the map at the origin.
-    label_task, n_classes   choose names and colours of the classes.
+Every function draws into the axes it is given and returns them. Maps are shown as on the sky,
+north up and east left, in arcseconds from the field's centre.
 
 Reads   a run folder (run_SSFTT_training.py, eval_fns.py), cubes and labels of the data folder and,
         for the BPT diagram, raw MAPS.
@@ -118,6 +111,9 @@ class VisConfig:
 
 def sky_edges(shape: tuple[int, ...], wcs_header: str | None = None) -> tuple[np.ndarray, ...]:
     """Find the corners of all spaxels on the sky.
+
+    Without the celestial cards of the cube (attribute `wcs_header`): 0.5 arcsec spaxels, north up,
+    east left, the centre of the map at the origin.
 
     Returns
     -------
@@ -230,7 +226,21 @@ def plot_class_map(
     title: str = "",
     wcs_header: str | None = None,
 ) -> Axes:
-    """Draw a map of classes, (y, x) int, with its legend beside it; LABEL_NONE has no value."""
+    """Draw a map of classes, with its legend beside it.
+
+    Parameters
+    ----------
+    classes : (y, x) int
+        LABEL_NONE is hatched where the spaxel is usable.
+    label_task, n_classes
+        Choose names and colours.
+    usable : (y, x) bool
+        Other spaxels in the field of view are grey.
+    inside : (y, x) bool
+        Spaxels with any measurement; the field of view is their convex hull.
+    wcs_header : str, optional
+        As in `sky_edges`.
+    """
     colours = CLASS_COLOURS[label_task, n_classes]
     shown = np.ma.masked_where(~usable | (classes == LABEL_NONE), classes)
     _, others = _draw_map(ax, shown, usable, inside, wcs_header, title, **_scale(colours))
@@ -250,9 +260,9 @@ def _draw_map(
     title: str,
     **colours: Any,
 ) -> tuple[QuadMesh, list[Patch]]:
-    """Draw a masked map; also return legend entries for grey and hatched areas, if there are any.
+    """Draw values; grey where the spectrum is not usable, hatched where it has no value.
 
-    The areas are as in the module's docstring.
+    Also returns legend entries for grey and hatched areas, where they occur.
     """
     east, north = sky_edges(inside.shape, wcs_header)
     masked = ~usable & field_of_view(inside)
@@ -302,10 +312,12 @@ def plot_value_map(
     wcs_header: str | None = None,
     limit: float | None = None,
 ) -> Axes:
-    """Draw a map of numbers, (y, x) float or NaN, with its colour bar.
+    """Draw a map of numbers with its colour bar; other arguments as in `plot_class_map`.
 
     Parameters
     ----------
+    values : (y, x) float
+        NaN is hatched where the spaxel is usable.
     label : str
         Of the colour bar, with unit.
     limit : float, optional
@@ -393,7 +405,7 @@ def plot_part_map(
 ) -> Axes:
     """Draw the part of an easy split that each spaxel is in.
 
-    `parts` (y, x) are indices into utils.SPLIT_PARTS; LABEL_NONE has no value.
+    `parts` (y, x) are indices into utils.SPLIT_PARTS; LABEL_NONE is hatched.
     """
     colours = [PART_COLOURS[part] for part in utils.SPLIT_PARTS]
     shown = np.ma.masked_equal(parts, LABEL_NONE)
