@@ -17,12 +17,13 @@ layer sizes of their public demo; written from the text, without their code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from utils import DataError
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-
-from utils import DataError
 
 SMALLEST_CONVOLVED = 5
 """Smallest patch that two 3x3 convolutions without padding fit into; below, they are 1x1."""
@@ -148,16 +149,11 @@ class SSFTT(nn.Module):
         super().__init__()
         self.config = config
         dim, n_tokens, kernel = config.dim, config.n_tokens, config.spatial_kernel
-        self.projection = (
-            nn.Conv2d(config.bands, config.projection, 1) if config.projection else None
-        )
+        components = config.projection
+        self.projection = nn.Conv2d(config.bands, components, 1) if components else None
+        cuboid, stride = (config.spectral_kernel, kernel, kernel), (config.spectral_stride, 1, 1)
         self.spectral = nn.Sequential(
-            nn.Conv3d(
-                1,
-                config.channels,
-                (config.spectral_kernel, kernel, kernel),
-                stride=(config.spectral_stride, 1, 1),
-            ),
+            nn.Conv3d(1, config.channels, cuboid, stride),
             nn.BatchNorm3d(config.channels),
             nn.ReLU(inplace=True),
         )
@@ -178,13 +174,9 @@ class SSFTT(nn.Module):
 
     @torch.no_grad()
     def start_projection(self, components: Tensor, mean: Tensor) -> None:
-        """Start the learned projection as the projection on given components.
+        """Start the learned projection as that on components (projection, band).
 
-        Parameters
-        ----------
-        components : (projection, band)
-        mean : (band,)
-            Mean spectrum; it projects to zero.
+        The mean spectrum (band,) is projected to zero.
         """
         assert self.projection is not None
         assert self.projection.bias is not None
@@ -241,24 +233,11 @@ class SSFTT(nn.Module):
 
 
 def get_SSFTT_model(
-    n_classes: int | None = None,
-    patch_size: int = 7,
-    bands: int = 2040,
-    n_tokens: int = 4,
-    dim: int = 64,
-    heads: int = 8,
-    mlp_dim: int = 8,
-    channels: int = 8,
-    dropout: float = 0.1,
-    spectral_kernel: int = 3,
-    spectral_stride: int = 1,
-    projection: int | None = None,
-    *,
-    num_classes: int | None = None,
+    n_classes: int | None = None, *sizes: int, num_classes: int | None = None, **named: Any
 ) -> SSFTT:
-    """Make the network from the fields of `SSFTTConfig`, with the same defaults.
+    """Make the network from the fields of `SSFTTConfig`: in its order, by name, or its defaults.
 
-    `num_classes` is another name of `n_classes` (default 6).
+    `num_classes` is another name of `n_classes`.
 
     Raises
     ------
@@ -272,8 +251,7 @@ def get_SSFTT_model(
         )
     if n_classes is None:
         n_classes = SSFTTConfig.n_classes if num_classes is None else num_classes
-    sizes = (n_classes, patch_size, bands, n_tokens, dim, heads, mlp_dim, channels, dropout)
-    return SSFTT(SSFTTConfig(*sizes, spectral_kernel, spectral_stride, projection))
+    return SSFTT(SSFTTConfig(n_classes, *sizes, **named))
 
 
 def count_parameters(model: nn.Module) -> int:

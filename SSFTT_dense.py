@@ -18,12 +18,13 @@ agree to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from HSI_SSFTT import SSFTT
 
@@ -38,7 +39,6 @@ map with the bands innermost would read one memory page for each value."""
 
 Features = Callable[[Tensor, Tensor | None], Tensor]
 """Cutouts (B, 1, band, y, x) and weights -> features (B, dim, y - P + window, x - P + window)."""
-BatchNorm = nn.BatchNorm2d | nn.BatchNorm3d
 
 
 # The tokenizer over every window
@@ -145,7 +145,8 @@ def _gradient_sums(x: Tensor, dy: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]
 class _Renormalise(torch.autograd.Function):
     """Normalise by given averages, with the gradient of the batch's own statistics.
 
-    With u = (x - batch mean) / batch sigma and z = (x - mean) / sigma, forward is y = w z + b.
+    With u = (x - batch mean) / batch sigma and z = (x - mean) / sigma, forward is y = w z + b;
+    its last arguments are mean, sigma**2 - eps, batch mean and 1 / batch sigma.
     Backward is that of batch norm in which r = batch sigma / sigma and d = (batch mean - mean) /
     sigma are constants: dx = w / sigma (dy - share (sum dy + u sum dy u)). Ioffe 2017
     (arXiv:1702.03275), section 3.
@@ -153,19 +154,11 @@ class _Renormalise(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        share: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        eps: float,
-        mean: Tensor,
-        variance: Tensor,
-        batch_mean: Tensor,
-        batch_inverse: Tensor,
+        ctx: Any, x: Tensor, share: Tensor, weight: Tensor, bias: Tensor, eps: float, *stats: Tensor
     ) -> Tensor:
+        mean, variance, *batch = stats
         inverse = (variance + eps).rsqrt()
-        ctx.save_for_backward(x, share, weight, mean, inverse, batch_mean, batch_inverse)
+        ctx.save_for_backward(x, share, weight, mean, inverse, *batch)
         return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
 
     @staticmethod
@@ -188,7 +181,7 @@ class _Renormalise(torch.autograd.Function):
         return dx, None, by_z, total, None, None, None, None, None
 
 
-def renormalise(x: Tensor, norm: nn.Module, weights: Tensor | None) -> Tensor:
+def renormalise(x: Tensor, norm: Any, weights: Tensor | None) -> Tensor:
     """Batch renormalisation of cutouts with the statistics of their weighted spaxels' patches.
 
     Parameters
@@ -217,11 +210,6 @@ def renormalise(x: Tensor, norm: nn.Module, weights: Tensor | None) -> Tensor:
     """
     if weights is None or not norm.training:
         return norm(x)
-    assert isinstance(norm, BatchNorm)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    assert norm.momentum is not None
     dtype = norm.running_mean.dtype
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         rows, columns = (x.shape[a] - weights.shape[a] for a in (-2, -1))
@@ -246,15 +234,10 @@ def renormalise(x: Tensor, norm: nn.Module, weights: Tensor | None) -> Tensor:
 # Features
 
 
-def _fold_batch_norm(convolve: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _fold_batch_norm(convolve: Any, norm: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution; in evaluation mode with the batch norm that follows it."""
-    assert isinstance(convolve, nn.Conv2d | nn.Conv3d)
-    assert isinstance(norm, BatchNorm)
-    assert convolve.bias is not None
     if norm.training:
         return convolve.weight, convolve.bias
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     weight = convolve.weight * scale.view(-1, 1, *_ones(convolve.weight))
     return weight, (convolve.bias - norm.running_mean) * scale + norm.bias
@@ -310,7 +293,7 @@ def choose_features(model: SSFTT, cutouts: Tensor) -> Features:
     paired = config.spectral_stride == 1 and config.spectral_bands % 2 == 0
     if paired and cutouts.device.type == "cpu":
         return features_by_pairs(model)
-    return lambda x, weights: features(model, x, weights)
+    return partial(features, model)
 
 
 # Logits
@@ -334,7 +317,6 @@ def cutout_logits(model: SSFTT, cutouts: Tensor, weights: Tensor | None = None) 
 
     Parameters
     ----------
-    model : SSFTT
     cutouts : (B, 1, band, y + P - 1, x + P - 1)
     weights : (B, y, x), optional
         In training mode: how often each spaxel counts in the batch statistics (not all 0), with
@@ -353,7 +335,6 @@ def dense_logits(model: SSFTT, cutouts: Tensor, block_bytes: int = BLOCK_BYTES) 
 
     Parameters
     ----------
-    model : SSFTT
     cutouts : (B, 1, band, y, x)
         Any y and x, also smaller than a patch.
     block_bytes : int
@@ -375,10 +356,7 @@ def dense_logits(model: SSFTT, cutouts: Tensor, block_bytes: int = BLOCK_BYTES) 
     row_bytes = len(padded) * model.config.folded_channels * padded[0, 0, 0, 0].nbytes
     # the first convolution gives the rows of a block and half the margin: a multiple of these
     rows = (block_bytes // row_bytes - margin // 2) // ROW_MULTIPLE * ROW_MULTIPLE - margin // 2
-    rows = max(1, rows)
-    features = choose_features(model, padded)
-    blocks = [
-        features(padded[..., y : y + rows + margin, :], None)
-        for y in range(0, padded.shape[-2] - margin, rows)
-    ]
+    rows, features = max(1, rows), choose_features(model, padded)
+    starts = range(0, padded.shape[-2] - margin, rows)
+    blocks = [features(padded[..., y : y + rows + margin, :], None) for y in starts]
     return classify_windows(model, torch.cat(blocks, dim=2))

@@ -17,15 +17,16 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import utils
+from utils import DataError
+
 import numpy as np
 from scipy.linalg import eigh
 
 import data_io
 import hsi_proc_fns
-import utils
 from data_io import Recipe, require_alike
 from hsi_proc_fns import Stats
-from utils import DataError
 
 log = logging.getLogger(__name__)
 

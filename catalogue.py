@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from utils import DataError
+
 import numpy as np
 from astropy.io import fits
-
-from utils import DataError
 
 
 def catalogue_row(path: Path, plateifu: str) -> dict[str, Any]:

@@ -16,14 +16,15 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import utils
+from utils import DataError, LabelTask
+
 import numpy as np
 import pandas as pd
 
 import data_io
-import utils
 from data_io import Recipe, digest_of
 from labels import LABEL_NONE, class_names, label_classes
-from utils import DataError, LabelTask
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +103,8 @@ def labelled_galaxies(
             f"labelled spaxels, at most {most}. Lower --min-labelled, or look at the label maps."
         )
     if left_out := len(paths) - len(rows):
-        why = f"fewer than {min_labelled} labelled spaxels{' or CRITICAL' * skip_critical}"
-        log.info("%d galaxies left out: %s", left_out, why)
+        why = " or CRITICAL" if skip_critical else ""
+        log.info(f"{left_out} galaxies left out: fewer than {min_labelled} labelled spaxels{why}")
     return pd.DataFrame(rows)
 
 
@@ -181,8 +182,8 @@ def write_checked(
     data_io.write_split(folder, parts, recipe, warning)
     for name, table in parts.items():
         spaxels = int(table["n_labelled"].sum()) if "n_labelled" in table else len(table)
-        counts = table["mangaid"].nunique(), spaxels
-        log.info("%s/%s: %d galaxies, %d labelled spaxels", split_dir, name, *counts)
+        galaxies = table["mangaid"].nunique()
+        log.info(f"{split_dir}/{name}: {galaxies} galaxies, {spaxels} labelled spaxels")
     log.info("Split: %s", folder)
 
 

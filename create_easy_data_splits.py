@@ -16,12 +16,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import utils
+
 import numpy as np
 import pandas as pd
 
 import create_data_splits as hard
 import data_io
-import utils
 from labels import LABEL_NONE, label_classes
 
 log = logging.getLogger(__name__)

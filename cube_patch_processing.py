@@ -20,16 +20,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import utils
+from utils import LABEL_TASKS, DataError, LabelTask
+
 import numpy as np
 
 import data_io
 import hsi_proc_fns
 import loops
-import utils
 from data_io import require_alike
 from hsi_proc_fns import Stats
 from labels import LABEL_NONE, label_classes
-from utils import LABEL_TASKS, DataError, LabelTask
 
 log = logging.getLogger(__name__)
 

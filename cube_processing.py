@@ -17,12 +17,13 @@ import logging
 from dataclasses import dataclass, replace
 from functools import partial
 
+import utils
+from utils import DataError
+
 import create_data_splits
 import loops
 import process_single_cube as single
-import utils
 from cube_patch_processing import stats_for
-from utils import DataError
 
 log = logging.getLogger(__name__)
 

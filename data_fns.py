@@ -27,6 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import utils
+from utils import DataError, LabelTask, PatchNorm
+
 import numpy as np
 import pandas as pd
 import torch
@@ -37,12 +40,10 @@ from tqdm import tqdm
 
 import data_io
 import pack_cubes
-import utils
 from data_io import digest_of, require_alike
 from hsi_proc_fns import Stats, band_slice
 from labels import LABEL_NONE, LOGOH_SCALE, class_names, label_classes
 from pack_cubes import PackedCubes, PackedType
-from utils import DataError, LabelTask, PatchNorm
 
 log = logging.getLogger(__name__)
 
@@ -812,7 +813,14 @@ def get_dataloaders(
     """
     options.check()
     root, spec = options.root, options.spec
-    tables, _ = data_io.read_split(utils.split_path(root, options.split))
+    tables, made = data_io.read_split(utils.split_path(root, options.split))
+    task = made.options.get("label_task", options.label_task)
+    if task != options.label_task:
+        raise DataError(
+            f"--split-dir {options.split}: made from {task} labels, expected a split of "
+            f"{options.label_task} labels. Choose {utils.default_split(options.label_task)}, or "
+            f"--label-task {task}."
+        )
     packed, spectra, stats = None, None, None
     inputs = {"split": data_io.split_digest(tables)}
     if options.source == "packed":

@@ -20,12 +20,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import utils
+from utils import DataError
+
 import h5py
 import numpy as np
 
-import utils
 from hsi_proc_fns import Stats, measured_bins
-from utils import DataError
 
 if TYPE_CHECKING:  # tables alone need pandas: cubes and labels are spared its import time
     import pandas as pd

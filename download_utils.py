@@ -25,9 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import loops
 import utils
 from utils import DataError
+
+import loops
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
             return path.stat().st_size
         for attempt in range(retries + 1):
             try:
-                size = _fetch_rest(url, part)
+                _fetch_rest(url, part)
                 break
             except requests.RequestException as error:
                 if attempt == retries:
@@ -145,7 +146,7 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
             raise
         utils.flush(part)
         part.replace(path)
-    return size
+    return path.stat().st_size
 
 
 @contextlib.contextmanager
@@ -173,8 +174,8 @@ def _inode(path: Path) -> int | None:
         return None
 
 
-def _fetch_rest(url: str, part: Path) -> int:
-    """Append the missing bytes to `part`; return the size of the whole file."""
+def _fetch_rest(url: str, part: Path) -> None:
+    """Append the missing bytes to `part`."""
     import requests
 
     have = part.stat().st_size if part.exists() else 0
@@ -184,7 +185,7 @@ def _fetch_rest(url: str, part: Path) -> int:
         if answer.status_code == 416:  # the server has no bytes after those of `part`
             total = int(answer.headers.get("Content-Range", "*/-1").rpartition("/")[2])
             if total == have:
-                return have
+                return
             os.truncate(part, 0)
             raise requests.ConnectionError(f"{have} bytes were received of a file of {total}")
         if answer.status_code in (403, 404, 410):
@@ -204,7 +205,6 @@ def _fetch_rest(url: str, part: Path) -> int:
         if size > expected:
             os.truncate(part, 0)
         raise requests.ConnectionError(f"{size} of {expected} bytes received")
-    return size
 
 
 def _check_content(path: Path, name: str) -> None:

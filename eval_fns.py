@@ -26,6 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import utils
+from utils import DataError
+
 import numpy as np
 import pandas as pd
 import torch
@@ -42,7 +45,6 @@ import metrics
 import pack_cubes
 import run_folder
 import SSFTT_dense
-import utils
 from data_fns import PackedDataset, PatchDataset, PatchSpec, dataset_of
 from data_io import require_alike
 from hsi_proc_fns import Stats
@@ -50,7 +52,6 @@ from HSI_SSFTT import SSFTT, get_SSFTT_model
 from labels import LABEL_NONE, label_classes
 from pack_cubes import NormalisedCube
 from run_folder import ModelCard
-from utils import DataError
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from utils import DataError
+
 import numpy as np
 from astropy.io import fits
 from isal import igzip_threaded, isal_zlib
-
-from utils import DataError
 
 FITS_BLOCK = 2880
 """Bytes: headers and data units are padded to multiples of it (FITS standard 4.0, section 3.1)."""
@@ -124,15 +124,14 @@ def iterate_hdus(
             shape = shape_of(header)
             n_values = math.prod(shape) + header.get("PCOUNT", 0) if shape else 0
             n_bytes = abs(header["BITPIX"]) // 8 * header.get("GCOUNT", 1) * n_values
-            padded = -(-n_bytes // FITS_BLOCK) * FITS_BLOCK
+            where, checksum = f"{path}: cut short inside {name}", _Checksum()
+            padding = -n_bytes % FITS_BLOCK  # zeros, which may be missing at the file's end
             if name not in missing:
-                _skip(stream, padded, path, name)
+                _skip(stream, n_bytes, where)
+                stream.read(padding)
                 continue
-            data, checksum = np.empty(0), _Checksum()
-            if shape:
-                part = planes if planes and len(shape) == 3 else slice(None)
-                data = _read_array(stream, header["BITPIX"], shape, path, name, part, checksum)
-            _skip(stream, padded - n_bytes, path, name, is_padding=True)  # zeros: nothing to add
+            data = _read_array(stream, header, planes, where, checksum)
+            stream.read(padding)
             checksum.check(header, path, name)
             missing.discard(name)
             yield name, Hdu(header, data)
@@ -171,54 +170,38 @@ def _read_header(stream: BinaryIO, path: Path, first: bool) -> fits.Header | Non
 
 
 def _read_array(
-    stream: BinaryIO,
-    bitpix: int,
-    shape: tuple[int, ...],
-    path: Path,
-    name: str,
-    planes: slice,
-    checksum: _Checksum,
+    stream: BinaryIO, header: fits.Header, planes: slice | None, where: str, checksum: _Checksum
 ) -> np.ndarray:
     """Read planes of an array in native byte order; the checksum includes the other planes."""
-    code = f">f{-bitpix // 8}" if bitpix < 0 else f">i{bitpix // 8}" if bitpix > 8 else "u1"
-    kind = np.dtype(code)
-    first, stop, _ = planes.indices(shape[0])
-    array = np.empty((stop - first, *shape[1:]), kind.newbyteorder("="))
-    plane = kind.itemsize * math.prod(shape[1:])
-    _skip(stream, first * plane, path, name, checksum=checksum)
+    shape, native = shape_of(header), np.dtype(fits.BITPIX2DTYPE[header["BITPIX"]])
+    if not shape:
+        return np.empty(0)
+    first, stop, _ = (planes if planes and len(shape) == 3 else slice(None)).indices(shape[0])
+    array = np.empty((stop - first, *shape[1:]), native)
+    plane = native.itemsize * math.prod(shape[1:])
+    _skip(stream, first * plane, where, checksum)
     flat, scratch, filled = array.reshape(-1), bytearray(SWAP_BUFFER), 0
     while filled < flat.size:
-        wanted = memoryview(scratch)[: (flat.size - filled) * kind.itemsize]
+        wanted = memoryview(scratch)[: (flat.size - filled) * native.itemsize]
         got = stream.readinto(wanted)  # type: ignore[attr-defined]
         if got < len(wanted):  # a buffered stream fills the buffer unless the file ends
-            raise DataError(
-                f"{path}: cut short inside {name}: {filled * kind.itemsize + got} of "
-                f"{array.nbytes} bytes. {FETCH_AGAIN}"
-            )
+            found = filled * native.itemsize + got
+            raise DataError(f"{where}: {found} of {array.nbytes} bytes. {FETCH_AGAIN}")
         checksum.add(wanted)
-        values = np.frombuffer(wanted, kind)
+        values = np.frombuffer(wanted, native.newbyteorder(">"))
         flat[filled : filled + values.size] = values
         filled += values.size
-    _skip(stream, (shape[0] - stop) * plane, path, name, checksum=checksum)
+    _skip(stream, (shape[0] - stop) * plane, where, checksum)
     return array
 
 
-def _skip(
-    stream: BinaryIO,
-    n: int,
-    path: Path,
-    name: str,
-    is_padding: bool = False,
-    checksum: _Checksum | None = None,
-) -> None:
-    """Skip n bytes; padding at the very end of a file may be missing."""
+def _skip(stream: BinaryIO, n: int, where: str, checksum: _Checksum | None = None) -> None:
+    """Skip n bytes, of which the checksum takes account."""
     scratch = memoryview(bytearray(min(n, DECOMPRESSION_BUFFER)))
     while n > 0:
         got = stream.readinto(scratch[:n])  # type: ignore[attr-defined]
         if not got:
-            if is_padding:
-                return
-            raise DataError(f"{path}: cut short inside {name}. {FETCH_AGAIN}")
+            raise DataError(f"{where}. {FETCH_AGAIN}")
         if checksum is not None:
             checksum.add(scratch[:got])
         n -= got

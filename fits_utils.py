@@ -21,6 +21,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import utils
+from utils import DataError, LabelTask
+
 import numpy as np
 from astropy.io import fits
 
@@ -29,7 +32,6 @@ import hsi_proc_fns
 import label_picture
 import loops
 import resample
-import utils
 from catalogue import catalogue_row
 from data_io import Recipe, file_digest, file_stamp
 from fits_stream import Hdu, iterate_hdus, read_hdus, shape_of
@@ -45,7 +47,6 @@ from labels import (
     lines_needed,
     metallicity,
 )
-from utils import DataError, LabelTask
 
 log = logging.getLogger(__name__)
 

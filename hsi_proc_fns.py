@@ -61,42 +61,21 @@ def measured_bins(flux: np.ndarray) -> np.ndarray:
     return np.where(has_light, finite.sum(axis=-1, dtype=np.uint16), np.uint16(0))
 
 
-def usable_spaxels(flux: np.ndarray, min_measured: float = MIN_MEASURED) -> np.ndarray:
-    """Spaxels with enough measured bins and any light in them.
-
-    Parameters
-    ----------
-    flux : (y, x, band) array
-        NaN where nothing was measured.
-    min_measured : float
-        Share of bins that must be finite.
-
-    Returns
-    -------
-    (y, x) bool
-    """
-    return is_usable(measured_bins(flux), flux.shape[-1], min_measured)
+def usable_spaxels(flux: np.ndarray) -> np.ndarray:
+    """Spaxels with enough measured bins and any light in them: (..., band), NaN in gaps -> bool."""
+    return is_usable(measured_bins(flux), flux.shape[-1])
 
 
-def is_usable(measured: np.ndarray, n_bands: int, min_measured: float = MIN_MEASURED) -> np.ndarray:
+def is_usable(measured: np.ndarray, n_bands: int) -> np.ndarray:
     """Say for each spectrum whether the number of its measured bins is sufficient."""
-    return measured >= max(1, min_measured * n_bands)
+    return measured >= max(1, MIN_MEASURED * n_bands)
 
 
 def field_of_view(inside: np.ndarray) -> np.ndarray:
     """Complete the field of view: the convex hull of the measured spaxels' centres.
 
     A fibre bundle covers a hexagon (Drory et al. 2015, AJ 149, 77); masked stars and dead fibres
-    leave holes and dents in what was measured.
-
-    Parameters
-    ----------
-    inside : (y, x) bool
-        Spaxels with anything measured.
-
-    Returns
-    -------
-    (y, x) bool
+    leave holes and dents in what was measured, `inside`. Both are (y, x) bool.
     """
     ny, nx = inside.shape
     rows = np.flatnonzero(inside.any(axis=1))
@@ -126,16 +105,10 @@ def _lower_hull(rows: np.ndarray, ends: np.ndarray, ny: int) -> np.ndarray:
 
 
 def fill_gaps(spectra: np.ndarray) -> np.ndarray:
-    """Bridge unmeasured bins of each spectrum linearly; hold the end values beyond the ends.
+    """Bridge unmeasured bins (NaN) of each spectrum linearly; hold the end values beyond the ends.
 
-    Parameters
-    ----------
-    spectra : (N, band) float array, NaN in the gaps
-
-    Returns
-    -------
-    (N, band) float array, finite wherever the spectrum has any finite bin; else NaN. The input
-    itself, not a copy, if nothing had to be filled.
+    Spectra are (N, band); those without any finite bin stay NaN. Returns the input itself, not a
+    copy, if nothing had to be filled.
     """
     gaps = ~np.isfinite(spectra)
     rows = np.flatnonzero(gaps.any(axis=1) & ~gaps.all(axis=1))
@@ -244,7 +217,7 @@ def _to_unit_range(spectra: np.ndarray, axis: int | None) -> np.ndarray:
 
 
 def band_slice(bands: tuple[int, int] | None, n_bands: int, where: object) -> slice:
-    """Slice of the band axis from the first band to the one before the last; None: all.
+    """Slice from the first band to the one before the last; None: all.
 
     Raises
     ------
@@ -262,41 +235,25 @@ def band_slice(bands: tuple[int, int] | None, n_bands: int, where: object) -> sl
     return slice(low, high)
 
 
-def pad_for_patches(cube: np.ndarray, patch_size: int) -> np.ndarray:
-    """Pad (y, x, C) with zeros so that the patch of spaxel (y, x) starts at (y, x).
-
-    Raises
-    ------
-    DataError
-        If the size is under 1.
-    """
-    if patch_size < 1:
-        raise DataError(f"--patch-size {patch_size}: expected 1 or more.")
-    before = patch_size // 2
-    after = patch_size - 1 - before
-    return np.pad(cube, ((before, after), (before, after), (0, 0)))
-
-
 def extract_patches(
     cube: np.ndarray, ys: np.ndarray, xs: np.ndarray, patch_size: int
 ) -> np.ndarray:
-    """Cut the patches around given spaxels.
-
-    Parameters
-    ----------
-    cube : (y, x, C) array
-        Normalised cube.
-    ys, xs : (N,) int
-        Spaxels at the patches' centres.
-    patch_size : int
-        P.
+    """Cut the patches, P = `patch_size` spaxels wide, around spaxels of a cube (y, x, C).
 
     Returns
     -------
     (N, P, P, C) array of the cube's type
         Spaxel (ys[i], xs[i]) is at [i, P//2, P//2]; zeros beyond the cube's edge.
+
+    Raises
+    ------
+    DataError
+        If the patch size is below 1.
     """
-    padded = pad_for_patches(cube, patch_size)
+    if patch_size < 1:
+        raise DataError(f"--patch-size {patch_size}: expected 1 or more.")
+    margins = patch_size // 2, (patch_size - 1) // 2
+    padded = np.pad(cube, (margins, margins, (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(
         padded, (patch_size, patch_size), axis=(0, 1)
     )

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import utils
+
 import numpy as np
 
 import hsi_proc_fns
-import utils
 from labels import CLASS_COLOURS, MASKED_COLOUR, TASK_TITLES, class_names, label_classes
 
 HATCH_GREY = 154

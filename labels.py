@@ -16,12 +16,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
-import numpy as np
-
 from utils import DataError
+
+import numpy as np
 
 HA, HB, NII, OIII = "Ha-6564", "Hb-4862", "NII-6585", "OIII-5008"
 OII_BLUE, OII_RED = "OII-3727", "OII-3729"
+OII = OII_BLUE + "+" + OII_RED
 BPT_LINES = (HA, HB, NII, OIII)
 
 BALMER_RATIO = 2.86
@@ -33,7 +34,7 @@ R_V = 3.1
 RATIOS: dict[str, dict[str, float]] = {
     "N2": {NII: 1, HA: -1},
     "O3N2": {OIII: 1, HB: -1, NII: -1, HA: 1},
-    "N2O2": {NII: 1, OII_BLUE + "+" + OII_RED: -1},
+    "N2O2": {NII: 1, OII: -1},
 }
 """Each log ratio as a weighted sum of log fluxes; lines joined by + are summed before the log."""
 
@@ -43,28 +44,18 @@ NOISE_NODES = 15
 
 @dataclass(frozen=True)
 class Calibration:
-    """A strong-line metallicity calibration: 12+log(O/H) as a polynomial of one log line ratio.
-
-    Attributes
-    ----------
-    ratio : str
-        A key of RATIOS.
-    coefficients : tuple of float
-        Coefficients of the powers 0, 1, ... of the log ratio; for N2O2-KD02 those of the
-        polynomial inside the logarithm.
-    valid : (low, high)
-        Range of the log ratio over which the calibration was made.
-    scatter : float, dex
-        Scatter of the calibrating sample about the relation; not part of the labels' uncertainty.
-    source : str
-        Paper and equation.
-    """
+    """A strong-line metallicity calibration: 12+log(O/H) as a polynomial of one log line ratio."""
 
     ratio: str
+    """A key of RATIOS."""
     coefficients: tuple[float, ...]
+    """Of the powers 0, 1, ... of the log ratio; for N2O2-KD02 inside the logarithm."""
     valid: tuple[float, float]
+    """Range of the log ratio over which the calibration was made."""
     scatter: float
+    """Of the calibrating sample about the relation, dex; not part of the labels' uncertainty."""
     source: str
+    """Paper and equation."""
 
 
 CALIBRATIONS: dict[str, Calibration] = {
@@ -128,21 +119,14 @@ TASK_TITLES = {"BPT": "BPT class", "logOH": "12 + log(O/H)"}
 
 @dataclass(frozen=True)
 class LineMaps:
-    """Emission-line maps of a galaxy.
-
-    Attributes
-    ----------
-    flux : dict of line -> (y, x) float, 1e-17 erg/s/cm2/spaxel
-        Corrected for Galactic extinction, as the DAP does.
-    ivar : dict of line -> (y, x) float
-        Inverse variance of the flux.
-    bad : dict of line -> (y, x) bool
-        Spaxels that the DAP masks.
-    """
+    """Emission-line maps of a galaxy, (y, x) by line."""
 
     flux: Mapping[str, np.ndarray]
+    """1e-17 erg/s/cm2/spaxel, corrected for Galactic extinction, as the DAP does."""
     ivar: Mapping[str, np.ndarray]
+    """Inverse variance of the flux."""
     bad: Mapping[str, np.ndarray]
+    """Spaxels that the DAP masks, bool."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -166,10 +150,10 @@ def detected(maps: LineMaps, lines: tuple[str, ...], min_snr: float) -> np.ndarr
     The [O II] doublet is blended at MaNGA's resolution: the cut applies to the sum of its two
     channels.
     """
-    ok = np.ones(maps.shape, bool)
-    blended = {OII_BLUE, OII_RED} <= set(lines)
-    groups = [line for line in lines if not (blended and line in (OII_BLUE, OII_RED))]
-    for group in [*groups, *([OII_BLUE + "+" + OII_RED] if blended else [])]:
+    ok, groups, doublet = np.ones(maps.shape, bool), set(lines), {OII_BLUE, OII_RED}
+    if doublet <= groups:
+        groups = groups - doublet | {OII}
+    for group in groups:
         flux, variance, bad = _summed(maps, group)
         with np.errstate(invalid="ignore", divide="ignore"):
             ok &= ~bad & (flux > 0) & (flux > min_snr * np.sqrt(variance))
@@ -239,7 +223,7 @@ def _log_sum(maps: LineMaps, weights: Mapping[str, float]) -> tuple[np.ndarray, 
 
 
 def _dereddened_n2o2(maps: LineMaps) -> tuple[np.ndarray, np.ndarray]:
-    """Log10 of [N II] 6585 / [O II] 3727+3729 and its error, corrected by the Balmer decrement."""
+    """Log10 of N2O2 and its variance, corrected for dust by the Balmer decrement."""
     raw = RATIOS["N2O2"]
     slope = (extinction_k(NII) - (extinction_k(OII_BLUE) + extinction_k(OII_RED)) / 2) / (
         extinction_k(HB) - extinction_k(HA)
@@ -248,7 +232,7 @@ def _dereddened_n2o2(maps: LineMaps) -> tuple[np.ndarray, np.ndarray]:
     dusty, dusty_variance = _log_sum(maps, {**raw, HA: slope, HB: -slope})
     is_dusty = balmer_ebv(maps.flux[HA], maps.flux[HB]) > 0
     value = np.where(is_dusty, dusty - slope * np.log10(BALMER_RATIO), plain)
-    return value, np.sqrt(np.where(is_dusty, dusty_variance, plain_variance))
+    return value, np.where(is_dusty, dusty_variance, plain_variance)
 
 
 def log_ratio(maps: LineMaps, ratio: str) -> tuple[np.ndarray, np.ndarray]:
@@ -260,9 +244,8 @@ def log_ratio(maps: LineMaps, ratio: str) -> tuple[np.ndarray, np.ndarray]:
         NaN where a flux is not positive. N2O2 is corrected for dust by the Balmer decrement, whose
         error is included.
     """
-    if ratio == "N2O2":
-        return _dereddened_n2o2(maps)
-    value, variance = _log_sum(maps, RATIOS[ratio])
+    is_dusty = ratio == "N2O2"
+    value, variance = _dereddened_n2o2(maps) if is_dusty else _log_sum(maps, RATIOS[ratio])
     return value, np.sqrt(variance)
 
 
@@ -270,12 +253,7 @@ def log_ratio(maps: LineMaps, ratio: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def demarcate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Class of points in the [N II] BPT plane.
-
-    Parameters
-    ----------
-    x, y : arrays
-        log([N II] 6585 / Ha) and log([O III] 5008 / Hb).
+    """Class of points x = log([N II] 6585 / Ha), y = log([O III] 5008 / Hb) in the BPT plane.
 
     Returns
     -------
@@ -293,12 +271,7 @@ def demarcate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def bpt_classes(maps: LineMaps, min_snr: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
     """BPT class of every spaxel, and the probability that noise put it into the wrong class.
 
-    Parameters
-    ----------
-    maps : LineMaps
-        With the four BPT_LINES.
-    min_snr : float
-        Lowest signal-to-noise ratio of each of the four lines.
+    Each of the four BPT_LINES needs a signal-to-noise ratio above `min_snr`.
 
     Returns
     -------
@@ -316,9 +289,8 @@ def bpt_classes(maps: LineMaps, min_snr: float = 3.0) -> tuple[np.ndarray, np.nd
     classes[ok] = demarcate(x, y)
     steps = [NormalDist().inv_cdf((i + 0.5) / NOISE_NODES) for i in range(NOISE_NODES)]
     wrong = np.zeros(x.shape)
-    for dx in steps:
-        for dy in steps:
-            wrong += demarcate(x + dx * x_error, y + dy * y_error) != classes[ok]
+    for dx, dy in itertools.product(steps, steps):
+        wrong += demarcate(x + dx * x_error, y + dy * y_error) != classes[ok]
     p_wrong = np.full(maps.shape, np.nan, np.float32)
     p_wrong[ok] = wrong / NOISE_NODES**2
     return classes, p_wrong
@@ -342,17 +314,9 @@ def metallicity(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gas metallicity of every spaxel by a strong-line calibration.
 
-    Parameters
-    ----------
-    maps : LineMaps
-        With the lines of `lines_needed(diagnostic)`, and of BPT_LINES if `star_forming_only`.
-    diagnostic : str
-        A key of CALIBRATIONS.
-    min_snr : float
-        Lowest signal-to-noise ratio of each line used.
-    star_forming_only : bool
-        Give no label to composite and AGN spaxels, because the calibrations are made on H II
-        regions.
+    `diagnostic` is a key of CALIBRATIONS. The maps must hold the lines of `lines_needed`, and
+    BPT_LINES if `star_forming_only`: then composite and AGN spaxels get no label, because the
+    calibrations are made on H II regions.
 
     Returns
     -------
@@ -379,11 +343,10 @@ def metallicity(
 
 def logoh_edges(n_classes: int) -> tuple[float, ...]:
     """Inner class edges of the 6- or 8-class metallicity scale, dex."""
-    try:
-        return LOGOH_EDGES[n_classes]
-    except KeyError:
+    if n_classes not in LOGOH_EDGES:
         scales = " or ".join(map(str, LOGOH_EDGES))
-        raise DataError(f"{n_classes} metallicity classes: expected {scales}.") from None
+        raise DataError(f"{n_classes} metallicity classes: expected {scales}.")
+    return LOGOH_EDGES[n_classes]
 
 
 def class_names(label_task: str, n_classes: int | None = None) -> tuple[str, ...]:
@@ -410,7 +373,6 @@ def label_classes(labels: np.ndarray, label_task: str, n_classes: int = 6) -> np
     ----------
     labels : array of any shape
         BPT: classes, LABEL_NONE without a label. logOH: 12+log(O/H) in dex, NaN without a label.
-    label_task : {"BPT", "logOH"}
     n_classes : int
         Number of metallicity classes, 6 or 8; ignored for BPT.
 
@@ -435,7 +397,5 @@ def class_middles(n_classes: int) -> np.ndarray:
 
     An open outer class is taken to be as wide as its neighbour.
     """
-    edges = np.array(logoh_edges(n_classes))
-    low, high = 2 * edges[0] - edges[1], 2 * edges[-1] - edges[-2]
-    full = np.concatenate([[low], edges, [high]])
-    return (full[:-1] + full[1:]) / 2
+    edges = np.pad(logoh_edges(n_classes), 1, mode="reflect", reflect_type="odd")
+    return (edges[:-1] + edges[1:]) / 2

@@ -22,7 +22,7 @@ import signal
 import threading
 import time
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -95,9 +95,7 @@ def chosen_galaxies(choice: GalaxyChoice, available: list[str]) -> list[str]:
 
 def read_galaxy_list(path: Path) -> list[str]:
     """Read plateifus, one per line, or from a CSV's column plateifu; # starts a comment."""
-    expected = (
-        "Expected one plateifu per line, or a CSV with a column plateifu; check --galaxy-list."
-    )
+    expected = "Expected one plateifu per line or a CSV column plateifu; check --galaxy-list."
     if not path.is_file():
         raise DataError(f"{path}: no such galaxy list. {expected}")
     rows = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
@@ -108,6 +106,9 @@ def read_galaxy_list(path: Path) -> list[str]:
         rows = [row.split(",")[column].strip() for row in rows[1:] if row.count(",") >= column]
     if not rows:
         raise DataError(f"{path}: names no galaxy. {expected}")
+    for row in rows:
+        if not utils.PLATEIFU.fullmatch(row):
+            raise DataError(f"{path}: {row!r} is not a valid plateifu. {expected}")
     return rows
 
 
@@ -143,7 +144,6 @@ def for_each_galaxy(
     work : function of a plateifu, picklable
         Returns a word for the outcome ("written", "skipped"). An exception fails this galaxy
         only.
-    plateifus : iterable of str
     stage : str
         Name of the work, for the progress bar, the log and failed.csv.
     failed_csv : Path
@@ -158,7 +158,7 @@ def for_each_galaxy(
     """
     from tqdm import tqdm  # here: --help does not need it
 
-    todo, jobs = list(plateifus), jobs or utils.cpu_count()
+    todo, jobs = list(plateifus), utils.processes(jobs)
     outcome: dict[str, str] = {}
     failures: list[tuple[str, ...]] = []
     start = time.monotonic()
@@ -171,18 +171,11 @@ def for_each_galaxy(
                 log.error("%s: %s failed: %s", plateifu, stage, reason)
                 log.debug("%s", trace)
             bar.update()
-            done = len(outcome)
-            if done % 100 == 0:
+            if (done := len(outcome)) % 100 == 0:
                 rate = done / (time.monotonic() - start)
                 left = (len(todo) - done) / rate / 60
-                log.info(
-                    "%s: %d of %d galaxies, %.1f galaxies/s, %.0f min left",
-                    stage,
-                    done,
-                    len(todo),
-                    rate,
-                    left,
-                )
+                speed = f"{rate:.1f} galaxies/s, {left:.0f} min left"
+                log.info(f"{stage}: {done} of {len(todo)} galaxies, {speed}")
 
         if jobs == 1 or len(todo) < 2:
             for plateifu in todo:
@@ -191,13 +184,8 @@ def for_each_galaxy(
             _in_processes(work, todo, jobs, finish)
     _update_failures(failed_csv, set(todo), failures)
     if failures:
-        log.error(
-            "%s: %d of %d galaxies failed, listed in %s",
-            stage,
-            len(failures),
-            len(todo),
-            failed_csv,
-        )
+        count = utils.counted(len(todo), "galaxy", "galaxies")
+        log.error(f"{stage}: {len(failures)} of {count} failed, listed in {failed_csv}")
     return outcome
 
 
@@ -301,16 +289,9 @@ def _update_failures(failed_csv: Path, tried: set[str], failures: list[tuple[str
 def in_order(
     pool: Executor, work: Callable[[Item], Result], items: Iterable[Item], ahead: int
 ) -> Iterator[Result]:
-    """Yield the results of `work` in the order of the items, and compute a few in advance.
+    """Yield the results of `work` in the order of the items.
 
-    Parameters
-    ----------
-    pool : Executor
-        Threads or processes.
-    work : function of an item
-    items : iterable
-    ahead : int
-        Number of results computed in advance; this many are held in memory.
+    `ahead` results are computed in advance, in the pool's threads or processes, and held in memory.
     """
     waiting = iter(items)
     running = deque(pool.submit(work, item) for item in itertools.islice(waiting, max(ahead, 1)))
@@ -330,7 +311,8 @@ def in_threads(
 
 def report(outcome: dict[str, str], stage: str, where: Path) -> int:
     """Log the number of galaxies by outcome and the folder of the results; return the exit code."""
-    words = sorted(set(outcome.values()))
-    counts = ", ".join(f"{sum(v == w for v in outcome.values())} {w}" for w in words)
-    log.info("%s: %d galaxies: %s. Results: %s", stage, len(outcome), counts or "none", where)
-    return utils.EXIT_DATA if "failed" in words else utils.EXIT_DONE
+    words = Counter(outcome.values())
+    counts = ", ".join(f"{words[word]} {word}" for word in sorted(words))
+    total = utils.counted(len(outcome), "galaxy", "galaxies")
+    log.info(f"{stage}: {total} ({counts or 'none'}). Results: {where}")
+    return utils.EXIT_DATA if words["failed"] else utils.EXIT_DONE

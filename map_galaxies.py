@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import utils
+
 import numpy as np
 import pandas as pd
 from astropy.io import fits
@@ -27,7 +29,6 @@ import data_io
 import eval_fns
 import loops
 import run_folder
-import utils
 from data_io import Recipe, file_digest
 from pack_cubes import NormalisedCube
 
@@ -186,7 +187,7 @@ def main(config: Config) -> int:
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
     galaxies = loops.chosen_galaxies(config, [p.stem for p in utils.processed_cubes(root)])
     folder = config.run_dir / run_folder.MAPS_FOLDER
-    readers = config.jobs or eval_fns.count_readers()
+    readers = utils.processes(config.jobs) if config.jobs else eval_fns.count_readers()
     failed_csv = loops.failed_path(folder, config.shard)
     outcome = map_galaxies(
         trained, config.run_dir, root, galaxies, failed_csv, readers, config.overwrite
@@ -196,20 +197,18 @@ def main(config: Config) -> int:
         gone = [not utils.cube_path(root, p).is_file() for p in table["plateifu"]]
         table["cube"] = np.where(gone, "gone", "")
         if any(gone):
-            count = f"{sum(gone)} of the maps ({table['plateifu'][gone].iloc[0]}, ...)"
-            where = f"no longer exist in {root}: marked as gone in {TABLE_FILE}"
-            log.warning("%s are of cubes that %s", count, where)
+            log.warning(
+                f"{sum(gone)} of the maps ({table['plateifu'][gone].iloc[0]}, ...) are of cubes "
+                f"that no longer exist in {root}: marked as gone in {TABLE_FILE}"
+            )
         with utils.atomic_path(folder / TABLE_FILE) as part:
             table.to_csv(part, index=False)
         shown = (table["part"] == "train") & table["plateifu"].isin(galaxies)
         if shown.any():
-            more = ", ..." if shown.sum() > 3 else ""
-            some = ", ".join(table["plateifu"][shown][:3]) + more
+            names = ", ".join(table["plateifu"][shown][:3]) + (", ..." if shown.sum() > 3 else "")
             log.warning(
-                "%d of these galaxies (%s) were trained on: their maps do not show how well the "
-                "model works on new ones",
-                shown.sum(),
-                some,
+                f"{shown.sum()} of these galaxies ({names}) were trained on: their maps do not "
+                "show how well the model works on new ones"
             )
     return loops.report(outcome, "maps", folder)
 

@@ -34,15 +34,17 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import loops
 import utils
+from utils import DataError
+
+import loops
 from mock.galaxy import BUNDLES, DAPTYPE, GalaxyParams, draw_params, simulate_galaxy
+from mock.physics import Galaxy
 from mock.survey import DAPALL as DAPALL  # for callers, like the next ones with "as"
 from mock.survey import DAPTYPES as DAPTYPES
-from mock.survey import check_folder, simulated_galaxies, write_catalogue, write_galaxy
-from mock.truth import read_recipe, truth_path, truth_recipe
+from mock.survey import check_folder, simulated_galaxies, write_catalogue
+from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
 from mock.truth import read_truth as read_truth  # the reader of the truth files, for callers
-from utils import DataError
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,20 @@ class MockConfig:
     """Real MAPS file (22 or 35 channels) whose LOGCUBE to re-synthesise, instead of a survey."""
     debug: bool = False
     """Show the traceback of an error."""
+
+
+def write_galaxy(data_dir: Path, galaxy: Galaxy) -> list[Path]:
+    """Write LOGCUBE, MAPS and, last, the truth file of a galaxy; return their paths."""
+    import mock.dr17_files as dr17
+
+    plateifu, daptype = galaxy.scene.plateifu, galaxy.scene.cards["DAPTYPE"]
+    forms = {"LOGCUBE": dr17.logcube_hdus, "MAPS": dr17.maps_hdus}
+    paths = [dr17.raw_file(data_dir, plateifu, form, daptype) for form in forms]
+    for path, hdus in zip(paths, forms.values(), strict=True):
+        dr17.write_gzipped_fits(path, hdus(galaxy))
+    truth = truth_path(data_dir, plateifu)
+    write_truth(truth, galaxy)
+    return [*paths, truth]
 
 
 def _simulate_one(

@@ -20,16 +20,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import utils
+from utils import DataError, PatchNorm
+
 import numpy as np
 from tqdm import tqdm
 
 import data_io
 import hsi_proc_fns
 import loops
-import utils
 from data_io import Recipe, require_alike
 from hsi_proc_fns import Stats
-from utils import DataError, PatchNorm
 
 log = logging.getLogger(__name__)
 
@@ -350,7 +351,7 @@ def main(config: Config) -> int:
         config.patch_norm,
         list(dict.fromkeys(galaxies)),
         config.packed_type,
-        config.jobs or utils.cpu_count(),
+        utils.processes(config.jobs),
         config.overwrite,
     )
     log.info("%s: %s", packed.path, packed.size)

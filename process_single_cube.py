@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import utils
+from utils import LABEL_TASKS, DataError, LabelTask
+
 import cube_patch_processing as patches
 import fits_utils
-import utils
 from hsi_proc_fns import Stats
-from utils import LABEL_TASKS, DataError, LabelTask
 
 log = logging.getLogger(__name__)
 

@@ -119,12 +119,10 @@ def resample_spectra(
     good : (N, m) float16
         Fraction of the bin's width covered by good pixels.
     """
-    shape = (flux.shape[1], matrix.shape[0])
-    flux_out = np.full(shape, np.nan, np.float32)
-    ivar_out, good_out = np.zeros(shape, np.float32), np.zeros(shape, np.float16)
+    flux_out, ivar_out, good_out = out = _empty_spectra(flux.shape[1], widths.size)
     used = np.flatnonzero(~bad.all(axis=0))
     if not used.size:
-        return flux_out, ivar_out, good_out
+        return out
     span = slice(used[0], used[-1] + 1)
     flux, ivar, bad = flux[:, span], ivar[:, span], bad[:, span]
     scale = np.broadcast_to(factor, matrix.shape[1])
@@ -146,7 +144,13 @@ def resample_spectra(
     good_out[span] = 1
     partly = ~(good >= HALF_BELOW_ONE)  # NaN too; rounding to float16 is slow, all others are 1
     good_out[span].T[partly] = np.where(empty[partly], 0.0, good[partly])
-    return flux_out, ivar_out, good_out
+    return out
+
+
+def _empty_spectra(n: int, n_band: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make flux, ivar and good fraction of n spectra without a good pixel."""
+    shape = (n, n_band)
+    return np.full(shape, np.nan, "f4"), np.zeros(shape, "f4"), np.zeros(shape, "f2")
 
 
 def resample_shifted(
@@ -160,32 +164,24 @@ def resample_shifted(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Resample spectra that each have their own redshift.
 
+    The other arguments and the result are those of `resample_spectra`.
+
     Parameters
     ----------
-    flux, ivar, bad : (n, N) arrays
-        As in `resample_spectra`.
     source : (n + 1,) array
         Observed pixel edges, Angstrom.
     target : (m + 1,) array
         Rest-frame bin edges, Angstrom.
     one_plus_z : (N,) array
-        Observed over rest-frame wavelength of each spectrum; its flux density is multiplied by it.
-    factor : (n,) array or float
-        As in `resample_spectra`, without (1 + z).
-
-    Returns
-    -------
-    As `resample_spectra`.
+        Observed over rest-frame wavelength of each spectrum; its flux density is multiplied by it,
+        besides `factor`.
     """
     widths = np.diff(target)
-    shape = (flux.shape[1], widths.size)
-    flux_out = np.full(shape, np.nan, np.float32)
-    ivar_out, good_out = np.zeros(shape, np.float32), np.zeros(shape, np.float16)
+    out = _empty_spectra(flux.shape[1], widths.size)
     for i in np.flatnonzero(~bad.all(axis=0)):
-        stretch, column = one_plus_z[i], slice(i, i + 1)
-        matrix = overlap_matrix(source / stretch, target)
-        scale = np.asarray(factor) * stretch
-        flux_out[column], ivar_out[column], good_out[column] = resample_spectra(
-            flux[:, column], ivar[:, column], bad[:, column], matrix, widths, scale
-        )
-    return flux_out, ivar_out, good_out
+        matrix = overlap_matrix(source / one_plus_z[i], target)
+        one, scale = slice(i, i + 1), np.asarray(factor) * one_plus_z[i]
+        rows = resample_spectra(flux[:, one], ivar[:, one], bad[:, one], matrix, widths, scale)
+        for whole, row in zip(out, rows, strict=True):
+            whole[i] = row[0]
+    return out

@@ -25,6 +25,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import utils
+from utils import DataError
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
@@ -35,14 +38,12 @@ import eval_fns
 import hsi_proc_fns
 import run_folder
 import SSFTT_dense
-import utils
 from data_fns import DataOptions, PatchDataset, PatchSpec, Samples, dataset_of
 from data_io import Recipe, digest_of
 from HSI_SSFTT import SSFTT, count_parameters, get_SSFTT_model
 from labels import class_middles
 from run_folder import ModelCard
 from training import OptimisationOptions, Stopper, Training, in_words, restore, train
-from utils import DataError
 
 log = logging.getLogger(__name__)
 

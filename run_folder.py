@@ -22,6 +22,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import utils
+from utils import DataError
+
 import numpy as np
 import pandas as pd
 import torch
@@ -30,11 +33,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 import data_io
-import utils
 from data_fns import PatchSpec
 from data_io import Recipe, option_differences
 from hsi_proc_fns import Stats
-from utils import DataError
 
 RUNS_FOLDER = Path("runs")
 MODEL_SCHEMA, MODEL_VERSION = "ssftt-model", 2

@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import utils
+from utils import DataError
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,12 +30,10 @@ import eval_fns
 import metrics
 import run_folder
 import SSFTT_dense
-import utils
 from data_fns import Batch, CutoutBatch, DataOptions, SpaxelBatchSampler, dataset_of, patch_file
 from HSI_SSFTT import SSFTT
 from labels import LABEL_NONE
 from run_folder import ModelCard
-from utils import DataError
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,18 @@ What is inside those files: `data_io`.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
+if sys.version_info < (3, 11) or not importlib.util.find_spec("tyro"):  # before anything fails
+    sys.exit(
+        f"error: {sys.executable} is Python {sys.version.split()[0]}, without the packages of this "
+        "project or too old. Expected Python 3.11 or newer with the packages of requirements.txt: "
+        "activate the environment (. .venv/bin/activate), or create it with make setup."
+    )
+
 import contextlib
+import difflib
 import errno
 import fcntl
 import functools
@@ -27,14 +38,13 @@ import platform
 import re
 import select
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +84,8 @@ def split_plateifu(plateifu: str) -> tuple[str, str]:
     match = PLATEIFU.fullmatch(plateifu.strip())
     if not match:
         raise DataError(
-            f"{plateifu!r} is not a valid plateifu (expected <plate>-<ifu>, e.g. 8485-1901)."
+            f"{plateifu!r} is not a valid plateifu (expected <plate>-<ifu>, e.g. 8485-1901; put "
+            "spaces between several)."
         )
     return match[1], match[2]
 
@@ -376,7 +387,14 @@ def config_dict(config: Any) -> dict[str, Any]:
 # Commands
 
 
-def config_args(path: Path | str) -> list[str]:
+def option_names(config_class: Any) -> list[str]:
+    """Names of the options of a config dataclass, those of its groups included."""
+    types = get_type_hints(config_class)
+    groups = [option_names(t) if is_dataclass(t) else [name] for name, t in types.items()]
+    return [name for group in groups for name in group]
+
+
+def config_args(path: Path | str, config_class: Any) -> list[str]:
     """Command-line words that reproduce a saved config (a JSON file, or a run folder with one)."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
@@ -389,8 +407,14 @@ def config_args(path: Path | str) -> list[str]:
         ) from None
     if not isinstance(saved, dict):
         raise DataError(f"{path}: expected a JSON object of options, found {type(saved).__name__}.")
-    words: list[str] = []
+    words, known = list[str](), option_names(config_class)
     for key, value in saved.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            meant = (
+                f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(known)}."
+            )
+            raise DataError(f"{path}: unknown key {key!r}; {meant} Correct the file.")
         flag = key.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
@@ -400,16 +424,16 @@ def config_args(path: Path | str) -> list[str]:
     return words
 
 
-def with_config_file(args: Sequence[str]) -> list[str]:
+def with_config_file(args: Sequence[str], config_class: Any) -> list[str]:
     """Replace `--config FILE` by its flags, placed before the user's own, which take precedence."""
     words = list(args)
     for i, word in enumerate(words):
         if word == "--config":
             if i + 1 == len(words):
                 raise DataError("--config: no file given (expected --config FILE.json).")
-            return config_args(words[i + 1]) + words[:i] + words[i + 2 :]
+            return config_args(words[i + 1], config_class) + words[:i] + words[i + 2 :]
         if word.startswith("--config="):
-            return config_args(word.partition("=")[2]) + words[:i] + words[i + 1 :]
+            return config_args(word.partition("=")[2], config_class) + words[:i] + words[i + 1 :]
     return words
 
 
@@ -428,28 +452,27 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     debug = "--debug" in argv
     setup_logging()
     logging.getLogger("loops").setLevel(logging.DEBUG if debug else logging.NOTSET)
-    try:
-        words = with_config_file(argv)
-        description = re.sub(r"\n(?=Writes |Layouts?: )", "\n\n", doc)  # else the help joins lines
-        config = tyro.cli(
-            config_class,
-            args=words,
-            description=description,
-            config=(tyro.conf.OmitArgPrefixes,),  # groups of options, but flat flags
-        )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USAGE)
+    description = re.sub(r"\n(?=Writes |Layouts?: )", "\n\n", doc)  # else the help joins lines
     before = signal.signal(signal.SIGTERM, _interrupt)
+    config = None
     try:
-        code = main(config)
+        try:
+            config = tyro.cli(
+                config_class,
+                args=with_config_file(argv, config_class),
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),  # groups of options, but flat flags
+            )
+            code = main(config)
+        finally:
+            sys.stdout.flush()  # here, where it is noticed that the reader has left
     except (DataError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             sys.exit(128 + signal.SIGPIPE)
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_DATA)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        sys.exit(EXIT_USAGE if config is None else EXIT_DATA)
     except KeyboardInterrupt as stop:
         print(
             "stopped; finished outputs are complete. Run the same command again to continue.",
@@ -459,6 +482,14 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     finally:
         signal.signal(signal.SIGTERM, before)
     sys.exit(code or EXIT_DONE)
+
+
+def in_one_line(error: Exception) -> str:
+    """Say what went wrong; of a system call also with which file, and what to do."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}. Check that the file exists, its permissions and the disk."
 
 
 def _reader_has_left() -> bool:
@@ -492,6 +523,18 @@ def setup_logging(log_file: Path | None = None) -> None:
         handlers=handlers,
         force=True,
     )
+
+
+def processes(jobs: int) -> int:
+    """Return the number of processes that --jobs asks for; 0 stands for one per CPU."""
+    if jobs < 0:
+        raise DataError(f"--jobs {jobs}: expected 0 (one process per CPU) or more.")
+    return jobs or cpu_count()
+
+
+def counted(number: int, singular: str, plural: str) -> str:
+    """Write a number and its noun, e.g. "1 galaxy", "2 galaxies"."""
+    return f"{number} {singular if number == 1 else plural}"
 
 
 def cpu_count() -> int:

@@ -1,14 +1,7 @@
 """Figures: label, prediction and difference on the sky, BPT, training curves, confusion, spectra.
 
-Functions plot_... draw into the axes they are given, `ax`, and return them. Maps are shown as on
-the sky, north up and east left, in arcseconds from the field's centre; their arguments are
-
-    usable      (y, x) bool: spaxels with a usable spectrum; hatched where they have no value.
-    inside      (y, x) bool: spaxels with any measurement. The field of view is their convex hull,
-                and grey where it is not usable.
-    wcs_header  Celestial cards of the cube (attribute of this name); without them, spaxels of 0.5
-                arcsec, north up and east left, with the centre of the map at the origin.
-    label_task, n_classes   choose names and colours of the classes.
+Every function draws into the axes it is given and returns them. Maps are shown as on the sky,
+north up and east left, in arcseconds from the field's centre.
 
 Reads   a run folder (run_SSFTT_training.py, eval_fns.py), cubes and labels of the data folder and,
         for the BPT diagram, raw MAPS.
@@ -28,6 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import utils
+from utils import DataError
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -41,7 +37,6 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
 
 import data_io
-import utils
 from hsi_proc_fns import Stats, field_of_view
 from labels import (
     AGN,
@@ -57,7 +52,6 @@ from labels import (
     label_classes,
     log_ratio,
 )
-from utils import DataError
 
 if TYPE_CHECKING:
     import eval_fns
@@ -69,7 +63,7 @@ DPI = 150
 
 EMPTY_COLOUR = "#E4E4E4"
 """Rows of classes that no label has."""
-NO_LABEL_HATCH = "////"
+NO_LABEL_HATCH, LINE_GREY = "////", "#9A9A9A"
 RIGHT_COLOUR, WRONG_COLOUR = "#DDE6ED", "#D55E00"
 MODEL_COLOUR, OTHER_COLOUR = "#0072B2", "#D55E00"
 PART_COLOURS = {"train": "#0072B2", "val": "#E69F00", "test": "#882255"}
@@ -118,6 +112,9 @@ class VisConfig:
 
 def sky_edges(shape: tuple[int, ...], wcs_header: str | None = None) -> tuple[np.ndarray, ...]:
     """Find the corners of all spaxels on the sky.
+
+    Without the celestial cards of the cube (attribute `wcs_header`): 0.5 arcsec spaxels, north up,
+    east left, the centre of the map at the origin.
 
     Returns
     -------
@@ -217,7 +214,7 @@ def _hatch(ax: Axes, where: np.ndarray, east: np.ndarray, north: np.ndarray) -> 
         for i, j in zip(y, x, strict=True)
     ]
     outline = Outline.make_compound_path(*squares)
-    ax.add_patch(PathPatch(outline, fc="w", ec="#9A9A9A", hatch=NO_LABEL_HATCH, lw=0))
+    ax.add_patch(PathPatch(outline, fc="w", ec=LINE_GREY, hatch=NO_LABEL_HATCH, lw=0))
 
 
 def plot_class_map(
@@ -230,7 +227,21 @@ def plot_class_map(
     title: str = "",
     wcs_header: str | None = None,
 ) -> Axes:
-    """Draw a map of classes, (y, x) int, with its legend beside it; LABEL_NONE has no value."""
+    """Draw a map of classes, with its legend beside it.
+
+    Parameters
+    ----------
+    classes : (y, x) int
+        LABEL_NONE is hatched where the spaxel is usable.
+    label_task, n_classes
+        Choose names and colours.
+    usable : (y, x) bool
+        Other spaxels in the field of view are grey.
+    inside : (y, x) bool
+        Spaxels with any measurement; the field of view is their convex hull.
+    wcs_header : str, optional
+        As in `sky_edges`.
+    """
     colours = CLASS_COLOURS[label_task, n_classes]
     shown = np.ma.masked_where(~usable | (classes == LABEL_NONE), classes)
     _, others = _draw_map(ax, shown, usable, inside, wcs_header, title, **_scale(colours))
@@ -250,9 +261,9 @@ def _draw_map(
     title: str,
     **colours: Any,
 ) -> tuple[QuadMesh, list[Patch]]:
-    """Draw a masked map; also return legend entries for grey and hatched areas, if there are any.
+    """Draw values; grey where the spectrum is not usable, hatched where it has no value.
 
-    The areas are as in the module's docstring.
+    Also returns legend entries for grey and hatched areas, where they occur.
     """
     east, north = sky_edges(inside.shape, wcs_header)
     masked = ~usable & field_of_view(inside)
@@ -262,7 +273,7 @@ def _draw_map(
     _hatch(ax, no_label, east, north)
     others = []
     if no_label.any():
-        others.append(Patch(fc="w", ec="#9A9A9A", hatch=NO_LABEL_HATCH, lw=0, label="no label"))
+        others.append(Patch(fc="w", ec=LINE_GREY, hatch=NO_LABEL_HATCH, lw=0, label="no label"))
     if masked.any():
         others += _patches(["masked"], [MASKED_COLOUR])
     drawn = ax.pcolormesh(east, north, values, **colours)
@@ -302,10 +313,12 @@ def plot_value_map(
     wcs_header: str | None = None,
     limit: float | None = None,
 ) -> Axes:
-    """Draw a map of numbers, (y, x) float or NaN, with its colour bar.
+    """Draw a map of numbers with its colour bar; other arguments as in `plot_class_map`.
 
     Parameters
     ----------
+    values : (y, x) float
+        NaN is hatched where the spaxel is usable.
     label : str
         Of the colour bar, with unit.
     limit : float, optional
@@ -393,7 +406,7 @@ def plot_part_map(
 ) -> Axes:
     """Draw the part of an easy split that each spaxel is in.
 
-    `parts` (y, x) are indices into utils.SPLIT_PARTS; LABEL_NONE has no value.
+    `parts` (y, x) are indices into utils.SPLIT_PARTS; LABEL_NONE is hatched.
     """
     colours = [PART_COLOURS[part] for part in utils.SPLIT_PARTS]
     shown = np.ma.masked_equal(parts, LABEL_NONE)
@@ -428,7 +441,7 @@ def plot_bpt(
     points: list[Artist] = []
     for k, name in [(LABEL_NONE, "no label"), *enumerate(names)]:
         here = classes == k
-        face, edge, width = ("none", "#9A9A9A", 0.5) if k == LABEL_NONE else (colours[k], "k", 0.15)
+        face, edge, width = ("none", LINE_GREY, 0.5) if k == LABEL_NONE else (colours[k], "k", 0.15)
         if here.any():
             style: dict[str, Any] = {"s": 8, "fc": face, "ec": edge, "lw": width}
             style["label"] = f"{name}: {here.sum()}"
@@ -510,12 +523,12 @@ def mark_lines(ax: Axes, wave_min: float, wave_max: float) -> Axes:
     waves = np.array(list(inside.values()))
     far = np.flatnonzero(np.diff(waves) > 0.022 * (wave_max - wave_min)) + 1
     style: dict[str, Any] = {"ha": "center", "va": "bottom", "rotation": 90, "fontsize": 7}
-    style["arrowprops"] = {"arrowstyle": "-", "lw": 0.5, "color": "#9A9A9A", "shrinkB": 0}
+    style["arrowprops"] = {"arrowstyle": "-", "lw": 0.5, "color": LINE_GREY, "shrinkB": 0}
     style |= {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
     for group in np.split(np.array(list(inside)), far):
         for i, name in enumerate(group):
             wave, shift = inside[name], 10 * (i - (len(group) - 1) / 2)  # names side by side
-            ax.axvline(wave, color="#9A9A9A", lw=0.6, ls=":", zorder=0)
+            ax.axvline(wave, color=LINE_GREY, lw=0.6, ls=":", zorder=0)
             ax.annotate(name, (wave, 1), xytext=(shift, 10), **style)
     return ax
 
@@ -568,19 +581,6 @@ def plot_explained_variance(ax: Axes, stats: Stats) -> Axes:
         directions = _counted(others, "direction")
         ax.set_title(f"remaining {directions}: {left:.0%}, {mean}", fontsize=9)
     return ax
-
-
-def plot_components(axes: Sequence[Axes], stats: Stats) -> Sequence[Axes]:
-    """Draw the mean spectrum and the first components, one in each of the axes."""
-    curves = [("mean", stats.mean)]
-    curves += [(f"component {k + 1}", c) for k, c in enumerate(stats.components)]
-    for ax, (name, curve) in zip(axes, curves, strict=False):
-        ax.plot(stats.wave, curve, color=MODEL_COLOUR, lw=0.8)
-        ax.axhline(0, color="#9A9A9A", lw=0.5, zorder=0)
-        ax.set(ylabel=name, xlim=(stats.wave[0], stats.wave[-1]))
-    mark_lines(axes[0], stats.wave[0], stats.wave[-1])
-    axes[-1].set_xlabel("rest wavelength in vacuum (Angstrom)")
-    return axes
 
 
 def plot_class_shares(
@@ -713,9 +713,15 @@ def spectrum_figure(root: Path, plateifu: str) -> Figure:
 
 def components_figure(stats: Stats, n: int = 5) -> Figure:
     """Make the figure of the mean spectrum and the first n components."""
-    rows = min(n, len(stats.components)) + 1
-    figure, axes = _figure(9, 1.5 * rows, rows)
-    plot_components(axes, stats)
+    curves = {"mean": stats.mean}
+    curves |= {f"component {k}": curve for k, curve in enumerate(stats.components[:n], 1)}
+    figure, axes = _figure(9, 1.5 * len(curves), len(curves))
+    for ax, (name, curve) in zip(axes, curves.items(), strict=True):
+        ax.plot(stats.wave, curve, color=MODEL_COLOUR, lw=0.8)
+        ax.axhline(0, color=LINE_GREY, lw=0.5, zorder=0)
+        ax.set(ylabel=name, xlim=(stats.wave[0], stats.wave[-1]))
+    mark_lines(axes[0], stats.wave[0], stats.wave[-1])
+    axes[-1].set_xlabel("rest wavelength in vacuum (Angstrom)")
     return figure
 
 

@@ -21,10 +21,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import utils
+
 import measuring
 from measuring import ROOT, Row, make_row
-
-import utils
 
 SHARED = ROOT.parent / "shared"
 REPLICATE = SHARED / "tools" / "replicate_simtel.py"

@@ -42,6 +42,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import utils
+from utils import DataError
+
 import measuring
 import numpy as np
 import torch
@@ -60,10 +63,8 @@ from tqdm import tqdm
 import hsi_proc_fns
 import metrics
 import SSFTT_dense
-import utils
 from HSI_SSFTT import SSFTT, get_SSFTT_model
 from labels import LABEL_NONE
-from utils import DataError
 
 log = logging.getLogger(__name__)
 

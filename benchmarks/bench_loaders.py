@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import utils
+
 import bench_storage
 import measuring
 import pandas as pd
@@ -28,7 +30,6 @@ import data_fns
 import data_io
 import pack_cubes
 import process_single_cube as single
-import utils
 from data_fns import DataOptions
 from data_io import Recipe
 from labels import LABEL_NONE

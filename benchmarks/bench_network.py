@@ -31,6 +31,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import utils
+from utils import DataError, PatchNorm
+
 import measuring
 import numpy as np
 import roofline
@@ -45,7 +48,6 @@ import eval_fns
 import hsi_proc_fns
 import pack_cubes
 import SSFTT_dense
-import utils
 from data_fns import (
     Batch,
     CutoutBatch,
@@ -61,7 +63,6 @@ from HSI_SSFTT import SSFTT, SSFTTConfig, count_parameters, get_SSFTT_model
 from pack_cubes import PackedCubes
 from run_folder import MODEL_VERSION, ModelCard
 from training import OptimisationOptions, Progress, Stopper, Training, batch_loss, train_epoch
-from utils import DataError, PatchNorm
 
 log = logging.getLogger(__name__)
 

@@ -22,11 +22,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import utils
+
 import measuring
 import numpy as np
 
 import fits_utils
-import utils
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import utils
+from utils import LABEL_TASKS
+
 import h5py
 import measuring
 import numpy as np
@@ -35,8 +38,6 @@ from measuring import Row, make_row
 import data_io
 import mock_manga
 import process_single_cube as single
-import utils
-from utils import LABEL_TASKS
 
 SURVEY = 10_000
 """Number of galaxies to extrapolate to; DR17 has 10,161."""

@@ -24,6 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import utils
+from utils import DataError
+
 import bench_network
 import measuring
 import numpy as np
@@ -32,9 +35,7 @@ import pandas as pd
 import eval_fns
 import run_folder
 import run_SSFTT_training
-import utils
 from run_folder import ModelCard
-from utils import DataError
 
 FRONT_ENDS: dict[str, dict[str, Any]] = {
     name: {"patch_norm": "PCA"} if "bands" in options else {"patch_norm": "spectral", **options}

@@ -21,10 +21,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import utils
+
 import measuring
 from measuring import Row
-
-import utils
 
 log = logging.getLogger(__name__)
 

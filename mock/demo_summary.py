@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import utils
+from utils import DataError
+
 import numpy as np
 
 import data_io
-import utils
-from utils import DataError
 
 
 @dataclass(frozen=True)

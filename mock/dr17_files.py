@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils import atomic_path, raw_dir
+
 import numpy as np
 from astropy.io import fits
 from isal import igzip
@@ -51,7 +53,6 @@ from mock.physics import (
     to_image,
     wave_grid,
 )
-from utils import atomic_path, raw_dir
 
 Card = tuple[str, Any, str]
 

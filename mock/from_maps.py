@@ -16,11 +16,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import utils
+from utils import DataError
+
 import numpy as np
 
 import fits_stream
 import fits_utils
-import utils
 from data_io import file_digest
 from mock.dr17_files import PRIMARY, logcube_hdus, raw_file, write_gzipped_fits
 from mock.physics import (
@@ -42,7 +44,6 @@ from mock.physics import (
     wave_grid,
 )
 from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
-from utils import DataError
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import utils
+
 import numpy as np
 
-import utils
 from mock.physics import (
     C_KMS,
     DEADFIBER,

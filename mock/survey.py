@@ -1,8 +1,7 @@
-"""The data folder of a simulated survey: the files of a galaxy, the catalogue, what is there.
+"""The data folder of a simulated survey: the galaxies that are there, and their catalogue.
 
-Writes  raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz, truth/<plateifu>.h5 and
-        raw/dapall-v3_1_1-3.1.0.fits.
-Reads   the truth files and the catalogue of an earlier simulation.
+Reads   truth/<plateifu>.h5 and the catalogue of an earlier simulation.
+Writes  raw/dapall-v3_1_1-3.1.0.fits.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import utils
+from utils import DataError
+
 import numpy as np
 
-import utils
 from mock.galaxy import DAPTYPE, FIRST_PLATE, GalaxyParams
-from mock.physics import Galaxy
-from mock.truth import read_recipe, truth_path, write_truth
-from utils import DataError
+from mock.truth import read_recipe
 
 DAPTYPES = (
     "HYB10-MILESHC-MASTARHC2",
@@ -115,17 +114,3 @@ def write_catalogue(data_dir: Path, galaxies: Sequence[GalaxyParams]) -> Path:
     with utils.atomic_path(path) as part:
         fits.HDUList([fits.PrimaryHDU(), *map(table, DAPTYPES)]).writeto(part)
     return path
-
-
-def write_galaxy(data_dir: Path, galaxy: Galaxy) -> list[Path]:
-    """Write LOGCUBE, MAPS and, last, the truth file of a galaxy; return their paths."""
-    import mock.dr17_files as dr17
-
-    plateifu, daptype = galaxy.scene.plateifu, galaxy.scene.cards["DAPTYPE"]
-    forms = {"LOGCUBE": dr17.logcube_hdus, "MAPS": dr17.maps_hdus}
-    paths = [dr17.raw_file(data_dir, plateifu, form, daptype) for form in forms]
-    for path, hdus in zip(paths, forms.values(), strict=True):
-        dr17.write_gzipped_fits(path, hdus(galaxy))
-    truth = truth_path(data_dir, plateifu)
-    write_truth(truth, galaxy)
-    return [*paths, truth]

@@ -11,13 +11,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import utils
+from utils import DataError
+
 import numpy as np
 
-import utils
 from data_io import Recipe
 from labels import LABEL_NONE
 from mock.physics import Galaxy, bpt_class, logoh_n2, logoh_o3n2, to_image, wave_grid
-from utils import DataError
 
 TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 2
 

@@ -11,16 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import utils
+from utils import LABEL_TASKS
+
 import numpy as np
 import pandas as pd
 
 import data_io
 import hsi_proc_fns
-import utils
 from data_io import Recipe
 from hsi_proc_fns import Stats
 from labels import LABEL_NONE, label_classes
-from utils import LABEL_TASKS
 
 N_BAND = 40
 PLATEIFUS = tuple(f"8000-{i}" for i in range(101, 109))

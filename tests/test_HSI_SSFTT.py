@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from utils import DataError
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from mock_network import like_trained
 from numpy.lib.stride_tricks import sliding_window_view
 
 from HSI_SSFTT import SSFTT, SSFTTConfig, count_parameters, get_SSFTT_model
-from utils import DataError
 
 
 @pytest.mark.parametrize(

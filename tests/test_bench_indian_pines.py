@@ -17,11 +17,12 @@ from sklearn import metrics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+from utils import DataError
+
 import bench_indian_pines as bench
 
 from HSI_SSFTT import get_SSFTT_model
 from labels import LABEL_NONE
-from utils import DataError
 
 pytestmark = pytest.mark.slow
 

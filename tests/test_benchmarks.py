@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import utils
+
 import bench_cta
 import bench_loaders
 import bench_network
@@ -32,7 +34,6 @@ from mock_cubes import cube_recipe, make_data_dir, write_patch_files
 
 import data_io
 import SSFTT_dense
-import utils
 from run_SSFTT_training import train_config
 
 pytestmark = pytest.mark.slow

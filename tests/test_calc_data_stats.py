@@ -2,6 +2,9 @@
 
 from dataclasses import replace
 
+import utils
+from utils import DataError
+
 import mock_cubes
 import numpy as np
 import pandas as pd
@@ -12,8 +15,6 @@ import calc_data_stats as cs
 import cube_patch_processing as patching
 import data_io
 import pack_cubes
-import utils
-from utils import DataError
 
 WAVE = np.linspace(5000, 8000, 40)
 NAMES = tuple(f"{8000 + i}-1901" for i in range(6))

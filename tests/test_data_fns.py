@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import pickle
 
+import utils
+from utils import LABEL_TASKS
+
 import mock_cubes
 import numpy as np
 import pytest
@@ -10,10 +13,8 @@ import torch
 import data_fns
 import data_io
 import hsi_proc_fns
-import utils
 from data_fns import DataOptions, SpaxelBatchSampler
 from labels import LABEL_NONE
-from utils import LABEL_TASKS
 
 
 @pytest.fixture(scope="module")

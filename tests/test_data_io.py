@@ -5,6 +5,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from utils import DataError
+
 import h5py
 import numpy as np
 import pandas as pd
@@ -13,7 +15,6 @@ import pytest
 import data_io
 from data_io import Recipe
 from hsi_proc_fns import Stats
-from utils import DataError
 
 GALAXY = "8485-1901"
 RECIPE = Recipe("cube", data_io.CUBE_VERSION, {"n_band": 30}, {"LOGCUBE": "of a file"})

@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import utils
+from utils import DataError
+
 import numpy as np
 import pytest
 
 import download_utils as du
-import utils
-from utils import DataError
 
 CONTENT = gzip.compress(np.random.default_rng(0).bytes(1_000_000))
 

@@ -4,6 +4,9 @@ import json
 import shutil
 from dataclasses import replace
 
+import utils
+from utils import DataError
+
 import mock_cubes
 import numpy as np
 import pandas as pd
@@ -17,12 +20,10 @@ import cube_patch_processing as patching
 import data_fns
 import data_io
 import eval_fns
-import utils
 from data_fns import DataOptions
 from hsi_proc_fns import MIN_MEASURED
 from HSI_SSFTT import get_SSFTT_model
 from labels import LABEL_NONE
-from utils import DataError
 
 TEST_GALAXY = mock_cubes.PLATEIFUS[-1]
 

@@ -4,6 +4,8 @@ import gzip
 import os
 from pathlib import Path
 
+from utils import DataError
+
 import numpy as np
 import pytest
 from astropy.io import fits
@@ -11,7 +13,6 @@ from conftest import write_logcube
 
 import fits_utils
 from fits_stream import _Checksum, iterate_hdus, read_hdus
-from utils import DataError
 
 NEEDED = ("FLUX", "IVAR", "MASK", "REDCORR")
 """HDUs that processing a LOGCUBE reads."""

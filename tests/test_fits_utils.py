@@ -5,6 +5,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from utils import DataError
+
 import numpy as np
 import pytest
 from astropy.io import fits
@@ -17,7 +19,6 @@ import data_io
 import fits_utils as fu
 from catalogue import catalogue_row
 from labels import CLASS_COLOURS
-from utils import DataError
 
 EDGES = 10 ** (3.5589 + 1e-4 * (np.arange(N_WAVE + 1) - 0.5))
 CENTRES = np.sqrt(EDGES[:-1] * EDGES[1:])

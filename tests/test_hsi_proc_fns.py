@@ -1,5 +1,7 @@
 """Normalisation and patches: where the label sits, and what masked spaxels may not do."""
 
+from utils import DataError
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,6 @@ from sklearn.decomposition import PCA
 
 import hsi_proc_fns as hsi
 from data_io import Recipe
-from utils import DataError
 
 MIN_MAX_NORMS = ("global", "spatial", "spectral")
 

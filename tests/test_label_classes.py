@@ -1,10 +1,11 @@
 """Classes of label values: edges, names, middles."""
 
+from utils import DataError
+
 import numpy as np
 import pytest
 
 from labels import LABEL_NONE, class_middles, class_names, label_classes, logoh_edges
-from utils import DataError
 
 
 @pytest.mark.parametrize(

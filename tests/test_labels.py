@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+import utils
+
 import numpy as np
 import pytest
 from astropy import units
@@ -9,7 +11,6 @@ from conftest import LINES
 from dust_extinction.parameter_averages import CCM89
 
 import labels as ll
-import utils
 
 
 def as_maps(flux, ivar, bad=None):

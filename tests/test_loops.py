@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import utils
+from utils import DataError
+
 import pytest
 
 import cube_patch_processing
 import loops
-import utils
-from utils import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["8485-1901", "8485-1902", "8485-1903"]

@@ -2,6 +2,8 @@
 
 import logging
 
+import utils
+
 import mock_cubes
 import numpy as np
 import pandas as pd
@@ -14,7 +16,6 @@ import data_io
 import eval_fns
 import map_galaxies
 import run_folder
-import utils
 from labels import LABEL_NONE, class_middles, class_names
 
 TEST_GALAXY = mock_cubes.PLATEIFUS[-1]

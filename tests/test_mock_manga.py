@@ -11,6 +11,9 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import utils
+from utils import DataError
+
 import numpy as np
 import pytest
 from astropy.io import fits
@@ -20,12 +23,10 @@ from scipy import optimize, stats
 
 import mock.physics as physics
 import mock_manga
-import utils
 from labels import label_classes
 from mock.from_maps import resynthesise
 from mock.galaxy import BUNDLES, build_scene, draw_params, simulate_galaxy
 from mock.truth import read_truth, truth_path
-from utils import DataError
 
 pytestmark = pytest.mark.slow
 

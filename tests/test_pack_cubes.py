@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import utils
+from utils import DataError
+
 import h5py
 import mock_cubes
 import numpy as np
@@ -8,9 +11,7 @@ import pytest
 import data_io
 import hsi_proc_fns
 import pack_cubes
-import utils
 from pack_cubes import Config, open_packed, packed_path, read_packed
-from utils import DataError
 
 GALAXIES = list(mock_cubes.PLATEIFUS[:3])
 """Training part of the hard split of four galaxies, and the galaxy after it."""

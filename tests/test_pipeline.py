@@ -11,6 +11,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import utils
+from utils import LABEL_TASKS, DataError
+
 import mock_cubes
 import numpy as np
 import pytest
@@ -27,10 +30,8 @@ import mock_manga
 import process_single_cube
 import resample
 import run_SSFTT_training
-import utils
 import vis_fns
 from fits_stream import read_hdus
-from utils import LABEL_TASKS, DataError
 
 pytestmark = pytest.mark.slow
 

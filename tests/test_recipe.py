@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 
+from utils import DataError
+
 import numpy as np
 import pytest
 
 from data_io import Recipe, digest_of, file_digest, file_stamp, require_alike
-from utils import DataError
 
 OPTIONS = {"n_components": 30, "bands": [0, 5], "cube": {"wave_min": 5000.0, "redshift": None}}
 INPUTS = {"cubes": "aa", "galaxies": "bb"}

@@ -3,16 +3,17 @@ from __future__ import annotations
 import json
 import os
 
+import utils
+from utils import DataError
+
 import mock_cubes
 import pytest
 import torch
 
 import run_folder
-import utils
 from data_fns import PatchSpec
 from data_io import Recipe
 from run_folder import ModelCard
-from utils import DataError
 
 CARD = ModelCard(
     recipe=Recipe("run", 2, {"seed": 0, "bands": [0, 5], "cube": {}}, {"split": "aa"}),

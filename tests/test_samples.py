@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import shutil
 
+import utils
+from utils import LABEL_TASKS, DataError
+
 import mock_cubes
 import numpy as np
 import pandas as pd
@@ -11,9 +14,7 @@ from mock_cubes import rebuild_cube, rebuild_statistics, relabel, write_labels
 import data_fns
 import data_io
 import pack_cubes
-import utils
 from data_fns import DataOptions, PatchSpec, Samples
-from utils import LABEL_TASKS, DataError
 
 TRAIN, VAL, GALAXIES = mock_cubes.PLATEIFUS[:2], mock_cubes.PLATEIFUS[2], mock_cubes.PLATEIFUS[:4]
 

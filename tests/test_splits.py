@@ -2,6 +2,9 @@
 
 import logging
 
+import utils
+from utils import DataError
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,9 +14,7 @@ from hypothesis import strategies as st
 import create_data_splits as cds
 import create_easy_data_splits as easy
 import data_io
-import utils
 from data_io import Recipe, digest_of
-from utils import DataError
 
 FRACTIONS = (0.7, 0.15, 0.15)
 ONE = "8003-1901"

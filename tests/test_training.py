@@ -10,6 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import utils
+from utils import DataError
+
 import mock_cubes
 import numpy as np
 import pandas as pd
@@ -24,11 +27,9 @@ import eval_fns
 import run_folder
 import run_SSFTT_training as script
 import training
-import utils
 from data_fns import DataOptions, PatchSpec
 from labels import class_middles, class_names
 from run_SSFTT_training import TrainConfig, train_config
-from utils import DataError
 
 REPO = Path(script.__file__).parent
 TRAIN, VAL = mock_cubes.PLATEIFUS[:4], mock_cubes.PLATEIFUS[4:6]

@@ -8,13 +8,14 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import utils
+from utils import DataError
+
 import pytest
 import tyro
 
 import create_data_splits
 import cube_patch_processing
-import utils
-from utils import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -189,9 +190,9 @@ def config_file(tmp_path):
 
 def test_config_file_or_run_folder_becomes_flags_and_the_users_flags_win(config_file):
     for path in (config_file, config_file.parent):
-        assert tyro.cli(Example, args=utils.config_args(path)) == SAVED
+        assert tyro.cli(Example, args=utils.config_args(path, Example)) == SAVED
         for words in (["--rate", "7", f"--config={path}"], ["--config", str(path), "--rate", "7"]):
-            found = tyro.cli(Example, args=utils.with_config_file(words))
+            found = tyro.cli(Example, args=utils.with_config_file(words, Example))
             assert found == replace(SAVED, rate=7)
 
 
@@ -200,6 +201,7 @@ def test_config_file_or_run_folder_becomes_flags_and_the_users_flags_win(config_
     [
         (b"{nonsense", "not a readable JSON file"),
         (b"\xff\xfe\x00", "not a readable JSON file"),
+        (b'{"rte": 3}', "unknown key 'rte'; did you mean 'rate'"),
         (b'["rate", 3]', "expected a JSON object of options, found list"),
         (None, "not a readable JSON file .*No such file.*or the folder of a run"),
     ],
@@ -208,10 +210,10 @@ def test_unreadable_config_file_is_one_clear_line(config_file, content, message)
     config_file.unlink() if content is None else config_file.write_bytes(content)
     for path in (config_file, config_file.parent):
         with pytest.raises(DataError, match=f"{config_file}: {message}") as refused:
-            utils.with_config_file(["--config", str(path)])
+            utils.with_config_file(["--config", str(path)], Example)
         assert "\n" not in str(refused.value)
     with pytest.raises(DataError, match="--config: no file given"):
-        utils.with_config_file(["--config"])
+        utils.with_config_file(["--config"], Example)
 
 
 def fails_with(error):

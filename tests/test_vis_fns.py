@@ -4,6 +4,8 @@ import json
 import shutil
 from dataclasses import replace
 
+import utils
+
 import mock_cubes
 import numpy as np
 import pandas as pd
@@ -19,7 +21,6 @@ from scipy.integrate import quad
 
 import data_io
 import eval_fns
-import utils
 import vis_fns
 from data_io import Recipe
 from hsi_proc_fns import Stats
