@@ -22,7 +22,7 @@ step "1/8 simulate $galaxies galaxies in the archive's format"
 run mock_manga.py --n-galaxies $galaxies --bundles 19 --seed $seed --jobs 2
 
 step "2/8 FITS -> H5 cubes and label maps (gas velocity removed: lines at rest in every spaxel)"
-run cube_processing.py --remove-gas-velocity --no-splits
+run cube_processing.py --no-splits
 
 step "3/8 splits: whole galaxies held out (hard); spaxels of training galaxies (easy, to compare)"
 for task in logOH BPT; do

@@ -85,7 +85,7 @@ class EvalConfig:
     part: Literal["train", "val", "test"] = "test"
     """Part of the run's split to evaluate."""
     data_dir: Path | None = None
-    """Data folder; default the run's, else $MANGA_DATA_DIR, else ./data/manga."""
+    """Data folder; default $MANGA_DATA_DIR, else the run's, else ./data/manga."""
     patch_wise: bool = False
     """Predict patch by patch instead of whole maps at once: the same numbers, but slower."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -103,8 +103,8 @@ class CubeOptions:
     """Number of logarithmic bins."""
     deredden: bool = True
     """Undo the Galaxy's reddening."""
-    remove_gas_velocity: bool = False
-    """Also shift each spaxel by its gas velocity (Ha, from MAPS)."""
+    remove_gas_velocity: bool = True
+    """Also shift each spaxel by its gas velocity (Ha, from MAPS), so that lines lie at rest."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +252,13 @@ def process_cube(
             raise DataError(
                 f"{source}: at redshift {z:.4f} the cube does not cover "
                 f"{options.wave_min:g}-{options.wave_max:g} Angstrom. Check --redshift."
+            )
+        outside = np.mean((bins[1:] > edges[-1] / (1 + z)) | (bins[:-1] < edges[0] / (1 + z)))
+        if outside > 0:
+            log.warning(
+                f"{source}: {100 * outside:.0f} % of the bins lie outside of the observed range "
+                f"({edges[0] / (1 + z):.0f}-{edges[-1] / (1 + z):.0f} Angstrom at redshift "
+                f"{z:.4f}) and stay empty. Check --wave-min and --wave-max."
             )
         raw = _read_logcube(source, pixels, options.deredden, primary)
         if stretch is not None and stretch.shape != raw.flux.shape[1:]:
@@ -448,8 +455,8 @@ def _gas_stretch(maps: Path | None, source: Path) -> np.ndarray:
     """Read 1 + v/c of the gas, (y, x), from the Ha velocity in MAPS; 1 where not measured."""
     if maps is None:
         raise DataError(
-            f"{source}: no MAPS file of the galaxy, expected one for --remove-gas-velocity. Give "
-            "--maps."
+            f"{source}: no MAPS file of the galaxy, expected one with its gas velocities. Give "
+            "--maps, or --no-remove-gas-velocity (like the cubes that a model learned from)."
         )
     names = ("EMLINE_GVEL", "EMLINE_GVEL_MASK")
     hdus = read_hdus(maps, names)

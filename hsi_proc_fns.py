@@ -12,13 +12,11 @@ the centre of a patch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from utils import PATCH_NORMS, DataError
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from data_io import Recipe
-from utils import PATCH_NORMS, DataError
 
 LEAST_VARIANCE = 1e-12
 """Of a component; smaller ones are rounding errors and must not be divided by."""
@@ -38,7 +36,7 @@ class Stats:
     components : (K, band) float64
         Principal components: orthonormal rows in order of decreasing variance.
     explained_variance, explained_ratio : (K,) float64
-    recipe : Recipe
+    recipe : data_io.Recipe
         Options of the cubes under "cube".
     attrs : dict
         n_spaxels, n_galaxies, split_dir, provenance.
@@ -50,7 +48,7 @@ class Stats:
     components: np.ndarray
     explained_variance: np.ndarray
     explained_ratio: np.ndarray
-    recipe: Recipe
+    recipe: Any
     attrs: dict[str, Any] = field(default_factory=dict)
 
 

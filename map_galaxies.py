@@ -45,7 +45,7 @@ class Config(loops.GalaxyChoice):
     run_dir: Path
     """Folder of a training run."""
     data_dir: Path | None = None
-    """Data folder; default the run's, else $MANGA_DATA_DIR, else ./data/manga."""
+    """Data folder; default $MANGA_DATA_DIR, else the run's, else ./data/manga."""
     jobs: int = 0
     """Number of threads that read cubes ahead of the network; 0 uses one per CPU, at most 8."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -13,9 +13,9 @@ Layouts: docs/data_formats.md. Outputs that are up to date are skipped.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import utils
 from utils import LABEL_TASKS, DataError, LabelTask
@@ -31,8 +31,13 @@ log = logging.getLogger(__name__)
 class GalaxyOptions(fits_utils.CubeOptions, fits_utils.LabelOptions, patches.PatchOptions):
     """Options that decide the outputs of one galaxy."""
 
+    like_run: Path | None = None
+    """Process the galaxy like the training cubes of this run, so that its model can map it: its
+    options of cube and labels replace those given here."""
     label_tasks: tuple[LabelTask, ...] = LABEL_TASKS  # type: ignore[assignment]
     """Labels to make; an empty --label-tasks makes none."""
+    labels_only: bool = False
+    """Make the labels alone, for which MAPS suffice; no cube."""
     daptype: str | None = None
     """DAP analysis to read if there are several, e.g. SPX-MILESHC-MASTARSSP."""
     skip_critical: bool = False
@@ -94,16 +99,19 @@ def process_galaxy(
     DataError
         Any problem with the input. Outputs that were finished before are kept.
     """
-    logcube = logcube or utils.find_raw(root, plateifu, "LOGCUBE", options.daptype)
+    if logcube is None and not options.labels_only:
+        logcube = utils.find_raw(root, plateifu, "LOGCUBE", options.daptype)
     needs_maps = bool(options.label_tasks) or options.remove_gas_velocity
     if needs_maps and maps is None:
-        beside = logcube.with_name(logcube.name.replace("LOGCUBE", "MAPS"))
-        if beside != logcube and beside.is_file():
+        beside = logcube and logcube.with_name(logcube.name.replace("LOGCUBE", "MAPS"))
+        if beside and beside != logcube and beside.is_file():
             maps = beside
         else:
             maps = utils.find_raw(root, plateifu, "MAPS", options.daptype)
-    words = [
-        fits_utils.process_cube(
+    words = []
+    if not options.labels_only:
+        assert logcube is not None
+        word = fits_utils.process_cube(
             logcube,
             utils.cube_path(root, plateifu),
             options,
@@ -114,9 +122,9 @@ def process_galaxy(
             overwrite,
             None if options.compression == "none" else options.compression,
         )
-    ]
-    if words[0].startswith("skipped"):
-        return words[0]
+        if word.startswith("skipped"):
+            return word
+        words.append(word)
     for task in options.label_tasks:
         assert maps is not None
         target = utils.label_path(root, task, plateifu)
@@ -127,10 +135,35 @@ def process_galaxy(
     return "written" if "written" in words else words[-1]
 
 
+Chosen = TypeVar("Chosen", bound=GalaxyOptions)
+
+
+def like_the_run(options: Chosen) -> Chosen:
+    """Replace options of cube and labels by those of the run --like-run, if there is one.
+
+    Raises
+    ------
+    DataError
+        If the folder holds no trained model, or options contradict each other.
+    """
+    if options.labels_only and (options.patch_norms or not options.label_tasks):
+        raise DataError(
+            "--labels-only: expected some --label-tasks and no --patch-norms, which need a cube."
+        )
+    if options.like_run is None:
+        return options
+    from run_folder import ModelCard  # here: it needs torch
+
+    made = ModelCard.read(options.like_run).recipe.options
+    names = {f.name for f in fields(options)}
+    same = {k: v for k, v in {**made["cube"], **made["labels"]}.items() if k in names}
+    return replace(options, **same)
+
+
 def main(config: Config) -> int:
     """Process the galaxy and log where the outputs are."""
-    root = utils.data_dir(config.data_dir)
-    if config.plateifu is None and config.fits is None:
+    root, config = utils.data_dir(config.data_dir), like_the_run(config)
+    if config.plateifu is None and config.fits is None and config.maps is None:
         raise DataError("no galaxy given. Expected --plateifu, e.g. 8485-1901, or --fits FILE.")
     for flag, kind, other in (("fits", "LOGCUBE", "MAPS"), ("maps", "MAPS", "LOGCUBE")):
         path: Path | None = getattr(config, flag)
@@ -138,12 +171,14 @@ def main(config: Config) -> int:
             raise DataError(f"{path}: no such file. Check --{flag}.")
         if path is not None and f"-{other}" in path.name:
             raise DataError(f"{path}: a {other} file by its name, expected a {kind} file.")
-    plateifu = config.plateifu or utils.plateifu_of(config.fits)  # type: ignore[arg-type]
+    plateifu = config.plateifu or utils.plateifu_of(config.fits or config.maps)  # type: ignore[arg-type]
     utils.split_plateifu(plateifu)
     files = config.fits, config.maps, config.redshift
     stats = patches.stats_for(root, config)
     word = process_galaxy(plateifu, root, config, *files, config.overwrite, stats)
-    log.info("%s: %s. Cube: %s", plateifu, word, utils.cube_path(root, plateifu))
+    task = config.label_tasks[0] if config.labels_only else ""
+    where = utils.label_path(root, task, plateifu) if task else utils.cube_path(root, plateifu)
+    log.info(f"{plateifu}: {word}. {'Labels' if task else 'Cube'}: {where}")
     return utils.EXIT_DONE
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -36,6 +37,8 @@ import data_io
 from data_fns import PatchSpec
 from data_io import Recipe, option_differences
 from hsi_proc_fns import Stats
+
+log = logging.getLogger(__name__)
 
 RUNS_FOLDER = Path("runs")
 MODEL_SCHEMA, MODEL_VERSION = "ssftt-model", 2
@@ -402,8 +405,7 @@ def read_model(
 
 
 def run_data_dir(run_dir: Path, flag: Path | None = None) -> Path:
-    """Choose a run's data folder: the flag, else the run's own if it exists, else the default."""
-    saved = ModelCard.read(Path(run_dir)).data_dir
-    if flag is None and saved and Path(saved).is_dir():
-        return Path(saved)
-    return utils.data_dir(flag)
+    """Choose the data folder to use a run with, and log it: see `utils.data_dir`."""
+    root = utils.data_dir(flag, ModelCard.read(Path(run_dir)).data_dir)
+    log.info("data folder %s", root)
+    return root

@@ -61,6 +61,13 @@ EXIT_DONE, EXIT_DATA, EXIT_USAGE, EXIT_AGAIN = 0, 1, 2, 75
 
 PLATEIFU = re.compile(r"(?<!\d)(\d{4,5})-(\d{3,5})(?!\d)")
 
+IFUS = tuple(
+    f"{fibres}{number:02d}"
+    for fibres, bundles in ((19, 2), (37, 4), (61, 4), (91, 2), (127, 5))
+    for number in range(1, bundles + 1)
+)
+"""IFUs of a plate: number of fibres, number of the bundle (all 11,273 rows of DR17's drpall)."""
+
 PART = re.compile(r"\..+\.(?P<host>[^.]*)\.(?P<pid>\d{1,9})\.part(\.[^.]+)?")
 """Name of a file that `atomic_path` is still writing, or that a killed process left."""
 PART_LIFE_S = 24 * 3600
@@ -74,9 +81,17 @@ class DataError(ValueError):
 # Paths
 
 
-def data_dir(flag: Path | None = None) -> Path:
-    """Choose the data folder: the flag, else $MANGA_DATA_DIR, else ./data/manga."""
-    return Path(flag or os.environ.get("MANGA_DATA_DIR") or "data/manga")
+def data_dir(flag: Path | None = None, of_run: str = "") -> Path:
+    """Choose the data folder: the flag, else $MANGA_DATA_DIR, else a run's, else ./data/manga.
+
+    Parameters
+    ----------
+    flag : Path, optional
+    of_run : str
+        Data folder that a run learned from; ignored if it no longer exists.
+    """
+    saved = of_run if of_run and Path(of_run).is_dir() else None
+    return Path(flag or os.environ.get("MANGA_DATA_DIR") or saved or "data/manga")
 
 
 def split_plateifu(plateifu: str) -> tuple[str, str]:
@@ -133,10 +148,12 @@ def find_raw(root: Path, plateifu: str, kind: str, daptype: str | None = None) -
         )
     if not found:
         wanted = f"manga-{plateifu}-{kind}-{daptype or '*'}.fits.gz"
+        remedy = f"Download the file with python download_utils.py --plateifu {plateifu}."
+        if split_plateifu(plateifu)[1] not in IFUS:
+            remedy = f"MaNGA has no such IFU; expected one of {', '.join(IFUS)}."
         raise DataError(
             f"{plateifu}: no {wanted} in {raw_dir(root, plateifu)}. The data folder comes from "
-            f"--data-dir, $MANGA_DATA_DIR or ./data/manga. Download the file with "
-            f"python download_utils.py --plateifu {plateifu}."
+            f"--data-dir, $MANGA_DATA_DIR or ./data/manga. {remedy}"
         )
     return found[0]
 

@@ -100,7 +100,7 @@ class VisConfig:
     part: Literal["train", "val", "test"] = "test"
     """Part of the split whose confusion matrix is drawn, if eval_fns.py has evaluated it."""
     data_dir: Path | None = None
-    """Data folder; default the run's, else $MANGA_DATA_DIR, else ./data/manga."""
+    """Data folder; default $MANGA_DATA_DIR, else the run's, else ./data/manga."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     debug: bool = False

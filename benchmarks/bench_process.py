@@ -133,7 +133,7 @@ def measure(logcube: Path, folder: Path, runs: int) -> tuple[dict[str, float], d
     cubes = (folder / f"cube-{i}.h5" for i in itertools.count())
     folders = (folder / f"out-{i}" for i in itertools.count())
     plain = folder / "plain.h5"
-    options, spans = fits_utils.CubeOptions(), array_spans(logcube)
+    options, spans = fits_utils.CubeOptions(remove_gas_velocity=False), array_spans(logcube)
     peaks: list[float] = []
 
     def command() -> None:

@@ -48,6 +48,7 @@ SCRIPTS = [p for p in sorted(ROOT.glob("*.py")) if "utils.run_command(" in p.rea
 BENCHMARKS = [
     p for p in sorted(ROOT.glob("benchmarks/*.py")) if "utils.run_command" in p.read_text()
 ]
+AS_PLANTED = {"remove_gas_velocity": False}
 NEED_TORCH = [p for p in SCRIPTS if p.stem in ("run_SSFTT_training", "eval_fns", "map_galaxies")]
 
 
@@ -56,7 +57,7 @@ def survey(tmp_path_factory):
     """Data folder with five simulated galaxies, processed by the command."""
     root = tmp_path_factory.mktemp("survey")
     mock_manga.main(mock_manga.MockConfig(data_dir=root, n_galaxies=5, seed=1, bundles=(19,)))
-    assert cube_processing.main(cube_processing.Config(data_dir=root, jobs=2)) == 0
+    assert cube_processing.main(cube_processing.Config(data_dir=root, jobs=2, **AS_PLANTED)) == 0
     return root
 
 
@@ -105,6 +106,13 @@ def test_default_commands_lead_from_cubes_to_figures(survey, tmp_path):
     assert 0 <= scores["accuracy"] <= 1
     assert len(list((run_dir / "maps").glob("*.fits"))) == 5
     assert len(list((run_dir / "figures").glob("*.png"))) >= 6
+    plateifu = galaxies_of(survey)[0]
+    config = process_single_cube.Config(
+        fits=utils.find_raw(survey, plateifu, "LOGCUBE"), data_dir=tmp_path, like_run=run_dir
+    )
+    assert config.remove_gas_velocity  # unlike the training cubes
+    assert process_single_cube.main(config) == 0
+    eval_fns.predict_cube(run_dir, utils.cube_path(tmp_path, plateifu))
 
 
 def test_running_again_does_nothing(survey):
@@ -112,7 +120,7 @@ def test_running_again_does_nothing(survey):
         return {p: p.stat().st_mtime_ns for p in (survey / "processed").rglob("*") if p.is_file()}
 
     before = times()
-    assert cube_processing.main(cube_processing.Config(data_dir=survey, jobs=1)) == 0
+    assert cube_processing.main(cube_processing.Config(data_dir=survey, jobs=1, **AS_PLANTED)) == 0
     assert times() == before
 
 
@@ -279,6 +287,13 @@ def test_one_galaxy_by_name_or_by_files(survey, tmp_path):
         assert utils.label_path(target, "BPT", plateifu).is_file()
         cubes.append(data_io.read_cube(utils.cube_path(target, plateifu)).flux)
     np.testing.assert_array_equal(cubes[1:], [cubes[0]] * 2)
+    config = process_single_cube.Config(
+        maps=both["maps"], labels_only=True, data_dir=tmp_path / "3"
+    )
+    assert process_single_cube.main(config) == 0
+    labels = (utils.label_path(root, "logOH", plateifu) for root in (tmp_path, tmp_path / "3"))
+    np.testing.assert_array_equal(*map(data_io.read_labels, labels))
+    assert not utils.processed_cubes(tmp_path / "3")
 
 
 @pytest.mark.parametrize(
@@ -389,4 +404,6 @@ def test_importing_a_module_does_nothing(path):
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         assert is_docstring or isinstance(node, allowed), f"{path.name}:{node.lineno}"
         if isinstance(node, ast.If):
-            assert ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING")
+            environment = "sys.version_info < (3, 11) or not importlib.util.find_spec('tyro')"
+            known = ("__name__ == '__main__'", "TYPE_CHECKING", environment)
+            assert ast.unparse(node.test) in known

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import utils
 from utils import DataError
@@ -128,9 +129,13 @@ def test_environment_names_what_a_run_depended_on(monkeypatch, tmp_path):
     assert run_folder.git_state() == {"commit": None, "dirty": None}
 
 
-def test_data_folder_is_the_flag_then_the_runs_own_then_the_default(root, run_dir, monkeypatch):
-    monkeypatch.setenv("MANGA_DATA_DIR", "elsewhere")
-    assert str(run_folder.run_data_dir(run_dir)) == "elsewhere"  # the run's own is gone
+def test_data_folder_is_the_flag_then_the_environments_then_the_runs_own(
+    root, run_dir, monkeypatch
+):
+    monkeypatch.delenv("MANGA_DATA_DIR", raising=False)
+    assert run_folder.run_data_dir(run_dir) == Path("data/manga")  # the run's own is gone
     edited(data_dir=str(root))(run_dir / "model.json")
     assert run_folder.run_data_dir(run_dir) == root
+    monkeypatch.setenv("MANGA_DATA_DIR", "elsewhere")
+    assert run_folder.run_data_dir(run_dir) == Path("elsewhere")
     assert run_folder.run_data_dir(run_dir, run_dir) == run_dir
