@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from mock_cubes import rebuild_cube, rebuild_statistics, relabel, write_labels
 
+import cube_patch_processing as patching
 import data_fns
 import data_io
 import pack_cubes
@@ -150,7 +151,18 @@ def other_statistics_and_no_cubes(root):
     shutil.rmtree(root / "processed" / "cubes")
 
 
+def patch_files_of_a_rebuilt_cube(root, overwrite=False, **options):
+    """Patch files of full spectra; then a cube is rebuilt, and with `overwrite` its file, too."""
+    made = patching.PatchOptions(("spectral",), 7)
+    for plateifu in GALAXIES:
+        patching.patch_galaxy(root, plateifu, "logOH", made)
+    rebuild_cube(root, TRAIN[1], "another LOGCUBE", **options)
+    if overwrite:
+        patching.patch_galaxy(root, TRAIN[1], "logOH", made, overwrite=True)
+
+
 FILES = {"source": "patches"}
+FULL = {**FILES, "patch_norm": "spectral"}
 REFUSED = {
     "even patch, turned": (nothing, {"patch_size": 6}, "--patch-size 6: .* no central spaxel"),
     "cutouts of patch files": (nothing, {**FILES, "cutout": 3}, "--cutout 3: .*--source packed"),
@@ -210,6 +222,14 @@ REFUSED = {
     "patch files of other statistics, cubes gone": (
         other_statistics_and_no_cubes,
         FILES, r"\.npy: .*of the split's statistics.*cube_patch_processing\.py --overwrite",
+    ),
+    "patch files of another cube": (
+        patch_files_of_a_rebuilt_cube,
+        FULL, rf"{TRAIN[1]}\.npy.* made with another cube.*Re-run cube_patch",
+    ),
+    "patch files of cubes made otherwise": (
+        lambda root: patch_files_of_a_rebuilt_cube(root, True, remove_gas_velocity=False),
+        FULL, r"\(cube\): made with remove_gas_velocity=False, those of .* with .*=True",
     ),
     "patch files of other labels": (
         relabelled(shift=0.01),
