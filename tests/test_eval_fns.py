@@ -55,7 +55,7 @@ def test_model_needs_nothing_but_its_run_folder(root, own_run, model, tmp_path):
 @pytest.mark.parametrize("norm", ["PCA", "spectral"])
 def test_dense_and_patch_wise_maps_agree(root, model, norm):
     if norm != "PCA":  # of all bands
-        torch.manual_seed(0)
+        torch.manual_seed(1)
         network = like_trained(get_SSFTT_model(6, 5, mock_cubes.N_BAND))
         card = replace(model.card, spec=replace(model.spec, patch_norm=norm))
         model = replace(model, network=network, card=card, stats=None)
