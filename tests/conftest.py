@@ -1,7 +1,5 @@
 """Shared fixtures: small FITS files with planted truth, and the folder of real files."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

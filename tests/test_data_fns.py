@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pickle
 
 import mock_cubes
@@ -50,9 +48,6 @@ def normalised(root, dataset, galaxy, norm="spectral"):
 def assert_same(ours, theirs):
     assert type(ours) is type(theirs)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
-# Patches
 
 
 @pytest.mark.parametrize("norm", utils.PATCH_NORMS)
@@ -124,9 +119,6 @@ def test_field_is_the_box_around_the_usable_spaxels(root, cutout):
         assert all(side.any() for side in (box[0], box[-1], box[:, 0], box[:, -1]))
 
 
-# The sampler
-
-
 def test_balanced_batches_draw_all_classes_equally_often():
     classes = np.repeat([0, 1, 2, 5], [1, 10, 100, 5000])
     batches = SpaxelBatchSampler(classes, 100, seed=3, balance=True, num_samples=20_000)
@@ -166,9 +158,6 @@ def test_many_samples_need_no_weight_each():
     classes[-5:] = 1
     batch = next(iter(SpaxelBatchSampler(classes, 1000, balance=True, num_samples=1000)))
     assert 400 < classes[batch[:, 0]].sum() < 600
-
-
-# Cutouts
 
 
 @pytest.mark.parametrize(("cutout", "size"), [(3, 5), (5, 4), (9, 7), (31, 3)])
@@ -235,9 +224,6 @@ def test_batch_size_counts_labelled_spaxels(root, caplog):
     assert "Choose a smaller --cutout" not in caplog.text
     loader_of(root, batch_size=20, cutout=5)
     assert "so a step has only 1 of them" in caplog.text
-
-
-# Loaders
 
 
 @pytest.mark.slow

@@ -234,9 +234,6 @@ def test_files_that_are_not_what_they_say_are_refused_in_one_line(tmp_path, cube
     assert "\n" not in str(refused.value)
 
 
-# A stop or a full disk half-way
-
-
 @pytest.mark.parametrize(
     ("write", "saved"), [(write_labels, 0), (write_labels, 1), (write_patches, 0)]
 )

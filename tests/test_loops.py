@@ -1,7 +1,5 @@
 """Loops over galaxies continue after failures, in one process or several, and stop cleanly."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import os

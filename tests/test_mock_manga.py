@@ -1,7 +1,5 @@
 """Simulated galaxies against the archive's structure, closed forms, other libraries, real files."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Training: the loop (training.py) and the command (run_SSFTT_training.py)."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -104,9 +102,6 @@ def assert_same_run(one, other):
     torch.testing.assert_close(*best, rtol=0, atol=0)
     pd.testing.assert_frame_equal(numbers_of(one), numbers_of(other), check_exact=True)
     assert json_of(one)["best"]["epoch"] == json_of(other)["best"]["epoch"]
-
-
-# Stopping and resuming
 
 
 def at_step(monkeypatch, n_steps, act):
@@ -421,9 +416,6 @@ def test_two_processes_do_not_train_in_one_folder(options):
     assert train(options, epochs=1) == 0
 
 
-# What a run is made of
-
-
 def test_command_alone_creates_statistics_and_packed_cubes_and_trains(tmp_path, monkeypatch):
     """`python run_SSFTT_training.py --label-task logOH`, shortened to one epoch."""
     root = mock_cubes.make_data_dir(tmp_path / "data")
@@ -483,9 +475,6 @@ def test_class_that_never_occurs_and_slow_recipe_are_warned_of(options, caplog):
     script.describe_data(ready)
     assert f"no training spaxel is of class {class_names('logOH', 6)[2]}" in caplog.text
     assert "with --patch-norm global, training on cutouts hardly progresses" in caplog.text
-
-
-# Learning
 
 
 def test_patch_files_and_packed_cubes_train_the_same_weights(own_data, options, tmp_path):
