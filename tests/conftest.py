@@ -42,6 +42,20 @@ def device(request) -> str:
     return request.param
 
 
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Function that runs a command in this process and returns its exit code and stderr."""
+    import utils
+
+    def run(main, config_class, *words) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["script.py", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            utils.run_command(main, config_class, "What it does.")
+        return stop.value.code, capsys.readouterr().err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def root(tmp_path_factory) -> Path:
     """Data folder of eight small galaxies; only copies of it may be changed."""

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,12 +76,10 @@ def set_up(options, **changes):
     return script.set_up(train_config(**{**options, **changes}), options["run_dir"])
 
 
-def command(monkeypatch, *words):
-    """Run the command in this process; return its exit code."""
-    monkeypatch.setattr("sys.argv", ["run_SSFTT_training.py", *map(str, words)])
-    with pytest.raises(SystemExit) as caught:
-        utils.run_command(script.main, TrainConfig, script.__doc__)
-    return caught.value.code
+@pytest.fixture
+def run_script(command):
+    """Function that runs the command in this process and returns its exit code and stderr."""
+    return partial(command, script.main, TrainConfig)
 
 
 def weights_of(run_dir):
@@ -186,7 +185,7 @@ def test_signal_in_the_last_step_leaves_only_validation_to_do(options, monkeypat
 
 
 @pytest.mark.slow
-def test_process_stops_on_a_signal_and_continues(root, tmp_path, monkeypatch):
+def test_process_stops_on_a_signal_and_continues(root, tmp_path, run_script):
     run, log = tmp_path / "run", ""
     words = f"--data-dir {root} --run-dir {run} --split-dir hard --resume auto --device cpu".split()
     words += "--samples-per-epoch 64 --batch-size 32 --patience 0 --no-baselines --epochs".split()
@@ -199,7 +198,7 @@ def test_process_stops_on_a_signal_and_continues(root, tmp_path, monkeypatch):
     assert process.returncode == utils.EXIT_AGAIN, log
     done = len(numbers_of(run))
     assert 1 <= done < 4000
-    assert command(monkeypatch, *words, done + 1) == 0
+    assert run_script(*words, done + 1)[0] == 0
     assert len(numbers_of(run)) == done + 1
 
 
@@ -387,13 +386,12 @@ def test_unchanged_data_in_another_place_are_resumed_on(options, root, trained, 
     ],
 )
 def test_wrong_usage_ends_in_one_line_and_the_right_code(
-    flag, value, code, message, root, tmp_path, monkeypatch, capsys
+    flag, value, code, message, root, tmp_path, monkeypatch, run_script
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    words = ("--data-dir", root, "--split-dir", "hard", flag, value)
-    assert command(monkeypatch, *words) == code
-    said = capsys.readouterr().err
+    found, said = run_script("--data-dir", root, "--split-dir", "hard", flag, value)
+    assert found == code
     assert message in said
     assert "Traceback" not in said
     assert not Path("runs").exists()
@@ -416,14 +414,16 @@ def test_two_processes_do_not_train_in_one_folder(options):
     assert train(options, epochs=1) == 0
 
 
-def test_command_alone_creates_statistics_and_packed_cubes_and_trains(tmp_path, monkeypatch):
+def test_command_alone_creates_statistics_and_packed_cubes_and_trains(
+    tmp_path, monkeypatch, run_script
+):
     """`python run_SSFTT_training.py --label-task logOH`, shortened to one epoch."""
     root = mock_cubes.make_data_dir(tmp_path / "data")
     utils.split_path(root, "hard").rename(utils.split_path(root, "hard_logOH"))
     utils.stats_path(root, "hard_logOH").unlink()
     monkeypatch.setenv("MANGA_DATA_DIR", str(root))
     monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, "--label-task", "logOH", "--epochs", 1, "--device", "cpu") == 0
+    assert run_script("--label-task", "logOH", "--epochs", 1, "--device", "cpu")[0] == 0
     assert len(data_io.read_split_stats(root, "hard_logOH").components) == 30
     assert (root / "processed/packed/hard_logOH/PCA_float16.h5").is_file()
     (run,) = Path("runs").iterdir()
@@ -432,10 +432,9 @@ def test_command_alone_creates_statistics_and_packed_cubes_and_trains(tmp_path, 
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.json")), ids=lambda p: p.stem)
-def test_named_configs_are_flags_of_the_script(path, monkeypatch):
+def test_named_configs_are_flags_of_the_script(path, command):
     found = []
-    monkeypatch.setattr(script, "main", found.append)
-    assert command(monkeypatch, "--config", path) == 0
+    assert command(found.append, TrainConfig, "--config", path)[0] == 0
     saved = json.loads(path.read_text())
     assert saved
     assert {k: utils.config_dict(found[0])[k] for k in saved} == saved
@@ -443,11 +442,11 @@ def test_named_configs_are_flags_of_the_script(path, monkeypatch):
     script.check_options(found[0])
 
 
-def test_config_of_a_run_folder_repeats_the_run(options, tmp_path, monkeypatch):
+def test_config_of_a_run_folder_repeats_the_run(options, tmp_path, run_script):
     options = {**options, "bands": (0, 5), "monitor": "loss", "weight_decay": 0.01}
     assert train(options, epochs=1) == 0
     again = tmp_path / "again"
-    assert command(monkeypatch, "--config", options["run_dir"], "--run-dir", again) == 0
+    assert run_script("--config", options["run_dir"], "--run-dir", again)[0] == 0
     saved = [json_of(d, "config.json") for d in (options["run_dir"], again)]
     assert saved[0] == saved[1]
     assert saved[0]["run_dir"] is None  # otherwise the copy would replace the run
