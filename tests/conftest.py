@@ -1,7 +1,5 @@
 """Shared fixtures: small FITS files with planted truth, and the folder of real files."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -42,6 +40,20 @@ def device(request) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Function that runs a command in this process and returns its exit code and stderr."""
+    import utils
+
+    def run(main, config_class, *words) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", ["script.py", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            utils.run_command(main, config_class, "What it does.")
+        return stop.value.code, capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture(scope="session")

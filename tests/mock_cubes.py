@@ -4,8 +4,6 @@ Spectra are a smooth continuum with lines whose heights follow a class pattern, 
 can learn the labels. Nothing here claims to be a galaxy: mock_manga.py makes those.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Networks that look trained, without training."""
 
-from __future__ import annotations
-
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import copy
 from functools import partial
 
@@ -39,9 +37,6 @@ def both_modes(model: SSFTT, cutout: Tensor, **options) -> tuple[Tensor, Tensor]
 def off(one: Tensor, other: Tensor) -> float:
     """Largest difference, in units of the largest value."""
     return float((one - other).abs().max() / one.abs().max())
-
-
-# The patch-wise and dense modes
 
 
 @settings(max_examples=40, deadline=None)
@@ -167,9 +162,6 @@ def test_compiled_cutouts_train_as_uncompiled_ones():
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
-# The tokenizer over every window
-
-
 def direct_windows(logits: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
     """Softmax average over each window, one at a time, in float64."""
     b, t, ny, nx = logits.shape
@@ -214,9 +206,6 @@ def test_tokens_are_right_where_a_map_wide_maximum_underflows(dtype, tolerance):
     np.testing.assert_allclose(found.double().numpy(), expected, atol=tolerance)
 
 
-# Features by pairs of bands
-
-
 @pytest.mark.parametrize(
     ("patch_size", "kernel", "projection"), [(7, 3, None), (3, 4, 9), (5, 2, 5)]
 )
@@ -248,9 +237,6 @@ def test_features_by_pairs_train_as_the_features_do(weighted):
         assert len(found[-1]) == 8
         found[-1] += model.buffers()
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
-
-
-# Batch statistics of weighted spaxels
 
 
 @pytest.mark.parametrize(("patch_size", "side"), [(7, 5), (5, 4), (4, 3), (6, 1)])

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from utils import DataError
@@ -18,6 +19,7 @@ from hsi_proc_fns import Stats
 
 GALAXY = "8485-1901"
 RECIPE = Recipe("cube", data_io.CUBE_VERSION, {"n_band": 30}, {"LOGCUBE": "of a file"})
+HARD = Recipe("split", data_io.SPLIT_VERSION, {"kind": "hard", "seed": 3})
 LABELS = np.array([[8.4, np.nan]], "f4")
 INDEX = pd.DataFrame({"row": range(4), "y": range(4), "x": 1, "label": [8.4, 8.5, 8.6, 8.3]})
 
@@ -50,26 +52,24 @@ def test_cube_round_trip(tmp_path, cube, compression):
         assert f["wave"].shape == (30,)
 
 
-def test_head_of_a_cube_counts_measured_bins(tmp_path, cube):
+def test_head_of_a_cube_counts_measured_bins_and_empty_corners_take_no_space(tmp_path, cube):
+    path = tmp_path / "c.h5"
     cube.flux[5, 5, :7] = np.nan
     cube.flux[6, 6] = cube.flux[7, 7, 1:] = 0
-    data_io.write_cube(tmp_path / "c.h5", cube)
-    head = data_io.read_cube_head(tmp_path / "c.h5")
+    data_io.write_cube(path, cube)
+    head = data_io.read_cube_head(path)
     expected = np.full((9, 10), 30)
     expected[:4, :5] = expected[6, 6] = 0
     expected[5, 5] = 23
     np.testing.assert_array_equal(head.measured, expected)
     np.testing.assert_array_equal(head.wave, cube.wave)
     assert (head.recipe, head.attrs["plateifu"]) == (RECIPE, GALAXY)
-
-
-def test_empty_corners_take_no_space(tmp_path, cube):
     cube.flux[:] = np.nan
     cube.flux[8, 9] = 1
-    data_io.write_cube(tmp_path / "c.h5", cube)
-    with h5py.File(tmp_path / "c.h5") as f:
+    data_io.write_cube(path, cube)
+    with h5py.File(path) as f:
         assert f["cube"].id.get_num_chunks() == 1
-    np.testing.assert_array_equal(data_io.read_cube(tmp_path / "c.h5").flux, cube.flux)
+    np.testing.assert_array_equal(data_io.read_cube(path).flux, cube.flux)
 
 
 def write_labels(path, labels=LABELS):
@@ -94,20 +94,23 @@ def write_patches(path, seed=0):
     return patches
 
 
-def test_patches_round_trip(tmp_path):
+def test_patches_and_statistics_round_trip(tmp_path):
     written = write_patches(tmp_path / f"{GALAXY}.npy")
     patches, table, recipe = data_io.read_patches(tmp_path / f"{GALAXY}.npy")
     np.testing.assert_array_equal(patches, written)
     pd.testing.assert_frame_equal(table, INDEX)
     assert recipe == RECIPE
+    arrays = (np.random.default_rng(i).random((3, 7)) for i in range(6))
+    stats = Stats(*arrays, Recipe("statistics", data_io.STATS_VERSION), {"n": 5})
+    data_io.write_stats(tmp_path / "stats.h5", stats)
+    back = data_io.read_stats(tmp_path / "stats.h5")
+    for name in data_io.STATS_FIELDS:
+        np.testing.assert_array_equal(getattr(back, name), getattr(stats, name))
+    assert (back.recipe, back.attrs["n"]) == (stats.recipe, 5)
 
 
 def galaxies(*names):
     return pd.DataFrame({"plateifu": names, "mangaid": [f"1-{n[-1]}" for n in names]})
-
-
-def split_recipe(kind: str) -> Recipe:
-    return Recipe("split", data_io.SPLIT_VERSION, {"kind": kind, "seed": 3})
 
 
 @pytest.fixture
@@ -117,37 +120,24 @@ def parts():
 
 
 def test_split_round_trip_keeps_recipe_and_text_ids(tmp_path, parts):
-    data_io.write_split(tmp_path, parts, split_recipe("hard"))
+    data_io.write_split(tmp_path, parts, HARD)
     back, recipe = data_io.read_split(tmp_path)
-    assert recipe == split_recipe("hard")
+    assert recipe == HARD
     assert data_io.split_digest(back) == data_io.split_digest(parts)
     for name, table in parts.items():
         pd.testing.assert_frame_equal(back[name], table, check_dtype=False)
 
 
-def test_a_split_with_a_galaxy_in_two_parts_is_not_written(tmp_path, parts):
+def test_split_with_a_galaxy_or_in_easy_ones_a_spaxel_in_two_parts_is_not_written(tmp_path, parts):
     parts["test"] = galaxies("7777-1901")  # another plate, the same galaxy
     with pytest.raises(DataError, match="1-1 and 0 more"):
-        data_io.write_split(tmp_path, parts, split_recipe("hard"))
+        data_io.write_split(tmp_path, parts, HARD)
     assert not list(tmp_path.iterdir())
-
-
-def test_easy_split_may_share_galaxies_but_no_spaxel(tmp_path):
-    table, other, third = (galaxies(GALAXY).assign(y=1, x=x) for x in (2, 3, 4))
-    parts = {"train": table, "val": other, "test": third}
-    data_io.write_split(tmp_path, parts, split_recipe("easy"))
+    recipe = replace(HARD, options={"kind": "easy", "seed": 3})
+    train, val, test = (galaxies(GALAXY).assign(y=1, x=x) for x in (2, 3, 4))
+    data_io.write_split(tmp_path, {"train": train, "val": val, "test": test}, recipe)
     with pytest.raises(DataError, match=f"{GALAXY} 1 2"):
-        data_io.write_split(tmp_path, {**parts, "test": table}, split_recipe("easy"))
-
-
-def test_stats_round_trip(tmp_path):
-    arrays = (np.random.default_rng(i).random((3, 7)) for i in range(6))
-    stats = Stats(*arrays, Recipe("statistics", data_io.STATS_VERSION), {"n": 5})
-    data_io.write_stats(tmp_path / "stats.h5", stats)
-    back = data_io.read_stats(tmp_path / "stats.h5")
-    for name in data_io.STATS_FIELDS:
-        np.testing.assert_array_equal(getattr(back, name), getattr(stats, name))
-    assert (back.recipe, back.attrs["n"]) == (stats.recipe, 5)
+        data_io.write_split(tmp_path, {"train": train, "val": val, "test": train}, recipe)
 
 
 # What is refused: (file, how it is damaged, message)
@@ -225,7 +215,7 @@ def test_files_that_are_not_what_they_say_are_refused_in_one_line(tmp_path, cube
     data_io.write_cube(tmp_path / CUBE, cube)
     write_labels(tmp_path / LABEL)
     write_patches(tmp_path / PATCH)
-    data_io.write_split(tmp_path / "splits", parts, split_recipe("hard"))
+    data_io.write_split(tmp_path / "splits", parts, HARD)
     name, damage, message = REFUSED[case]
     folder = (tmp_path / name).parent
     READERS[folder.name](folder)
@@ -233,9 +223,6 @@ def test_files_that_are_not_what_they_say_are_refused_in_one_line(tmp_path, cube
     with pytest.raises(DataError, match=message) as refused:
         READERS[folder.name](folder)
     assert "\n" not in str(refused.value)
-
-
-# A stop or a full disk half-way
 
 
 @pytest.mark.parametrize(

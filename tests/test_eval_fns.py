@@ -16,10 +16,10 @@ from conftest import train
 from mock_network import like_trained
 from sklearn import metrics as sk
 
-import cube_patch_processing as patching
 import data_fns
 import data_io
 import eval_fns
+import run_folder
 from data_fns import DataOptions
 from hsi_proc_fns import MIN_MEASURED
 from HSI_SSFTT import get_SSFTT_model
@@ -56,6 +56,7 @@ def test_model_needs_nothing_but_its_run_folder(root, own_run, model, tmp_path):
 @pytest.mark.parametrize("norm", ["PCA", "spectral"])
 def test_dense_and_patch_wise_maps_agree(root, model, norm):
     if norm != "PCA":  # of all bands
+        torch.manual_seed(1)
         network = like_trained(get_SSFTT_model(6, 5, mock_cubes.N_BAND))
         card = replace(model.card, spec=replace(model.spec, patch_norm=norm))
         model = replace(model, network=network, card=card, stats=None)
@@ -181,57 +182,40 @@ def test_run_on_patch_files_is_evaluated_on_them(root, own_run, own_data, tmp_pa
     assert without_time(ours) == without_time(theirs) == without_time(mapped)
 
 
-def test_patch_files_of_rebuilt_cubes_are_refused(own_data):
-    galaxies, options = mock_cubes.PLATEIFUS[:2], patching.PatchOptions(("spectral",), 5)
-    spec = data_fns.PatchSpec("logOH", patch_norm="spectral", patch_size=5)
-    table = pd.DataFrame({"plateifu": galaxies})
-
-    def refused(message):
-        with pytest.raises(DataError, match=f"{galaxies[1]}.* {message}"):
-            data_fns.get_samples(table, spec, own_data)
-
-    for plateifu in galaxies:
-        patching.patch_galaxy(own_data, plateifu, "logOH", options)
-    assert len(data_fns.get_samples(table, spec, own_data)) > 50
-    mock_cubes.rebuild_cube(own_data, galaxies[1], "another LOGCUBE")
-    refused("made with another cube.*Re-run cube_patch")
-    mock_cubes.rebuild_cube(own_data, galaxies[1], remove_gas_velocity=False)
-    patching.patch_galaxy(own_data, galaxies[1], "logOH", options, overwrite=True)
-    refused(r"\(cube\): made with remove_gas_velocity=False, those of .* with .*=True")
+def of_another_grid(run, data):
+    mock_cubes.rebuild_cube(data, TEST_GALAXY, wave_min=5003.0)
 
 
-def test_labels_of_another_calibration_than_the_trainings_are_refused(own_run, own_data):
-    mock_cubes.relabel(own_data, [TEST_GALAXY], diagnostic="N2-M13")
-    message = f"{TEST_GALAXY}.npy: made with diagnostic=N2-M13, the training labels with .*O3N2-M13"
-    with pytest.raises(DataError, match=message):
-        eval_fns.evaluate_split(own_run, "test", data_dir=own_data)
+def of_another_calibration(run, data):
+    mock_cubes.relabel(data, [TEST_GALAXY], diagnostic="N2-M13")
+
+
+def of_another_network(run, data):
+    card = run_folder.ModelCard.read(run)
+    replace(card, network={**card.network, "bands": 7}).write(run)
+
+
+def without_test_part(run, data):
+    parts, recipe = data_io.read_split(run / "split")
+    data_io.write_split(run / "split", {**parts, "test": parts["test"][:0]}, recipe)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("change", "message"),
     [
-        ({"wave_min": 5003.0}, r"wave_min=5003.0, .* with wave_min=5000.0"),
-        ({"remove_gas_velocity": False}, "remove_gas_velocity=False, .*=True"),
+        (of_another_grid, r"wave_min=5003.0, .* wave_min=5000.0\. Re-run process_single_cube\.py"),
+        (
+            of_another_calibration,
+            f"{TEST_GALAXY}.npy: made with diagnostic=N2-M13, the training labels with .*O3N2-M13",
+        ),
+        (of_another_network, r"best\.safetensors does not fit the network .*retrain"),
+        (without_test_part, "no labelled spaxel in the test part"),
     ],
 )
-def test_cubes_made_otherwise_than_the_trainings_are_refused(own_data, model, options, message):
-    assert eval_fns.predict_cube(model, utils.cube_path(own_data, TEST_GALAXY)).usable.any()
-    path = mock_cubes.rebuild_cube(own_data, TEST_GALAXY, **options)
-    with pytest.raises(DataError, match=rf"made with {message}\. Re-run process_single_cube\.py"):
-        eval_fns.predict_cube(model, path)
-
-
-def test_weights_of_another_network_are_refused(own_run, model):
-    replace(model.card, network={**model.card.network, "bands": 7}).write(own_run)
-    with pytest.raises(DataError, match=r"best\.safetensors does not fit the network .*retrain"):
-        eval_fns.load_model(own_run)
-
-
-def test_empty_part_is_one_clear_line(own_run):
-    parts, recipe = data_io.read_split(own_run / "split")
-    data_io.write_split(own_run / "split", {**parts, "test": parts["test"][:0]}, recipe)
-    with pytest.raises(DataError, match="no labelled spaxel in the test part"):
-        eval_fns.evaluate_split(own_run, "test")
+def test_data_unlike_those_of_the_training_are_refused(own_run, own_data, change, message):
+    change(own_run, own_data)
+    with pytest.raises(DataError, match=message):
+        eval_fns.evaluate_split(own_run, "test", data_dir=own_data)
 
 
 def test_rebuilding_the_split_does_not_move_the_test_part(own_run, own_data):

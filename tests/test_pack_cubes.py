@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import utils
 from utils import DataError
 
@@ -124,13 +122,10 @@ def test_damaged_packed_file_is_refused_with_what_to_do(root):
         open_packed(root, "hard", "PCA", GALAXIES)
 
 
-def test_command_line_reports_what_it_packed_and_what_is_missing(root, monkeypatch, capsys):
+def test_command_line_reports_what_it_packed_and_what_is_missing(root, command):
     for split, code, message in (("hard", 0, "3 galaxies"), ("no", 1, "create_data_splits.py")):
-        words = ["pack_cubes.py", "--data-dir", str(root), "--split-dir", split, "--jobs", "1"]
-        monkeypatch.setattr("sys.argv", words)
-        with pytest.raises(SystemExit) as caught:
-            utils.run_command(pack_cubes.main, Config, pack_cubes.__doc__)
-        assert caught.value.code == code
-        said = capsys.readouterr().err
+        words = ("--data-dir", root, "--split-dir", split, "--jobs", "1")
+        found, said = command(pack_cubes.main, Config, *words)
+        assert found == code
         assert message in said
         assert "Traceback" not in said

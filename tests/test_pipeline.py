@@ -311,16 +311,14 @@ def test_one_galaxy_by_name_or_by_files(survey, tmp_path):
     ],
 )
 def test_bad_command_line_is_one_line_and_its_exit_code(
-    tmp_path, monkeypatch, capsys, words, code, expected
+    tmp_path, monkeypatch, command, words, code, expected
 ):
     data = tmp_path / "data"
     monkeypatch.chdir(tmp_path)
     Path("manga-8485-1901-MAPS-X.fits").touch()
-    monkeypatch.setattr(sys, "argv", ["process_single_cube.py", *words, "--data-dir", str(data)])
-    with pytest.raises(SystemExit) as stop:
-        utils.run_command(process_single_cube.main, process_single_cube.Config, "doc")
-    said = capsys.readouterr().err
-    assert stop.value.code == code
+    words = *words, "--data-dir", data
+    found, said = command(process_single_cube.main, process_single_cube.Config, *words)
+    assert found == code
     assert expected in said
     assert ("Traceback" in said) == ("--debug" in words)
     assert code == 2 or "--debug" in words or said.count("\n") == 1

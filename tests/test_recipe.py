@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 
 from utils import DataError
@@ -19,10 +17,7 @@ def changed(**parts):
 
 
 def test_digest_depends_on_content_and_not_on_the_order_of_names():
-    turned = {
-        "options": dict(reversed(OPTIONS.items())),
-        "inputs": dict(reversed(INPUTS.items())),
-    }
+    turned = {"options": dict(reversed(OPTIONS.items())), "inputs": dict(reversed(INPUTS.items()))}
     assert changed(**turned).digest == TODAY.digest
     others = [
         {"product": "cube"},

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import shutil
 
 import utils
@@ -11,6 +9,7 @@ import pandas as pd
 import pytest
 from mock_cubes import rebuild_cube, rebuild_statistics, relabel, write_labels
 
+import cube_patch_processing as patching
 import data_fns
 import data_io
 import pack_cubes
@@ -24,12 +23,6 @@ def root(tmp_path_factory):
     root = mock_cubes.make_data_dir(tmp_path_factory.mktemp("data"), GALAXIES)
     mock_cubes.write_patch_files(root, "logOH", "PCA", size=7)
     return root
-
-
-@pytest.fixture
-def data(root, tmp_path):
-    """A copy that a test may change."""
-    return shutil.copytree(root, tmp_path / "data")
 
 
 def samples_of(root, spec, part="train", split="hard"):
@@ -48,7 +41,7 @@ def label_file(root, plateifu=TRAIN[0], task="logOH"):
 
 
 @pytest.mark.parametrize("task", LABEL_TASKS)
-def test_masked_and_unlabelled_spaxels_never_become_samples(root, task):
+def test_masked_and_unlabelled_spaxels_never_become_samples(root, task, monkeypatch):
     expected = set()
     for plateifu in TRAIN:
         labels = data_io.read_labels(label_file(root, plateifu, task))
@@ -57,13 +50,8 @@ def test_masked_and_unlabelled_spaxels_never_become_samples(root, task):
         has_label[:2, :3] = has_label[4, 4] = False
         expected |= {(plateifu, y, x) for y, x in np.argwhere(has_label)}
     assert spaxels_of(samples_of(root, PatchSpec(task))) == expected
-
-
-def test_samples_are_listed_without_reading_spectra(root, monkeypatch):
-    listed = samples_of(root, PatchSpec("logOH"))
-    monkeypatch.setattr(data_io, "read_cube", None)
-    assert spaxels_of(samples_of(root, PatchSpec("logOH"))) == spaxels_of(listed)
-    assert len(listed) > 100
+    monkeypatch.setattr(data_io, "read_cube", None)  # now packed, no spectra are read
+    assert spaxels_of(samples_of(root, PatchSpec(task))) == expected
 
 
 def test_classes_and_values_are_those_of_the_label_maps(root):
@@ -105,33 +93,21 @@ def test_samples_by_galaxy_in_any_order():
     assert list(Samples([], *[zero[:0]] * 6).by_galaxy()) == []
 
 
-def test_label_maps_that_changed_since_the_split_are_warned_of(data, caplog):
-    parts, recipe = data_io.read_split(utils.split_path(data, "hard"))
-    digests = {p: data_io.digest_of(data_io.read_labels(label_file(data, p))) for p in GALAXIES}
+def test_label_maps_that_changed_since_the_split_are_warned_of(own_data, caplog):
+    parts, recipe = data_io.read_split(utils.split_path(own_data, "hard"))
+    digests = {p: data_io.digest_of(data_io.read_labels(label_file(own_data, p))) for p in GALAXIES}
     for name, table in parts.items():
         short = table["plateifu"].map(digests).str[: data_io.DIGEST_LENGTH]
         parts[name] = table.assign(label_digest=short)
-    data_io.write_split(utils.split_path(data, "hard"), parts, recipe)
-    samples_of(data, PatchSpec("logOH"))
+    data_io.write_split(utils.split_path(own_data, "hard"), parts, recipe)
+    samples_of(own_data, PatchSpec("logOH"))
     assert not caplog.text
-    write_labels(data, "logOH", TRAIN[1], data_io.read_labels(label_file(data)))
-    samples_of(data, PatchSpec("logOH"))
+    write_labels(own_data, "logOH", TRAIN[1], data_io.read_labels(label_file(own_data)))
+    samples_of(own_data, PatchSpec("logOH"))
     assert f"label maps of 1 of the 2 galaxies ({TRAIN[1]}, ...) have changed" in caplog.text
 
 
 # What is refused: (what happens to the data folder, options, message)
-
-
-def nothing(root):
-    pass
-
-
-def relabelled(galaxies=TRAIN, shift=0.0, **options):
-    return lambda root: relabel(root, galaxies, shift, **options)
-
-
-def edited_by_hand(root):
-    np.save(label_file(root), data_io.read_labels(label_file(root)) + np.float32(0.01))
 
 
 def of_another_shape(root):
@@ -150,16 +126,27 @@ def other_statistics_and_no_cubes(root):
     shutil.rmtree(root / "processed" / "cubes")
 
 
+def patch_files_of_a_rebuilt_cube(root, overwrite=False, **options):
+    """Patch files of full spectra; then a cube is rebuilt, and with `overwrite` its file, too."""
+    made = patching.PatchOptions(("spectral",), 7)
+    for plateifu in GALAXIES:
+        patching.patch_galaxy(root, plateifu, "logOH", made)
+    rebuild_cube(root, TRAIN[1], "another LOGCUBE", **options)
+    if overwrite:
+        patching.patch_galaxy(root, TRAIN[1], "logOH", made, overwrite=True)
+
+
 FILES = {"source": "patches"}
+FULL = {**FILES, "patch_norm": "spectral"}
 REFUSED = {
-    "even patch, turned": (nothing, {"patch_size": 6}, "--patch-size 6: .* no central spaxel"),
-    "cutouts of patch files": (nothing, {**FILES, "cutout": 3}, "--cutout 3: .*--source packed"),
-    "even cutouts": (nothing, {"cutout": 4}, "--cutout 4: expected an odd number"),
-    "negative cutouts": (nothing, {"cutout": -1}, "--cutout -1: expected an odd number"),
-    "too many bands": (nothing, {"bands": (3, 99)}, "--bands 3 99: .* has 6 bands"),
-    "no split": (nothing, {"split_dir": "no"}, r"train\.csv: no such file.*create_data_splits"),
-    "no patch files": (nothing, {**FILES, "patch_norm": "global"}, "no such file.*cube_patch_proc"),
-    "patches too small": (nothing, {**FILES, "patch_size": 9}, "7x7 spaxels, .* at least 9x9"),
+    "even patch, turned": (None, {"patch_size": 6}, "--patch-size 6: .* no central spaxel"),
+    "cutouts of patch files": (None, {**FILES, "cutout": 3}, "--cutout 3: .*--source packed"),
+    "even cutouts": (None, {"cutout": 4}, "--cutout 4: expected an odd number"),
+    "negative cutouts": (None, {"cutout": -1}, "--cutout -1: expected an odd number"),
+    "too many bands": (None, {"bands": (3, 99)}, "--bands 3 99: .* has 6 bands"),
+    "no split": (None, {"split_dir": "no"}, r"train\.csv: no such file.*create_data_splits"),
+    "no patch files": (None, {**FILES, "patch_norm": "global"}, "no such file.*cube_patch_proc"),
+    "patches too small": (None, {**FILES, "patch_size": 9}, "7x7 spaxels, .* at least 9x9"),
     "no statistics": (
         lambda root: utils.stats_path(root, "hard").unlink(),
         {}, r"stats\.h5: no such file.*calc_data_stats",
@@ -190,18 +177,20 @@ REFUSED = {
     "label map of another shape": (
         of_another_shape, {}, r"label map of \(10, 12\) spaxels, expected \(11, 12\)"
     ),
-    "no labels": (relabelled(shift=np.nan), {}, "no labelled logOH spaxel in the 2 galaxies"),
-    "edited labels": (edited_by_hand, {}, r"\.npy: its values are not those that its \.json"),
+    "no labels": (
+        lambda root: relabel(root, TRAIN, np.nan), {}, "no labelled logOH spaxel in the 2 galaxies"
+    ),
     "labels on another scale": (
-        relabelled(GALAXIES, diagnostic="N2O2-KD02"),
+        lambda root: relabel(root, GALAXIES, diagnostic="N2O2-KD02"),
         {}, "labels were made with N2O2-KD02; .*--diagnostic O3N2-M13",
     ),
     "labels of two calibrations": (
-        relabelled(TRAIN[1:], diagnostic="N2-M13"),
+        lambda root: relabel(root, TRAIN[1:], diagnostic="N2-M13"),
         {}, f"{TRAIN[1]} .*diagnostic=N2-M13, those of {TRAIN[0]} with diagnostic=O3N2-M13",
     ),
     "validation labels made otherwise": (
-        relabelled([VAL], min_snr=5.0), {}, "val part: .*min_snr=5.0, those of the train part"
+        lambda root: relabel(root, [VAL], min_snr=5.0),
+        {}, "val part: .*min_snr=5.0, those of the train part"
     ),
     "patch files of other statistics": (
         rebuild_statistics,
@@ -211,28 +200,39 @@ REFUSED = {
         other_statistics_and_no_cubes,
         FILES, r"\.npy: .*of the split's statistics.*cube_patch_processing\.py --overwrite",
     ),
+    "patch files of another cube": (
+        patch_files_of_a_rebuilt_cube,
+        FULL, rf"{TRAIN[1]}\.npy.* made with another cube.*Re-run cube_patch",
+    ),
+    "patch files of cubes made otherwise": (
+        lambda root: patch_files_of_a_rebuilt_cube(root, True, remove_gas_velocity=False),
+        FULL, r"\(cube\): made with remove_gas_velocity=False, those of .* with .*=True",
+    ),
     "patch files of other labels": (
-        relabelled(shift=0.01),
+        lambda root: relabel(root, TRAIN, 0.01),
         FILES, r"\.npy: made with another label map.*cube_patch_processing\.py --overwrite",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_data_that_do_not_belong_together_are_refused_in_one_line(data, case):
+def test_data_that_do_not_belong_together_are_refused_in_one_line(own_data, case):
     change, options, message = REFUSED[case]
-    change(data)
+    if change:
+        change(own_data)
     with pytest.raises(DataError, match=message) as caught:
-        data_fns.get_dataloaders(DataOptions(**{"data_dir": data, "split_dir": "hard", **options}))
+        data_fns.get_dataloaders(
+            DataOptions(**{"data_dir": own_data, "split_dir": "hard", **options})
+        )
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("source", ["packed", "patches"])
-def test_statistics_computed_again_with_the_same_recipe_serve(data, source):
-    path = utils.stats_path(data, "hard")
+def test_statistics_computed_again_with_the_same_recipe_serve(own_data, source):
+    path = utils.stats_path(own_data, "hard")
     stats = data_io.read_stats(path)
     stats.attrs["created_utc"] = "2026-01-02T00:00:00Z"
     data_io.write_stats(path, stats)
-    options = DataOptions(data, "hard", source=source)
+    options = DataOptions(own_data, "hard", source=source)
     assert next(iter(data_fns.get_dataloaders(options)["val"])).patches.shape[2] == 6

@@ -44,16 +44,16 @@ def touch(root, kind, daptype="SPX-MILESHC-MASTARSSP"):
 
 
 def test_every_kind_of_file_leads_to_every_other(tmp_path):
-    raw = {"logcube": touch(tmp_path, "LOGCUBE"), "maps": touch(tmp_path, "MAPS")}
     files = {
-        **raw,
+        "logcube": touch(tmp_path, "LOGCUBE"),
+        "maps": touch(tmp_path, "MAPS"),
         "cube": utils.cube_path(tmp_path, "8485-1901"),
         "label": utils.label_path(tmp_path, "BPT", "8485-1901"),
         "patches": utils.patch_path(tmp_path, "BPT", "spatial", "8485-1901"),
     }
     for start in files.values():
-        for kind, expected in files.items():
-            assert utils.sibling(start, kind, "BPT", "spatial") == expected
+        found = {kind: utils.sibling(start, kind, "BPT", "spatial") for kind in files}
+        assert found == files
     assert utils.sibling(files["patches"], "label") == files["label"]
 
 
@@ -105,12 +105,9 @@ def test_data_dir_order(monkeypatch):
 
 
 def write_and_die(out):
-    code = (
-        "import os, signal, utils\n"
-        f"with utils.atomic_path({str(out)!r}) as part:\n"
-        "    part.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    code = f"import os, utils\nwith utils.atomic_path({str(out)!r}) as part:\n"
+    code += "    part.write_text('half'); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
 
 
 def test_killed_writer_leaves_no_output(tmp_path):
@@ -129,20 +126,15 @@ def test_next_write_in_a_folder_removes_what_lost_writers_left(tmp_path):
     write_and_die(tmp_path / "cube.h5")
     (litter,) = tmp_path.iterdir()
     here, alive = platform.node().replace(".", "-"), os.getppid()
-    old = tmp_path / ".old.npy.elsewhere.77.part.npy"
-    kept = {
-        tmp_path / f".busy.npy.{here}.{alive}.part.npy",
-        tmp_path / ".new.npy.elsewhere.77.part.npy",
-        tmp_path / ".dapall-v3_1_1-3.1.0.fits.part",  # a download's: it goes on
-        tmp_path / ".hidden.npy",
-    }
-    for path in (old, *kept):
-        path.touch()
-    for path in (old, tmp_path / ".hidden.npy", tmp_path / ".dapall-v3_1_1-3.1.0.fits.part"):
-        os.utime(path, (0, 0))
+    busy, new = f".busy.npy.{here}.{alive}.part.npy", ".new.npy.elsewhere.77.part.npy"
+    download = ".dapall-v3_1_1-3.1.0.fits.part"  # it goes on
+    for name in (busy, new, download, ".hidden.npy", ".old.npy.elsewhere.77.part.npy"):
+        (tmp_path / name).touch()
+        if name not in (busy, new):
+            os.utime(tmp_path / name, (0, 0))
     assert litter.exists()
     utils.write_json(tmp_path / "out.json", {})
-    assert set(tmp_path.iterdir()) == {*kept, tmp_path / "out.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {busy, new, download, ".hidden.npy", "out.json"}
 
 
 def test_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch):
@@ -216,31 +208,25 @@ def test_unreadable_config_file_is_one_clear_line(config_file, content, message)
         utils.with_config_file(["--config"], Example)
 
 
-def fails_with(error):
-    def main(config):
-        raise error
-
-    return main
-
-
 @pytest.mark.parametrize(
-    ("main", "words", "code", "message"),
+    ("result", "words", "code", "message"),
     [
-        (lambda config: None, [], 0, ""),
-        (lambda config: 75, [], 75, ""),
-        (fails_with(DataError("a.fits: zero bytes.")), [], 1, "error: a.fits: zero bytes.\n"),
-        (fails_with(BrokenPipeError("the archive hung up")), [], 1, "error: the archive hung up\n"),
-        (lambda config: None, ["--rte", "3"], 2, "--rte"),
+        (None, [], 0, ""),
+        (75, [], 75, ""),
+        (DataError("a.fits: zero bytes."), [], 1, "error: a.fits: zero bytes.\n"),
+        (BrokenPipeError("the archive hung up"), [], 1, "error: the archive hung up\n"),
+        (None, ["--rte", "3"], 2, "--rte"),
     ],
 )
-def test_exit_codes(monkeypatch, capsys, main, words, code, message):
-    monkeypatch.setattr(sys, "argv", ["script", *words])
-    with pytest.raises(SystemExit) as stop:
-        utils.run_command(main, Example, "doc")
-    said = capsys.readouterr().err
-    assert stop.value.code == code
-    assert message in said
-    assert code == 2 or said == message
+def test_exit_codes(command, result, words, code, message):
+    def main(config):
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    found, said = command(main, Example, *words)
+    assert found == code
+    assert said == message or (code == 2 and message in said)
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

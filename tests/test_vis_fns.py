@@ -23,7 +23,6 @@ import data_io
 import eval_fns
 import vis_fns
 from data_io import Recipe
-from hsi_proc_fns import Stats
 from labels import (
     BPT_CLASSES,
     BPT_LINES,
@@ -96,7 +95,7 @@ def test_spaxels_lie_where_astropy_puts_them(rotation):
     np.testing.assert_allclose(north, offsets[1].arcsec, atol=1e-3)
 
 
-def test_maps_without_wcs_have_north_up_and_east_left(ax):
+def test_maps_without_wcs_have_north_up_and_east_left_and_claim_nothing_unknown(ax):
     vis_fns.finish_sky_axes(ax, np.ones((9, 9), bool), None, "title")
     east, north = vis_fns.sky_edges((9, 9))
     assert north[-1, 0] > north[0, 0]  # up the array is north
@@ -104,7 +103,12 @@ def test_maps_without_wcs_have_north_up_and_east_left(ax):
     left, right = ax.get_xlim()
     assert left > right  # so that east is on the left of the figure
     assert "arcsec" in ax.get_xlabel()
-    assert {"N", "E", '1"'} <= set(texts_of(ax))
+    before = texts_of(ax)
+    assert {"N", "E", '1"'} <= set(before)
+    for attrs in ({}, {"redshift": -0.001, "reff_arcsec": -9999.0}):
+        vis_fns.mark_scale(ax, attrs)
+        assert texts_of(ax) == before
+        assert not ax.patches
 
 
 def test_radius_and_kiloparsecs_are_drawn_where_the_galaxy_is(ax):
@@ -124,15 +128,6 @@ def test_radius_and_kiloparsecs_are_drawn_where_the_galaxy_is(ax):
     assert {circle.get_radius() for circle in circles} == {4.0}
     for circle in circles:
         assert circle.get_center() == pytest.approx((2, 1), abs=1e-3)  # east, north
-
-
-@pytest.mark.parametrize("attrs", [{}, {"redshift": -0.001, "reff_arcsec": -9999.0}])
-def test_nothing_is_claimed_of_an_unknown_galaxy(ax, attrs):
-    vis_fns.finish_sky_axes(ax, np.ones((33, 35), bool), None, "")
-    before = texts_of(ax)
-    vis_fns.mark_scale(ax, attrs)
-    assert texts_of(ax) == before
-    assert not ax.patches
 
 
 def test_outline_of_a_rectangle_has_its_perimeter():
@@ -191,13 +186,10 @@ def test_difference_map_shows_value_minus_label():
     assert [shown[2, 3], shown[4, 1]] == pytest.approx([0.08, 0.01], abs=1e-5)
     assert axes[2].get_title() == "MAE 0.045 dex, accuracy 50%"
     assert axes[2].child_axes[0].get_ylabel() == "value of predicted class - label (dex)"
-
-
-def test_a_galaxy_without_labels_in_common_has_no_score():
-    axes, prediction = Figure().subplots(1, 3), prediction_of(np.zeros((6, 6), np.int16), 6)
-    vis_fns.plot_comparison(axes, prediction, np.full((6, 6), np.nan), "logOH", 6)
-    assert axes[2].get_title() == "no label"
     assert ["no label" in legend_of(ax) for ax in axes[:2]] == [True, False]
+    axes = Figure().subplots(1, 3)
+    vis_fns.plot_comparison(axes, prediction_of(classes, 6), labels * np.nan, "logOH", 6)
+    assert axes[2].get_title() == "no label"
 
 
 @pytest.mark.parametrize(("limit", "extend"), [(0.1, "both"), (0.5, "neither"), (None, "neither")])
@@ -232,12 +224,12 @@ def test_bpt_curves_are_kauffmanns_and_kewleys_and_separate_the_points(ax):
         drawn = curve[np.isfinite(curve[:, 1]) & (curve[:, 0] > -1.2)]  # they cross left of that
         assert drawn[:, 0].max() < pole
         np.testing.assert_allclose(drawn[:, 1], 0.61 / (drawn[:, 0] - pole) + top, atol=2e-3)
-    counts = {n: int((classes == k).sum()) for k, n in enumerate(BPT_CLASSES)}
-    assert {"no label: 20", *(f"{n}: {c}" for n, c in counts.items())} <= set(legend_of(ax))
     drawn = {c.get_label().split(":")[0]: c for c in ax.collections}
     for k, (name, colour) in enumerate(zip(BPT_CLASSES, CLASS_COLOURS["BPT", 3], strict=True)):
+        assert f"{name}: {(classes == k).sum()}" in legend_of(ax)
         np.testing.assert_allclose(drawn[name].get_offsets()[:, 0], x[classes == k])
         np.testing.assert_allclose(drawn[name].get_facecolor()[0, :3], to_rgb(colour))
+    assert "no label: 20" in legend_of(ax)
     assert drawn["no label"].get_facecolor().size == 0  # hollow
     for label, line in ((ax.get_xlabel(), "6585"), (ax.get_ylabel(), "5008")):
         assert line in label
@@ -331,9 +323,8 @@ def test_training_curves_show_every_epoch_the_best_and_the_baselines(card, epoch
     names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy")
     metrics = pd.DataFrame({"epoch": range(1, epochs + 1), **{n: 0.5 for n in names}})
     baselines = {"val_majority_accuracy": 0.2, "val_spectrum_accuracy": 0.6}
-    axes = Figure().subplots(1, 2)
     card = replace(card, best={"epoch": 1}, baselines=baselines)
-    vis_fns.plot_training_curves(axes, metrics, card)
+    axes = vis_fns.plot_training_curves(Figure().subplots(1, 2), metrics, card)
     for ax in axes:
         assert ax.get_xticks().tolist() == ticks
         low, high = ax.get_xlim()
@@ -366,9 +357,11 @@ def test_run_figures_show_the_results_of_the_run(run_dir, card):
     assert f"accuracy {result['accuracy']:.3f}: {result['spaxels']} spaxels, 2 galaxies" in title
 
 
-def test_one_is_counted_in_the_singular_and_another_epoch_is_warned_of(
-    run_dir, card, tmp_path, caplog
-):
+def test_what_a_run_lacks_or_what_is_outdated_is_reported(run_dir, card, tmp_path, caplog):
+    assert vis_fns.run_figures(tmp_path, card) == {}
+    assert f"no {tmp_path / 'metrics.csv'}" in caplog.text
+    assert f"run_SSFTT_training.py --config {tmp_path / 'config.json'}" in caplog.text
+    assert f"python eval_fns.py --run-dir {tmp_path} --part test" in caplog.text
     part = shutil.copytree(run_dir / "test", tmp_path / "test")
     result = json.loads((part / "metrics.json").read_text())
     result |= {"spaxels": 1, "galaxies": 1, "best_epoch": 7}
@@ -378,27 +371,19 @@ def test_one_is_counted_in_the_singular_and_another_epoch_is_warned_of(
     assert f"epoch 7, the model: epoch {card.best['epoch']}" in caplog.text
 
 
-def test_what_a_run_lacks_is_named_with_the_command_that_creates_it(card, tmp_path, caplog):
-    assert vis_fns.run_figures(tmp_path, card, "val") == {}
-    assert f"no {tmp_path / 'metrics.csv'}" in caplog.text
-    assert f"run_SSFTT_training.py --config {tmp_path / 'config.json'}" in caplog.text
-    assert f"python eval_fns.py --run-dir {tmp_path} --part val" in caplog.text
-
-
-def test_explained_variance_fills_its_axes_and_states_the_remainder(ax):
-    ratio = np.array([0.2, 0.05, 0.03])
-    arrays = (np.arange(100), np.zeros(100), np.ones(100), np.zeros((3, 100)), ratio, ratio)
-    vis_fns.plot_explained_variance(ax, Stats(*arrays, Recipe("statistics", 0)))
-    assert ax.get_ylim() == pytest.approx((0, 0.308))
-    assert ax.get_title() == "remaining 97 directions: 72%, 0.74% each on average"
-
-
-def test_components_and_shares_and_histograms_show_their_numbers(run_dir, ax):
+def test_components_and_their_variances_are_drawn_with_the_remainder(run_dir, ax):
     stats = data_io.read_stats(run_dir / "stats.h5")
     figure = vis_fns.components_figure(stats, n=3)
     assert len(figure.axes) == 4
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), stats.mean)
     np.testing.assert_allclose(figure.axes[2].lines[0].get_ydata(), stats.components[1])
+    three = {"components": np.zeros((3, 100)), "explained_ratio": np.array([0.2, 0.05, 0.03])}
+    vis_fns.plot_explained_variance(ax, replace(stats, wave=np.arange(100), **three))
+    assert ax.get_ylim() == pytest.approx((0, 0.308))
+    assert ax.get_title() == "remaining 97 directions: 72%, 0.74% each on average"
+
+
+def test_shares_and_histograms_show_their_numbers(ax):
     counts = {"train": np.array([6, 3, 1]), "val": np.array([0, 1, 0]), "test": np.zeros(3, int)}
     vis_fns.plot_class_shares(ax, counts, "BPT", 3)
     shares = [0.6, 0.3, 0.1, 0, 1, 0, *[np.nan] * 3]
