@@ -30,7 +30,7 @@ import run_folder
 import run_SSFTT_training as script
 import training
 from data_fns import PatchSpec
-from labels import class_names
+from labels import class_middles, class_names
 from run_SSFTT_training import TrainConfig, train_config
 
 REPO = Path(script.__file__).parent
@@ -497,8 +497,7 @@ def test_validation_by_maps_is_validation_by_patches(options, split, packed_type
         together, order = eval_fns.field_logits(network, loader.dataset, device, "off", at_once)
         np.testing.assert_array_equal(order, by_map)
         np.testing.assert_allclose(together, maps, rtol=1e-4, atol=1e-5)
-    loader.dataset.has_fields = False
-    patches, by_patch = eval_fns.sample_logits(network, loader, device)
+    patches, by_patch = eval_fns.patch_logits(network, loader, device)
     np.testing.assert_array_equal(np.sort(by_map), by_patch)
     np.testing.assert_allclose(maps[np.argsort(by_map)], patches, rtol=1e-4, atol=1e-5)
 
