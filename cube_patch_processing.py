@@ -15,7 +15,10 @@ file repeats every spaxel up to P*P times. No astronomy package is needed.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,6 +58,9 @@ class Config(PatchOptions, loops.GalaxyChoice):
     """Normalisations to write patch files for (global spatial spectral PCA)."""
     label_tasks: tuple[LabelTask, ...] = LABEL_TASKS  # type: ignore[assignment]
     """Labels to cut patches for."""
+    max_gb: float = 10
+    """Refuse to write more than this, in GB: a patch holds each spectrum P x P times. Packed cubes
+    (pack_cubes.py), which training reads by default, hold it once."""
 
 
 def label_patches(
@@ -172,11 +178,39 @@ def patch_all_tasks(plateifu: str, root: Path, config: Config, stats: Stats | No
     return "written" if "written" in words else "up to date"
 
 
+def bytes_to_write(root: Path, config: Config, galaxies: Sequence[str], stats: Stats | None) -> int:
+    """Estimate the size of the patch files still to be written, from the label maps."""
+    total, n_bands = 0, 0
+    for plateifu, task in itertools.product(galaxies, config.label_tasks):
+        targets = {n: utils.patch_path(root, task, n, plateifu) for n in config.patch_norms}
+        new = [n for n, path in targets.items() if config.overwrite or not path.is_file()]
+        with contextlib.suppress(DataError):  # which the loop reports
+            n_bands = n_bands or data_io.read_cube_head(utils.cube_path(root, plateifu)).wave.size
+            labels = data_io.read_labels(utils.label_path(root, task, plateifu)) if new else None
+            if labels is not None:
+                count = np.count_nonzero(label_classes(labels, task) != LABEL_NONE)
+                n_components = len(stats.components) if stats else 0
+                columns = sum(n_components if norm == "PCA" else n_bands for norm in new)
+                total += int(count) * columns * config.patch_size**2 * 4  # float32
+    return total
+
+
 def main(config: Config) -> int:
     """Cut the patches of all chosen galaxies."""
-    root = utils.data_dir(config.data_dir)
+    root, stats = (
+        utils.data_dir(config.data_dir),
+        stats_for(utils.data_dir(config.data_dir), config),
+    )
     galaxies = loops.chosen_galaxies(config, [p.stem for p in utils.processed_cubes(root)])
-    work = partial(patch_all_tasks, root=root, config=config, stats=stats_for(root, config))
+    needed = bytes_to_write(root, config, galaxies, stats) / 1e9
+    log.info(f"{needed:.1f} GB of patch files to write")
+    if needed > config.max_gb:
+        raise DataError(
+            f"{root}: the patch files would take {needed:.1f} GB, expected at most --max-gb "
+            f"{config.max_gb:g}. Raise it, choose fewer --patch-norms or --label-tasks, or train "
+            "on packed cubes, which need no patch files."
+        )
+    work = partial(patch_all_tasks, root=root, config=config, stats=stats)
     folder = root / "processed" / "patches"
     failed_csv = loops.failed_path(folder, config.shard)
     outcome = loops.for_each_galaxy(work, galaxies, "patches", failed_csv, config.jobs)

@@ -231,6 +231,21 @@ def test_patch_files_equal_patches_cut_from_the_cube(survey):
         patching.stats_for(survey, replace(config, patch_norms=("PCA",)))
 
 
+def test_patch_files_larger_than_allowed_are_refused_and_the_estimate_holds(survey):
+    shutil.rmtree(survey / "processed" / "patches", ignore_errors=True)
+    galaxy, norms = galaxies_of(survey)[0], ("global", "spectral")
+    config = partial(patching.Config, data_dir=survey, plateifu=(galaxy,), patch_norms=norms)
+    config = partial(config, label_tasks=("BPT",), patch_size=3)
+    estimate = patching.bytes_to_write(survey, config(), [galaxy], None)
+    with pytest.raises(DataError, match=r"would take 0\.\d GB, expected at most --max-gb 0\.001"):
+        patching.main(config(max_gb=0.001))
+    assert patching.main(config()) == 0
+    written = [utils.patch_path(survey, "BPT", norm, galaxy).stat().st_size for norm in norms]
+    assert 0.9 * estimate < sum(written) < 1.01 * estimate  # unusable spaxels; headers
+    assert patching.bytes_to_write(survey, config(), [galaxy], None) == 0
+    shutil.rmtree(survey / "processed" / "patches")
+
+
 @pytest.mark.parametrize(
     ("change", "options", "expected"),
     [
