@@ -132,28 +132,34 @@ def tabulate_maps(folder: Path) -> pd.DataFrame:
 
 
 def map_galaxies(
-    config: Config, trained: eval_fns.TrainedModel, root: Path, plateifus: Sequence[str]
+    trained: eval_fns.TrainedModel,
+    run_dir: Path,
+    root: Path,
+    plateifus: Sequence[str],
+    failed_csv: Path,
+    readers: int = 1,
+    overwrite: bool = False,
 ) -> dict[str, str]:
-    """Map galaxies into the run's folder `maps`, reading cubes in advance.
+    """Map galaxies into the run's folder `maps`; `readers` threads read cubes in advance.
 
     Returns
     -------
     dict of plateifu -> {"written", "up to date", "failed"}
     """
-    folder = config.run_dir / run_folder.MAPS_FOLDER
-    weights = file_digest(config.run_dir / run_folder.WEIGHTS_FILE)
+    folder = run_dir / run_folder.MAPS_FOLDER
+    weights = file_digest(run_dir / run_folder.WEIGHTS_FILE)
 
     def read(plateifu: str) -> NormalisedCube | Exception | None:
         path = utils.cube_path(root, plateifu)
         try:
             recipe = map_recipe(weights, data_io.read_cube_head(path).recipe)
             made = read_map_header(folder / f"{plateifu}.fits").get("RECIPE")
-            is_done = made == recipe.digest and not config.overwrite
+            is_done = made == recipe.digest and not overwrite
             return None if is_done else eval_fns.read_cube_for(trained, path)
         except Exception as error:  # raised when its galaxy's turn comes
             return error
 
-    cubes = loops.in_threads(read, plateifus, config.jobs or eval_fns.count_readers())
+    cubes = loops.in_threads(read, plateifus, readers)
 
     def work(plateifu: str) -> str:
         cube = next(cubes)
@@ -165,13 +171,12 @@ def map_galaxies(
         if not result.usable.any():
             log.warning("%s: no usable spaxel, hence no prediction", plateifu)
         cards = {
-            "RUN": (config.run_dir.resolve().name, "folder of the training run"),
+            "RUN": (run_dir.resolve().name, "folder of the training run"),
             "RECIPE": map_recipe(weights, cube.recipe).digest,
         }
         write_map(folder / f"{plateifu}.fits", result, trained, cards)
         return "written"
 
-    failed_csv = loops.failed_path(folder, config.shard)
     return loops.for_each_galaxy(work, plateifus, "maps", failed_csv)
 
 
@@ -180,8 +185,12 @@ def main(config: Config) -> int:
     trained = eval_fns.load_model(config.run_dir, config.device)
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
     galaxies = loops.chosen_galaxies(config, [p.stem for p in utils.processed_cubes(root)])
-    outcome = map_galaxies(config, trained, root, galaxies)
     folder = config.run_dir / run_folder.MAPS_FOLDER
+    readers = config.jobs or eval_fns.count_readers()
+    failed_csv = loops.failed_path(folder, config.shard)
+    outcome = map_galaxies(
+        trained, config.run_dir, root, galaxies, failed_csv, readers, config.overwrite
+    )
     table = tabulate_maps(folder)
     if len(table):
         gone = [not utils.cube_path(root, p).is_file() for p in table["plateifu"]]
