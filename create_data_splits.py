@@ -160,39 +160,37 @@ def _interleave(n: int, fractions: tuple[float, ...], rng: np.random.Generator) 
 
 
 def write_checked(
-    root: Path,
-    split_dir: str,
+    config: Config,
+    kind: str,
+    galaxies: pd.DataFrame,
     parts: dict[str, pd.DataFrame],
-    recipe: Recipe,
-    overwrite: bool,
     warning: str = "",
 ) -> None:
-    """Write a split unless it is there already; log what each part holds.
+    """Write a "hard" or "easy" split unless it is there already; log what each part holds.
+
+    The recipe holds the options and the label maps of `galaxies` (from `labelled_galaxies`).
 
     Raises
     ------
     DataError
-        If another split of this name exists and `overwrite` is not set.
+        If another split of this name exists, without --overwrite.
     """
-    folder = utils.split_path(root, split_dir)
-    if not overwrite and all(utils.split_path(root, split_dir, p).is_file() for p in parts):
+    split_dir = config.split_dir or f"{kind}_{config.label_task}"
+    folder = utils.split_path(utils.data_dir(config.data_dir), split_dir)
+    names = ("label_task", "fractions", "min_labelled", "skip_critical", "seed")
+    options = {"kind": kind, **{name: getattr(config, name) for name in names}}
+    maps = galaxies[["plateifu", "mangaid", "label_digest"]].to_numpy().tolist()
+    recipe = Recipe("split", data_io.SPLIT_VERSION, options, {"set of label maps": digest_of(maps)})
+    if not config.overwrite and all((folder / f"{part}.csv").is_file() for part in parts):
         recipe.require(data_io.read_split(folder)[1], folder, "Replace it with --overwrite")
         log.info("Split: %s, up to date", folder)
         return
     data_io.write_split(folder, parts, recipe, warning)
     for name, table in parts.items():
         spaxels = int(table["n_labelled"].sum()) if "n_labelled" in table else len(table)
-        galaxies = table["mangaid"].nunique()
-        log.info(f"{split_dir}/{name}: {galaxies} galaxies, {spaxels} labelled spaxels")
+        count = table["mangaid"].nunique()
+        log.info(f"{split_dir}/{name}: {count} galaxies, {spaxels} labelled spaxels")
     log.info("Split: %s", folder)
-
-
-def split_recipe(config: Config, kind: str, galaxies: pd.DataFrame) -> Recipe:
-    """Name what decides a split: its options and the label maps (`labelled_galaxies`)."""
-    names = ("label_task", "fractions", "min_labelled", "skip_critical", "seed")
-    options = {"kind": kind, **{name: getattr(config, name) for name in names}}
-    maps = galaxies[["plateifu", "mangaid", "label_digest"]].to_numpy().tolist()
-    return Recipe("split", data_io.SPLIT_VERSION, options, {"set of label maps": digest_of(maps)})
 
 
 def main(config: Config) -> int:
@@ -200,8 +198,7 @@ def main(config: Config) -> int:
     root, task = utils.data_dir(config.data_dir), config.label_task
     galaxies = labelled_galaxies(root, task, config.min_labelled, config.skip_critical)
     parts = split_galaxies(galaxies, config.fractions, config.seed)
-    split_dir = config.split_dir or utils.default_split(task)
-    write_checked(root, split_dir, parts, split_recipe(config, "hard", galaxies), config.overwrite)
+    write_checked(config, "hard", galaxies, parts)
     return utils.EXIT_DONE
 
 

@@ -84,9 +84,7 @@ def main(config: Config) -> int:
         labels = data_io.read_labels(utils.label_path(root, task, plateifu))
         spaxels[plateifu] = np.nonzero(label_classes(labels, task) != LABEL_NONE)
     parts = easy_split(galaxies, spaxels, config.fractions, config.seed)
-    recipe = hard.split_recipe(config, "easy", galaxies)
-    split_dir = config.split_dir or f"easy_{task}"
-    hard.write_checked(root, split_dir, parts, recipe, config.overwrite, WARNING)
+    hard.write_checked(config, "easy", galaxies, parts, WARNING)
     log.warning(WARNING)
     return utils.EXIT_DONE
 

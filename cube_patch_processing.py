@@ -63,35 +63,6 @@ class Config(PatchOptions, loops.GalaxyChoice):
     (pack_cubes.py), which training reads by default, hold it once."""
 
 
-def label_patches(
-    flux: np.ndarray,
-    labels: np.ndarray,
-    label_task: str,
-    patch_norm: str,
-    patch_size: int,
-    stats: Stats | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut the patches of every labelled, usable spaxel.
-
-    Returns
-    -------
-    patches : (N, P, P, C) float32
-        From the cube's flux (y, x, band), as `hsi_proc_fns.normalise` and `extract_patches` do.
-    ys, xs : (N,) int
-        Spaxels at their centres, in C order of the label map (y, x).
-    """
-    if labels.shape != flux.shape[:2]:
-        raise DataError(
-            f"label map of {labels.shape} spaxels, expected {flux.shape[:2]} as in the cube. "
-            "Re-run process_single_cube.py --overwrite."
-        )
-    usable = hsi_proc_fns.usable_spaxels(flux)
-    has_label = label_classes(labels, label_task) != LABEL_NONE
-    ys, xs = np.nonzero(usable & has_label)
-    normalised = hsi_proc_fns.normalise(flux, patch_norm, stats, usable)
-    return hsi_proc_fns.extract_patches(normalised, ys, xs, patch_size), ys, xs
-
-
 def patch_galaxy(
     root: Path,
     plateifu: str,
@@ -118,13 +89,21 @@ def patch_galaxy(
 
     cube_path = utils.cube_path(root, plateifu)
     label_path = utils.label_path(root, label_task, plateifu)
-    cube_recipe = data_io.read_cube_head(cube_path).recipe
+    head = data_io.read_cube_head(cube_path)
     labels, about = data_io.read_labels(label_path), data_io.read_label_meta(label_path)
+    if labels.shape != head.measured.shape:
+        raise DataError(
+            f"label map of {labels.shape} spaxels, expected {head.measured.shape} as in the cube. "
+            "Re-run process_single_cube.py --overwrite."
+        )
+    usable = hsi_proc_fns.is_usable(head.measured, head.wave.size)
+    ys, xs = np.nonzero(usable & (label_classes(labels, label_task) != LABEL_NONE))
+    index = pd.DataFrame({"row": np.arange(ys.size), "y": ys, "x": xs, "label": labels[ys, xs]})
     flux: np.ndarray | None = None
     for norm in options.patch_norms:
         norm_stats = stats if norm == "PCA" else None
         recipe = data_io.patch_recipe(
-            cube_recipe, labels, about.get("recipe"), norm, options.patch_size, norm_stats
+            head.recipe, labels, about.get("recipe"), norm, options.patch_size, norm_stats
         )
         target = utils.patch_path(root, label_task, norm, plateifu)
         if target.is_file() and not overwrite:
@@ -133,13 +112,11 @@ def patch_galaxy(
             continue
         if norm_stats is not None:
             theirs = norm_stats.recipe.options["cube"], cube_path, "the statistics"
-            require_alike(cube_recipe.shared, *theirs, data_io.REBUILD_CUBE)
+            require_alike(head.recipe.shared, *theirs, data_io.REBUILD_CUBE)
         if flux is None:
             flux = data_io.read_cube(cube_path, with_errors=False).flux
-        patches, ys, xs = label_patches(
-            flux, labels, label_task, norm, options.patch_size, norm_stats
-        )
-        index = pd.DataFrame({"row": np.arange(ys.size), "y": ys, "x": xs, "label": labels[ys, xs]})
+        normalised = hsi_proc_fns.normalise(flux, norm, norm_stats, usable)
+        patches = hsi_proc_fns.extract_patches(normalised, ys, xs, options.patch_size)
         meta = {
             "plateifu": plateifu,
             "mangaid": about.get("mangaid"),

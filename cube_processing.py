@@ -67,10 +67,8 @@ def main(config: Config) -> int:
         name = utils.default_split(task)
         if all(utils.split_path(root, name, part).is_file() for part in utils.SPLIT_PARTS):
             log.info(
-                "split %s exists and is kept (models may have learned from it); replace it with "
-                "create_data_splits.py --label-task %s --overwrite",
-                name,
-                task,
+                f"split {name} exists and is kept (models may have learned from it); replace it "
+                f"with create_data_splits.py --label-task {task} --overwrite"
             )
             continue
         try:

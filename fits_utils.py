@@ -285,13 +285,9 @@ def process_cube(
     measured = data_io.write_cube_rows(target, shape, wave, attrs, recipe, rows, compression)
     if not hsi_proc_fns.is_usable(measured, options.n_band).any():
         log.warning(
-            "%s: no spaxel has enough measured bins in %g-%g Angstrom (at best %.0f %%): is the "
-            "redshift %.4f right?",
-            target,
-            options.wave_min,
-            options.wave_max,
-            100 * measured.max() / options.n_band,
-            z,
+            f"{target}: no spaxel has enough measured bins in {options.wave_min:g}-"
+            f"{options.wave_max:g} Angstrom (at best {measured.max() / options.n_band:.0%}): is "
+            f"the redshift {z:.4f} right?"
         )
     return "written"
 
@@ -458,10 +454,9 @@ def _gas_stretch(maps: Path | None, source: Path) -> np.ndarray:
             f"{source}: no MAPS file of the galaxy, expected one with its gas velocities. Give "
             "--maps, or --no-remove-gas-velocity (like the cubes that a model learned from)."
         )
-    names = ("EMLINE_GVEL", "EMLINE_GVEL_MASK")
-    hdus = read_hdus(maps, names)
+    hdus = read_hdus(maps, ("EMLINE_GVEL", "EMLINE_GVEL_MASK"))
     channel = line_channels(hdus["EMLINE_GVEL"].header, (HA,), maps)[HA]
-    velocity, mask = (hdus[n].data[channel] for n in names)
+    velocity, mask = (hdus[f"EMLINE_GVEL{end}"].data[channel] for end in ("", "_MASK"))
     is_bad = (mask & MAPS_DONOTUSE != 0) | ~np.isfinite(velocity)
     return np.where(is_bad, 1.0, 1 + velocity.astype(float) / C_KMS)
 

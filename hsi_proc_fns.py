@@ -178,13 +178,7 @@ def normalise(
 
 
 def project_pca(spectra: np.ndarray, stats: Stats | None) -> np.ndarray:
-    """Whitened principal components of spectra; (N, band) -> (N, K).
-
-    Raises
-    ------
-    DataError
-        Without statistics, or if their grid has another number of bands.
-    """
+    """Whitened principal components of spectra; (N, band) -> (N, K)."""
     if stats is None:
         raise DataError(
             "patch norm PCA: no statistics given; expected those of a split. Make them with "
