@@ -37,14 +37,14 @@ def catalogue_rows(path: Path, plateifu: str | None = None) -> dict[str, dict[st
             f"{path}: no such catalogue. Fetch it with download_utils.py --catalogue, or check "
             "--catalogue."
         )
-    rows: dict[str, dict[str, Any]] = {}
+    rows, is_catalogue = dict[str, dict[str, Any]](), False
     try:
         with fits.open(path) as hdus:
             for hdu in (hdu for hdu in hdus[1:] if isinstance(hdu, fits.BinTableHDU)):
                 names = {name.lower() for name in hdu.columns.names}
                 if "plateifu" not in names:
                     continue
-                table = hdu.data
+                table, is_catalogue = hdu.data, True
                 redshift = np.full(len(table), np.nan)
                 for name in ("z", "nsa_z"):  # the latter takes precedence
                     if name in names:
@@ -64,4 +64,9 @@ def catalogue_rows(path: Path, plateifu: str | None = None) -> dict[str, dict[st
             f"{path}: not a readable catalogue ({error}). Fetch it again with download_utils.py "
             "--catalogue."
         ) from None
+    if not is_catalogue:
+        raise DataError(
+            f"{path}: no table with a column plateifu, expected a dapall or drpall catalogue. "
+            "Check --catalogue."
+        )
     return rows

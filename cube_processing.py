@@ -42,7 +42,7 @@ class Config(single.GalaxyOptions, loops.GalaxyChoice):
 def main(config: Config) -> int:
     """Process all chosen galaxies, then split them."""
     root = utils.data_dir(config.data_dir)
-    config = single.like_the_run(config)
+    config = single.vetted(config)
     kind = "MAPS" if config.labels_only else "LOGCUBE"
     cubes = (root / "raw").glob(f"*/*/manga-*-{kind}*.fits*")
     galaxies = loops.chosen_galaxies(config, sorted({utils.plateifu_of(path) for path in cubes}))

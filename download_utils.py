@@ -18,12 +18,14 @@ import contextlib
 import fcntl
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import utils
 from utils import DataError
@@ -72,8 +74,11 @@ def archive_url(kind: str, plateifu: str | None, daptype: str, base_url: str = A
 
     `kind` is a FileKind, or "dapall" for the catalogue, whose plateifu is None.
     """
+    os.environ.setdefault("SAS_BASE_DIR", tempfile.gettempdir())  # else it creates ~/sas
+    logging.disable(logging.DEBUG)  # importing it logs
     from sdss_access.path import Path as SdssPath
 
+    logging.disable(logging.NOTSET)
     logging.getLogger("sdss_access").propagate = False  # its debug lines would fill our log
     keys = {"drpver": DRP_VERSION, "dapver": DAP_VERSION, "wave": "LOG", "mode": kind}
     keys["daptype"] = daptype
@@ -132,12 +137,15 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
                 _fetch_rest(url, part)
                 break
             except requests.RequestException as error:
+                is_ours = error.args and isinstance(error.args[0], str)  # else a nest of errors
+                reason = error if is_ours else f"no connection to {urlsplit(url).netloc}"
                 if attempt == retries:
                     raise DataError(
-                        f"{url}: {error}. Run the same command again; it resumes the download."
+                        f"{url}: {reason}, expected the file. Check the network (compute nodes "
+                        "often have none) and run the same command again; it resumes the download."
                     ) from None
                 pause = pause_s * 2**attempt
-                log.info("%s: %s; next attempt in %g s", path.name, error, pause)
+                log.info(f"{path.name}: {reason}; next attempt in {pause:g} s")
                 time.sleep(pause)
         try:
             _check_content(part, path.name)
@@ -228,6 +236,19 @@ def _check_content(path: Path, name: str) -> None:
         ) from None
 
 
+def check_connection(base_url: str) -> None:
+    """Raise a DataError if the archive cannot be reached at all."""
+    import requests
+
+    try:
+        requests.head(base_url, timeout=TIMEOUT_S)
+    except requests.RequestException:
+        raise DataError(
+            f"{base_url}: no connection, expected the archive. Check the network (on clusters, "
+            "compute nodes often have none: use a login node) or --base-url."
+        ) from None
+
+
 def fetch_galaxy(plateifu: str | None, root: Path, config: Config) -> str:
     """Fetch a galaxy's missing files (None: the catalogue); return "fetched" or "complete"."""
     missing = missing_files(root, plateifu, config)
@@ -248,6 +269,7 @@ def main(config: Config) -> int:
             for url, path in missing_files(root, name, config):
                 print(url, path)
         return utils.EXIT_DONE
+    check_connection(config.base_url)
     if config.catalogue:
         fetch_galaxy(None, root, config)
     if not names:

@@ -323,6 +323,7 @@ def _identify(
             raise DataError(f"{catalogue}: contains no redshift of {plateifu}. Give --redshift.")
         z, where, mangaid = row["redshift"], str(catalogue), mangaid or row["mangaid"]
     else:
+        read_hdus(source, ESSENTIAL)  # a file that is no MaNGA cube lacks more than a redshift
         raise DataError(
             f"{source}: no redshift (SCINPVEL) in the primary header. Give --redshift, or put the "
             "dapall or drpall catalogue into <data-dir>/raw/."

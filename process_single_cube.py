@@ -138,14 +138,19 @@ def process_galaxy(
 Chosen = TypeVar("Chosen", bound=GalaxyOptions)
 
 
-def like_the_run(options: Chosen) -> Chosen:
-    """Replace options of cube and labels by those of the run --like-run, if there is one.
+def vetted(options: Chosen) -> Chosen:
+    """Check options; replace those of cube and labels by those of the run --like-run, if given.
 
     Raises
     ------
     DataError
-        If the folder holds no trained model, or options contradict each other.
+        If the folder holds no trained model, the catalogue is none, or options contradict each
+        other.
     """
+    if options.catalogue is not None:
+        from catalogue import catalogue_rows  # here: it needs astropy
+
+        catalogue_rows(options.catalogue)
     if options.labels_only and (options.patch_norms or not options.label_tasks):
         raise DataError(
             "--labels-only: expected some --label-tasks and no --patch-norms, which need a cube."
@@ -162,7 +167,7 @@ def like_the_run(options: Chosen) -> Chosen:
 
 def main(config: Config) -> int:
     """Process the galaxy and log where the outputs are."""
-    root, config = utils.data_dir(config.data_dir), like_the_run(config)
+    root, config = utils.data_dir(config.data_dir), vetted(config)
     if config.plateifu is None and config.fits is None and config.maps is None:
         raise DataError("no galaxy given. Expected --plateifu, e.g. 8485-1901, or --fits FILE.")
     for flag, kind, other in (("fits", "LOGCUBE", "MAPS"), ("maps", "MAPS", "LOGCUBE")):

@@ -91,7 +91,7 @@ def test_broken_connection_is_resumed_where_it_stopped(archive, tmp_path):
 def test_interrupted_download_is_resumed_by_the_next_command(archive, tmp_path):
     archive.cuts = [70_000]
     path = tmp_path / "a.fits.gz"
-    with pytest.raises(DataError, match="Run the same command again"):
+    with pytest.raises(DataError, match="run the same command again"):
         du.fetch(url_of(archive), path, retries=0)
     assert not path.exists()
     du.fetch(url_of(archive), path, retries=0)
