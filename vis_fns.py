@@ -635,6 +635,8 @@ def galaxy_figure(
 ) -> tuple[Figure, eval_fns.CubePrediction]:
     """Make a galaxy's maps: label, prediction, difference; without labels prediction, probability.
 
+    Of a simulated galaxy, the noiseless truth is shown beside them.
+
     Raises
     ------
     DataError
@@ -647,8 +649,15 @@ def galaxy_figure(
     label_file = utils.label_path(root, task, plateifu)
     if label_file.is_file():
         labels = eval_fns.read_labels_for(trained, label_file, prediction.usable)
-        figure, axes = _figure(14, 4.1, columns=3)
-        plot_comparison(axes, prediction, labels, task, n_classes)
+        truth = true_labels(root, plateifu, task)
+        n = 3 if truth is None else 4
+        figure, axes = _figure(4.7 * n, 4.1, columns=n)
+        plot_comparison(axes[:3], prediction, labels, task, n_classes)
+        if truth is not None:
+            classes = (label_classes(truth, task, n_classes), task, n_classes)
+            title, wcs = "truth (simulated, no noise)", prediction.attrs.get("wcs_header")
+            plot_class_map(axes[3], *classes, prediction.usable, prediction.inside, title, wcs)
+            mark_scale(axes[3], prediction.attrs)
         return figure, prediction
     figure, (left, right) = _figure(10, 4.3, columns=2)
     wcs, sky = prediction.attrs.get("wcs_header"), (prediction.usable, prediction.inside)
@@ -660,6 +669,16 @@ def galaxy_figure(
     for ax in (left, right):
         mark_scale(ax, prediction.attrs)
     return figure, prediction
+
+
+def true_labels(root: Path, plateifu: str, label_task: str) -> np.ndarray | None:
+    """Noiseless labels (y, x) of a simulated galaxy, like a label map; None for a real one."""
+    from mock.truth import read_truth, truth_path
+
+    path = truth_path(root, plateifu)
+    if not path.is_file():
+        return None
+    return read_truth(path)[0]["bpt" if label_task == "BPT" else "logoh_o3n2"]
 
 
 def bpt_figure(root: Path, prediction: eval_fns.CubePrediction, label_task: str) -> Figure:
