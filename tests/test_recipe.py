@@ -16,8 +16,8 @@ def changed(**parts):
 
 
 def test_digest_depends_on_content_and_not_on_the_order_of_names():
-    turned = {"options": dict(reversed(OPTIONS.items())), "inputs": dict(reversed(INPUTS.items()))}
-    assert changed(**turned).digest == TODAY.digest
+    turned = (dict(reversed(part.items())) for part in (OPTIONS, INPUTS))
+    assert Recipe("statistics", 2, *turned).digest == TODAY.digest
     others = [
         {"product": "cube"},
         {"version": 3},
