@@ -137,6 +137,7 @@ def test_field_is_the_hull_of_what_was_measured(seed):
 )
 def test_a_field_without_area_is_a_line(spaxels, between):
     inside = np.zeros((6, 7), bool)
-    inside[tuple(zip(*spaxels, strict=True)) or ([], [])] = True
+    for y, x in spaxels:
+        inside[y, x] = True
     found = np.argwhere(hsi.field_of_view(inside))
     assert {*map(tuple, found.tolist())} == {*spaxels, *between}
