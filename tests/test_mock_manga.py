@@ -16,6 +16,7 @@ from astropy.table import Table
 from astropy.wcs import WCS
 from scipy import optimize, stats
 
+import mock.dr17_files as dr17
 import mock.physics as physics
 import mock_manga
 import utils
@@ -513,3 +514,8 @@ def test_what_is_not_a_maps_file_is_refused_and_nothing_written(
     with pytest.raises(DataError, match=message):
         mock_manga.main(mock_manga.MockConfig(tmp_path / "out", from_maps=path))
     assert not (tmp_path / "out").exists()
+
+
+def test_cards_that_the_archive_does_not_have_are_refused():
+    with pytest.raises(KeyError, match="PLATEIFOO"):
+        dr17.primary_hdu("MAPS", {"PLATEIFOO": "1-1"})
