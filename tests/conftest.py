@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes share th
 
 N_WAVE = 4563
 LINES = ("OII-3727", "OII-3729", "Hb-4862", "OIII-5008", "Ha-6564", "NII-6585")
+CARDS = {"PLATEIFU": "8485-1901", "MANGAID": "1-209232", "DRP3QUAL": 0, "DAPQUAL": 0}
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -95,20 +96,10 @@ def own_run(trained_run, tmp_path) -> Path:
 
 def write_logcube(path: Path, flux, ivar, mask, drop=(), redcorr=None, wave=None, **cards) -> Path:
     """Write a DAP-like LOGCUBE from (band, y, x) arrays; a card of None is left out."""
+    usual = {"SCINPVEL": 0.03 * 299792.458, "EBVGAL": 0.05, "DAPTYPE": "SPX-MILESHC-MASTARSSP"}
+    cards = CARDS | usual | {"MASKNAME": "MANGA_DAPSPECMASK"} | cards
     primary = fits.PrimaryHDU()
-    defaults = {
-        "PLATEIFU": "8485-1901",
-        "MANGAID": "1-209232",
-        "SCINPVEL": 0.03 * 299792.458,
-        "EBVGAL": 0.05,
-        "DRP3QUAL": 0,
-        "DAPQUAL": 0,
-        "MASKNAME": "MANGA_DAPSPECMASK",
-        "DAPTYPE": "SPX-MILESHC-MASTARSSP",
-    }
-    for key, value in {**defaults, **cards}.items():
-        if value is not None:
-            primary.header[key] = value
+    primary.header.update({key: value for key, value in cards.items() if value is not None})
     grid = 10 ** (3.5589 + 1e-4 * np.arange(N_WAVE)) if wave is None else wave
     arrays = {
         "FLUX": flux.astype(">f4"),
@@ -119,10 +110,9 @@ def write_logcube(path: Path, flux, ivar, mask, drop=(), redcorr=None, wave=None
         "REDCORR": np.ones(N_WAVE, ">f4") if redcorr is None else redcorr.astype(">f4"),
         "MODEL": np.zeros_like(flux, ">f4"),
     }
-    hdus = [fits.ImageHDU(a, name=n) for n, a in arrays.items() if n not in drop]
-    for hdu in hdus:
-        if hdu.name == "MASK":
-            hdu.header["MASKNAME"] = "MANGA_DAPSPECMASK"
+    hdus = fits.HDUList([fits.ImageHDU(a, name=n) for n, a in arrays.items() if n not in drop])
+    if "MASK" not in drop:
+        hdus["MASK"].header["MASKNAME"] = "MANGA_DAPSPECMASK"
     path.parent.mkdir(parents=True, exist_ok=True)
     fits.HDUList([primary, *hdus]).writeto(path, overwrite=True)
     return path
@@ -130,20 +120,15 @@ def write_logcube(path: Path, flux, ivar, mask, drop=(), redcorr=None, wave=None
 
 def write_maps(path: Path, flux, ivar, mask, lines=LINES, **cards) -> Path:
     """Write a DAP-like MAPS with the HDUs that labels need, from dicts of (y, x) maps."""
-    primary = fits.PrimaryHDU()
-    defaults = {"PLATEIFU": "8485-1901", "MANGAID": "1-209232", "DRP3QUAL": 0, "DAPQUAL": 0}
-    for key, value in {**defaults, **cards}.items():
-        primary.header[key] = value
-    hdus = [primary]
-    kinds = (("EMLINE_GFLUX", flux), ("EMLINE_GFLUX_IVAR", ivar), ("EMLINE_GFLUX_MASK", mask))
-    for name, maps in kinds:
-        dtype = ">i4" if name.endswith("MASK") else ">f4"
-        hdu = fits.ImageHDU(np.stack([maps[k] for k in lines]).astype(dtype), name=name)
-        for i, line in enumerate(lines, 1):
-            hdu.header[f"C{i:02d}"] = line
+    hdus = fits.HDUList([fits.PrimaryHDU()])
+    hdus[0].header.update(CARDS | cards)
+    for ending, dtype, maps in (("", ">f4", flux), ("_IVAR", ">f4", ivar), ("_MASK", ">i4", mask)):
+        array = np.stack([maps[k] for k in lines]).astype(dtype)
+        hdu = fits.ImageHDU(array, name=f"EMLINE_GFLUX{ending}")
+        hdu.header.update({f"C{i:02d}": line for i, line in enumerate(lines, 1)})
         hdus.append(hdu)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fits.HDUList(hdus).writeto(path, overwrite=True)
+    hdus.writeto(path, overwrite=True)
     return path
 
 

@@ -4,8 +4,9 @@ Spectra are a smooth continuum with lines whose heights follow a class pattern, 
 can learn the labels. Nothing here claims to be a galaxy: mock_manga.py makes those.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import pandas as pd
 import data_io
 import hsi_proc_fns
 from data_io import Recipe
-from hsi_proc_fns import Stats
 from labels import LABEL_NONE, label_classes
 
 N_BAND = 40
@@ -101,14 +101,25 @@ def relabel(
         write_labels(root, task, plateifu, labels + np.float32(shift), **options)
 
 
-def rebuild_statistics(root: Path, split: str = "hard", n_components: int = 6) -> None:
-    """Compute the statistics again, from the cubes and the training part of now."""
+def later(function: Callable, *words: Any, **options: Any) -> Callable[[Path], Any]:
+    """Function of a data folder that calls another one with these arguments, too."""
+    return lambda root: function(root, *words, **options)
+
+
+def write_statistics(
+    root: Path, split: str = "hard", n_components: int = 6, min_snr: float = 0
+) -> None:
+    """Compute the statistics of a split from the cubes of now."""
     import calc_data_stats
 
     train = data_io.read_split(utils.split_path(root, split))[0]["train"]
     galaxies = sorted(train["plateifu"].unique())
-    stats = calc_data_stats.split_stats(root, split, galaxies, n_components, min_snr=0)
+    stats = calc_data_stats.split_stats(root, split, galaxies, n_components, min_snr)
     data_io.write_stats(utils.stats_path(root, split), stats)
+
+
+rebuild_statistics = partial(write_statistics, min_snr=1)
+"""Compute the statistics of the hard split again, with another option."""
 
 
 def write_split(root: Path, name: str, parts: dict[str, pd.DataFrame], seed: int = 0) -> None:
@@ -127,7 +138,6 @@ def make_data_dir(
 ) -> Path:
     """Write cubes, labels of both tasks, a hard and an easy split with statistics."""
     rng = np.random.default_rng(seed)
-    spectra = []
     for i, plateifu in enumerate(plateifus):
         labels = {t: label_values(t, *shape, rng) for t in LABEL_TASKS}
         labels["logOH"][4, 4], labels["BPT"][4, 4] = 8.5, 1
@@ -138,27 +148,14 @@ def make_data_dir(
         data_io.write_cube(utils.cube_path(root, plateifu), cube)
         for task, values in labels.items():
             write_labels(root, task, plateifu, values)
-        spectra.append(flux[np.isfinite(flux).all(axis=2)])
     mangaids = [f"1-{i}" for i in range(len(plateifus))]
     table = pd.DataFrame({"plateifu": plateifus, "mangaid": mangaids})
     y, x = np.indices(shape).reshape(2, -1)
     spaxels = table.merge(pd.DataFrame({"y": y, "x": x}), how="cross")
     splits = {"hard": parted(table), "easy": parted(spaxels.sample(frac=1, random_state=seed))}
-    whole = np.concatenate(spectra).astype(float)
-    whole /= np.abs(whole).mean(axis=1, keepdims=True)
-    mean = whole.mean(axis=0)
-    _, s, components = np.linalg.svd(whole - mean, full_matrices=False)
-    variance = s**2 / len(whole)
-    some = slice(n_components)
-    arrays = wave_grid(n_band), mean, whole.std(axis=0), components[some], variance[some]
-    ratio = variance[some] / variance.sum()
     for split, parts in splits.items():
         write_split(root, split, parts, seed)
-        galaxies = sorted(parts["train"]["plateifu"].unique())
-        inputs = data_io.stats_inputs(data_io.cube_digests(root, galaxies))
-        options = {"n_components": n_components, "cube": cube_recipe(n_band).shared}
-        recipe = Recipe("statistics", data_io.STATS_VERSION, options, inputs)
-        data_io.write_stats(utils.stats_path(root, split), Stats(*arrays, ratio, recipe))
+        write_statistics(root, split, n_components)
     return root
 
 

@@ -99,34 +99,27 @@ def test_interrupted_download_is_resumed_by_the_next_command(archive, tmp_path):
     assert archive.log[-1][1] == "bytes=65536-"
 
 
-@pytest.mark.parametrize("is_there", [False, True])
-def test_a_file_needed_by_several_processes_is_fetched_once(archive, tmp_path, is_there):
-    archive.pause_s = 0.5
+@pytest.mark.parametrize("cuts", [[], [70_000]])
+def test_a_file_needed_by_several_processes_is_fetched_once_and_resumed_by_those_who_wait(
+    archive, tmp_path, cuts
+):
+    archive.pause_s, archive.cuts = 0.5, [*cuts]
     url, path = url_of(archive), tmp_path / "a.fits.gz"
-    if is_there:
+    if not cuts:
         path.write_bytes(b"old")  # as with --overwrite
-    with ThreadPoolExecutor(3) as pool:
-        sizes = list(pool.map(lambda _: du.fetch(url, path, retries=0), range(3)))
-    assert sizes == [len(CONTENT)] * 3
-    assert path.read_bytes() == CONTENT
-    assert len(archive.log) == 1
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_waiting_processes_resume_a_download_that_failed_elsewhere(archive, tmp_path):
-    archive.pause_s, archive.cuts = 0.5, [70_000]
-    url, path = url_of(archive), tmp_path / "a.fits.gz"
 
     def fetch(_):
         try:
             return du.fetch(url, path, retries=0)
         except DataError:
-            return "failed"
+            return 0
 
     with ThreadPoolExecutor(3) as pool:
-        assert sorted(map(str, pool.map(fetch, range(3)))) == [str(len(CONTENT))] * 2 + ["failed"]
+        sizes = sorted(pool.map(fetch, range(3)))
+    assert sizes == [0 if cuts else len(CONTENT), len(CONTENT), len(CONTENT)]
     assert path.read_bytes() == CONTENT
-    assert [asked for _, asked in archive.log] == [None, "bytes=65536-"]
+    assert [asked for _, asked in archive.log] == [None, *["bytes=65536-" for _ in cuts]]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

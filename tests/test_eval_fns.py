@@ -26,6 +26,7 @@ from HSI_SSFTT import get_SSFTT_model
 from labels import LABEL_NONE
 
 TEST_GALAXY = mock_cubes.PLATEIFUS[-1]
+CLOCK = ["seconds", "spaxels_per_s"]
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +102,12 @@ def test_usable_spaxels_of_unlabelled_galaxies_get_a_class_and_a_metallicity(roo
 
 
 def test_model_and_prediction_describe_themselves_in_three_lines(root, model):
-    first, second, third = repr(model).splitlines()
+    best, (first, second, third) = model.card.best, repr(model).splitlines()
     assert first.startswith("SSFTT for logOH: < 8.40, 8.40-8.44")
     assert "patches of 5 x 5 spaxels, norm PCA, cubes of 5000.0-8000.0 Angstrom" in second
     assert f"{model.card.parameters} parameters" in second
-    best = model.card.best
     accuracy = f"validation accuracy {best['val_accuracy']:.3f}"
     assert third == f"  split hard, best epoch {best['epoch']}, {accuracy}"
-
     prediction = eval_fns.predict_cube(model, utils.cube_path(root, TEST_GALAXY))
     first, second, third = repr(prediction).splitlines()
     assert first == f"{TEST_GALAXY}: 11 x 12 spaxels, {prediction.usable.sum()} classified"
@@ -171,14 +170,18 @@ def test_patch_wise_evaluation_gives_the_same_numbers(own_run):
     assert dense["accuracy"] == pytest.approx(table["val_accuracy"].max())
 
 
-def test_run_on_patch_files_is_evaluated_on_them(root, own_run, own_data, tmp_path):
-    mock_cubes.write_patch_files(root, "logOH", "PCA", size=5)
-    run = train(root, tmp_path / "files", source="patches")
+def test_run_on_patch_files_is_trained_alike_and_evaluated_on_them(own_run, own_data, tmp_path):
     mock_cubes.write_patch_files(own_data, "logOH", "PCA", size=5)
+    run = train(own_data, tmp_path / "files", source="patches")
+    weights = (run_folder.read_checkpoint(folder)["model"] for folder in (run, own_run))
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    # packed cubes are validated a map at a time, files patch by patch: equal except for rounding
+    metrics = (pd.read_csv(folder / "metrics.csv").drop(columns=CLOCK) for folder in (run, own_run))
+    pd.testing.assert_frame_equal(*metrics, rtol=1e-5)
+    mapped = eval_fns.evaluate_split(run, "test")  # while there are cubes
     shutil.rmtree(own_data / "processed" / "cubes")
     ours = eval_fns.evaluate_split(run, "test", data_dir=own_data)
     theirs = eval_fns.evaluate_split(own_run, "test")
-    mapped = eval_fns.evaluate_split(run, "test")  # here there are cubes
     assert without_time(ours) == without_time(theirs) == without_time(mapped)
 
 

@@ -154,3 +154,35 @@ def test_p_wrong_is_half_on_the_line_and_small_far_from_it():
 def test_unknown_diagnostic_is_named():
     with pytest.raises(utils.DataError, match=r"'R23'.*O3N2-M13"):
         ll.lines_needed("R23")
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "values", "expected"),
+    [
+        (6, [8.3, 8.40, 8.4399, 8.44, 8.9, np.nan], [0, 1, 1, 2, 5, ll.LABEL_NONE]),
+        (8, [8.3399, 8.34, 8.9], [0, 1, 7]),
+    ],
+)
+def test_an_edge_belongs_to_the_class_above_it(n_classes, values, expected):
+    np.testing.assert_array_equal(ll.label_classes(np.array(values), "logOH", n_classes), expected)
+
+
+@pytest.mark.parametrize("n_classes", [6, 8])
+def test_every_metallicity_class_has_a_name_and_contains_its_middle(n_classes):
+    middles = ll.class_middles(n_classes)
+    assert len(ll.class_names("logOH", n_classes)) == n_classes == middles.size
+    back = ll.label_classes(middles, "logOH", n_classes)
+    np.testing.assert_array_equal(back, np.arange(n_classes))
+
+
+def test_bpt_labels_are_classes_already():
+    labels = np.array([0, ll.LABEL_NONE, 2], np.int16)
+    np.testing.assert_array_equal(ll.label_classes(labels, "BPT"), labels)
+    assert ll.class_names("BPT") == ("star-forming", "composite", "AGN")
+
+
+def test_numbers_of_classes_without_a_scale_are_refused():
+    with pytest.raises(utils.DataError, match="7 metallicity classes: expected 6 or 8"):
+        ll.logoh_edges(7)
+    with pytest.raises(utils.DataError, match="BPT with 6 classes: expected 3"):
+        ll.class_names("BPT", 6)

@@ -89,9 +89,16 @@ def test_every_cube_is_mapped_once_and_tabulated(root, own_run, caplog):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_map_whose_cube_is_gone_is_marked_and_warned_of(own_data, own_run, caplog):
-    gone, left = mock_cubes.PLATEIFUS[-2:]
-    assert map_them(own_run, own_data, gone, left) == 0
+def test_bad_cube_stops_no_other_and_the_map_of_one_that_is_gone_is_marked(
+    own_data, own_run, caplog
+):
+    bad, gone, left = mock_cubes.PLATEIFUS[-3:]
+    utils.cube_path(own_data, bad).write_bytes(b"no HDF5")
+    assert map_them(own_run, own_data, bad, gone, left) == utils.EXIT_DATA
+    assert {p.stem for p in (own_run / "maps").glob("*.fits")} == {gone, left}
+    failed = pd.read_csv(own_run / "maps" / "failed.csv")
+    assert failed["plateifu"].tolist() == [bad]
+    assert "not a readable HDF5 file" in failed["reason"][0]
     assert "no longer exist" not in caplog.text
     utils.cube_path(own_data, gone).unlink()
     assert map_them(own_run, own_data, left) == 0
@@ -116,13 +123,3 @@ def test_map_of_another_cube_or_model_is_made_again(own_data, own_run):
     assert len({first, second, third}) == 3
     made.write_bytes(b"")  # not a FITS file any more
     assert recipe() == third
-
-
-def test_one_bad_cube_does_not_stop_the_others(own_data, own_run):
-    bad, *good = mock_cubes.PLATEIFUS[:3]
-    utils.cube_path(own_data, bad).write_bytes(b"no HDF5")
-    assert map_them(own_run, own_data, bad, *good) == utils.EXIT_DATA
-    assert {p.stem for p in (own_run / "maps").glob("*.fits")} == set(good)
-    failed = pd.read_csv(own_run / "maps" / "failed.csv")
-    assert failed["plateifu"].tolist() == [bad]
-    assert "not a readable HDF5 file" in failed["reason"][0]

@@ -58,5 +58,4 @@ def test_notebooks_are_kept_without_outputs(name):
     nbformat.validate(book)
     for cell in book.cells:
         if cell.cell_type == "code":
-            assert not cell.outputs
-            assert cell.execution_count is None
+            assert (cell.outputs, cell.execution_count) == ([], None)

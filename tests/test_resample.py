@@ -109,14 +109,11 @@ def test_individual_redshifts_equal_one_common_redshift():
             np.testing.assert_array_equal(a[i], b[0])
 
 
-def test_used_pixels_are_those_with_weight():
+def test_target_grid_fills_the_range_and_used_pixels_are_those_with_weight():
+    wave, edges = resample.target_grid(5000, 8000, 2040)
+    assert (wave.size, edges[0], edges[-1]) == (2040, pytest.approx(5000), pytest.approx(8000))
+    np.testing.assert_allclose(np.diff(np.log10(edges)), np.log10(1.6) / 2040, rtol=1e-9)
     matrix = resample.overlap_matrix(np.arange(0.0, 101), np.array([20.5, 21.5, 30.2]))
     assert resample.used_pixels(matrix) == slice(20, 31)
     nothing = resample.overlap_matrix(np.arange(0.0, 11), np.array([20.0, 21]))
     assert resample.used_pixels(nothing) == slice(0, 0)
-
-
-def test_target_grid_fills_the_range():
-    wave, edges = resample.target_grid(5000, 8000, 2040)
-    assert (wave.size, edges[0], edges[-1]) == (2040, pytest.approx(5000), pytest.approx(8000))
-    np.testing.assert_allclose(np.diff(np.log10(edges)), np.log10(1.6) / 2040, rtol=1e-9)

@@ -40,8 +40,8 @@ def run_dir(root, tmp_path):
 
 def edited(**changes):
     def edit(path):
-        content = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({k: v for k, v in content.items() if v != "gone"}))
+        content = json.loads(path.read_text()) | changes
+        utils.write_json(path, {k: v for k, v in content.items() if v != "gone"})
 
     return edit
 
@@ -60,7 +60,11 @@ def half(path):
         ("model.json", edited(recipe=[]), r"model\.json: its recipe is damaged"),
         ("model.json", half, r"model\.json: damaged"),
         ("best.safetensors", os.unlink, r"no best\.safetensors\. Expected .* a finished epoch"),
-        ("best.safetensors", half, r"best\.safetensors: not readable"),
+        (
+            "best.safetensors",
+            half,
+            r"best\.safetensors: not readable",
+        ),
         ("stats.h5", os.unlink, r"stats\.h5 is missing"),
         ("split/val.csv", os.unlink, r"split/val\.csv is missing"),
     ],
@@ -83,7 +87,11 @@ def test_damaged_checkpoint_is_refused_and_no_code_in_one_is_executed(run_dir, t
             return (os.mkdir, (str(tmp_path / "executed"),))
 
     assert run_folder.read_checkpoint(run_dir) == {"model": {}}
-    for damage in (half, lambda path: torch.save(Harmful(), path), os.unlink):
+    for damage in (
+        half,
+        lambda path: torch.save(Harmful(), path),
+        os.unlink,
+    ):
         damage(run_dir / "last.pt")
         with pytest.raises(DataError, match=r"last\.pt: not a readable checkpoint"):
             run_folder.read_checkpoint(run_dir)

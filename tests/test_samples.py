@@ -7,7 +7,7 @@ import mock_cubes
 import numpy as np
 import pandas as pd
 import pytest
-from mock_cubes import rebuild_cube, rebuild_statistics, relabel, write_labels
+from mock_cubes import later, rebuild_cube, rebuild_statistics, relabel, write_labels
 
 import cube_patch_processing as patching
 import data_fns
@@ -156,11 +156,11 @@ REFUSED = {
         {}, r"stats\.h5: made with another list of training galaxies.*calc_data_stats\.py",
     ),
     "training cube with another redshift": (
-        lambda root: rebuild_cube(root, TRAIN[1], redshift=0.5),
+        later(rebuild_cube, TRAIN[1], redshift=0.5),
         {}, r"stats\.h5: made with another .*cubes\. Re-run calc_data_stats\.py",
     ),
     "validation cube on another grid": (
-        lambda root: rebuild_cube(root, VAL, wave_min=4800.0),
+        later(rebuild_cube, VAL, wave_min=4800.0),
         {}, rf"{VAL}\.h5: made with wave_min=4800.0, that of {TRAIN[0]} with wave_min=5000.0",
     ),
     "cube of another galaxy": (
@@ -177,20 +177,17 @@ REFUSED = {
     "label map of another shape": (
         of_another_shape, {}, r"label map of \(10, 12\) spaxels, expected \(11, 12\)"
     ),
-    "no labels": (
-        lambda root: relabel(root, TRAIN, np.nan), {}, "no labelled logOH spaxel in the 2 galaxies"
-    ),
+    "no labels": (later(relabel, TRAIN, np.nan), {}, "no labelled logOH spaxel in the 2 galaxies"),
     "labels on another scale": (
-        lambda root: relabel(root, GALAXIES, diagnostic="N2O2-KD02"),
+        later(relabel, GALAXIES, diagnostic="N2O2-KD02"),
         {}, "labels were made with N2O2-KD02; .*--diagnostic O3N2-M13",
     ),
     "labels of two calibrations": (
-        lambda root: relabel(root, TRAIN[1:], diagnostic="N2-M13"),
+        later(relabel, TRAIN[1:], diagnostic="N2-M13"),
         {}, f"{TRAIN[1]} .*diagnostic=N2-M13, those of {TRAIN[0]} with diagnostic=O3N2-M13",
     ),
     "validation labels made otherwise": (
-        lambda root: relabel(root, [VAL], min_snr=5.0),
-        {}, "val part: .*min_snr=5.0, those of the train part"
+        later(relabel, [VAL], min_snr=5.0), {}, "val part: .*min_snr=5.0, those of the train part"
     ),
     "patch files of other statistics": (
         rebuild_statistics,
@@ -205,11 +202,11 @@ REFUSED = {
         FULL, rf"{TRAIN[1]}\.npy.* made with another cube.*Re-run cube_patch",
     ),
     "patch files of cubes made otherwise": (
-        lambda root: patch_files_of_a_rebuilt_cube(root, True, remove_gas_velocity=False),
+        later(patch_files_of_a_rebuilt_cube, True, remove_gas_velocity=False),
         FULL, r"\(cube\): made with remove_gas_velocity=False, those of .* with .*=True",
     ),
     "patch files of other labels": (
-        lambda root: relabel(root, TRAIN, 0.01),
+        later(relabel, TRAIN, 0.01),
         FILES, r"\.npy: made with another label map.*cube_patch_processing\.py --overwrite",
     ),
 }  # fmt: skip

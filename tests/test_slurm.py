@@ -14,14 +14,12 @@ COMMANDS = {
     "process": "cube_processing.py [--jobs] [4]",
     "train": "run_SSFTT_training.py [--config] [a b.json] [--run-dir] [runs/a] [--resume] [auto]",
 }
-ARRAY = ("ID", "MIN", "MAX", "COUNT")
 
 
 @pytest.fixture
 def batch(tmp_path):
     """Function that runs a batch script; the stdout of its result lists the commands it called."""
-    bin_dir = tmp_path / "bin"
-    bin_dir.mkdir()
+    (bin_dir := tmp_path / "bin").mkdir()
     stubs = {
         "python": 'echo "$PWD: python $(script=$1; shift; printf %s "$script"; '
         'for word; do printf " [%s]" "$word"; done)"; exit ${CODE:-0}',
@@ -31,15 +29,14 @@ def batch(tmp_path):
     for name, text in stubs.items():
         (bin_dir / name).write_text(f"#!/bin/sh\n{text}\n")
         (bin_dir / name).chmod(0o755)
+    for tool in ("bash", "sh", "dirname"):  # and no srun of the machine's
+        (bin_dir / tool).symlink_to(shutil.which(tool))
 
     def run(name, *words, script=None, cwd=ROOT, srun=True, **variables):
         if not srun:
             (bin_dir / "srun").unlink()
         plain = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SRUN"))}
         plain.pop("PYTHON", None)
-        for tool in ("bash", "sh", "dirname"):  # and no srun of the machine's
-            link = bin_dir / tool
-            link.is_symlink() or link.symlink_to(shutil.which(tool))
         return subprocess.run(
             ["bash", str(script or ROOT / "slurm" / f"{name}.sbatch"), *words],
             cwd=cwd, env={**plain, "PATH": str(bin_dir), **variables},
@@ -74,33 +71,33 @@ def test_job_runs_a_copy_of_the_script_in_the_folder_of_submission(batch, tmp_pa
 @pytest.mark.parametrize(
     ("array", "shards", "expected"),
     [
-        ((0, 0, 99, 100), None, "0/100"),
-        ((99, 0, 99, 100), None, "99/100"),
-        ((7, 3, 7, 2), "100", "7/100"),
-        ((5, 5, 5, 1), "100", "5/100"),
-        ((0, 0, 0, 1), "1", "0/1"),
-        ((0, 0, 0, 1), None, None),  # the first of an unknown number
-        ((5, 5, 5, 1), None, None),
-        ((7, 3, 7, 2), None, None),
-        ((1, 1, 100, 100), None, None),
-        ((3, 0, 9, 10), "5", None),  # fewer than the array has
-        ((2, 0, 8, 5), None, None),
+        ("0 0 99 100", None, "0/100"),
+        ("99 0 99 100", None, "99/100"),
+        ("7 3 7 2", "100", "7/100"),
+        ("5 5 5 1", "100", "5/100"),
+        ("0 0 0 1", "1", "0/1"),
+        ("0 0 0 1", None, None),  # the first of an unknown number
+        ("5 5 5 1", None, None),
+        ("7 3 7 2", None, None),
+        ("1 1 100 100", None, None),
+        ("3 0 9 10", "5", None),  # fewer than the array has
+        ("2 0 8 5", None, None),
     ],
 )
 def test_array_task_takes_its_share_or_is_refused(batch, array, shards, expected):
-    variables = {f"SLURM_ARRAY_TASK_{k}": str(v) for k, v in zip(ARRAY, array, strict=True)}
+    names = (f"SLURM_ARRAY_TASK_{k}" for k in ("ID", "MIN", "MAX", "COUNT"))
+    variables = dict(zip(names, array.split(), strict=True))
     done = batch("process", **variables, **({"SHARDS": shards} if shards else {}))
     if expected:
         assert done.stdout.endswith(f"python cube_processing.py [--shard] [{expected}]\n")
     else:
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.count("\n") == 1
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
         assert "SHARDS=" in done.stderr
 
 
 @pytest.mark.parametrize(("code", "job"), [(75, "7"), (75, ""), (0, "7"), (1, "7")])
 def test_only_a_job_that_was_stopped_early_is_requeued(batch, code, job):
-    done = batch("train", *WORDS["train"], CODE=str(code), SLURM_JOB_ID=job)
+    done = batch("train", CODE=str(code), SLURM_JOB_ID=job)
     assert done.returncode == code
     assert ("scontrol requeue 7" in done.stdout) == (code == 75 and job == "7")
 

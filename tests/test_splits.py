@@ -35,17 +35,13 @@ def test_parts_are_disjoint_complete_and_of_their_size(n, twins, seed):
     data_io.check_split(parts, "hard", "here")
     together = sorted(p for t in parts.values() for p in t["plateifu"])
     assert together == sorted(table["plateifu"])
+    again, other = (cds.split_galaxies(table, FRACTIONS, s)["test"] for s in (seed, seed + 1))
+    pd.testing.assert_frame_equal(parts["test"], again)
+    assert n < 40 or set(again["plateifu"]) != set(other["plateifu"])
     for name, fraction in zip(utils.SPLIT_PARTS, FRACTIONS, strict=True):
         count = parts[name]["mangaid"].nunique()
         assert count >= 1
         assert abs(count - fraction * n) <= 2
-
-
-def test_same_seed_same_split_other_seed_another():
-    table = galaxies(40)
-    first, again, other = (cds.split_galaxies(table, FRACTIONS, s)["test"] for s in (1, 1, 2))
-    pd.testing.assert_frame_equal(first, again)
-    assert set(first["plateifu"]) != set(other["plateifu"])
 
 
 def test_stratified_parts_have_closer_means_than_random_ones():
@@ -59,29 +55,26 @@ def test_stratified_parts_have_closer_means_than_random_ones():
     assert np.mean(stratified) < 0.5 * np.mean(random)
 
 
-@pytest.mark.parametrize("split", [cds.split_galaxies, easy.easy_split])
-@pytest.mark.parametrize(
-    "fractions", [(0.7, 0.3, 0.0), (0.5, 0.1, 0.1), (1.2, -0.1, -0.1), (0.9, 0.2, 0.2)]
-)
-def test_fractions_that_are_not_positive_or_do_not_sum_to_1_are_refused(split, fractions):
-    table = galaxies(10)
-    spaxels = {p: (np.arange(9), np.arange(9)) for p in table["plateifu"]}
-    inputs = (table,) if split is cds.split_galaxies else (table, spaxels)
-    with pytest.raises(DataError, match="summing to 1"):
-        split(*inputs, fractions, 0)
-
-
 @pytest.mark.parametrize(
     ("n", "twins", "fractions", "message"),
     [
+        (10, 0, (0.7, 0.3, 0.0), "summing to 1"),
+        (10, 0, (0.5, 0.1, 0.1), "summing to 1"),
+        (10, 0, (1.2, -0.1, -0.1), "summing to 1"),
+        (10, 0, (0.9, 0.2, 0.2), "summing to 1"),
         (4, 0, (0.05, 0.475, 0.475), "no galaxy of 4 is left for training"),
         (3, 0, (0.05, 0.05, 0.9), "no galaxy of 3 is left for training"),
         (2, 2, FRACTIONS, "2 galaxies: .* at least 3"),
     ],
 )
-def test_too_few_galaxies_for_three_parts_are_refused(n, twins, fractions, message):
+def test_impossible_parts_are_refused(n, twins, fractions, message):
+    table = galaxies(n, twins=twins)
     with pytest.raises(DataError, match=message):
-        cds.split_galaxies(galaxies(n, twins=twins), fractions, 0)
+        cds.split_galaxies(table, fractions, 0)
+    if n == 10:
+        spaxels = {p: (np.arange(9), np.arange(9)) for p in table["plateifu"]}
+        with pytest.raises(DataError, match=message):
+            easy.easy_split(table, spaxels, fractions, 0)
 
 
 def write_labels(root, name, labels, **about):

@@ -203,8 +203,7 @@ def test_colour_bar_is_pointed_where_values_exceed_it(ax, limit, extend):
 
 def test_agreement_and_parts_explain_hatch_and_grey(ax):
     inside, parts = np.ones((6, 6), bool), np.full((6, 6), LABEL_NONE)
-    inside[2, 2] = False
-    parts[:2] = 1
+    inside[2, 2], parts[:2] = False, 1
     vis_fns.plot_part_map(ax, parts, inside)
     assert legend_of(ax) == ["train", "val", "test", "no label", "masked"]
     agrees = np.ma.masked_array(parts == 1, parts != 1)
