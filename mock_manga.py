@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -72,6 +72,12 @@ class MockConfig:
     """Number of processes; 0 starts one per CPU."""
     overwrite: bool = False
     """Simulate galaxies again whose files exist already."""
+    depth: float = 1.0
+    """Exposure time relative to the survey's; noise is proportional to 1/sqrt(depth)."""
+    deep_labels: bool = False
+    """Measure MAPS at the survey's depth and give only the cubes the noise of --depth."""
+    metallicity_relation: float = 0.0
+    """Correlation (-1 to 1) of metallicity with surface brightness and rotation; 0 for none."""
     from_maps: Path | None = None
     """Real MAPS file (22 or 35 channels) whose LOGCUBE to re-synthesise, instead of a survey."""
     debug: bool = False
@@ -178,10 +184,10 @@ def write_galaxy(data_dir: Path, galaxy: Galaxy) -> list[Path]:
     import mock.dr17_files as dr17
 
     plateifu, daptype = galaxy.scene.plateifu, galaxy.scene.cards["DAPTYPE"]
-    forms = {"LOGCUBE": dr17.logcube_hdus, "MAPS": dr17.maps_hdus}
-    paths = [dr17.raw_file(data_dir, plateifu, form, daptype) for form in forms]
-    for path, hdus in zip(paths, forms.values(), strict=True):
-        dr17.write_gzipped_fits(path, hdus(galaxy))
+    hdus = {"LOGCUBE": dr17.logcube_hdus(galaxy), "MAPS": dr17.maps_hdus(galaxy.deep or galaxy)}
+    paths = [dr17.raw_file(data_dir, plateifu, form, daptype) for form in hdus]
+    for path, of_file in zip(paths, hdus.values(), strict=True):
+        dr17.write_gzipped_fits(path, of_file)
     truth = truth_path(data_dir, plateifu)
     write_truth(truth, galaxy)
     return [*paths, truth]
@@ -219,8 +225,19 @@ def simulate_survey(config: MockConfig) -> dict[str, str]:
     if unknown:
         sizes = ", ".join(map(str, BUNDLES))
         raise DataError(f"--bundles {unknown[0]}: no such bundle size. Expected some of {sizes}.")
+    if config.depth <= 0:
+        raise DataError(f"--depth {config.depth:g}: expected a number above 0.")
+    if abs(config.metallicity_relation) > 1:
+        raise DataError(
+            f"--metallicity-relation {config.metallicity_relation:g}: expected a correlation "
+            "from -1 to 1."
+        )
     root = utils.data_dir(config.data_dir)
-    galaxies = [draw_params(config.seed, i, config.bundles) for i in range(config.n_galaxies)]
+    drawn = (
+        draw_params(config.seed, i, config.bundles, config.metallicity_relation)
+        for i in range(config.n_galaxies)
+    )
+    galaxies = [replace(p, depth=config.depth, deep_labels=config.deep_labels) for p in drawn]
     check_folder(root, galaxies)
     work = partial(
         _simulate_one,

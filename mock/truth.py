@@ -19,7 +19,7 @@ from mock.physics import Galaxy, bpt_class, logoh_n2, logoh_o3n2, to_image, wave
 from recipe import Recipe
 from utils import DataError
 
-TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 2
+TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 3
 
 
 def truth_path(root: Path, plateifu: str) -> Path:
