@@ -7,7 +7,8 @@ Writes  results/bench/mock_realism.json; with --figures, PNGs of spectra and map
 Each row is measured from files, by the same code for real and simulated ones, and says whether the
 median of the simulated galaxies lies in the range of the real values. Where only one real value is
 at hand the range is that value within 15 %, for correlations within 0.1, or the range in RANGES,
-which includes a second real galaxy. Spectra are (band,), maps (y, x); wavelengths in vacuum Angstrom.
+which includes a second real galaxy. Spectra are (band,), maps (y, x); wavelengths in vacuum
+Angstrom.
 
     python benchmarks/mock_realism.py --figures results/bench/realism
 """

@@ -148,7 +148,7 @@ class GalaxyParams:
     depth : float
         Exposure time over that of the survey.
     deep_labels : bool
-        Whether MAPS are measured at the survey's depth, whatever the depth of the cube.
+        Whether MAPS are measured at the survey's depth where the cube is shallower.
     """
 
     plateifu: str
@@ -628,9 +628,10 @@ def simulate_galaxy(params: GalaxyParams) -> Galaxy:
     """
     rng = np.random.default_rng([params.seed, 5, params.index])
     scene = build_scene(params)
-    galaxy = observe(scene, rng, 1.0 if params.deep_labels else params.depth)
+    deepest = max(params.depth, 1.0) if params.deep_labels else params.depth
+    galaxy = observe(scene, rng, deepest)
     galaxy.fit = fit_lines(galaxy, rng) | fit_stars(galaxy, rng)
-    if params.deep_labels and params.depth < 1:
+    if params.depth < deepest:
         deep, galaxy = galaxy, observe(scene, rng, params.depth, within=galaxy)
         galaxy.deep = deep
     return galaxy

@@ -76,9 +76,9 @@ it has a correlation of exp(-(d/1.92)**2/2) at a distance of d spaxels, as in th
 (Westfall et al. 2019, section 6; Law et al. 2016, section 9.3)."""
 NOISE_KERNEL_PIXELS = (-0.090, 0.085, 1.0, 0.085, -0.090)
 """Filter of white noise along wavelength: it correlates pixels by 0.15, -0.17 and -0.01 at
-distances of 1, 2 and 3 pixels. Measured on the real spectra among the DAP's test data whose light is faint
-(numbers 5 and 6, 5600 to 8500 Angstrom): 0.15 to 0.21 and -0.13 to -0.25, then 0.02 on average. The
-resampling of the spectra (Law et al. 2016, section 6) leaves this pattern."""
+distances of 1, 2 and 3 pixels. Measured on the faint ones among the real spectra of the DAP's test
+data (numbers 5 and 6, 5600 to 8500 Angstrom): 0.15 to 0.21 and -0.13 to -0.25, then 0.02 on
+average. Resampling of the spectra to the cubes' grid (cf. Law et al. 2016) leaves such a pattern."""
 
 BRIGHT_SKY_AA = (5578.3, 5891.1, 6302.3)
 """The sky lines below 7000 Angstrom that leave residuals, vacuum."""
@@ -235,8 +235,8 @@ TIO_BANDS = (
     (7055.0, 29.0), (7600.0, 24.0), (7830.0, 12.0), (8207.0, 12.0), (8434.0, 18.0), (8862.0, 22.0),
 )  # fmt: skip
 """TiO bands of the cool giants: vacuum wavelength of the head in Angstrom (cf. Valenti et al.
-1998), and equivalent width in Angstrom at solar metallicity, set so that indices of the bands at 6160 and
-7055 Angstrom agree with the real spectra."""
+1998), and equivalent width in Angstrom at solar metallicity, set so that indices of the bands at
+6160 and 7055 Angstrom agree with the real spectra."""
 TIO_METAL = 0.5
 """d log EW / d[Z/H] of the TiO bands."""
 POP_TIO = (0.5, 0.6, 0.75, 0.9, 1.0)
@@ -700,10 +700,10 @@ def hii_ratios(
     its value, and lowers log([NII]/Ha) by 0.3 and log([SII]/Ha) by about 0.5 of it (same signs as
     in Kewley & Dopita 2002). A larger share of diffuse gas, whose spectrum is harder (Zhang et al.
     2017), raises log([OIII]/Hb), [NII]/Ha, [SII]/Ha, [OI]/Ha and [OII]/Hb together: by 1, 0.7,
-    0.49, 1.04 and 1.09 times `diffuse`. The last three are the slopes of these ratios against [OIII]/Hb
-    at fixed [NII]/Ha in 7815-3702; 0.7 is a choice that keeps [NII]/Ha flat along the radius while
-    [OIII]/Hb rises, as it is there. log([NII]/[OII]) is -0.48 at
-    8.45 and rises by 2 dex per dex of O/H, close to the Te-based relation of Bresolin (2007).
+    0.49, 1.04 and 1.09 times `diffuse`. The last three are the slopes of these ratios against
+    [OIII]/Hb at fixed [NII]/Ha in 7815-3702; 0.7 is a choice that keeps [NII]/Ha flat along the
+    radius while [OIII]/Hb rises, as it is there. log([NII]/[OII]) is -0.48 at 8.45 and rises by 2
+    dex per dex of O/H, close to the Te-based relation of Bresolin (2007).
     [OI]/[SII] is that of 7815-3702; He, Ne, Ar and S have values typical of H II regions.
 
     Parameters
@@ -1101,9 +1101,9 @@ def fit_stars(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
     """Measured stellar velocity and dispersion, and their 1-sigma errors; each (spaxel,) km/s.
 
     The error of the velocity is 0.74 times the observed width (dispersion and 70 km/s in
-    quadrature) over the S/N, the median in 7815-3702. The error of the dispersion grows as the dispersion
-    falls below the instrument's (cf. Westfall et al. 2019). A negative dispersion stands for a fit
-    that ends at its lower bound.
+    quadrature) over the S/N, the median in 7815-3702. The error of the dispersion grows as the
+    dispersion falls below the instrument's (cf. Westfall et al. 2019). A negative dispersion stands
+    for a fit that ends at its lower bound.
     """
     scene = galaxy.scene
     width = np.hypot(scene.star_sigma, 70.0)
