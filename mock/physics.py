@@ -78,7 +78,7 @@ NOISE_KERNEL_PIXELS = (-0.090, 0.085, 1.0, 0.085, -0.090)
 """Filter of white noise along wavelength: it correlates pixels by 0.15, -0.17 and -0.01 at
 distances of 1, 2 and 3 pixels. Measured on the faint ones among the real spectra of the DAP's test
 data (numbers 5 and 6, 5600 to 8500 Angstrom): 0.15 to 0.21 and -0.13 to -0.25, then 0.02 on
-average. Resampling of the spectra to the cubes' grid (cf. Law et al. 2016) leaves such a pattern."""
+average. Resampling the spectra to the cubes' grid (cf. Law et al. 2016) leaves such a pattern."""
 
 BRIGHT_SKY_AA = (5578.3, 5891.1, 6302.3)
 """The sky lines below 7000 Angstrom that leave residuals, vacuum."""
