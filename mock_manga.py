@@ -10,17 +10,20 @@ line fluxes are not.
 
 What is modelled (each source is given at the function or constant in mock/): bundles and redshifts
 as in DR17; inclined discs with a bulge; stellar spectra that vary with age and metallicity; H II
-regions on the strong-line calibrations, with scatter in ionisation and N/O; Seyfert, LI(N)ER and
+regions and diffuse gas about the strong-line calibrations, with correlated scatter of the line
+ratios; Seyfert, LI(N)ER and
 composite centres; dust by the Balmer decrement; rotation; seeing that mixes neighbouring spectra;
-noise as measured on real spectra and correlated between neighbouring spaxels; foreground stars,
-dead fibres, low coverage. Line fluxes in MAPS are measured on the noise of the cube.
+noise as measured on real spectra, correlated between neighbouring spaxels and pixels, with
+residuals of the sky lines beyond the stated errors; foreground stars, dead fibres, low coverage.
+Line fluxes in MAPS are measured on the noise of the cube above a continuum fitted with templates
+that are not quite the galaxy's, or with --deep-labels on deeper data. How close this is to real
+files: benchmarks/mock_realism.py.
 
 What is not modelled: the metallicity of the gas is drawn independently of size, brightness,
-redshift and rotation (the real mass-metallicity relation is left out on purpose: a network must
-read the spectrum). Stellar spectra are parametric, not from a library. Each line is one Gaussian
-with the velocity and width of Halpha after the seeing. Noise is independent between wavelengths
-and its stated variance is exact. The fit of the continuum is perfect. Spectral indices are not
-measured: all their values are masked NOVALUE|DONOTUSE.
+redshift and rotation (the real mass-metallicity relation is left out on purpose, unless
+--metallicity-relation is given: a network must read the spectrum). Stellar spectra are parametric,
+not from a library. Each line is one Gaussian with the velocity and width of Halpha after the
+seeing. Spectral indices are not measured: all their values are masked NOVALUE|DONOTUSE.
 
     python mock_manga.py --data-dir data/manga --n-galaxies 24 --seed 1 --bundles 19 --jobs 2
     python mock_manga.py --data-dir data/manga --from-maps manga-7815-3702-MAPS-HYB10.fits.gz
@@ -30,7 +33,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -65,6 +68,12 @@ class MockConfig:
     """Number of processes; 0 starts one per CPU."""
     overwrite: bool = False
     """Simulate galaxies again whose files exist already."""
+    depth: float = 1.0
+    """Exposure time relative to the survey's; noise is proportional to 1/sqrt(depth)."""
+    deep_labels: bool = False
+    """Measure MAPS at the survey's depth and give only the cubes the noise of --depth."""
+    metallicity_relation: float = 0.0
+    """Correlation (-1 to 1) of metallicity with surface brightness and rotation; 0 for none."""
     from_maps: Path | None = None
     """Real MAPS file (22 or 35 channels) whose LOGCUBE to re-synthesise, instead of a survey."""
     debug: bool = False
@@ -76,10 +85,10 @@ def write_galaxy(data_dir: Path, galaxy: Galaxy) -> list[Path]:
     import mock.dr17_files as dr17
 
     plateifu, daptype = galaxy.scene.plateifu, galaxy.scene.cards["DAPTYPE"]
-    forms = {"LOGCUBE": dr17.logcube_hdus, "MAPS": dr17.maps_hdus}
-    paths = [dr17.raw_file(data_dir, plateifu, form, daptype) for form in forms]
-    for path, hdus in zip(paths, forms.values(), strict=True):
-        dr17.write_gzipped_fits(path, hdus(galaxy))
+    hdus = {"LOGCUBE": dr17.logcube_hdus(galaxy), "MAPS": dr17.maps_hdus(galaxy.deep or galaxy)}
+    paths = [dr17.raw_file(data_dir, plateifu, form, daptype) for form in hdus]
+    for path, of_file in zip(paths, hdus.values(), strict=True):
+        dr17.write_gzipped_fits(path, of_file)
     truth = truth_path(data_dir, plateifu)
     write_truth(truth, galaxy)
     return [*paths, truth]
@@ -99,6 +108,12 @@ def _simulate_one(
     return "written"
 
 
+def _check_depth(depth: float) -> None:
+    """Raise a DataError unless a depth is positive."""
+    if not depth > 0:
+        raise DataError(f"--depth {depth:g}: expected a number above 0, 1 for the survey's depth.")
+
+
 def simulate_survey(config: MockConfig) -> dict[str, str]:
     """Simulate the galaxies of a survey that are missing, then write the catalogue.
 
@@ -111,14 +126,24 @@ def simulate_survey(config: MockConfig) -> dict[str, str]:
     DataError
         Unknown bundle size, no galaxies, or a folder with real galaxies or other bundles.
     """
+    _check_depth(config.depth)
     if config.n_galaxies < 1:
         raise DataError(f"--n-galaxies {config.n_galaxies}: expected 1 or more.")
     unknown = sorted(set(config.bundles) - BUNDLES.keys())
     if unknown:
         sizes = ", ".join(map(str, BUNDLES))
         raise DataError(f"--bundles {unknown[0]}: no such bundle size. Expected some of {sizes}.")
+    if abs(config.metallicity_relation) > 1:
+        raise DataError(
+            f"--metallicity-relation {config.metallicity_relation:g}: expected a correlation "
+            "from -1 to 1."
+        )
     root = utils.data_dir(config.data_dir)
-    galaxies = [draw_params(config.seed, i, config.bundles) for i in range(config.n_galaxies)]
+    drawn = (
+        draw_params(config.seed, i, config.bundles, config.metallicity_relation)
+        for i in range(config.n_galaxies)
+    )
+    galaxies = [replace(p, depth=config.depth, deep_labels=config.deep_labels) for p in drawn]
     check_folder(root, galaxies)
     work = partial(
         _simulate_one,
@@ -136,10 +161,13 @@ def simulate_survey(config: MockConfig) -> dict[str, str]:
 def main(config: MockConfig) -> int:
     """Simulate a survey, or re-synthesise one real galaxy; return the exit code."""
     root = utils.data_dir(config.data_dir)
+    _check_depth(config.depth)
     if config.from_maps is not None:
         from mock.from_maps import resynthesise
 
-        for path in resynthesise(root, config.from_maps, config.seed, config.overwrite):
+        for path in resynthesise(
+            root, config.from_maps, config.seed, config.overwrite, config.depth
+        ):
             log.info("%s", path)
         return utils.EXIT_DONE
     return loops.report(simulate_survey(config), "simulate", root / "raw")

@@ -569,7 +569,7 @@ def logcube_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
     )
     yield image_hdu("WAVE", wave.astype(np.float32))
     yield image_hdu("REDCORR", galaxy.redcorr.astype(np.float32))
-    model = (scene.stellar + galaxy.emline) * red * galaxy.binned
+    model = (scene.fitted + galaxy.emline) * red * galaxy.binned
     yield cube("MODEL", model, **unit, partners={"QUALDATA": "MODEL_MASK"})
     unfit = np.int16(SPEC_NOMODEL | SPEC_FITIGNORED)
     flag = np.where(galaxy.bad, SPEC_FITIGNORED, 0).astype(np.int16)
@@ -578,7 +578,7 @@ def logcube_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
     yield mask("MODEL_MASK", flag, {"SCIDATA": "MODEL"})
     yield cube("EMLINE", galaxy.emline * red * galaxy.binned, **unit)
     beyond = wave > 7409 * (1 + scene.z)
-    stellar = scene.stellar * red * galaxy.binned
+    stellar = scene.fitted * red * galaxy.binned
     stellar[beyond] = 0
     yield cube("STELLAR", stellar, **unit, partners={"QUALDATA": "STELLAR_MASK"})
     flag[beyond] |= unfit
@@ -758,7 +758,7 @@ def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
 
 def figures_of_merit(galaxy: Galaxy) -> np.ndarray:
     """Figures of merit of the fit (9, spaxel), in the order of FOM_CHANNELS, on every 8th pixel."""
-    model = ((galaxy.scene.stellar + galaxy.emline) / galaxy.redcorr[:, None])[::8]
+    model = ((galaxy.scene.fitted + galaxy.emline) / galaxy.redcorr[:, None])[::8]
     ivar = galaxy.ivar[::8]
     resid = np.where(ivar > 0, galaxy.flux[::8] - model, 0)
     frac = np.abs(resid) / np.maximum(model, 1e-6)

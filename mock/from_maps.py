@@ -35,6 +35,7 @@ from mock.physics import (
     NOCOV,
     Scene,
     draw_lines,
+    draw_stars,
     extinction_curve,
     g_response,
     mix_templates,
@@ -74,14 +75,14 @@ def _read_maps(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, in
     return primary, {name: hdu.data for name, hdu in hdus.items()}, channels
 
 
-def read_scene(path: Path) -> Scene:
+def read_scene(path: Path, seed: int) -> Scene:
     """Make a noiseless scene of a real galaxy from its MAPS file.
 
     Taken from the file: field of view and mask bits, bins, line fluxes (unmasked; lines that the
     file lacks are absent), velocity and width of Halpha, stellar velocity, the broad-band map and
     its S/N. Invented: the stellar spectrum, whose age follows the equivalent width of Halpha, with
-    one metallicity and one dispersion for the whole galaxy. The maps contain the seeing already,
-    so nothing is blurred again.
+    one metallicity and one dispersion for the whole galaxy; `seed` decides how it differs from the
+    mean templates. The maps contain the seeing already, so nothing is blurred again.
 
     Raises
     ------
@@ -117,7 +118,7 @@ def read_scene(path: Path) -> Scene:
     ew = np.where(ok, hdus["EMLINE_GEW"][ha], 1.0)
     log_age = np.interp(np.log10(np.clip(ew, 1, 100)), *EW_NODES)
     weights = population_weights(log_age, np.full_like(log_age, STARS_METAL))
-    templates = stellar_templates(z, star_sigma)
+    templates = stellar_templates(z, star_sigma, draw_stars(np.random.default_rng([seed, 6])))
     shape = mix_templates(templates, weights, star_v, np.eye(size), ys, xs)
     lines = {
         name: np.where(line_bad[i], 0, hdus["EMLINE_GFLUX"][i])[ys, xs].astype(float)
@@ -159,11 +160,14 @@ def read_scene(path: Path) -> Scene:
     return scene
 
 
-def resynthesise(data_dir: Path, maps: Path, seed: int, overwrite: bool = False) -> list[Path]:
+def resynthesise(
+    data_dir: Path, maps: Path, seed: int, overwrite: bool = False, depth: float = 1.0
+) -> list[Path]:
     """Write a LOGCUBE that a real MAPS file could have come from, and a copy of the MAPS file.
 
     The files keep the galaxy's own plateifu and DAPTYPE. The cube's noise has the S/N of the maps,
-    but is not the noise that the real line fluxes were measured on; those fluxes are the truth.
+    but is not the noise that the real line fluxes were measured on; those fluxes are the truth, and
+    there is no truth where they are masked. A `depth` other than 1 scales the S/N by its root.
 
     Returns
     -------
@@ -175,11 +179,11 @@ def resynthesise(data_dir: Path, maps: Path, seed: int, overwrite: bool = False)
     DataError
         If the MAPS file cannot be used, or another LOGCUBE of the galaxy exists.
     """
-    scene = read_scene(maps)
+    scene = read_scene(maps, seed)
     daptype = str(scene.cards["DAPTYPE"]).strip()
     cube, copy = (raw_file(data_dir, scene.plateifu, form, daptype) for form in ("LOGCUBE", "MAPS"))
     truth = truth_path(data_dir, scene.plateifu)
-    scene.meta["seed"] = seed
+    scene.meta |= {"seed": seed} | ({"depth": depth} if depth != 1 else {})
     if cube.is_file() and not overwrite:
         remedy = "Use --overwrite, or another --data-dir"
         if not truth.is_file():
@@ -187,7 +191,7 @@ def resynthesise(data_dir: Path, maps: Path, seed: int, overwrite: bool = False)
         truth_recipe(scene.meta).require(read_recipe(truth), cube, remedy)
         log.info("%s: up to date", cube)
         return [cube, copy, truth]
-    galaxy = observe(scene, np.random.default_rng([seed, 5]))
+    galaxy = observe(scene, np.random.default_rng([seed, 5]), depth)
     if not copy.is_file() or file_digest(copy) != scene.meta["sha256"]:
         with utils.atomic_path(copy) as part:
             shutil.copyfile(maps, part)

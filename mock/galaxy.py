@@ -32,11 +32,14 @@ from mock.physics import (
     TIED,
     Galaxy,
     Scene,
+    Stars,
     at_shift,
     blur,
     blur_matrix,
+    draw_stars,
     elliptical_coordinates,
     extinction_curve,
+    fit_continuum,
     fit_lines,
     fit_stars,
     galactic_coordinates,
@@ -84,6 +87,21 @@ OLD_LOG_AGE = 9.95
 MAX_METAL = 0.2
 """Highest [Z/H] of the stellar templates."""
 
+STARS_OVER_GAS_V, BULGE_OVER_GAS_V = 0.95, 0.6
+"""Rotation of the stars of disc and bulge over that of the gas (asymmetric drift). Together they
+give a ratio of about 0.8 as in 7815-3702 (0.81 by regression at S/N > 10)."""
+FIELD_SCALE_RE = 0.5
+"""Smoothing scale of the local scatter of line ratios over the effective radius: the residuals of
+7815-3702 about its N2 relation are correlated by 0.5 at 4.5 spaxels, 0.6 effective radii, which
+includes the seeing."""
+IONISATION_DEX, DIFFUSE_DEX = 0.04, 0.11
+"""Local scatter of the two offsets of [O III]/Hb, see `mock.physics.hii_ratios`. Set so that O3N2
+metallicities scatter about a galaxy's own N2 relation by 0.02 to 0.03 dex in the median (0.024 in
+two real galaxies)."""
+DIFFUSE_SLOPE = (0.24, 0.06)
+"""Mean and scatter between galaxies of the gradient of the offset by diffuse gas, dex per effective
+radius: 0.24 in 7815-3702; the scatter is a choice."""
+
 Kind = Literal["star-forming", "composite", "Seyfert", "LINER"]
 
 
@@ -120,10 +138,18 @@ class GalaxyParams:
         12+log(O/H) of the gas at the effective radius; its gradient in dex per effective radius.
     ionisation, nitrogen : float, dex
         Offsets of [O III]/Hb and N/O from the mean relations of `mock.physics.hii_ratios`.
+    diffuse_slope : float
+        Gradient of the offset of [O III]/Hb by diffuse gas, dex per effective radius.
+    density : float, cm-3
+        Electron density of the H II regions.
     agn_fraction : float
         Halpha of the active nucleus over that of the H II regions, in the centre.
     noise_scale : float
         Factor on the typical noise.
+    depth : float
+        Exposure time over that of the survey.
+    deep_labels : bool
+        Whether MAPS are measured at the survey's depth where the cube is shallower.
     """
 
     plateifu: str
@@ -157,10 +183,14 @@ class GalaxyParams:
     nitrogen: float
     agn_fraction: float
     agn_radius: float
+    diffuse_slope: float
+    density: float
     seeing_arcsec: float
     noise_scale: float
     foreground_star: bool
     dead_fibre: bool
+    depth: float = 1.0
+    deep_labels: bool = False
 
 
 # Parameters
@@ -201,18 +231,23 @@ def _agn_fraction(kind: Kind, rng: np.random.Generator) -> float:
     return float(rng.uniform(low, high))
 
 
-def draw_params(seed: int, index: int, bundles: Sequence[int] = ()) -> GalaxyParams:
+def draw_params(
+    seed: int, index: int, bundles: Sequence[int] = (), relation: float = 0.0
+) -> GalaxyParams:
     """Draw the parameters of galaxy number `index` of a seeded survey.
 
     Metallicity and kind follow a low-discrepancy sequence over the index (a Kronecker sequence on
     the powers of the plastic number), so that a small survey covers both evenly and in all
-    combinations. All other parameters are random and independent of these two.
+    combinations. All other parameters are random and, without a relation, independent of these.
 
     Parameters
     ----------
     seed, index : int
     bundles : sequence of int
         Bundle sizes to draw from, keys of BUNDLES; empty for all, as often as in DR17.
+    relation : float
+        Correlation of the metallicity with surface brightness and, standing for mass, with the
+        speed of rotation, -1 to 1.
     """
     sizes = tuple(dict.fromkeys(bundles)) or tuple(BUNDLES)
     twin_of = twin_index(index)
@@ -226,6 +261,12 @@ def draw_params(seed: int, index: int, bundles: Sequence[int] = ()) -> GalaxyPar
     kind = _kind(even[1])
     r_eff = bundle_radius_arcsec(bundle) / rng.uniform(1.4, 2.6)
     quiet = kind == "LINER"
+
+    def related(own: float) -> float:
+        """Mix a number of unit variance with the metallicity, by the correlation wanted."""
+        metal = np.sqrt(12) * (even[0] - 0.5)  # uniform, unit variance
+        return float(relation * metal + np.sqrt(1 - relation**2) * own)
+
     params: dict[str, Any] = {
         "z": float(np.interp(rng.random(), Z_QUANTILES, Z_OF_BUNDLE[bundle])),
         "ra": rng.uniform(0, 360),
@@ -235,9 +276,9 @@ def draw_params(seed: int, index: int, bundles: Sequence[int] = ()) -> GalaxyPar
         # a disc of finite thickness, 0.2 (Holmberg 1958)
         "axis_ratio": float(np.sqrt((1 - 0.2**2) * cos_i**2 + 0.2**2)),
         "pa": rng.uniform(0, 360),
-        "flux_re": 0.13 * 10 ** (0.13 * rng.standard_normal()),
+        "flux_re": 0.13 * 10 ** (0.13 * related(rng.standard_normal())),
         "bulge_fraction": rng.uniform(0.0, 0.35),
-        "v_max": rng.uniform(110, 260) * sin_i,
+        "v_max": (185 + 75 * related(rng.uniform(-1, 1) * np.sqrt(3)) / np.sqrt(3)) * sin_i,
         "r_turn": rng.uniform(0.2, 0.5) * r_eff,
         "sigma_disc": rng.uniform(30, 70),
         "sigma_bulge": rng.uniform(90, 180),
@@ -252,6 +293,9 @@ def draw_params(seed: int, index: int, bundles: Sequence[int] = ()) -> GalaxyPar
         "agn_fraction": _agn_fraction(kind, rng),
         "agn_radius": r_eff * rng.uniform(0.25, 0.5),
     }
+    params["diffuse_slope"] = DIFFUSE_SLOPE[0] + DIFFUSE_SLOPE[1] * rng.standard_normal()
+    # [S II] ratios of 1.42 to 1.45 in the median, as in real galaxies (Sanders et al. 2016)
+    params["density"] = 10 ** rng.uniform(0.0, 0.9)
     # the stars' metallicity follows the gas loosely (solar 8.69, Asplund et al. 2009)
     params["metal_re"] = params["logoh_re"] - 8.69 + 0.1 * rng.standard_normal()
     here = np.random.default_rng([seed, 2, index])  # differs between a galaxy and its repeat
@@ -267,7 +311,7 @@ def draw_params(seed: int, index: int, bundles: Sequence[int] = ()) -> GalaxyPar
         noise_scale=here.uniform(0.85, 1.15),
         foreground_star=bool(here.random() < 0.12),
         dead_fibre=bool(here.random() < 0.10),
-        **{k: float(v) for k, v in params.items()},
+        **{k: float(v) for k, v in params.items()},  # type: ignore[arg-type]  # none is a bool
     )
 
 
@@ -379,16 +423,21 @@ class _Body:
     @property
     def star_v(self) -> np.ndarray:
         """Velocity of the disc's stars, km/s: slower than the gas by asymmetric drift."""
-        return 0.85 * self.v
+        return STARS_OVER_GAS_V * self.v
+
+    @property
+    def bulge_v(self) -> np.ndarray:
+        """Velocity of the bulge's stars, km/s."""
+        return BULGE_OVER_GAS_V * self.v
 
 
 @dataclass(frozen=True)
 class _Gas:
-    """Emission before the seeing: line fluxes by name, squared width (km/s)^2, 12+log(O/H)."""
+    """Emission before the seeing: line fluxes by name, squared width (km/s)^2, what set them."""
 
     lines: dict[str, np.ndarray]
     sigma2: np.ndarray
-    logoh: np.ndarray
+    truth: dict[str, np.ndarray]
 
 
 def _lay_out(p: GalaxyParams, size: int, pad: int) -> _Body:
@@ -397,10 +446,12 @@ def _lay_out(p: GalaxyParams, size: int, pad: int) -> _Body:
     east, north = sky_offsets(size, pad)
     r, azimuth = elliptical_coordinates(east, north, p.pa, p.axis_ratio)
     re = r / p.r_eff
+    ratios = FIELD_SCALE_RE * p.r_eff / SPAXEL_ARCSEC
     fields = {
         name: smooth_field(rng, size + 2 * pad, scale)
         for name, scale in (("age", 3), ("metal", 4), ("dust", 2.5), ("clump", 1.6),
-                            ("logoh", 3), ("ion", 2.5), ("nitrogen", 4), ("agn", 3))
+                            ("logoh", 3), ("ion", ratios), ("nitrogen", ratios), ("agn", 3),
+                            ("diffuse", ratios), ("density", 2))
     }  # fmt: skip
     # an exponential disc (1.678 scale lengths to Re) and a de Vaucouleurs bulge
     disc = p.flux_re * np.exp(-1.678 * (re - 1))
@@ -425,21 +476,22 @@ def _lay_out(p: GalaxyParams, size: int, pad: int) -> _Body:
 def _stellar_spectra(
     p: GalaxyParams,
     body: _Body,
-    templates: np.ndarray,
     weights: np.ndarray,
     matrix: np.ndarray,
     ys: np.ndarray,
     xs: np.ndarray,
+    stars: Stars | None,
 ) -> np.ndarray:
     """Spectra of disc and bulge through the seeing, reddened inside the galaxy; (band, spaxel)."""
+    templates = stellar_templates(p.z, p.sigma_disc, stars)
     stellar = mix_templates(templates, weights * body.disc, body.star_v, matrix, ys, xs)
     old = population_weights(
         np.array(OLD_LOG_AGE), np.array(np.clip(p.metal_re + 0.15, -0.6, MAX_METAL))
     )
-    bulge = np.tensordot(old, at_shift(stellar_templates(p.z, p.sigma_bulge), 0), 2)
-    bulge_light = blur(body.bulge, matrix)
-    stellar += np.outer(bulge, bulge_light[ys, xs]).astype(np.float32)
-    light = blur(body.disc, matrix) + bulge_light
+    templates = stellar_templates(p.z, p.sigma_bulge, stars)
+    bulge = old[..., None, None] * body.bulge
+    stellar += mix_templates(templates, bulge, body.bulge_v, matrix, ys, xs)
+    light = blur(body.disc + body.bulge, matrix)
     ebv = STELLAR_TO_GAS_EBV * blur(body.ebv * (body.disc + body.bulge), matrix) / light
     # fluxes are defined at 5500 Angstrom (V), so the dust dims relative to A_V
     curve = extinction_curve(wave_grid() / (1 + p.z)) - R_V
@@ -448,8 +500,9 @@ def _stellar_spectra(
     return stellar
 
 
-def _gas(p: GalaxyParams, body: _Body, templates: np.ndarray, weights: np.ndarray) -> _Gas:
+def _gas(p: GalaxyParams, body: _Body, weights: np.ndarray) -> _Gas:
     """Emission lines of H II regions and of an active nucleus, reddened inside the galaxy."""
+    templates = stellar_templates(p.z, p.sigma_disc)
     # the equivalent width times the reddened continuum of the disc gives the flux of Halpha
     k_ha = extinction_curve(np.array([6564.632]))[0] - R_V
     dimming = 10 ** (-0.4 * STELLAR_TO_GAS_EBV * body.ebv * k_ha)
@@ -461,11 +514,15 @@ def _gas(p: GalaxyParams, body: _Body, templates: np.ndarray, weights: np.ndarra
 
     slope = p.logoh_slope * (np.minimum(body.re, 2) - 1)
     logoh = np.clip(p.logoh_re + slope + 0.035 * body.fields["logoh"], 8.1, 8.75)
-    lines = hii_ratios(
-        logoh,
-        p.ionisation + 0.04 * body.fields["ion"],
-        p.nitrogen + 0.02 * body.fields["nitrogen"],
-    )
+    gradient = p.diffuse_slope * (np.minimum(body.re, 2) - 1)
+    truth = {
+        "logoh": logoh,
+        "ionisation": p.ionisation + IONISATION_DEX * body.fields["ion"],
+        "nitrogen": p.nitrogen + 0.02 * body.fields["nitrogen"],
+        "diffuse": gradient + DIFFUSE_DEX * body.fields["diffuse"],
+        "density": p.density * 10 ** (0.2 * body.fields["density"]),
+    }
+    lines = hii_ratios(**truth)
     lines = {name: ha * ratio / lines["Ha-6564"] for name, ratio in lines.items()}
     sigma2 = np.full_like(ha, p.sigma_gas**2)
     if p.agn_fraction > 0:
@@ -485,7 +542,7 @@ def _gas(p: GalaxyParams, body: _Body, templates: np.ndarray, weights: np.ndarra
     # both lines of a doublet get the same extinction, so that their ratio is the one of the fit
     dust = {k: curve[TIED[k][0] if k in TIED else k] - curve["Ha-6564"] for k in EMLINES}
     lines = {k: flux * 10 ** (-0.4 * body.ebv * dust[k]) for k, flux in lines.items()}
-    return _Gas(lines, sigma2, logoh)
+    return _Gas(lines, sigma2, truth)
 
 
 def build_scene(p: GalaxyParams) -> Scene:
@@ -510,23 +567,33 @@ def build_scene(p: GalaxyParams) -> Scene:
         cover[(bits & DEADFIBER) > 0] *= 0.3
     ys, xs = np.nonzero(inside)
 
-    templates = stellar_templates(p.z, p.sigma_disc)
     weights = population_weights(body.log_age, body.metal)  # (age, metallicity, y, x)
-    stellar = _stellar_spectra(p, body, templates, weights, matrix, ys, xs)
+    own = draw_stars(np.random.default_rng([p.seed, 6, p.twin_of]))
+    stellar, mean = (
+        _stellar_spectra(p, body, weights, matrix, ys, xs, stars) for stars in (own, None)
+    )
+    continuum = fit_continuum(stellar, mean)
     if star_yx:
-        stellar += _star_light(here, star_yx, psf, ys, xs)
-    gas = _gas(p, body, templates, weights)
+        light = _star_light(here, star_yx, psf, ys, xs)
+        stellar += light
+        continuum += light
+    gas = _gas(p, body, weights)
 
     disc, bulge, ha = body.disc, body.bulge, gas.lines["Ha-6564"]
     light, ha_seen = blur(disc, matrix) + blur(bulge, matrix), blur(ha, matrix)
     gas_v = blur(ha * body.v, matrix) / ha_seen
     gas_sigma = np.sqrt(blur(ha * (body.v**2 + gas.sigma2), matrix) / ha_seen - gas_v**2)
-    star_v = blur(disc * body.star_v, matrix) / light
-    second = disc * (body.star_v**2 + p.sigma_disc**2) + bulge * p.sigma_bulge**2
+    star_v = blur(disc * body.star_v + bulge * body.bulge_v, matrix) / light
+    second = disc * (body.star_v**2 + p.sigma_disc**2)
+    second += bulge * (body.bulge_v**2 + p.sigma_bulge**2)
     star_sigma = np.sqrt(blur(second, matrix) / light - star_v**2)
     metal = disc * body.metal + bulge * min(p.metal_re + 0.15, MAX_METAL)
     truth = {
-        "logoh_physical": gas.logoh[pad : pad + size, pad : pad + size],
+        "logoh_physical": gas.truth["logoh"],
+        **{name: gas.truth[name] for name in ("ionisation", "nitrogen", "diffuse", "density")},
+    }
+    truth = {name: values[pad : pad + size, pad : pad + size] for name, values in truth.items()}
+    truth |= {
         "gas_ebv": blur(body.ebv * ha, matrix) / ha_seen,
         "stellar_log_age": blur(disc * body.log_age + bulge * OLD_LOG_AGE, matrix) / light,
         "stellar_metallicity": blur(metal, matrix) / light,
@@ -550,12 +617,22 @@ def build_scene(p: GalaxyParams) -> Scene:
         cards=_header_cards(p),
         truth={name: values[ys, xs] for name, values in truth.items()},
         meta={"params": asdict(p)},
+        continuum=continuum,
     )
 
 
 def simulate_galaxy(params: GalaxyParams) -> Galaxy:
-    """Simulate one galaxy: noiseless scene, observation, fits; all decided by `params`."""
+    """Simulate one galaxy: noiseless scene, observation, fits; all decided by `params`.
+
+    With labels from deep data, the galaxy returned is the shallow one, and `galaxy.deep` the
+    observation that MAPS are measured on.
+    """
     rng = np.random.default_rng([params.seed, 5, params.index])
-    galaxy = observe(build_scene(params), rng)
+    scene = build_scene(params)
+    deepest = max(params.depth, 1.0) if params.deep_labels else params.depth
+    galaxy = observe(scene, rng, deepest)
     galaxy.fit = fit_lines(galaxy, rng) | fit_stars(galaxy, rng)
+    if params.depth < deepest:
+        deep, galaxy = galaxy, observe(scene, rng, params.depth, within=galaxy)
+        galaxy.deep = deep
     return galaxy

@@ -74,6 +74,22 @@ NOISE_KERNEL_SPAXELS = 1.358
 """Sigma of the Gaussian that correlates the noise of neighbouring spaxels: white noise filtered by
 it has a correlation of exp(-(d/1.92)**2/2) at a distance of d spaxels, as in the real cubes
 (Westfall et al. 2019, section 6; Law et al. 2016, section 9.3)."""
+NOISE_KERNEL_PIXELS = (-0.090, 0.085, 1.0, 0.085, -0.090)
+"""Filter of white noise along wavelength: it correlates pixels by 0.15, -0.17 and -0.01 at
+distances of 1, 2 and 3 pixels. Measured on the faint ones among the real spectra of the DAP's test
+data (numbers 5 and 6, 5600 to 8500 Angstrom): 0.15 to 0.21 and -0.13 to -0.25, then 0.02 on
+average. Resampling the spectra to the cubes' grid (cf. Law et al. 2016) leaves such a pattern."""
+
+BRIGHT_SKY_AA = (5578.3, 5891.1, 6302.3)
+"""The sky lines below 7000 Angstrom that leave residuals, vacuum."""
+SKY_RESIDUAL, SKY_RESIDUAL_GALAXIES, SKY_RESIDUAL_LINES = 0.4, 0.6, 1.2
+"""Residuals of the sky lines: by how much the noise at a line exceeds the stated one (0: not at
+all) in the median, and the scatter (natural logarithm) of this excess between galaxies and between
+the lines of one galaxy. Like BRIGHT_SKY, set so that the rows on sky lines of
+benchmarks/mock_realism.py lie within the range of the eleven real spectra."""
+BRIGHT_SKY, SKY_FOREST = 4.0, 0.3
+"""The same excess at BRIGHT_SKY_AA and, beyond 8500 Angstrom, between the lines of SKY_LINES, where
+weaker lines crowd; relative to SKY_RESIDUAL."""
 
 R_V = 3.1
 """Total-to-selective extinction of the Milky Way's diffuse dust (Cardelli et al. 1989)."""
@@ -157,15 +173,28 @@ NUCLEI: dict[str, dict[str, float]] = {
 [NII]/Ha, [SII]/Ha, [OI]/Ha and [OII]/Hb; HeII/Hb is linear. The middle of the Seyfert and LINER
 sequences in Kewley et al. 2006, figure 1."""
 
+NUCLEUS_DENSITY = 150.0
+"""Electron density of gas ionised by a nucleus, cm-3; a choice between that of H II regions and of
+narrow-line regions (Osterbrock & Ferland 2006, chapter 14)."""
+
 # Stellar population nodes and absorption features
 POP_LOG_AGE = (8.0, 8.7, 9.2, 9.6, 10.0)
 """log10 of the populations' ages in years."""
 POP_METAL = (-0.6, -0.2, 0.2)
 """[Z/H] of the populations."""
-POP_TEMPERATURE_K = (13500.0, 9500.0, 7200.0, 5900.0, 5100.0)
-"""Temperature of the black-body continuum by age: about that of the stars that dominate V."""
-POP_BREAK_4000 = (0.06, 0.12, 0.22, 0.33, 0.42)
+POP_HOT_K = (13500.0, 9800.0, 7600.0, 6500.0, 6200.0)
+"""Temperature by age of the black body of the stars near the main-sequence turn-off."""
+POP_COOL_SHARE = (0.14, 0.21, 0.29, 0.37, 0.42)
+"""Share of cool giants in the light at 5500 Angstrom by age. Like POP_HOT_K, set so that the
+continuum between 4200 and 9100 Angstrom at a given Dn4000 is that of the real spectra
+(benchmarks/mock_realism.py)."""
+COOL_K = 3700.0
+"""Temperature of the giants' black body, about that of early M giants (van Belle et al. 1999)."""
+POP_BREAK_4000 = (0.06, 0.12, 0.23, 0.35, 0.44)
 """Depth of the 4000 Angstrom break by age (Dn4000 1.1 to 1.8; cf. Kauffmann et al. 2003b)."""
+POP_BREAK_4420 = (0.02, 0.05, 0.10, 0.20, 0.28)
+"""Depth by age of the step between 4250 and 4600 Angstrom, where CH, CN and Fe crowd; seen in all
+real spectra with Dn4000 above 1.3."""
 POP_BALMER_JUMP = (0.20, 0.30, 0.18, 0.05, 0.0)
 """Depth of the Balmer jump by age; a smooth guess that peaks with the Balmer lines."""
 POP_BALMER_EW = (3.5, 8.5, 6.5, 3.0, 1.6)
@@ -187,24 +216,59 @@ METAL_FEATURES = (
     ("Ca4227", 4227.9, 3.5, 1.3, 0.5), ("Gband", 4304.5, 10.0, 5.5, 0.25),
     ("Fe4383", 4384.8, 7.0, 4.5, 0.5), ("Fe4531", 4532.5, 9.0, 3.0, 0.35),
     ("C4668", 4669.0, 14.0, 4.5, 0.8), ("Fe5015", 5016.5, 12.0, 4.5, 0.35),
-    ("Mg1", 5102.0, 24.0, 3.0, 0.6), ("Mgb1", 5168.8, 3.5, 1.2, 0.5),
+    ("MgH", 5150.0, 75.0, 14.0, 0.5), ("Mg1", 5102.0, 24.0, 3.0, 0.6),
+    ("Mgb1", 5168.8, 3.5, 1.2, 0.5),
     ("Mgb2", 5174.1, 3.5, 1.6, 0.5), ("Mgb3", 5185.0, 3.5, 1.5, 0.5),
     ("Fe5270", 5271.0, 7.0, 2.7, 0.45), ("Fe5335", 5336.5, 7.0, 2.5, 0.5),
     ("Fe5406", 5407.5, 5.5, 1.5, 0.5), ("Fe5709", 5710.5, 5.0, 0.8, 0.4),
     ("Fe5782", 5783.5, 5.0, 0.7, 0.5), ("NaD1", 5891.6, 2.5, 1.7, 0.5),
-    ("NaD2", 5897.6, 2.5, 1.4, 0.5), ("TiO1", 5965.0, 18.0, 2.2, 0.5),
-    ("TiO2", 6230.0, 28.0, 4.5, 0.5), ("Fe6497", 6498.0, 5.0, 0.8, 0.3),
-    ("CaH", 6830.0, 22.0, 1.6, 0.4), ("TiO7100", 7110.0, 32.0, 4.5, 0.5),
-    ("TiO7670", 7690.0, 35.0, 4.0, 0.5), ("NaI8190", 8190.0, 5.0, 0.7, 0.6),
-    ("CaT1", 8500.4, 3.5, 1.5, 0.2), ("CaT2", 8544.4, 4.5, 3.6, 0.2),
-    ("CaT3", 8664.5, 4.0, 3.0, 0.2), ("TiO8860", 8870.0, 30.0, 3.0, 0.5),
+    ("NaD2", 5897.6, 2.5, 1.4, 0.5), ("Fe6497", 6498.0, 5.0, 0.8, 0.3),
+    ("CaH", 6830.0, 22.0, 1.6, 0.4), ("NaI8190", 8190.0, 5.0, 0.7, 0.6),
+    ("CaT1", 8500.4, 3.5, 1.9, 0.2), ("CaT2", 8544.4, 4.5, 4.6, 0.2),
+    ("CaT3", 8664.5, 4.0, 3.8, 0.2),
 )  # fmt: skip
 """Stellar absorption features, about as strong as the Lick indices of old solar populations
 (Worthey et al. 1994; Thomas et al. 2011); calcium triplet after Cenarro et al. 2001."""
 
+TIO_BANDS = (
+    (4763.0, 8.0), (4956.0, 8.0), (5450.0, 8.0), (5849.0, 10.0), (6160.0, 30.0), (6653.0, 14.0),
+    (7055.0, 29.0), (7600.0, 24.0), (7830.0, 12.0), (8207.0, 12.0), (8434.0, 18.0), (8862.0, 22.0),
+)  # fmt: skip
+"""TiO bands of the cool giants: vacuum wavelength of the head in Angstrom (cf. Valenti et al.
+1998), and equivalent width in Angstrom at solar metallicity, set so that indices of the bands at
+6160 and 7055 Angstrom agree with the real spectra."""
+TIO_METAL = 0.5
+"""d log EW / d[Z/H] of the TiO bands."""
+POP_TIO = (0.5, 0.6, 0.75, 0.9, 1.0)
+"""Strength of the TiO bands of the giants by age, relative to 10 Gyr: young giants are warmer."""
+TIO_SHAPE = ((18.0, 12.0, 0.15), (50.0, 20.0, 0.25), (90.0, 28.0, 0.3), (145.0, 40.0, 0.3))
+"""Offset from the head and width (sigma) in Angstrom, and share, of the Gaussians that make a band:
+steep on its blue side, with a shallow end 200 Angstrom to the red."""
+
 FOREST_LINES = 500
 """Number of weak metal lines between the named features. Their wavelengths are invented, by a fixed
 random draw; only their number, strength and crowding towards the blue resemble an old star."""
+
+
+FEATURE_SCATTER_DEX, FOREST_SCATTER_DEX, CONTINUUM_SCATTER = 0.05, 0.12, 0.03
+"""How galaxies differ from the mean templates of their age and metallicity (`draw_stars`): scatter
+of the strength of each feature and each weak line (dex) and of the continuum's shape, relative.
+Set so that a fit with the mean templates leaves residuals of 1.2 %, as the DAP's fit of 7815-3702
+does where noise is small (STELLAR_CONT_FRESID and RCHI2 at S/N > 30)."""
+CONTINUUM_TERMS = 6
+"""Number of cosines in log wavelength that shape the continuum of a galaxy's stars."""
+
+
+@dataclass(frozen=True)
+class Stars:
+    """How a galaxy's stars differ from the mean templates: factors, and cosine coefficients."""
+
+    features: np.ndarray
+    balmer: np.ndarray
+    tio: np.ndarray
+    forest: np.ndarray
+    cool: float
+    shape: np.ndarray
 
 
 @dataclass
@@ -238,6 +302,8 @@ class Scene:
         Further maps for the truth file.
     meta : dict
         How the scene was made, for the truth file.
+    continuum : (band, spaxel) float32, optional
+        What a fit with the mean templates finds of `stellar`; without it the fit is perfect.
     snr : (spaxel,), optional
         S/N in the g band that the noise is scaled to; without it the noise follows from the light.
     bin_ids : (5, y, x) int32, optional
@@ -262,8 +328,14 @@ class Scene:
     cards: dict[str, Any]
     truth: dict[str, np.ndarray] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    continuum: np.ndarray | None = None
     snr: np.ndarray | None = None
     bin_ids: np.ndarray | None = None
+
+    @property
+    def fitted(self) -> np.ndarray:
+        """Continuum that a fit finds, (band, spaxel)."""
+        return self.stellar if self.continuum is None else self.continuum
 
 
 @dataclass
@@ -284,8 +356,14 @@ class Galaxy:
         Spaxels that the DAP would fit.
     mflux, mflux_ivar, snr : (spaxel,)
         Mean flux density in the g band, its inverse variance, and S/N per pixel.
+    excess : (band,) float32
+        True noise over the stated one.
+    depth : float
+        Exposure time over that of the survey.
     fit : dict of name -> (line, spaxel) or (spaxel,)
         Results of `fit_lines` and `fit_stars`; empty before them.
+    deep : Galaxy, optional
+        Deeper observation that MAPS are measured on instead of this one.
     """
 
     scene: Scene
@@ -298,7 +376,10 @@ class Galaxy:
     mflux: np.ndarray
     mflux_ivar: np.ndarray
     snr: np.ndarray
+    excess: np.ndarray
+    depth: float
     fit: dict[str, np.ndarray] = field(default_factory=dict)
+    deep: Galaxy | None = None
 
 
 def to_image(scene: Scene, values: np.ndarray, fill: float = 0, dtype: str = "f4") -> np.ndarray:
@@ -389,18 +470,46 @@ def angular_distance_mpc_h(z: float) -> float:
 # Stars
 
 
-def stellar_templates(z: float, sigma_kms: float, over: int = 2, pad: int = 60) -> np.ndarray:
+def draw_stars(rng: np.random.Generator) -> Stars:
+    """Draw how the stars of one galaxy differ from the mean templates (FEATURE_SCATTER_DEX)."""
+
+    def strength(number: int, scatter_dex: float) -> np.ndarray:
+        return 10 ** (scatter_dex * rng.standard_normal(number))
+
+    return Stars(
+        features=strength(len(METAL_FEATURES), FEATURE_SCATTER_DEX),
+        balmer=strength(len(BALMER_FEATURES), FEATURE_SCATTER_DEX / 4),  # atomic physics ties them
+        tio=strength(len(TIO_BANDS), FEATURE_SCATTER_DEX),
+        forest=strength(FOREST_LINES, FOREST_SCATTER_DEX),
+        cool=float(strength(1, FEATURE_SCATTER_DEX / 2)[0]),
+        shape=CONTINUUM_SCATTER * rng.standard_normal(CONTINUUM_TERMS) / np.sqrt(CONTINUUM_TERMS),
+    )
+
+
+def mean_stars() -> Stars:
+    """Return stars that do not differ from the mean templates."""
+    lengths = len(METAL_FEATURES), len(BALMER_FEATURES), len(TIO_BANDS), FOREST_LINES
+    features, balmer, tio, forest = (np.ones(n) for n in lengths)
+    return Stars(features, balmer, tio, forest, 1.0, np.zeros(CONTINUUM_TERMS))
+
+
+def stellar_templates(
+    z: float, sigma_kms: float, stars: Stars | None = None, over: int = 2, pad: int = 60
+) -> np.ndarray:
     """Spectra of single populations, redshifted and broadened by dispersion and instrument.
 
-    A black body with absorption features whose strengths follow age and metallicity. The features
-    are Gaussians in optical depth, so that their own width, the velocity dispersion and the
-    instrument's width add in quadrature.
+    Two black bodies, of stars near the turn-off and of cool giants with TiO bands, with absorption
+    features whose strengths follow age and metallicity. The features are Gaussians in optical
+    depth, so that their own width, the velocity dispersion and the instrument's width add in
+    quadrature.
 
     Parameters
     ----------
     z : float
     sigma_kms : float
         Velocity dispersion.
+    stars : Stars, optional
+        How the galaxy's stars differ from the mean; not at all by default.
     over, pad : int
         Samples per pixel of the cubes' grid, and samples added on both sides for later shifts.
 
@@ -410,20 +519,38 @@ def stellar_templates(z: float, sigma_kms: float, over: int = 2, pad: int = 60) 
         Flux density relative to the continuum at 5500 Angstrom (rest frame). Sample
         `pad + over*i` is pixel i.
     """
+    stars = stars or mean_stars()
     samples = np.arange(-pad, over * N_BANDS + pad)
     wave = 10 ** (LOG_WAVE0 + LOG_STEP / over * samples) / (1 + z)
     blur_kms = np.hypot(instrument_sigma_kms(wave * (1 + z)), sigma_kms)
     out = np.empty((len(POP_LOG_AGE), len(POP_METAL), wave.size), np.float32)
     rng = np.random.default_rng(5577)
     places = 3650 + 5400 * rng.random(FOREST_LINES) ** 1.7
-    strengths = 0.22 * rng.exponential(size=FOREST_LINES) * (5000 / places) ** 2
+    strengths = 0.22 * rng.exponential(size=FOREST_LINES) * (5000 / places) ** 2 * stars.forest
     forest = _absorption(
         wave, blur_kms, ((w, 1.5, ew) for w, ew in zip(places, strengths, strict=True))
     )
+    bands = _absorption(
+        wave,
+        blur_kms,
+        (
+            (head + offset, sigma, ew * share * factor)
+            for (head, ew), factor in zip(TIO_BANDS, stars.tio, strict=True)
+            for offset, sigma, share in TIO_SHAPE
+        ),
+    )
+    phase = np.pi * np.log(wave / 3500) / np.log(10500 / 3500)
+    terms = np.arange(1, CONTINUUM_TERMS + 1)[:, None]
+    shape = np.exp(stars.shape @ (np.cos(terms * phase) - np.cos(terms * _phase_5500())))
     for i in range(len(POP_LOG_AGE)):
         for j, metal in enumerate(POP_METAL):
-            out[i, j] = _population(wave, blur_kms, forest, i, metal)
+            out[i, j] = shape * _population(wave, blur_kms, forest, bands, stars, i, metal)
     return out
+
+
+def _phase_5500() -> float:
+    """Phase of the cosines of `Stars.shape` at 5500 Angstrom, where they change nothing."""
+    return float(np.pi * np.log(5500 / 3500) / np.log(10500 / 3500))
 
 
 def _absorption(
@@ -440,23 +567,39 @@ def _absorption(
 
 
 def _population(
-    wave: np.ndarray, blur_kms: np.ndarray, forest: np.ndarray, i: int, metal: float
+    wave: np.ndarray,
+    blur_kms: np.ndarray,
+    forest: np.ndarray,
+    bands: np.ndarray,
+    stars: Stars,
+    i: int,
+    metal: float,
 ) -> np.ndarray:
     """Spectrum of population number `i` in age, at rest wavelengths."""
-    temperature = POP_TEMPERATURE_K[i] * 10 ** (-0.04 * metal)
 
-    def planck(w: np.ndarray | float) -> np.ndarray:
-        return w**-5.0 / np.expm1(1.43878e8 / (w * temperature))
+    def black_body(temperature_k: float) -> np.ndarray:
+        def planck(w: np.ndarray | float) -> np.ndarray:
+            return w**-5.0 / np.expm1(1.43878e8 / (w * temperature_k))
 
+        return planck(wave) / planck(5500.0)
+
+    cool = min(POP_COOL_SHARE[i] * 10 ** (0.15 * metal) * stars.cool, 0.9)
+    giants = black_body(COOL_K) * np.exp(-bands * POP_TIO[i] * 10 ** (TIO_METAL * metal))
+    continuum = (1 - cool) * black_body(POP_HOT_K[i] * 10 ** (-0.04 * metal)) + cool * giants
     depth = POP_BREAK_4000[i] * 10 ** (0.25 * metal)
     blueward = 1 / (1 + np.exp((wave - 3985) / 22))
+    step = POP_BREAK_4420[i] * 10 ** (0.25 * metal) / (1 + np.exp((wave - 4420) / 60))
     jump = POP_BALMER_JUMP[i] / (1 + np.exp((wave - 3700) / 12))
-    features = [(w, 7.0, POP_BALMER_EW[i] * s) for w, s in BALMER_FEATURES]
+    features = [
+        (w, 7.0, POP_BALMER_EW[i] * ew * factor)
+        for (w, ew), factor in zip(BALMER_FEATURES, stars.balmer, strict=True)
+    ]
     features += [
-        (w, s, ew * POP_METAL_EW[i] * 10 ** (g * metal)) for _, w, s, ew, g in METAL_FEATURES
+        (w, sigma, ew * POP_METAL_EW[i] * 10 ** (slope * metal) * factor)
+        for (_, w, sigma, ew, slope), factor in zip(METAL_FEATURES, stars.features, strict=True)
     ]
     tau = _absorption(wave, blur_kms, features) + forest * POP_METAL_EW[i] * 10 ** (0.4 * metal)
-    return planck(wave) / planck(5500.0) * (1 - depth * blueward) * (1 - jump) * np.exp(-tau)
+    return continuum * (1 - depth * blueward) * (1 - step) * (1 - jump) * np.exp(-tau)
 
 
 def population_weights(log_age: np.ndarray, metal: np.ndarray) -> np.ndarray:
@@ -473,6 +616,27 @@ def at_shift(templates: np.ndarray, half_pixels: int, pad: int = 60) -> np.ndarr
     """Templates redshifted by a number of half pixels, on the cubes' grid."""
     start = pad - half_pixels
     return templates[..., start : start + 2 * N_BANDS : 2]
+
+
+def fit_continuum(
+    stellar: np.ndarray, mean: np.ndarray, order: int = 8, step: int = 32
+) -> np.ndarray:
+    """Continuum that a fit finds if its templates are not quite those of the galaxy.
+
+    Like the DAP's pPXF with the right mixture of populations and a multiplicative polynomial of
+    this order in log wavelength: mean templates times the polynomial that fits best.
+
+    Parameters
+    ----------
+    stellar, mean : (band, spaxel) float32
+        True spectra, and those of the mean templates.
+    step : int
+        Every how many pixels the polynomial is fitted.
+    """
+    basis = np.polynomial.legendre.legvander(np.linspace(-1, 1, N_BANDS), order)
+    ratio = stellar[::step] / mean[::step]
+    factor = basis @ np.linalg.lstsq(basis[::step], ratio, rcond=None)[0]
+    return mean * factor.astype(np.float32)
 
 
 def mix_templates(
@@ -523,36 +687,48 @@ def mix_templates(
 
 
 def hii_ratios(
-    logoh: np.ndarray, ionisation: np.ndarray, nitrogen: np.ndarray
+    logoh: np.ndarray,
+    ionisation: np.ndarray,
+    nitrogen: np.ndarray,
+    diffuse: np.ndarray | float = 0.0,
+    density: np.ndarray | float = 100.0,
 ) -> dict[str, np.ndarray]:
-    """Dust-free line fluxes of H II regions, relative to Hbeta.
+    """Dust-free line fluxes of H II regions and diffuse gas, relative to Hbeta.
 
     [NII]/Ha and [OIII]/Hb are such that the O3N2 and N2 calibrations of Marino et al. (2013, eqs.
-    2 and 4) both return `logoh` where the two offsets are zero. Ionisation raises log([OIII]/Hb) by
+    2 and 4) both return `logoh` where the offsets are zero. Ionisation raises log([OIII]/Hb) by
     its value, and lowers log([NII]/Ha) by 0.3 and log([SII]/Ha) by about 0.5 of it (same signs as
-    in Kewley & Dopita 2002). log([NII]/[OII]) is -0.48 at 8.45 and rises by 2 dex per dex of O/H,
-    close to the Te-based relation of Bresolin (2007). [SII], [OI], He, Ne, Ar and S have values
-    typical of H II regions.
+    in Kewley & Dopita 2002). A larger share of diffuse gas, whose spectrum is harder (Zhang et al.
+    2017), raises log([OIII]/Hb), [NII]/Ha, [SII]/Ha, [OI]/Ha and [OII]/Hb together: by 1, 0.7,
+    0.49, 1.04 and 1.09 times `diffuse`. The last three are the slopes of these ratios against
+    [OIII]/Hb at fixed [NII]/Ha in 7815-3702; 0.7 is a choice that keeps [NII]/Ha flat along the
+    radius while [OIII]/Hb rises, as it is there. log([NII]/[OII]) is -0.48 at 8.45 and rises by 2
+    dex per dex of O/H, close to the Te-based relation of Bresolin (2007).
+    [OI]/[SII] is that of 7815-3702; He, Ne, Ar and S have values typical of H II regions.
 
     Parameters
     ----------
     logoh : array
         12+log(O/H).
-    ionisation, nitrogen : arrays
-        Offsets from the mean relations, dex: of [OIII]/Hb, and of N/O.
+    ionisation, nitrogen, diffuse : arrays
+        Offsets from the mean relations, dex: of [OIII]/Hb, of N/O, and of [OIII]/Hb.
+    density : array, cm-3
+        Of the electrons; sets the ratios within the doublets of [SII] and [OII].
 
     Returns
     -------
     dict of line name -> array, all 35 of EMLINES
     """
     n2 = (logoh - 8.743) / 0.462
-    o3 = (8.533 - logoh) / 0.214 + n2 + ionisation
+    o3 = (8.533 - logoh) / 0.214 + n2 + ionisation + diffuse
     n2 = n2 - 0.3 * ionisation + nitrogen
+    # [NII] of the H II regions decides the others
     s2 = -0.48 + 0.25 * (n2 + 0.5) - 0.4 * ionisation - 0.2 * nitrogen
-    o1 = s2 - 1.1
+    o1 = s2 - 1.3 + 1.04 * diffuse
+    s2 = s2 + 0.49 * diffuse
     n2o2 = (logoh - 8.45) / 0.51 - 0.48
-    o2 = n2 - nitrogen + np.log10(CASE_B["Ha-6564"]) - n2o2
-    return _assemble(o3, n2, s2, o1, o2, 0.003, helium=0.12)
+    o2 = n2 - nitrogen + np.log10(CASE_B["Ha-6564"]) - n2o2 + 1.09 * diffuse
+    return _assemble(o3, n2 + 0.7 * diffuse, s2, o1, o2, 0.003, helium=0.12, density=density)
 
 
 def nuclear_ratios(name: str, scatter: np.ndarray) -> dict[str, np.ndarray]:
@@ -561,7 +737,14 @@ def nuclear_ratios(name: str, scatter: np.ndarray) -> dict[str, np.ndarray]:
     return _assemble(
         r["o3"] + scatter, r["n2"] - 0.3 * scatter, r["s2"] - 0.3 * scatter,
         r["o1"] - 0.3 * scatter, r["o2"] - 0.2 * scatter, r["he2"], helium=0.13,
+        density=NUCLEUS_DENSITY,
     )  # fmt: skip
+
+
+def doublet_ratios(density: np.ndarray | float) -> tuple[Any, Any]:
+    """[SII] 6718/6732 and [OII] 3729/3727 by electron density in cm-3 (Sanders et al. 2016)."""
+    sii = 0.4315 * (2107 + density) / (627.1 + density)
+    return sii, 0.3771 * (2468 + density) / (638.4 + density)
 
 
 def _assemble(
@@ -572,20 +755,23 @@ def _assemble(
     o2: np.ndarray,
     he2: float,
     helium: float,
+    density: np.ndarray | float,
 ) -> dict[str, np.ndarray]:
     """All 35 lines relative to Hbeta, from log10 of the strong ratios (as in NUCLEI)."""
     one = np.ones_like(o3)
     ha = CASE_B["Ha-6564"]
     oiii, oii = 10**o3, 10**o2
     sii, nii, oi = ha * 10**s2, ha * 10**n2, ha * 10**o1
+    r_sii, r_oii = doublet_ratios(density)
     lines = {name: ratio * one for name, ratio in CASE_B.items()}
-    # doublet ratios at 100 cm-3, He and Ne: Osterbrock & Ferland 2006, chapters 4 and 5
+    # He and Ne: Osterbrock & Ferland 2006, chapters 4 and 5
     lines |= {
-        "OII-3727": oii / 2.35, "OII-3729": oii * 1.35 / 2.35, "NeIII-3869": 0.085 * oiii,
+        "OII-3727": oii / (1 + r_oii), "OII-3729": oii * r_oii / (1 + r_oii),
+        "NeIII-3869": 0.085 * oiii,
         "NeIII-3968": 0.301 * 0.085 * oiii, "HeI-3889": 0.80 * helium * one,
         "HeI-5877": helium * one, "HeI-7067": 0.22 * helium * one, "HeII-4687": he2 * one,
         "OIII-5008": oiii, "NI-5199": 0.04 * oi, "NI-5201": 0.05 * oi, "OI-6302": oi,
-        "NII-6585": nii, "SII-6718": sii * 1.35 / 2.35, "SII-6732": sii / 2.35,
+        "NII-6585": nii, "SII-6718": sii * r_sii / (1 + r_sii), "SII-6732": sii / (1 + r_sii),
         "ArIII-7137": 0.07 * one, "ArIII-7753": 0.24 * 0.07 * one, "SIII-9533": 0.45 * one,
     }  # fmt: skip
     for weak, (strong, ratio) in TIED.items():
@@ -653,15 +839,40 @@ def smooth_field(rng: np.random.Generator, size: int, scale_spaxels: float) -> n
 
 
 def correlated_noise(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Noise (band, y, x) of unit variance, correlated between neighbouring spaxels.
+    """Noise (band, y, x) of unit variance, correlated between neighbouring spaxels and pixels.
 
-    See NOISE_KERNEL_SPAXELS. Different wavelengths are independent, as they nearly are in real
-    cubes.
+    See NOISE_KERNEL_SPAXELS and NOISE_KERNEL_PIXELS.
     """
     matrix = blur_matrix(size, 0, NOISE_KERNEL_SPAXELS).astype(np.float32)
     matrix /= np.sqrt((matrix**2).sum(axis=1, keepdims=True))
-    white = rng.standard_normal((N_BANDS, size, size), dtype=np.float32)
-    return matrix @ (white.reshape(-1, size) @ matrix.T).reshape(white.shape)
+    kernel = np.array(NOISE_KERNEL_PIXELS, np.float32)
+    kernel /= np.sqrt((kernel**2).sum())
+    margin = kernel.size - 1
+    white = rng.standard_normal((N_BANDS + margin, size * size), dtype=np.float32)
+    noise = kernel[0] * white[:N_BANDS]
+    for k in range(1, kernel.size):
+        noise += kernel[k] * white[k : k + N_BANDS]
+    return matrix @ (noise.reshape(-1, size) @ matrix.T).reshape(N_BANDS, size, size)
+
+
+def sky_excess(rng: np.random.Generator) -> np.ndarray:
+    """Draw true over stated noise at each wavelength, (4563,) float32, 1 between the sky lines.
+
+    The residuals of sky subtraction exceed the stated noise above 7000 Angstrom and at the
+    brightest lines (SKY_RESIDUAL).
+    """
+    wave, out = wave_grid(), np.ones(N_BANDS)
+    of_galaxy = SKY_RESIDUAL * np.exp(SKY_RESIDUAL_GALAXIES * rng.standard_normal())
+    out += SKY_FOREST * of_galaxy / (1 + np.exp((8500 - wave) / 30))
+    for centre, _ in SKY_LINES:
+        height = of_galaxy * np.exp(SKY_RESIDUAL_LINES * rng.standard_normal())
+        if centre in BRIGHT_SKY_AA:
+            height *= BRIGHT_SKY
+        elif centre < 7000:
+            continue
+        width = centre * instrument_sigma_kms(centre) / C_KMS * 1.2
+        out += height * np.exp(-0.5 * ((wave - centre) / width) ** 2)
+    return out.astype(np.float32)
 
 
 @lru_cache(maxsize=1)
@@ -691,11 +902,24 @@ def photon_variance() -> np.ndarray:
 # Observing
 
 
-def observe(scene: Scene, rng: np.random.Generator) -> Galaxy:
+def observe(
+    scene: Scene, rng: np.random.Generator, depth: float = 1.0, within: Galaxy | None = None
+) -> Galaxy:
     """Add noise and masks to a scene.
 
-    The variance is that of the sky, raised where fewer fibres cover a spaxel, plus that of the
-    galaxy's own light. The cube's IVAR is its exact inverse.
+    The stated variance is that of the sky, raised where fewer fibres cover a spaxel, plus that of
+    the galaxy's own light; the cube's IVAR is its inverse. The noise follows it but for the
+    residuals of the sky lines (`sky_excess`), and is correlated (`correlated_noise`).
+
+    Parameters
+    ----------
+    scene : Scene
+    rng : numpy Generator
+    depth : float
+        Exposure time over that of the survey; the variance is proportional to its inverse.
+    within : Galaxy, optional
+        Deeper observation of the same scene, of whose exposures this one uses a part: it shares
+        that part of the noise, the lost pixels and the spaxels that are fitted.
     """
     wave = wave_grid()
     redcorr = 10 ** (0.4 * scene.ebv_gal * extinction_curve(wave))
@@ -708,8 +932,18 @@ def observe(scene: Scene, rng: np.random.Generator) -> Galaxy:
         var *= ((g_band * model / np.sqrt(var)).sum(axis=0) / scene.snr) ** 2
     noise = correlated_noise(rng, scene.size).reshape(N_BANDS, -1)
     noise = noise[:, scene.ys * scene.size + scene.xs]
+    excess = sky_excess(rng) if within is None else within.excess
+    noise *= excess[:, None]
     noise *= np.sqrt(var)
-    bad = _cosmic_rays(rng, noise.shape)
+    if within is None:
+        noise /= np.float32(np.sqrt(depth))
+        bad = _cosmic_rays(rng, noise.shape)
+    else:
+        # the other exposures of the deep data average out with these to its noise
+        noise *= np.float32(np.sqrt(1 / depth - 1 / within.depth))
+        noise += np.where(within.bad, 0, within.flux - model)
+        bad = within.bad
+    var /= np.float32(depth)
     ivar = np.where(bad, 0, 1 / var).astype(np.float32)
     flux = np.where(bad, 0, model + noise).astype(np.float32)
 
@@ -719,12 +953,16 @@ def observe(scene: Scene, rng: np.random.Generator) -> Galaxy:
     mflux_ivar = norm**2 / np.maximum((weight**2 * np.where(bad, 0, var)).sum(axis=0), 1e-30)
     snr = (weight * flux * np.sqrt(ivar)).sum(axis=0) / norm
     good_share = 1 - bad.mean(axis=0)
-    if scene.bin_ids is not None:
+    if within is not None:
+        binned = within.binned
+    elif scene.bin_ids is not None:
         binned = scene.bin_ids[0, scene.ys, scene.xs] >= 0
     else:
         usable = (scene.bits[scene.ys, scene.xs] & DONOTUSE) == 0
         binned = usable & (snr > 1) & (good_share >= 0.8)
-    return Galaxy(scene, redcorr, emline, flux, ivar, bad, binned, mflux, mflux_ivar, snr)
+    return Galaxy(
+        scene, redcorr, emline, flux, ivar, bad, binned, mflux, mflux_ivar, snr, excess, depth
+    )
 
 
 def _cosmic_rays(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -779,13 +1017,14 @@ def draw_lines(scene: Scene) -> np.ndarray:
 def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Measure the emission lines on the noise of the cube.
 
-    The continuum is subtracted and Gaussians of known wavelength and width are fitted by least
-    squares. With profiles P, weights W (inverse variances) and the noise n of the cube, the
-    measured fluxes are the true ones plus (P^T W P)^-1 P^T W n, and their variances are the
-    diagonal of (P^T W P)^-1. Overlapping lines are fitted together, doublets of fixed ratio as
-    one. Wavelength and width count as known because the DAP ties them over all lines (Belfiore et
-    al. 2019); with a free width the flux errors would be 1.22 times larger. Fluxes can be
-    negative, whereas the DAP's are at least 0.
+    The fitted continuum is subtracted and Gaussians of known wavelength and width are fitted by
+    least squares. With profiles P, weights W (stated inverse variances) and n, the noise of the
+    cube plus the error of the continuum, the measured fluxes are the true ones plus
+    (P^T W P)^-1 P^T W n, and their stated variances are the diagonal of (P^T W P)^-1. As in real
+    maps these neglect that neighbouring pixels are correlated. Overlapping lines are fitted
+    together, doublets of fixed ratio as one. Wavelength and width count as known because the DAP
+    ties them over all lines (Belfiore et al. 2019); with a free width the flux errors would be 1.22
+    times larger. Fluxes can be negative, whereas the DAP's are at least 0.
 
     Returns
     -------
@@ -822,7 +1061,7 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
                 columns[free.index(strong)] += np.float32(ratio) * profile[group.index(weak)]
         red = redcorr[band, None].astype(np.float32)
         weight = ivar[band] / red**2
-        clean = galaxy.flux[band] * red - scene.stellar[band] - galaxy.emline[band]
+        clean = galaxy.flux[band] * red - scene.fitted[band] - galaxy.emline[band]
         seen = (columns * (weight > 0)).sum(axis=1) / columns.sum(axis=1)
         normal = np.einsum("lps,ps,mps->slm", columns, weight, columns, optimize=True)
         right = np.einsum("lps,ps,ps->sl", columns, weight, clean, optimize=True)
@@ -861,14 +1100,14 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
 def fit_stars(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Measured stellar velocity and dispersion, and their 1-sigma errors; each (spaxel,) km/s.
 
-    The error of the velocity is 1.3 times the observed width (dispersion and 70 km/s in quadrature)
-    over the S/N, about as large as the DAP's. The error of the dispersion grows as the dispersion
-    falls below the instrument's (cf. Westfall et al. 2019). A negative dispersion stands for a fit
-    that ends at its lower bound.
+    The error of the velocity is 0.74 times the observed width (dispersion and 70 km/s in
+    quadrature) over the S/N, the median in 7815-3702. The error of the dispersion grows as the
+    dispersion falls below the instrument's (cf. Westfall et al. 2019). A negative dispersion stands
+    for a fit that ends at its lower bound.
     """
     scene = galaxy.scene
     width = np.hypot(scene.star_sigma, 70.0)
-    v_error = 1.3 * width / np.maximum(galaxy.snr, 0.5)
+    v_error = 0.74 * width / np.maximum(galaxy.snr, 0.5)
     s_error = v_error * width / np.maximum(scene.star_sigma, 20)
     return {
         "star_v": scene.star_v + v_error * rng.standard_normal(width.size),
@@ -910,4 +1149,4 @@ def _sum_flux(
         whole = good.sum(axis=0) == inside.sum(axis=0)
         svar[i] = np.where(whole, variance.sum(axis=0), np.inf)
         at = np.searchsorted(wave, centre)
-        cont[i] = scene.stellar[np.clip(at, 0, N_BANDS - 1), np.arange(centre.size)]
+        cont[i] = scene.fitted[np.clip(at, 0, N_BANDS - 1), np.arange(centre.size)]

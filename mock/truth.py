@@ -20,7 +20,7 @@ from data_io import Recipe
 from labels import LABEL_NONE
 from mock.physics import Galaxy, bpt_class, logoh_n2, logoh_o3n2, to_image, wave_grid
 
-TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 2
+TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 3
 
 
 def truth_path(root: Path, plateifu: str) -> Path:

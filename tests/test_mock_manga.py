@@ -296,7 +296,8 @@ def test_noise_is_correlated_as_westfall_et_al_found():
     for d in (1, 2, 3):
         got = np.mean(noise[:, 5:-5, 5 : -5 - d] * noise[:, 5:-5, 5 + d : -5])
         assert got == pytest.approx(np.exp(-((d / 1.92) ** 2) / 2), abs=0.02)
-    assert np.mean(noise[1:] * noise[:-1]) == pytest.approx(0, abs=0.01)
+    for d, want in ((1, 0.15), (2, -0.17), (3, 0), (4, 0)):  # as in faint real spectra
+        assert np.mean(noise[d:] * noise[:-d]) == pytest.approx(want, abs=0.03)
 
 
 def test_noise_is_as_large_as_in_real_spectra(shared_manga):
@@ -319,8 +320,10 @@ def test_map_fluxes_scatter_by_their_stated_error(galaxies, line):
         off = maps["EMLINE_GFLUX"].data[i] - g["truth"][f"line_flux/{line}"]
         pulls.append((off * np.sqrt(maps["EMLINE_GFLUX_IVAR"].data[i]))[good])
     pulls = np.concatenate(pulls)
-    assert np.std(pulls) == pytest.approx(1, abs=0.15)  # neighbours are correlated
-    assert np.mean(pulls) == pytest.approx(0, abs=0.25)
+    # neighbouring spaxels and pixels are correlated, which the stated errors neglect
+    assert np.std(pulls) == pytest.approx(1, abs=0.2)
+    # the error of the continuum is common to all spaxels of a galaxy: 0.3 sigma, three galaxies
+    assert np.mean(pulls) == pytest.approx(0, abs=0.5)
 
 
 def test_map_fluxes_are_what_a_fit_to_the_cube_finds(galaxies):
