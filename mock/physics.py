@@ -192,7 +192,7 @@ COOL_K = 3700.0
 """Temperature of the giants' black body, about that of early M giants (van Belle et al. 1999)."""
 POP_BREAK_4000 = (0.06, 0.12, 0.23, 0.35, 0.44)
 """Depth of the 4000 Angstrom break by age (Dn4000 1.1 to 1.8; cf. Kauffmann et al. 2003b)."""
-POP_BREAK_4420 = (0.02, 0.05, 0.10, 0.20, 0.28)
+POP_BREAK_4420 = (0.02, 0.04, 0.08, 0.19, 0.28)
 """Depth by age of the step between 4250 and 4600 Angstrom, where CH, CN and Fe crowd; seen in all
 real spectra with Dn4000 above 1.3."""
 POP_BALMER_JUMP = (0.20, 0.30, 0.18, 0.05, 0.0)
@@ -231,8 +231,8 @@ METAL_FEATURES = (
 (Worthey et al. 1994; Thomas et al. 2011); calcium triplet after Cenarro et al. 2001."""
 
 TIO_BANDS = (
-    (4763.0, 8.0), (4956.0, 8.0), (5450.0, 8.0), (5849.0, 10.0), (6160.0, 30.0), (6653.0, 14.0),
-    (7055.0, 29.0), (7600.0, 24.0), (7830.0, 12.0), (8207.0, 12.0), (8434.0, 18.0), (8862.0, 22.0),
+    (4763.0, 8.0), (4956.0, 8.0), (5450.0, 8.0), (5849.0, 10.0), (6160.0, 31.0), (6653.0, 14.0),
+    (7055.0, 28.0), (7600.0, 24.0), (7830.0, 12.0), (8207.0, 12.0), (8434.0, 18.0), (8862.0, 22.0),
 )  # fmt: skip
 """TiO bands of the cool giants: vacuum wavelength of the head in Angstrom (cf. Valenti et al.
 1998), and equivalent width in Angstrom at solar metallicity, set so that indices of the bands at
@@ -250,7 +250,7 @@ FOREST_LINES = 500
 random draw; only their number, strength and crowding towards the blue resemble an old star."""
 
 
-FEATURE_SCATTER_DEX, FOREST_SCATTER_DEX, CONTINUUM_SCATTER = 0.05, 0.12, 0.03
+FEATURE_SCATTER_DEX, FOREST_SCATTER_DEX, CONTINUUM_SCATTER = 0.075, 0.19, 0.03
 """How galaxies differ from the mean templates of their age and metallicity (`draw_stars`): scatter
 of the strength of each feature and each weak line (dex) and of the continuum's shape, relative.
 Set so that a fit with the mean templates leaves residuals of 1.2 %, as the DAP's fit of 7815-3702
