@@ -54,12 +54,15 @@ DISTRUST = {"BPT": 0b00011, "logOH": 0b01111}
 """Bits of spaxels whose value is not to be trusted: metallicity calibrations hold for H II regions,
 and models learn from those alone unless told otherwise."""
 
+HDUCLASS = {"HDUCLASS": ("SDSS", "as in the maps of MaNGA's DAP"), "HDUCLAS1": "IMAGE"}
+DATA = {**HDUCLASS, "HDUCLAS2": "DATA", "QUALDATA": ("MASK", "extension of the bit mask")}
 CLASS_AXIS = {"CTYPE3": ("CLASS", "its number, from 0"), "CUNIT3": "", "CRPIX3": 1.0, "CRVAL3": 0.0}
+FLAGS = {f"FLAG{i:02}": bit for i, bit in enumerate(MASK_BITS.items())}
 IMAGE_CARDS: dict[str, dict[str, Any]] = {
-    "CLASS": {"BUNIT": "", "COMMENT": "number of the likeliest class, -1 without a prediction"},
-    "PROBABILITY": {"BUNIT": "", **CLASS_AXIS, "CDELT3": 1.0},
-    "LOGOH": {"BUNIT": "dex", "COMMENT": "12+log(O/H) wherever there is a prediction: see MASK"},
-    "MASK": {f"FLAG{i:02}": bit for i, bit in enumerate(MASK_BITS.items())},
+    "CLASS": {**DATA, "BUNIT": "", "COMMENT": "-1 without a prediction"},
+    "PROBABILITY": {**DATA, "HDUCLAS1": "CUBE", "BUNIT": "", **CLASS_AXIS, "CDELT3": 1.0},
+    "LOGOH": {**DATA, "BUNIT": "dex", "COMMENT": "where there is a prediction: see MASK"},
+    "MASK": {**HDUCLASS, "HDUCLAS2": "QUALITY", "HDUCLAS3": "FLAG32BIT", **FLAGS},
 }
 """Header cards of the extensions."""
 
@@ -118,7 +121,8 @@ def write_map(
 
     `bpt`, (y, x) int16: the galaxy's BPT labels; None if it has none.
     """
-    task, values, mask = trained.spec.label_task, result.class_values, spaxel_mask(result, bpt)
+    task, mask = trained.spec.label_task, spaxel_mask(result, bpt)
+    values = [] if result.class_values is None else result.class_values.tolist()
     trusted = (mask & DISTRUST[task]) == 0
     images = {"CLASS": result.classes, "PROBABILITY": np.moveaxis(result.probabilities, 2, 0)}
     median = None
@@ -135,7 +139,7 @@ def write_map(
         "MANGAID": (result.attrs.get("mangaid"), "galaxy, however often observed"),
         "REDSHIFT": (result.attrs.get("redshift"), "of the cube"),
         "TASK": (task, "label that was learned"),
-        "EPOCH": (trained.card.best["epoch"], "of the weights"),
+        "NEPOCH": (trained.card.best["epoch"], "training epoch of the weights"),
         **cards,
         "PART": (result.part, "of the run's split; empty if in none"),
         "SPAXELS": (int(result.usable.sum()), "with a prediction"),
@@ -143,29 +147,19 @@ def write_map(
         "MEDTRUST": (median, "[dex] median LOGOH of the TRUSTED spaxels"),
         **{f"CLASS{k}": (name, "") for k, name in enumerate(result.class_names)},
         **{f"COUNT{k}": (n, "spaxels of the class") for k, n in enumerate(counts)},
-        **{
-            f"VALUE{k}": (float(v), "[dex] 12+log(O/H) of the class")
-            for k, v in enumerate([] if values is None else values)
-        },
+        **{f"VALUE{k}": (v, "[dex] 12+log(O/H) of the class") for k, v in enumerate(values)},
     }
     primary = fits.PrimaryHDU()
     primary.header.update({k: v for k, v in cards.items() if v[0] is not None})
     sky = fits.Header.fromstring(result.attrs.get("wcs_header", ""), sep="\n")
     hdus = fits.HDUList([primary])
     for name, image in images.items():
-        hdu = fits.ImageHDU(image, sky, name)
-        form = "CUBE" if image.ndim == 3 else "IMAGE"
-        hdu.header.update({"HDUCLASS": ("SDSS", "as in maps of MaNGA's DAP"), "HDUCLAS1": form})
-        if name == "MASK":
-            hdu.header.update(HDUCLAS2="QUALITY", HDUCLAS3="FLAG32BIT")
-            hdu.header["SCIDATA"] = "CLASS" if values is None else "LOGOH"
-            hdu.header["DISTRUST"] = (DISTRUST[task], "bits of values not to be trusted")
-        else:
-            hdu.header.update(HDUCLAS2="DATA", QUALDATA=("MASK", "extension of the bit mask"))
-        hdu.header.update(IMAGE_CARDS[name])
-        hdus.append(hdu)
+        hdus.append(fits.ImageHDU(image, sky, name))
+        hdus[name].header.update(IMAGE_CARDS[name])
     channels = {f"C{k}": name for k, name in enumerate(result.class_names, 1)}
     hdus["PROBABILITY"].header.update(channels)
+    hdus["MASK"].header["SCIDATA"] = "LOGOH" if values else "CLASS"
+    hdus["MASK"].header["DISTRUST"] = (DISTRUST[task], "bits of values not to be trusted")
     with utils.atomic_path(path) as part:
         hdus.writeto(part, overwrite=True, checksum=True)
 
@@ -274,7 +268,7 @@ def main(config: Config) -> int:
             log.warning(
                 f"{unknown.sum()} of these galaxies ({table['plateifu'][unknown].iloc[0]}, ...) "
                 "have no spaxel that a BPT label calls star-forming: do not trust their "
-                "metallicities. process_single_cube.py --labels-only makes BPT labels"
+                "metallicities. process_single_cube.py --labels-only makes missing BPT labels"
             )
         shown = chosen & (table["part"] == "train")
         if shown.any():
