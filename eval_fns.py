@@ -246,18 +246,6 @@ class CubePrediction:
         """Mean 12+log(O/H) over the classes' probabilities, (y, x) dex; None for BPT."""
         return None if self.class_values is None else self.probabilities @ self.class_values
 
-    @property
-    def logoh_spread(self) -> np.ndarray | None:
-        """Standard deviation of 12+log(O/H) over the classes' probabilities, (y, x) dex.
-
-        What the model cannot distinguish; it includes neither the width of a class nor the error
-        of the calibration. None for BPT.
-        """
-        if self.class_values is None or self.logoh is None:
-            return None
-        square = self.probabilities @ self.class_values**2
-        return np.sqrt(np.maximum(square - self.logoh**2, 0))
-
     def __repr__(self) -> str:
         """Describe the prediction in three lines."""
         ny, nx = self.classes.shape
@@ -265,7 +253,7 @@ class CubePrediction:
         seen = f"in the run's {self.part} part" if self.part else "not in the run's split"
         last = ""
         if self.logoh is not None and self.usable.any():
-            last = f"; median 12+log(O/H) {np.nanmedian(self.logoh):.3f} dex"
+            last = f"; median 12+log(O/H) {np.nanmedian(self.logoh):.3f} dex, star-forming or not"
         return (
             f"{self.plateifu}: {ny} x {nx} spaxels, {int(self.usable.sum())} classified\n"
             f"  {', '.join(f'{name}: {count}' for name, count in counts)}\n"

@@ -1,11 +1,13 @@
 """Map galaxies with a trained model: the class of every spaxel, and its 12+log(O/H).
 
 Reads   a run folder of run_SSFTT_training.py; processed/cubes/<plate>/<plateifu>.h5. No label is
-        needed: these may be galaxies that nobody has labelled.
-Writes  <run_dir>/maps/<plateifu>.fits, classes, probabilities and, for metallicities, 12+log(O/H),
-        with the cube's sky coordinates; <run_dir>/maps/galaxies.csv, one row per galaxy.
-Layouts: docs/data_formats.md. Every usable spaxel gets a class, star-forming or not. Maps that
-this model made from today's cubes are left alone; others are made again.
+        needed: these may be galaxies that nobody has labelled. For the mask,
+        processed/labels/BPT/<plateifu>.npy where it exists.
+Writes  <run_dir>/maps/<plateifu>.fits, classes, probabilities, for metallicities 12+log(O/H), and
+        a bit mask, with the cube's sky coordinates; <run_dir>/maps/galaxies.csv, a row per galaxy.
+Layouts: docs/data_formats.md#maps. Every usable spaxel gets a class; the mask says which are known
+to be star-forming. Maps that this model made from today's cubes and BPT labels are left alone;
+others are made again.
 
     python map_galaxies.py --run-dir runs/demo                          # every cube there is
     python map_galaxies.py --run-dir runs/demo --plateifu 8485-1901 7815-3702
@@ -25,17 +27,44 @@ import numpy as np
 import pandas as pd
 from astropy.io import fits
 
+import data_fns
 import data_io
 import eval_fns
 import loops
 import run_folder
-from data_io import Recipe, file_digest
+from data_io import Recipe, digest_of, file_digest
+from labels import LABEL_NONE, SF
 from pack_cubes import NormalisedCube
 
 log = logging.getLogger(__name__)
 
 TABLE_FILE = "galaxies.csv"
-MAP_VERSION = 1
+MAP_VERSION = 2
+
+MASK_BITS = {
+    "NOSPEC": "no measured bin",
+    "FEWBINS": "too few measured bins for a prediction",
+    "NOTSF": "composite or AGN by its BPT label",
+    "NOBPT": "without a BPT label",
+    "TRAINED": "in a galaxy of the training part",
+}
+"""Bits of the extension MASK, from bit 0 on, and their meaning."""
+
+DISTRUST = {"BPT": 0b00011, "logOH": 0b01111}
+"""Bits of spaxels whose value is not to be trusted: metallicity calibrations hold for H II regions,
+and models learn from those alone unless told otherwise."""
+
+HDUCLASS = {"HDUCLASS": ("SDSS", "as in the maps of MaNGA's DAP"), "HDUCLAS1": "IMAGE"}
+DATA = {**HDUCLASS, "HDUCLAS2": "DATA", "QUALDATA": ("MASK", "extension of the bit mask")}
+CLASS_AXIS = {"CTYPE3": ("CLASS", "its number, from 0"), "CUNIT3": "", "CRPIX3": 1.0, "CRVAL3": 0.0}
+FLAGS = {f"FLAG{i:02}": bit for i, bit in enumerate(MASK_BITS.items())}
+IMAGE_CARDS: dict[str, dict[str, Any]] = {
+    "CLASS": {**DATA, "BUNIT": "", "COMMENT": "-1 without a prediction"},
+    "PROBABILITY": {**DATA, "HDUCLAS1": "CUBE", "BUNIT": "", **CLASS_AXIS, "CDELT3": 1.0},
+    "LOGOH": {**DATA, "BUNIT": "dex", "COMMENT": "where there is a prediction: see MASK"},
+    "MASK": {**HDUCLASS, "HDUCLAS2": "QUALITY", "HDUCLAS3": "FLAG32BIT", **FLAGS},
+}
+"""Header cards of the extensions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +83,23 @@ class Config(loops.GalaxyChoice):
     """Also replace maps that are up to date."""
 
 
-def map_recipe(weights_digest: str, cube: Recipe) -> Recipe:
-    """Name what decides a map: the model's weights and the cube."""
-    return Recipe("map", MAP_VERSION, {}, {"weights": weights_digest, "cube": cube.digest})
+def map_recipe(weights_digest: str, cube: Recipe, bpt: np.ndarray | None) -> Recipe:
+    """Name what decides a map: the model's weights, the cube, and any BPT labels."""
+    inputs = {"weights": weights_digest, "cube": cube.digest}
+    inputs |= {} if bpt is None else {"BPT labels": digest_of(bpt)}
+    return Recipe("map", MAP_VERSION, {}, inputs)
+
+
+def spaxel_mask(result: eval_fns.CubePrediction, bpt: np.ndarray | None) -> np.ndarray:
+    """Set the bits of MASK_BITS in every spaxel, (y, x) int32; `bpt` as in `write_map`."""
+    mask = np.zeros(result.classes.shape, np.int32)
+    labels = np.full_like(result.classes, LABEL_NONE) if bpt is None else bpt
+    unknown = labels == LABEL_NONE
+    unmeasured, trained = ~result.inside, np.full(mask.shape, result.part == "train")
+    flags = (unmeasured, ~result.usable & ~unmeasured, (labels != SF) & ~unknown, unknown, trained)
+    for bit, is_set in enumerate(flags):  # in the order of MASK_BITS
+        mask[is_set] |= 1 << bit
+    return mask
 
 
 def read_map_header(path: Path) -> fits.Header:
@@ -68,47 +111,57 @@ def read_map_header(path: Path) -> fits.Header:
 
 
 def write_map(
-    path: Path, result: eval_fns.CubePrediction, trained: eval_fns.TrainedModel, cards: dict
+    path: Path,
+    result: eval_fns.CubePrediction,
+    trained: eval_fns.TrainedModel,
+    cards: dict,
+    bpt: np.ndarray | None,
 ) -> None:
-    """Write a map as FITS, whole or not at all, with additional cards in the primary header."""
-    probabilities = np.moveaxis(result.probabilities, 2, 0)
-    images: dict[str, Any] = {"CLASS": result.classes, "PROBABILITY": probabilities}
-    median, values = None, result.class_values
-    if values is not None:
-        images["LOGOH"], images["LOGOH_SPREAD"] = result.logoh, result.logoh_spread
-        median = float(np.median(images["LOGOH"][result.usable])) if result.usable.any() else None
+    """Write a map as FITS, whole or not at all, with additional cards in the primary header.
+
+    `bpt`, (y, x) int16: the galaxy's BPT labels; None if it has none.
+    """
+    task, mask = trained.spec.label_task, spaxel_mask(result, bpt)
+    values = [] if result.class_values is None else result.class_values.tolist()
+    trusted = (mask & DISTRUST[task]) == 0
+    images = {"CLASS": result.classes, "PROBABILITY": np.moveaxis(result.probabilities, 2, 0)}
+    median = None
+    if result.logoh is not None:
+        images["LOGOH"] = result.logoh.astype(np.float32)
+        median = float(np.median(result.logoh[trusted])) if trusted.any() else None
+    images["MASK"] = mask
     counts = map(int, result.class_counts)
     cards = {
+        "ORIGIN": ("MaNGA SSFTT", "software project"),
+        "CREATOR": (f"map_galaxies.py {utils.VERSION}", "command and version"),
+        "DATE": (utils.utc_now().rstrip("Z"), "UTC"),
         "PLATEIFU": (result.plateifu, "galaxy"),
         "MANGAID": (result.attrs.get("mangaid"), "galaxy, however often observed"),
         "REDSHIFT": (result.attrs.get("redshift"), "of the cube"),
-        "TASK": (trained.spec.label_task, "label that was learned"),
-        "EPOCH": (trained.card.best["epoch"], "of the weights"),
+        "TASK": (task, "label that was learned"),
+        "NEPOCH": (trained.card.best["epoch"], "training epoch of the weights"),
         **cards,
         "PART": (result.part, "of the run's split; empty if in none"),
         "SPAXELS": (int(result.usable.sum()), "with a prediction"),
-        "MEDIAN": (median, "12+log(O/H) of those spaxels, dex"),
+        "TRUSTED": (int(trusted.sum()), "spaxels without the bits DISTRUST of MASK"),
+        "MEDTRUST": (median, "[dex] median LOGOH of the TRUSTED spaxels"),
         **{f"CLASS{k}": (name, "") for k, name in enumerate(result.class_names)},
         **{f"COUNT{k}": (n, "spaxels of the class") for k, n in enumerate(counts)},
-        **{
-            f"VALUE{k}": (float(v), "dex, of the class")
-            for k, v in enumerate([] if values is None else values)
-        },
-        "VERSION": (utils.VERSION, "of the code"),
-        "DATE": (utils.utc_now().rstrip("Z"), "UTC"),
+        **{f"VALUE{k}": (v, "[dex] 12+log(O/H) of the class") for k, v in enumerate(values)},
     }
     primary = fits.PrimaryHDU()
     primary.header.update({k: v for k, v in cards.items() if v[0] is not None})
     sky = fits.Header.fromstring(result.attrs.get("wcs_header", ""), sep="\n")
-    hdus = [primary]
+    hdus = fits.HDUList([primary])
     for name, image in images.items():
-        kind = np.int16 if name == "CLASS" else np.float32
-        hdus.append(fits.ImageHDU(image.astype(kind), sky, name))
-        if name.startswith("LOGOH"):
-            hdus[-1].header["BUNIT"] = "dex"
-            hdus[-1].header["COMMENT"] = "of every usable spaxel, star-forming or not"
+        hdus.append(fits.ImageHDU(image, sky, name))
+        hdus[name].header.update(IMAGE_CARDS[name])
+    channels = {f"C{k}": name for k, name in enumerate(result.class_names, 1)}
+    hdus["PROBABILITY"].header.update(channels)
+    hdus["MASK"].header["SCIDATA"] = "LOGOH" if values else "CLASS"
+    hdus["MASK"].header["DISTRUST"] = (DISTRUST[task], "bits of values not to be trusted")
     with utils.atomic_path(path) as part:
-        fits.HDUList(hdus).writeto(part, overwrite=True)
+        hdus.writeto(part, overwrite=True, checksum=True)
 
 
 def tabulate_maps(folder: Path) -> pd.DataFrame:
@@ -118,7 +171,8 @@ def tabulate_maps(folder: Path) -> pd.DataFrame:
     -------
     DataFrame
         plateifu, mangaid, redshift, part (of the run's split; empty if in none), spaxels, for
-        metallicities median_logoh (dex), and the number of spaxels of each class.
+        metallicities the number of trusted ones (known to be star-forming) and their median_logoh
+        (dex), and the number of spaxels of each class.
     """
     rows = []
     for path in utils.files_in(folder, "*.fits"):
@@ -126,7 +180,7 @@ def tabulate_maps(folder: Path) -> pd.DataFrame:
         row = {k: header.get(k.upper()) for k in ("plateifu", "mangaid", "redshift", "part")}
         row["spaxels"] = header.get("SPAXELS")
         if header.get("TASK") == "logOH":
-            row["median_logoh"] = header.get("MEDIAN")
+            row |= {"trusted": header.get("TRUSTED"), "median_logoh": header.get("MEDTRUST")}
         row |= {header[f"CLASS{k}"]: n for k, n in enumerate(header["COUNT*"].values())}
         rows.append(row)
     return pd.DataFrame(rows)
@@ -150,32 +204,38 @@ def map_galaxies(
     folder = run_dir / run_folder.MAPS_FOLDER
     weights = file_digest(run_dir / run_folder.WEIGHTS_FILE)
 
-    def read(plateifu: str) -> NormalisedCube | Exception | None:
-        path = utils.cube_path(root, plateifu)
+    def read(plateifu: str) -> tuple[NormalisedCube, np.ndarray | None] | Exception | None:
+        path, label_path = utils.cube_path(root, plateifu), utils.label_path(root, "BPT", plateifu)
         try:
-            recipe = map_recipe(weights, data_io.read_cube_head(path).recipe)
+            bpt = data_io.read_labels(label_path) if label_path.is_file() else None
+            recipe = map_recipe(weights, data_io.read_cube_head(path).recipe, bpt)
             made = read_map_header(folder / f"{plateifu}.fits").get("RECIPE")
-            is_done = made == recipe.digest and not overwrite
-            return None if is_done else eval_fns.read_cube_for(trained, path)
+            if made == recipe.digest and not overwrite:
+                return None
+            cube = eval_fns.read_cube_for(trained, path)
+            if bpt is not None:
+                data_fns.check_label_shape(bpt, cube.usable, label_path)
+            return cube, bpt
         except Exception as error:  # raised when its galaxy's turn comes
             return error
 
-    cubes = loops.in_threads(read, plateifus, readers)
+    found_cubes = loops.in_threads(read, plateifus, readers)
 
     def work(plateifu: str) -> str:
-        cube = next(cubes)
-        if isinstance(cube, Exception):
-            raise cube
-        if cube is None:
+        found = next(found_cubes)
+        if isinstance(found, Exception):
+            raise found
+        if found is None:
             return "up to date"
+        cube, bpt = found
         result = eval_fns.predict_normalised(trained, cube, plateifu)
         if not result.usable.any():
             log.warning("%s: no usable spaxel, hence no prediction", plateifu)
         cards = {
             "RUN": (run_dir.resolve().name, "folder of the training run"),
-            "RECIPE": map_recipe(weights, cube.recipe).digest,
+            "RECIPE": map_recipe(weights, cube.recipe, bpt).digest,
         }
-        write_map(folder / f"{plateifu}.fits", result, trained, cards)
+        write_map(folder / f"{plateifu}.fits", result, trained, cards, bpt)
         return "written"
 
     return loops.for_each_galaxy(work, plateifus, "maps", failed_csv)
@@ -203,7 +263,14 @@ def main(config: Config) -> int:
             )
         with utils.atomic_path(folder / TABLE_FILE) as part:
             table.to_csv(part, index=False)
-        shown = (table["part"] == "train") & table["plateifu"].isin(galaxies)
+        chosen = table["plateifu"].isin(galaxies)
+        if "trusted" in table and (unknown := chosen & ~(table["trusted"] > 0)).any():
+            log.warning(
+                f"{unknown.sum()} of these galaxies ({table['plateifu'][unknown].iloc[0]}, ...) "
+                "have no spaxel that a BPT label calls star-forming: do not trust their "
+                "metallicities. process_single_cube.py --labels-only makes missing BPT labels"
+            )
+        shown = chosen & (table["part"] == "train")
         if shown.any():
             names = ", ".join(table["plateifu"][shown][:3]) + (", ..." if shown.sum() > 3 else "")
             log.warning(

@@ -112,7 +112,7 @@ def test_model_and_prediction_describe_themselves_in_three_lines(root, model):
     first, second, third = repr(prediction).splitlines()
     assert first == f"{TEST_GALAXY}: 11 x 12 spaxels, {prediction.usable.sum()} classified"
     assert f"< 8.40: {prediction.class_counts[0]}, 8.40-8.44: " in second
-    median = f"{np.nanmedian(prediction.logoh):.3f} dex"
+    median = f"{np.nanmedian(prediction.logoh):.3f} dex, star-forming or not"
     assert third == f"  in the run's test part; median 12+log(O/H) {median}"
 
 
@@ -243,7 +243,7 @@ def test_easy_split_is_evaluated_on_its_own_spaxels_and_says_so(root, tmp_path):
     assert lines[0].startswith("BPT, test part of the split easy (easy): 8 galaxies, ")
     assert lines[1] == "  an easy split: neighbours of the test spaxels were trained on"
     prediction = eval_fns.predict_cube(run, utils.cube_path(root, TEST_GALAXY))
-    assert prediction.logoh is prediction.logoh_spread is None
+    assert prediction.logoh is None
     assert repr(prediction).splitlines()[2] == "  in the run's train part"
 
 

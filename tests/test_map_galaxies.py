@@ -1,6 +1,7 @@
 """Maps of galaxies: their content, their place on the sky, and when they are made again."""
 
 import logging
+import warnings
 
 import utils
 
@@ -10,13 +11,14 @@ import pandas as pd
 import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
+from conftest import train
 from safetensors.torch import load_file, save_file
 
 import data_io
 import eval_fns
 import map_galaxies
 import run_folder
-from labels import LABEL_NONE, class_middles, class_names
+from labels import LABEL_NONE, SF, class_middles, class_names
 
 TEST_GALAXY = mock_cubes.PLATEIFUS[-1]
 
@@ -28,6 +30,39 @@ def map_them(run, root, *plateifus):
 
 def table_of(run):
     return pd.read_csv(run / "maps" / "galaxies.csv", keep_default_na=False).set_index("plateifu")
+
+
+def sky_of(ra: float = 150, dec: float = 2) -> WCS:
+    sky = WCS(naxis=2)
+    sky.wcs.ctype = "RA---TAN", "DEC--TAN"
+    sky.wcs.crval, sky.wcs.crpix, sky.wcs.cdelt = (ra, dec), (4, 5), (-0.5 / 3600, 0.5 / 3600)
+    return sky
+
+
+@pytest.fixture
+def own_map(own_run, tmp_path):
+    """Function that writes a 7 x 8 map for metallicities; returns its path and the prediction."""
+
+    def write(bpt=None, part="", gap=True):
+        header = sky_of().to_header().tostring(sep="\n", endcard=False, padding=False)
+        probabilities = np.zeros((7, 8, 6), np.float32)
+        probabilities[..., [1, 3]] = 0.25, 0.75
+        classes, inside = probabilities.argmax(2).astype(np.int16), np.ones((7, 8), bool)
+        if gap:
+            inside[0], classes[:2], probabilities[:2] = False, LABEL_NONE, np.nan
+        names, values = list(class_names("logOH", 6)), class_middles(6)
+        shown = eval_fns.CubePrediction(
+            "1-1", classes, probabilities, names, inside, {"wcs_header": header}, values, part
+        )
+        model = eval_fns.load_model(own_run, "cpu")
+        map_galaxies.write_map(tmp_path / "x.fits", shown, model, {}, bpt)
+        return tmp_path / "x.fits", shown
+
+    return write
+
+
+def bpt_labels(root, plateifu):
+    return data_io.read_labels(utils.label_path(root, "BPT", plateifu))
 
 
 def test_map_holds_the_prediction(root, own_run):
@@ -45,29 +80,145 @@ def test_map_holds_the_prediction(root, own_run):
         assert np.isnan(hdus["LOGOH"].data[~usable]).all()
     assert (header["PLATEIFU"], header["TASK"], header["PART"]) == (TEST_GALAXY, "logOH", "test")
     assert header["SPAXELS"] == usable.sum() == sum(header["COUNT*"].values())
-    assert header["MEDIAN"] == pytest.approx(np.median(by_hand[usable]), rel=1e-6)
+    trusted = usable & (bpt_labels(root, TEST_GALAXY) == SF)
+    assert header["TRUSTED"] == trusted.sum() < usable.sum()
+    assert header["MEDTRUST"] == pytest.approx(np.median(by_hand[trusted]), rel=1e-6)
+    assert table_of(own_run)["trusted"].tolist() == [trusted.sum()]
 
 
-def test_map_lies_where_the_galaxy_does(own_run, tmp_path):
-    sky = WCS(naxis=2)
-    sky.wcs.ctype = "RA---TAN", "DEC--TAN"
-    sky.wcs.crval, sky.wcs.crpix, sky.wcs.cdelt = (150.0, 2.0), (4, 5), (-0.5 / 3600, 0.5 / 3600)
-    cards = {"wcs_header": sky.to_header().tostring(sep="\n", endcard=False, padding=False)}
-    probabilities = np.zeros((7, 8, 6), np.float32)
-    probabilities[..., [1, 3]] = 0.25, 0.75
-    classes = probabilities.argmax(2).astype(np.int16)
-    names, values = class_names("logOH", 6), class_middles(6)
-    shown = eval_fns.CubePrediction(
-        "1-1", classes, probabilities, names, classes > 0, cards, values
-    )
-    map_galaxies.write_map(tmp_path / "x.fits", shown, eval_fns.load_model(own_run, "cpu"), {})
-    with fits.open(tmp_path / "x.fits") as hdus:
-        there = WCS(hdus["LOGOH"].header).pixel_to_world(3, 4)
-        assert (there.ra.deg, there.dec.deg) == pytest.approx((150, 2))
-        low, high = values[[1, 3]]
+def test_every_plane_lies_where_the_galaxy_does(own_map):
+    path, shown = own_map(gap=False)
+    low, high = shown.class_values[[1, 3]]
+    y, x = np.indices((7, 8)).reshape(2, -1)
+    there = sky_of().pixel_to_world_values(x, y)
+    with fits.open(path) as hdus:
         assert hdus["LOGOH"].data[0, 0] == pytest.approx(0.25 * low + 0.75 * high)
-        spread = np.sqrt(0.25 * 0.75) * (high - low)  # of a two-valued variable
-        assert hdus["LOGOH_SPREAD"].data[0, 0] == pytest.approx(spread, rel=1e-5)
+        for hdu in hdus[1:]:
+            wcs = WCS(hdu.header)
+            assert wcs.naxis == hdu.header["NAXIS"]
+            for k in range(6 if wcs.naxis == 3 else 1):
+                channel = (np.full(x.size, k),) * (wcs.naxis - 2)
+                world = wcs.pixel_to_world_values(x, y, *channel)
+                np.testing.assert_allclose(world[:2], there, rtol=0, atol=1e-9)
+                np.testing.assert_array_equal(world[2:], channel)  # the world's is the class
+                back = wcs.world_to_pixel_values(*world)
+                np.testing.assert_allclose(back, (x, y, *channel), atol=1e-6)
+
+
+def test_map_is_a_standard_file_that_describes_itself(own_map):
+    path, _ = own_map()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fits.open(path, checksum=True) as hdus:
+            hdus.verify("exception")
+            assert [hdu.name for hdu in hdus[1:]] == ["CLASS", "PROBABILITY", "LOGOH", "MASK"]
+            for hdu in hdus:
+                assert hdu.verify_checksum() == hdu.verify_datasum() == 1  # 2: has none
+                assert not {"EPOCH", "BLOCKED"} & {*hdu.header}  # words that FITS deprecates
+            cards = hdus[0].header
+            assert all(cards[k] for k in ("ORIGIN", "CREATOR", "DATE", "PLATEIFU"))
+            for hdu in hdus[1:]:
+                header, is_cube = hdu.header, hdu.name == "PROBABILITY"
+                kind = "QUALITY" if hdu.name == "MASK" else "DATA"
+                assert header["HDUCLAS1"] == ("CUBE" if is_cube else "IMAGE")
+                assert (header["HDUCLASS"], header["HDUCLAS2"]) == ("SDSS", kind)
+                assert header["SCIDATA" if hdu.name == "MASK" else "QUALDATA"] in hdus
+                assert header.get("BUNIT", "") == ("dex" if hdu.name == "LOGOH" else "")
+            cube = hdus["PROBABILITY"].header
+            assert (cube["CTYPE3"], cube["CUNIT3"]) == ("CLASS", "")
+            channels = [cube[f"C{k}"] for k in range(1, cube["NAXIS3"] + 1)]
+            assert channels == list(cards["CLASS*"].values()) == list(class_names("logOH", 6))
+
+
+def test_damaged_map_is_noticed_by_its_checksum(own_map):
+    path, _ = own_map()
+    whole = bytearray(path.read_bytes())
+    with fits.open(path) as hdus:
+        whole[hdus.fileinfo("LOGOH")["datLoc"] + 300] ^= 1
+    path.write_bytes(whole)
+    with (
+        pytest.warns(UserWarning, match="Datasum verification failed"),
+        pytest.warns(UserWarning, match="Checksum verification failed"),
+        fits.open(path, checksum=True) as hdus,
+    ):
+        assert [hdu.verify_datasum() for hdu in hdus] == [1, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_mask_bits_are_those_that_its_header_names(own_map, part):
+    bpt = np.zeros((7, 8), np.int16)
+    bpt[3], bpt[4], bpt[5] = 1, 2, LABEL_NONE
+    with fits.open(own_map(bpt, part)[0]) as hdus:
+        mask, header, primary = hdus["MASK"].data, hdus["MASK"].header, hdus[0].header
+    bit = {header[card]: 1 << int(card[4:]) for card in header["FLAG*"]}
+    assert all(header.comments[card] for card in header["FLAG*"])
+    expected = np.zeros((7, 8), np.int32)
+    expected[0], expected[1] = bit["NOSPEC"], bit["FEWBINS"]
+    expected[3], expected[4], expected[5] = bit["NOTSF"], bit["NOTSF"], bit["NOBPT"]
+    expected += bit["TRAINED"] if part == "train" else 0
+    np.testing.assert_array_equal(mask, expected)
+    trusted = (mask & header["DISTRUST"]) == 0
+    np.testing.assert_array_equal(np.flatnonzero(trusted.all(axis=1)), [2, 6])
+    assert primary["TRUSTED"] == trusted.sum() == 16
+
+
+def test_without_bpt_labels_no_metallicity_is_trusted(own_data, own_run, caplog):
+    def trusted():
+        assert map_them(own_run, own_data, TEST_GALAXY) == 0
+        row = table_of(own_run).loc[TEST_GALAXY]
+        return row["trusted"], row["median_logoh"]
+
+    usable = eval_fns.predict_cube(own_run, utils.cube_path(own_data, TEST_GALAXY)).usable
+    expected = (usable & (bpt_labels(own_data, TEST_GALAXY) == SF)).sum()
+    count, median = trusted()
+    assert (count, float(median) > 8.3) == (expected, True)
+    assert "do not trust" not in caplog.text
+    utils.label_path(own_data, "BPT", TEST_GALAXY).unlink()
+    count, median = trusted()  # made again, since the labels are gone
+    assert (count, median) == (0, "")
+    assert f"1 of these galaxies ({TEST_GALAXY}, ...) have no spaxel that a BPT" in caplog.text
+
+
+def test_bpt_labels_of_another_shape_are_refused(own_data, own_run):
+    labels = bpt_labels(own_data, TEST_GALAXY)
+    mock_cubes.write_labels(own_data, "BPT", TEST_GALAXY, labels[:-1])
+    assert map_them(own_run, own_data, TEST_GALAXY) == utils.EXIT_DATA
+    assert "label map of (10, 12)" in pd.read_csv(own_run / "maps" / "failed.csv")["reason"][0]
+
+
+def test_bpt_map_needs_no_bpt_labels(own_data, tmp_path, caplog):
+    run = train(own_data, tmp_path / "bpt", label_task="BPT", epochs=1)
+    utils.label_path(own_data, "BPT", TEST_GALAXY).unlink()
+    assert map_them(run, own_data, TEST_GALAXY) == 0
+    with fits.open(run / "maps" / f"{TEST_GALAXY}.fits") as hdus:
+        names, header, mask = [hdu.name for hdu in hdus], hdus[0].header, hdus["MASK"]
+        assert names == ["PRIMARY", "CLASS", "PROBABILITY", "MASK"]
+        usable = hdus["CLASS"].data != LABEL_NONE
+        np.testing.assert_array_equal((mask.data & mask.header["DISTRUST"]) == 0, usable)
+        assert header["TRUSTED"] == header["SPAXELS"] == usable.sum()
+        assert "MEDTRUST" not in header
+    assert "do not trust" not in caplog.text
+    assert "trusted" not in table_of(run)
+
+
+def test_probabilities_open_in_specutils_and_ndcube(own_map):
+    """A class axis is no spectral one: specutils reads it as plain numbers, ndcube with the sky."""
+    specutils = pytest.importorskip("specutils", reason="pip install specutils==2.4.0")
+    import ndcube  # comes with it
+    from astropy import units as u
+
+    path, shown = own_map()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with fits.open(path) as hdus:
+            flux, header = hdus["PROBABILITY"].data.astype(float), hdus["PROBABILITY"].header
+        unit = u.Unit(header["BUNIT"])
+        cube = ndcube.NDCube(flux, wcs=WCS(header), unit=unit)
+        channels = np.arange(len(flux)) * u.pix
+        spectrum = specutils.Spectrum(flux * unit, spectral_axis=channels, spectral_axis_index=0)
+    np.testing.assert_allclose(spectrum[:, 3, 4].flux, shown.probabilities[3, 4])
+    sky = cube[3].wcs.pixel_to_world(3, 4)
+    assert (sky.ra.deg, sky.dec.deg) == pytest.approx((150, 2))
 
 
 def test_every_cube_is_mapped_once_and_tabulated(root, own_run, caplog):
