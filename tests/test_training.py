@@ -649,8 +649,6 @@ def test_compiling_reaches_what_training_calls(options, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("cutout", [1, 5])
 def test_a_gpu_trains_stops_and_takes_over_from_a_cpu(options, monkeypatch, cutout):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     options = {**options, "cutout": cutout, "amp": "bf16"}
     assert train(options, epochs=1) == 0
     on_gpu = {**options, "device": "cuda", "resume": "auto", "epochs": 3}
