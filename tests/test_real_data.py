@@ -1,4 +1,9 @@
-"""The cuts of real files in tests/data: that they are small and unchanged; bins of real MAPS."""
+"""Cuts of real files in tests/data, bins of real MAPS, and the summary of what is not tested."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 from utils import DataError
 
@@ -111,3 +116,32 @@ def test_masked_spaxels_of_a_bin_are_not_listed(line_maps, tmp_path):
     meta = data_io.read_label_meta(target)
     assert (meta["n_labelled"], meta["n_bins"], meta["n_stellar_bins"]) == (18, 7, 1)
     assert meta["bins"] == [0, *[i for i in range(1, 6) for _ in range(3)], 6, 6]
+
+
+SOME_SKIPPED = """
+import pytest
+
+@pytest.mark.parametrize("i", range(3))
+def test_a(i):
+    pytest.skip("no such thing")
+
+@pytest.mark.gpu
+def test_b():
+    pass
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", ["0", "1"])
+def test_what_is_not_tested_is_said_in_one_line_per_cause(tmp_path, processes):
+    path, here = tmp_path / "test_some.py", Path(__file__).parent
+    path.write_text(SOME_SKIPPED)
+    settings = here.parent / "pyproject.toml"
+    words = ["-p", "conftest", "-c", settings, "-n", processes, "-p", "no:cacheprovider", path]
+    env = os.environ | {"PYTHONPATH": str(here), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words],
+        capture_output=True, text=True, env=env, check=False,
+    )  # fmt: skip
+    assert "3 tests: no such thing\n1 test: no CUDA device\n=" in done.stdout, done.stdout
+    assert "3 skipped" in done.stdout.splitlines()[-1]
