@@ -169,20 +169,13 @@ def write_logcube(path: Path, flux, ivar, mask, drop=(), redcorr=None, wave=None
     return path
 
 
-def write_maps(path: Path, flux, ivar, mask, lines=LINES, bins=None, **cards) -> Path:
-    """Write a DAP-like MAPS with the HDUs that labels need, from dicts of (y, x) maps.
-
-    `bins` is a map for all steps of the DAP, or those of the stellar continua and the lines.
-    """
+def write_maps(path: Path, flux, ivar, mask, lines=LINES, **cards) -> Path:
+    """Write a DAP-like MAPS with the HDUs that labels need, from dicts of (y, x) maps."""
     primary = fits.PrimaryHDU()
     defaults = {"PLATEIFU": "8485-1901", "MANGAID": "1-209232", "DRP3QUAL": 0, "DAPQUAL": 0}
     for key, value in {**defaults, **cards}.items():
         primary.header[key] = value
     hdus = [primary]
-    if bins is not None:
-        hdus.append(fits.ImageHDU(np.asarray(bins, ">i4"), name="BINID"))
-        if hdus[-1].data.ndim == 3:
-            hdus[-1].header.update({"C1": "Stellar continua", "C2": "Em. line models"})
     kinds = (("EMLINE_GFLUX", flux), ("EMLINE_GFLUX_IVAR", ivar), ("EMLINE_GFLUX_MASK", mask))
     for name, maps in kinds:
         dtype = ">i4" if name.endswith("MASK") else ">f4"

@@ -363,7 +363,7 @@ def test_missing_line_is_named_with_those_of_the_file(tmp_path, line_maps):
         ("8485-1901.png", Path.unlink, r"8485-1901\.png beside it is missing"),
         ("8485-1901_err.npy", Path.unlink, r"8485-1901_err\.npy beside it is missing"),
         ("8485-1901.npy", lambda path: os.truncate(path, 100), r"8485-1901\.npy: not a readable"),
-        ("8485-1901.npy", lambda path: np.save(path, np.load(path) + 1), "its values are not"),
+        ("8485-1901.npy", lambda path: np.save(path, np.load(path) + 1), "its values are not thos"),
         ("8485-1901.npy", None, r"made with min_snr=5\.0 \(now 3\.0\)"),
     ],
 )

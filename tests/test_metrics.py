@@ -43,38 +43,6 @@ def test_scores_equal_scikit_learns(n_classes, n, seed, narrow):
         np.testing.assert_allclose(each[name], score(truth, guess, **options))
 
 
-def test_undefined_scores_are_nan_not_zero():
-    rows = {"plateifu": ["1-1", "1-1", "1-2"], "mangaid": ["a", "a", "b"]}
-    frame = pd.DataFrame({**rows, "true": 2, "predicted": 2, "value": 8.46})
-    overall, _, per_class, per_galaxy = metrics.score_predictions(
-        frame, list("abcdef"), [1] * 6, class_middles(6), 8.46
-    )
-    assert overall["accuracy"] == 1
-    assert np.isnan(overall["kappa"])
-    assert "kappa" not in overall["intervals"]
-    assert np.isnan(per_galaxy["kappa"]).all()
-    assert per_class["f1"].tolist()[2] == 1
-    assert per_class["f1"].isna().sum() == 5
-    assert per_class["f1"].mean() == overall["macro_f1"]
-
-
-def test_bootstrap_draws_galaxies_not_spaxels():
-    """Ten galaxies, half all right, half all wrong: sd of the mean is sqrt(0.25 / 10)."""
-    galaxy = np.repeat(np.arange(10), 50)
-    frame = pd.DataFrame({"mangaid": galaxy, "true": 1, "predicted": galaxy % 2})
-    low, high = metrics.bootstrap_intervals(frame, 2)["accuracy"]
-    assert (high - low) / (2 * 1.96) == pytest.approx(np.sqrt(0.25 / 10), rel=0.15)
-    one = frame[frame["mangaid"] == 3]
-    assert metrics.bootstrap_intervals(one, 2) == {}
-
-
-def test_bootstrap_intervals_of_equal_galaxies_have_no_width():
-    galaxy = np.repeat(list("abc"), 4)
-    frame = pd.DataFrame({"mangaid": galaxy, "true": [0, 1] * 6, "predicted": 0, "error": 0.1})
-    for low, high in metrics.bootstrap_intervals(frame, 2).values():
-        assert low == pytest.approx(high)
-
-
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 999))
 def test_a_bin_counts_once_however_many_its_spaxels(seed):
@@ -120,3 +88,35 @@ def test_weighted_scores_equal_scikit_learns():
         sk.f1_score(truth, guess, average="macro", **options)
     )
     assert scores["kappa"] == pytest.approx(sk.cohen_kappa_score(truth, guess, **options))
+
+
+def test_undefined_scores_are_nan_not_zero():
+    rows = {"plateifu": ["1-1", "1-1", "1-2"], "mangaid": ["a", "a", "b"]}
+    frame = pd.DataFrame({**rows, "true": 2, "predicted": 2, "value": 8.46})
+    overall, _, per_class, per_galaxy = metrics.score_predictions(
+        frame, list("abcdef"), [1] * 6, class_middles(6), 8.46
+    )
+    assert overall["accuracy"] == 1
+    assert np.isnan(overall["kappa"])
+    assert "kappa" not in overall["intervals"]
+    assert np.isnan(per_galaxy["kappa"]).all()
+    assert per_class["f1"].tolist()[2] == 1
+    assert per_class["f1"].isna().sum() == 5
+    assert per_class["f1"].mean() == overall["macro_f1"]
+
+
+def test_bootstrap_draws_galaxies_not_spaxels():
+    """Ten galaxies, half all right, half all wrong: sd of the mean is sqrt(0.25 / 10)."""
+    galaxy = np.repeat(np.arange(10), 50)
+    frame = pd.DataFrame({"mangaid": galaxy, "true": 1, "predicted": galaxy % 2})
+    low, high = metrics.bootstrap_intervals(frame, 2)["accuracy"]
+    assert (high - low) / (2 * 1.96) == pytest.approx(np.sqrt(0.25 / 10), rel=0.15)
+    one = frame[frame["mangaid"] == 3]
+    assert metrics.bootstrap_intervals(one, 2) == {}
+
+
+def test_bootstrap_intervals_of_equal_galaxies_have_no_width():
+    galaxy = np.repeat(list("abc"), 4)
+    frame = pd.DataFrame({"mangaid": galaxy, "true": [0, 1] * 6, "predicted": 0, "error": 0.1})
+    for low, high in metrics.bootstrap_intervals(frame, 2).values():
+        assert low == pytest.approx(high)

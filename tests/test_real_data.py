@@ -91,17 +91,23 @@ def test_spaxels_of_one_voronoi_bin_are_counted_and_known(voronoi_labels):
         assert len(set(labels[bins == i])) == 1
 
 
+def make_labels(maps, folder, bins=None):
+    """Path of BPT classes from MAPS with a BINID of stellar continua and lines."""
+    source, target = write_maps(folder / "8485-1901.fits", *maps), folder / "8485-1901.npy"
+    if bins is not None:
+        with fits.open(source, mode="update") as hdus:
+            hdu = fits.ImageHDU(np.asarray(bins, ">i4"), name="BINID")
+            hdu.header.update({"C1": "Stellar continua", "C2": "Em. line models"})
+            hdus.insert(1, hdu)
+    fits_utils.process_map(source, target, "BPT", fits_utils.LabelOptions())
+    return target
+
+
 def test_bins_of_another_size_are_refused_and_none_are_unknown(line_maps, tmp_path):
-    target = tmp_path / "8485-1901.npy"
-
-    def make(**options):
-        source = write_maps(tmp_path / "8485-1901.fits", *line_maps, **options)
-        return fits_utils.process_map(source, target, "BPT", fits_utils.LabelOptions())
-
     with pytest.raises(DataError, match=r"BINID has maps of \(3, 5\) spaxels, expected \(4, 5\)"):
-        make(bins=np.zeros((2, 3, 5)))
-    assert not target.exists()
-    make()
+        make_labels(line_maps, tmp_path, np.zeros((2, 3, 5)))
+    assert not list(tmp_path.glob("*.npy"))
+    target = make_labels(line_maps, tmp_path)
     assert "n_bins" not in data_io.read_label_meta(target)
     assert (data_io.read_label_bins(target) < 0).all()
 
@@ -110,9 +116,7 @@ def test_masked_spaxels_of_a_bin_are_not_listed(line_maps, tmp_path):
     flux, ivar, mask = line_maps
     mask["Ha-6564"][0, :2] = 1 << 30
     stars, lines = np.zeros((4, 5), int), np.arange(20).reshape(4, 5) // 3
-    source = write_maps(tmp_path / "8485-1901.fits", flux, ivar, mask, bins=[stars, lines])
-    target = tmp_path / "8485-1901.npy"
-    fits_utils.process_map(source, target, "BPT", fits_utils.LabelOptions())
+    target = make_labels((flux, ivar, mask), tmp_path, [stars, lines])
     meta = data_io.read_label_meta(target)
     assert (meta["n_labelled"], meta["n_bins"], meta["n_stellar_bins"]) == (18, 7, 1)
     assert meta["bins"] == [0, *[i for i in range(1, 6) for _ in range(3)], 6, 6]
