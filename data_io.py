@@ -516,6 +516,19 @@ def read_labels(path: Path) -> np.ndarray:
     return labels
 
 
+def read_label_bins(path: Path) -> np.ndarray:
+    """Read the bins of a label map, (y, x) int: labelled spaxels of one bin share one measurement.
+
+    Spaxels without a label or a known bin have a negative number of their own.
+    """
+    labels = read_labels(path)
+    bins = -1 - np.arange(labels.size).reshape(labels.shape)
+    listed = read_label_meta(path).get("bins")
+    if listed is not None:
+        bins[labels >= 0] = listed
+    return bins
+
+
 def read_label_error(path: Path) -> np.ndarray:
     """Read the uncertainty map that lies beside a label map."""
     return _load_npy(label_error_path(Path(path)), "process_single_cube.py", ndim=2)

@@ -579,6 +579,8 @@ class Evaluation:
             f"{result['label_task']}, {result['part']} part of the split {result['split']} "
             f"({result['split_kind']}): {result['galaxies']} galaxies, {result['spaxels']} spaxels"
         ]
+        if "bins" in result:
+            lines.append(f"  in {result['bins']} bins; each counts once, however many its spaxels")
         if result["split_kind"] == "easy":
             lines.append("  an easy split: neighbours of the test spaxels were trained on")
         names = {
@@ -650,6 +652,7 @@ def evaluate_split(
         raise DataError(
             f"{run_dir}: no labelled spaxel in the {part} part of the split. Choose another --part."
         )
+    add_bin_weights(frame, root, model.spec.label_task)
     card = model.card
     overall, confusion, per_class, per_galaxy = metrics.score_predictions(
         frame, card.class_names, card.class_counts, card.dex_values, card.label_median, seed
@@ -666,6 +669,27 @@ def evaluate_split(
     evaluation = Evaluation(scores, card.class_names, confusion, per_class, per_galaxy, frame)
     evaluation.write(run_dir / part)
     return evaluation
+
+
+def add_bin_weights(frame: pd.DataFrame, root: Path, label_task: str) -> None:
+    """Add the column weight to a table of predictions if labels of its spaxels share a bin.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        One row per spaxel: plateifu, y, x.
+    root : Path
+        Data folder; galaxies without a label map there (only patch files) count as not binned.
+    """
+    bins = np.arange(len(frame))
+    for plateifu, rows in frame.groupby("plateifu").indices.items():
+        path = utils.label_path(root, label_task, str(plateifu))
+        if path.is_file():
+            y, x = frame.iloc[rows][["y", "x"]].to_numpy().T
+            bins[rows] = data_io.read_label_bins(path)[y, x]
+    weight = metrics.bin_weights(frame.assign(bin=bins))
+    if (weight < 1).any():
+        frame["weight"] = weight
 
 
 def count_readers() -> int:

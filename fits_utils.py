@@ -74,6 +74,9 @@ DRP_BAD = 1 << 10 | 1 << 3
 MAPS_DONOTUSE = 1 << 30
 """MANGA_DAPPIXMASK: DONOTUSE; it is also set with every other bit that invalidates a value."""
 
+LINE_BINS, STELLAR_BINS = "Em. line models", "Stellar continua"
+"""Channels of BINID: spaxels whose lines, whose stars the DAP fitted as one spectrum."""
+
 CRITICAL = 1 << 30
 """DRP3QUAL and DAPQUAL: the whole file is unreliable."""
 
@@ -522,6 +525,40 @@ def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[LineMaps, Hdu, Hdu
     return LineMaps(flux, ivar, bad), hdus["PRIMARY"], found[0]
 
 
+def count_bins(path: Path, is_labelled: np.ndarray) -> dict[str, Any]:
+    """Count the independent measurements among the labelled spaxels of a MAPS file.
+
+    Parameters
+    ----------
+    path : Path
+    is_labelled : (y, x) bool
+
+    Returns
+    -------
+    dict
+        n_bins and n_stellar_bins: numbers of spectra to which the DAP fitted the lines and the
+        stars of these spaxels (one number in files before DR15); bins: the bin of the line fit of
+        each of them, row by row, or None if no two share one. {} if the file has no BINID before
+        its EMLINE_GFLUX, where the DAP puts it.
+    """
+    name, hdu = next(iterate_hdus(path, ("BINID", "EMLINE_GFLUX")))
+    if name != "BINID":
+        return {}
+    lines = stars = hdu.data
+    if hdu.data.ndim == 3:
+        channels = line_channels(hdu.header, (LINE_BINS, STELLAR_BINS), path)
+        lines, stars = (hdu.data[channels[name]] for name in (LINE_BINS, STELLAR_BINS))
+    if lines.shape != is_labelled.shape:
+        raise DataError(
+            f"{path}: BINID has maps of {lines.shape} spaxels, expected {is_labelled.shape} as in "
+            "EMLINE_GFLUX. Fetch it again with download_utils.py --overwrite."
+        )
+    ids = lines[is_labelled]
+    n_bins, n_stellar_bins = (np.unique(each[is_labelled]).size for each in (lines, stars))
+    listed = ids.tolist() if n_bins < ids.size else None
+    return {"n_bins": n_bins, "n_stellar_bins": n_stellar_bins, "bins": listed}
+
+
 def process_map(
     source: Path,
     target: Path,
@@ -588,10 +625,18 @@ def process_map(
     n_labelled = sum(counts.values())
     if not n_labelled:
         log.warning("%s: no spaxel has a %s label", source, label_task)
+    bins = count_bins(source, classes >= 0)
+    if bins and n_labelled > min(bins["n_bins"], bins["n_stellar_bins"]):
+        log.info(
+            f"{source}: {n_labelled} spaxels have a {label_task} label; the DAP fitted their lines "
+            f"to {bins['n_bins']} spectra, their stars to {bins['n_stellar_bins']} "
+            "(docs/science_choices.md#binned-maps)"
+        )
     meta: dict[str, Any] = {
         "plateifu": plateifu,
         "mangaid": str(primary.get("MANGAID", "")).strip(),
         "n_labelled": n_labelled,
+        **bins,
         "counts": counts,
         "critical": critical,
         "daptype": primary.get("DAPTYPE"),

@@ -1,7 +1,7 @@
 """Scores of predicted classes: all spaxels together, each class, each galaxy, and their intervals.
 
 Arrays and tables in, numbers out. The spaxels of one galaxy are not independent, so intervals come
-from drawing galaxies.
+from drawing galaxies; those of one bin share one label and have a weight of 1 together.
 """
 
 from __future__ import annotations
@@ -17,10 +17,20 @@ INTERVAL = (0.025, 0.975)
 """Quantiles of the bootstrap intervals."""
 
 
-def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
-    """Count pairs of classes, (true class, predicted class) int."""
+def confusion_matrix(
+    truth: np.ndarray, predicted: np.ndarray, n_classes: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Count pairs of classes, (true class, predicted class) int; float with weights."""
     pairs = np.asarray(truth, np.int64) * n_classes + np.asarray(predicted, np.int64)
-    return np.bincount(pairs, minlength=n_classes**2).reshape(n_classes, n_classes)
+    return np.bincount(pairs, weights, n_classes**2).reshape(n_classes, n_classes)
+
+
+def bin_weights(frame: pd.DataFrame) -> np.ndarray:
+    """Weights with which every bin counts once: 1 / number of its spaxels in the table.
+
+    `frame` has one row per spaxel, with the columns plateifu and bin.
+    """
+    return 1 / frame.groupby(["plateifu", "bin"])["bin"].transform("size").to_numpy(float)
 
 
 def class_metrics(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -87,7 +97,7 @@ def score_predictions(
     ----------
     frame : DataFrame
         One row per spaxel: plateifu, mangaid, value, true, predicted and, optionally,
-        spectrum_only.
+        spectrum_only, and weight (of `bin_weights`) in all scores and counts but `spaxels`.
     class_names : sequence of str
     class_counts : sequence of int
         Training samples of each class.
@@ -105,7 +115,7 @@ def score_predictions(
         spectrum_accuracy; for metallicities mae_dex and rmse_dex of the predicted class's value
         against the label, and constant_mae_dex and constant_rmse_dex of the training median;
         `intervals`: 95 % of the bootstrap over galaxies, since the spaxels of one galaxy are not
-        independent (a galaxy is a mangaid).
+        independent (a galaxy is a mangaid); `bins`, the sum of the weights, if there are any.
     confusion : (true class, predicted class) int
     per_class, per_galaxy : DataFrame
     """
@@ -119,31 +129,43 @@ def score_predictions(
     galaxies = {k: g for k, g in frame.groupby("plateifu", sort=False)}
     rows = []
     for plateifu, g in galaxies.items():
-        confusion = confusion_matrix(g["true"], g["predicted"], n)
-        row = {"plateifu": plateifu, "mangaid": g["mangaid"].iloc[0], "spaxels": len(g)}
+        confusion = confusion_matrix(g["true"], g["predicted"], n, g.get("weight"))
+        row = {"plateifu": plateifu, "mangaid": g["mangaid"].iloc[0], **_sizes(g)}
         row |= {k: float(v) for k, v in overall_metrics(confusion).items()}
-        row["majority_accuracy"] = g["majority"].mean()
+        row["majority_accuracy"] = _mean(g, g["majority"])
         if is_dex:
             row |= _dex_errors(g)
         rows.append(row)
 
-    confusion = confusion_matrix(frame["true"], frame["predicted"], n)
+    confusion = confusion_matrix(frame["true"], frame["predicted"], n, frame.get("weight"))
     overall: dict[str, Any] = {
         "galaxies": frame["mangaid"].nunique(),
-        "spaxels": len(frame),
+        **_sizes(frame),
         **{k: float(v) for k, v in overall_metrics(confusion).items()},
-        "majority_accuracy": float(frame["majority"].mean()),
+        "majority_accuracy": _mean(frame, frame["majority"]),
     }
     if "spectrum_only" in frame:
-        overall["spectrum_accuracy"] = float((frame["true"] == frame["spectrum_only"]).mean())
+        overall["spectrum_accuracy"] = _mean(frame, frame["true"] == frame["spectrum_only"])
     if is_dex:
         overall |= _dex_errors(frame)
     overall["intervals"] = bootstrap_intervals(frame, n, seed)
-    per_class = pd.DataFrame(class_metrics(confusion)).astype({"support": int})
+    per_class = pd.DataFrame(class_metrics(confusion)).round({"support": 0})
+    per_class = per_class.astype({"support": int})
     occurs = (confusion.sum(0) + confusion.sum(1)) > 0
     per_class.loc[~occurs, ["precision", "recall", "f1", "iou"]] = np.nan
     per_class.insert(0, "class", class_names)
     return overall, confusion, per_class, pd.DataFrame(rows)
+
+
+def _sizes(frame: pd.DataFrame) -> dict[str, int]:
+    """Count the spaxels of a table and, where they are weighted, their bins."""
+    sizes = {"spaxels": len(frame)}
+    return sizes | {"bins": round(frame["weight"].sum())} if "weight" in frame else sizes
+
+
+def _mean(frame: pd.DataFrame, values: Any) -> float:
+    """Mean over the spaxels of a table, with their weights if there are any."""
+    return float(np.average(values, weights=frame.get("weight")))
 
 
 def _dex_errors(frame: pd.DataFrame) -> dict[str, float]:
@@ -151,8 +173,8 @@ def _dex_errors(frame: pd.DataFrame) -> dict[str, float]:
     out = {}
     for prefix, name in (("", "error"), ("constant_", "constant_error")):
         error = frame[name].to_numpy(float)
-        out[f"{prefix}mae_dex"] = float(np.abs(error).mean())
-        out[f"{prefix}rmse_dex"] = float(np.sqrt((error**2).mean()))
+        out[f"{prefix}mae_dex"] = _mean(frame, np.abs(error))
+        out[f"{prefix}rmse_dex"] = float(np.sqrt(_mean(frame, error**2)))
     return out
 
 
@@ -164,7 +186,8 @@ def bootstrap_intervals(
     Parameters
     ----------
     frame : DataFrame
-        mangaid, true, predicted and, for metallicities, error in dex; one row per spaxel.
+        mangaid, true, predicted and, for metallicities, error in dex; one row per spaxel, and
+        optionally its weight.
     n_classes, seed, n_draws : int
 
     Returns
@@ -177,10 +200,12 @@ def bootstrap_intervals(
         return {}
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=n_draws)
-    each = np.stack([confusion_matrix(g["true"], g["predicted"], n_classes) for g in groups])
-    scores = overall_metrics(np.tensordot(draws, each, axes=1))
+    each = [confusion_matrix(g["true"], g["predicted"], n_classes, g.get("weight")) for g in groups]
+    scores = overall_metrics(np.tensordot(draws, np.stack(each), axes=1))
     if "error" in frame:
-        sums = np.array([[len(g), g["error"].abs().sum(), (g["error"] ** 2).sum()] for g in groups])
+        weight = frame.get("weight", pd.Series(1.0, frame.index))
+        moments = pd.DataFrame({k: weight * frame["error"].abs() ** k for k in range(3)})
+        sums = moments.groupby(frame["mangaid"], sort=True).sum().to_numpy()
         count, absolute, square = (draws @ sums).T
         scores |= {"mae_dex": absolute / count, "rmse_dex": np.sqrt(square / count)}
     defined = {k: v[np.isfinite(v)] for k, v in scores.items()}

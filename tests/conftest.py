@@ -3,8 +3,10 @@
 import os
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
+import cut_real_files
 import numpy as np
 import pytest
 from astropy.io import fits
@@ -15,6 +17,43 @@ N_WAVE = 4563
 LINES = ("OII-3727", "OII-3729", "Hb-4862", "OIII-5008", "Ha-6564", "NII-6585")
 CARDS = {"PLATEIFU": "8485-1901", "MANGAID": "1-209232", "DRP3QUAL": 0, "DAPQUAL": 0}
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+NO_GPU = pytest.StashKey[int]()
+"""Number of tests that were left out for want of a GPU."""
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leave out the tests that need a GPU where there is none."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        items[:] = [item for item in items if item not in on_gpu]
+        config.hook.pytest_deselected(items=on_gpu)
+        config.stash[NO_GPU] = len(on_gpu)
+        if hasattr(config, "workeroutput"):  # a process of pytest-xdist
+            config.workeroutput["no_gpu"] = len(on_gpu)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Take over the count from a process of pytest-xdist: each collects every test."""
+    node.config.stash[NO_GPU] = getattr(node, "workeroutput", {}).get("no_gpu", 0)
+
+
+@pytest.hookimpl(trylast=True)  # at the very end
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    """Say in one line per cause what was not tested."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    causes = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if n := config.stash.get(NO_GPU, 0):
+        causes["no CUDA device"] = n
+    if causes:
+        terminalreporter.section("not tested")
+    for cause, n in causes.most_common():
+        terminalreporter.line(f"{n} test{'s' if n > 1 else ''}: {cause}")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,20 +65,22 @@ def heard_interrupts() -> None:
 
 @pytest.fixture(scope="session")
 def shared_manga() -> Path:
-    """Folder of real MaNGA files; skips where it is absent."""
+    """Folder of whole real MaNGA files; skips where it is absent."""
     folder = SHARED / "manga"
     if not folder.is_dir():
-        pytest.skip(f"real MaNGA files: no {folder}")
+        pytest.skip(f"whole real MaNGA files (their cuts are tested): no {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_maps() -> Path:
+    """Cut of the MAPS file of the galaxy 7815-3702."""
+    return cut_real_files.MAPS_CUT
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
-    """Each device in turn; skips a GPU where there is none."""
-    import torch
-
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    """Each device in turn."""
     return request.param
 
 

@@ -159,6 +159,27 @@ def test_evaluation_equals_scores_by_hand(own_run, loaders):
         pd.testing.assert_frame_equal(written, table, check_dtype=False)
 
 
+def test_bins_of_labels_count_once(own_run, own_data):
+    plain = eval_fns.evaluate_split(own_run, data_dir=own_data)
+    path = utils.label_path(own_data, "logOH", plain.predictions["plateifu"][0])
+    side = path.with_suffix(".json")
+    n = int(np.isfinite(data_io.read_labels(path)).sum())
+    utils.write_json(side, json.loads(side.read_text()) | {"bins": [i // 4 for i in range(n)]})
+    binned = eval_fns.evaluate_split(own_run, data_dir=own_data)
+    frame, scores = binned.predictions, binned.scores
+    pd.testing.assert_frame_equal(frame.drop(columns="weight"), plain.predictions)
+    y, x = frame[["y", "x"]].to_numpy().T
+    bins = np.where(frame["plateifu"] == path.stem, data_io.read_label_bins(path)[y, x], -1)
+    size = [1 if i < 0 else (bins == i).sum() for i in bins]
+    np.testing.assert_allclose(frame["weight"], 1 / np.array(size))
+    assert scores["bins"] == (bins < 0).sum() + len(set(bins[bins >= 0])) < scores["spaxels"]
+    correct = frame["true"] == frame["predicted"]
+    assert scores["accuracy"] == pytest.approx(np.average(correct, weights=frame["weight"]))
+    assert "weight" not in plain.predictions
+    assert "bins" not in plain.scores
+    assert f"in {scores['bins']} bins; each counts once" in repr(binned)
+
+
 def without_time(evaluation):
     return {k: v for k, v in evaluation.scores.items() if k != "created_utc"}
 

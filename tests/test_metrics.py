@@ -43,6 +43,53 @@ def test_scores_equal_scikit_learns(n_classes, n, seed, narrow):
         np.testing.assert_allclose(each[name], score(truth, guess, **options))
 
 
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999))
+def test_a_bin_counts_once_however_many_its_spaxels(seed):
+    rng = np.random.default_rng(seed)
+    n = 40
+    each = pd.DataFrame(
+        {
+            "plateifu": [f"1-{i % 3}" for i in range(n)],
+            "mangaid": [f"m{i % 3}" for i in range(n)],
+            "bin": np.arange(n) // 3,  # one number means a bin in each galaxy
+            "true": rng.integers(6, size=n),
+            "predicted": rng.integers(6, size=n),
+            "value": rng.normal(8.45, 0.1, n),
+        }
+    )
+    spaxels = each.loc[rng.permutation(np.repeat(each.index, rng.integers(1, 6, n)))]
+    model = list("abcdef"), [1, 2, 3, 4, 5, 6], class_middles(6), 8.46
+    wanted, confusion, per_class, per_galaxy = metrics.score_predictions(each, *model)
+    spaxels = spaxels.assign(weight=metrics.bin_weights(spaxels))
+    got = metrics.score_predictions(spaxels, *model)
+    assert got[0].pop("bins") == wanted["spaxels"] == n
+    assert got[0].pop("spaxels") == len(spaxels)
+    low_high = got[0].pop("intervals"), wanted.pop("intervals")
+    assert got[0] == pytest.approx({k: v for k, v in wanted.items() if k != "spaxels"})
+    assert low_high[0].keys() == low_high[1].keys()
+    for key in low_high[0]:
+        assert low_high[0][key] == pytest.approx(low_high[1][key])
+    np.testing.assert_allclose(got[1], confusion)
+    pd.testing.assert_frame_equal(got[2], per_class)
+    ours = got[3].set_index("plateifu").loc[per_galaxy["plateifu"]].reset_index()
+    assert ours.pop("bins").tolist() == per_galaxy["spaxels"].tolist()
+    shown = per_galaxy.columns.drop("spaxels").tolist()
+    pd.testing.assert_frame_equal(ours[shown], per_galaxy[shown])
+
+
+def test_weighted_scores_equal_scikit_learns():
+    rng = np.random.default_rng(5)
+    truth, guess, weight = rng.integers(4, size=99), rng.integers(4, size=99), rng.random(99)
+    scores = metrics.overall_metrics(metrics.confusion_matrix(truth, guess, 4, weight))
+    options = {"sample_weight": weight}
+    assert scores["accuracy"] == pytest.approx(sk.accuracy_score(truth, guess, **options))
+    assert scores["macro_f1"] == pytest.approx(
+        sk.f1_score(truth, guess, average="macro", **options)
+    )
+    assert scores["kappa"] == pytest.approx(sk.cohen_kappa_score(truth, guess, **options))
+
+
 def test_undefined_scores_are_nan_not_zero():
     rows = {"plateifu": ["1-1", "1-1", "1-2"], "mangaid": ["a", "a", "b"]}
     frame = pd.DataFrame({**rows, "true": 2, "predicted": 2, "value": 8.46})

@@ -320,9 +320,8 @@ def test_bad_command_line_is_one_line_and_its_exit_code(
     assert not data.exists()
 
 
-def test_real_maps_pass_the_whole_chain(shared_manga, tmp_path):
-    source = shared_manga / "manga-7815-3702-MAPS-HYB10-GAU-MILESHC.fits.gz"
-    mock_manga.main(mock_manga.MockConfig(data_dir=tmp_path, from_maps=source))
+def test_real_maps_pass_the_whole_chain(real_maps, tmp_path):
+    mock_manga.main(mock_manga.MockConfig(data_dir=tmp_path, from_maps=real_maps))
     config = cube_processing.Config(data_dir=tmp_path, splits=False, jobs=1)
     assert cube_processing.main(config) == 0
     labels = data_io.read_labels(utils.label_path(tmp_path, "BPT", "7815-3702"))
