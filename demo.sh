@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # The whole pipeline on simulated galaxies; the same commands serve real ones.
 #   simulate -> cubes and labels -> splits -> statistics -> patches -> train -> evaluate -> maps
-# Writes data/demo/ (a data folder) and results/demo/ (runs, figures, summary.json), and removes
-# both first. Seeded: on one machine, every run gives the same numbers.
+# Writes data/demo/ (a data folder) and results/demo/ (runs, figures, summary.json). Before it starts,
+# it removes what an earlier demo wrote there, and nothing else. Seeded: on one machine, every run
+# gives the same numbers.
 #   PYTHON=.venv/bin/python bash demo.sh
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -12,8 +13,13 @@ out=results/demo
 galaxies=36   # 19-fibre bundles, the smallest: 34 x 34 spaxels per galaxy
 seed=1
 
-rm -rf "$data" "$out"
-mkdir -p "$out"
+mkdir -p "$data" "$out"
+mine=$out/.files   # what the demo wrote, one path per line, kept up to date on every exit
+before=$(mktemp)
+[ -f "$mine" ] && xargs -d '\n' rm -f < "$mine"
+find "$data" "$out" -type f | sort > "$before"
+trap 'find "$data" "$out" -type f | sort | comm -13 "$before" - > "$before.new"
+    mv "$before.new" "$mine"; rm -f "$before"' EXIT
 export MANGA_DATA_DIR=$data
 step() { printf '\n== %s\n' "$*"; }
 run() { printf '$ python %s\n' "$*"; "$python" "$@"; }
