@@ -58,8 +58,9 @@ from mock.physics import (
 DAPTYPE = "SPX-MILESHC-MASTARSSP"
 """DAP analysis whose files are simulated: one bin per spaxel."""
 
-FIRST_PLATE = 13001
-"""First plate of the simulated galaxies; the plates of the real survey have lower numbers."""
+FIRST_PLATE, PLATES_PER_SEED = 13001, 997
+"""First plate of the galaxies of seed 1, and the step to those of the next seed; the plates of the
+real survey have lower numbers."""
 
 BUNDLES: dict[int, tuple[int, int, float]] = {
     19: (2, 34, 0.117),
@@ -196,9 +197,13 @@ class GalaxyParams:
 # Parameters
 
 
-def plateifu_of_index(index: int, bundle: int) -> str:
-    """Plateifu of simulated galaxy `index`, on a plate number that the real survey does not use."""
-    return f"{FIRST_PLATE + index // 2}-{bundle}{1 + index % 2:02d}"
+def plateifu_of_index(seed: int, index: int, bundle: int) -> str:
+    """Plateifu of simulated galaxy `index`, on a plate number that the real survey does not use.
+
+    Seeds have plates of their own, until the five digits are used up.
+    """
+    plate = ((seed - 1) * PLATES_PER_SEED + index // 2) % (100_000 - FIRST_PLATE)
+    return f"{FIRST_PLATE + plate}-{bundle}{1 + index % 2:02d}"
 
 
 def twin_index(index: int) -> int:
@@ -300,8 +305,8 @@ def draw_params(
     params["metal_re"] = params["logoh_re"] - 8.69 + 0.1 * rng.standard_normal()
     here = np.random.default_rng([seed, 2, index])  # differs between a galaxy and its repeat
     return GalaxyParams(
-        plateifu=plateifu_of_index(index, bundle),
-        mangaid=f"99-{100001 + twin_of}",
+        plateifu=plateifu_of_index(seed, index, bundle),
+        mangaid=f"99-{(seed - 1) % 1000 * 1_000_000 + 100_001 + twin_of}",
         seed=seed,
         index=index,
         twin_of=twin_of,
