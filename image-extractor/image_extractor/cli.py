@@ -17,6 +17,7 @@ import glob
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -69,14 +70,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(error, file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except RuntimeError as error:
-        if args.debug or type(error).__name__ != "HDF5ExtError":
-            raise
-        print(
-            f"{args.file}: damaged, so that HDF5 cannot read it. Extract the data again.",
-            file=sys.stderr,
-        )
-        return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -139,9 +132,18 @@ def _extract_parser() -> argparse.ArgumentParser:
         help="parts of --split and their fractions (default: Training=0.9,Validation=0.1,Test=0)",
     )
     add(
+        "--split-by",
+        "--split_by",
+        choices=("shower", "event"),
+        default="shower",
+        help="shower: all uses of a simulated shower go to the same part, and each part has its "
+        "fraction of every particle class and energy range; event: events are drawn singly, as "
+        "historically, so that parts share showers (default: shower)",
+    )
+    add(
         "--stratify",
         action="store_true",
-        help="divide each particle class in the fractions of --split",
+        help="with --split-by event, divide each particle class in the fractions of --split",
     )
     add(
         "--seed",
@@ -258,6 +260,7 @@ def _extract(args: argparse.Namespace) -> int:
         compression=args.compression,
         shuffle=args.shuffle,
         split=fractions,
+        split_by=args.split_by,
         stratify=args.stratify,
         seed=args.seed,
         command=" ".join(sys.argv),
@@ -322,17 +325,58 @@ def _plot_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def _look(args: argparse.Namespace, function: str, *more: Any) -> Any:
+    """Call a function of look.py in a process of its own, because HDF5 may crash on damaged files.
+
+    Raises
+    ------
+    DataError
+        If it crashed, or raised any other error.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(theirs, function, (args.file, *more)))
+    child.start()
+    theirs.close()
+    try:
+        error, value = ours.recv()
+    except EOFError:
+        error, value = RuntimeError("it crashed"), None
+    finally:
+        child.terminate()
+        child.join()
+    if isinstance(error, DataError) or (error is not None and args.debug):
+        raise error
+    if error is not None:
+        raise DataError(
+            f"{args.file}: damaged, so that HDF5 cannot read it ({error}). Extract the data again."
+        )
+    return value
+
+
+def _answer(pipe: Any, function: str, arguments: tuple[Any, ...]) -> None:
+    """Send (error or None, result) of a function of look.py; runs in the other process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     from . import look
 
-    print(look.inspect(args.file))
+    try:
+        pipe.send((None, getattr(look, function)(*arguments)))
+    except DataError as error:
+        pipe.send((error, None))
+    # PyTables has no error type of its own for damaged files: almost any error occurs.
+    except Exception as error:
+        pipe.send(
+            (RuntimeError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"), None)
+        )
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    print(_look(args, "inspect"))
     return 0
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from . import look
-
-    problems = look.validate(args.file)
+    problems = _look(args, "validate")
     for problem in problems:
         print(f"{args.file}: {problem}")
     if not problems:
@@ -341,9 +385,7 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from . import look
-
-    print(look.plot(args.file, args.output, args.event, args.run, args.max_images))
+    print(_look(args, "plot", args.output, args.event, args.run, args.max_images))
     return 0
 
 

@@ -77,7 +77,8 @@ def test_the_command_of_the_readme_word_for_word(folder):
             for part in ("Training", "Validation", "Test")
         ]
     assert sum(n) == len(all_images(folder / "dataset.h5")) > 20
-    assert n == [round(0.9 * sum(n)), sum(n) - round(0.9 * sum(n)), 0]
+    assert n[2] == 0
+    assert abs(n[1] - 0.1 * sum(n)) < 10  # whole showers, each used up to ten times
 
 
 def test_a_truncated_file_is_reported_once(folder):

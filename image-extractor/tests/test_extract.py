@@ -19,18 +19,21 @@ from conftest import (
     all_images,
     decompressed,
     extract,
+    other_production,
     real_file,
     settings,
     stored,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
 from image_extractor import layout
 from image_extractor.errors import DataError, UsageError
 from image_extractor.image_extractor import ImageExtractor
 from image_extractor.instrument import describe_array
-from image_extractor.look import validate
+from image_extractor.look import inspect, validate
 from image_extractor.mapping import camera_mapping
-from image_extractor.rearrangement import assign
+from image_extractor.rearrangement import assign, assign_showers
 from image_extractor.settings import Cut, EnergyBins, Settings
 from image_extractor.simtel import SimtelFile
 from image_extractor.writer import Writer
@@ -327,6 +330,67 @@ def assert_same(a, b, rows=True):
             np.testing.assert_array_equal(a[key][1][tel_id], b[key][1][tel_id])
 
 
+@pytest.mark.parametrize(
+    ("how", "storage", "jobs"),
+    [({"primary": 0}, "mapped", 1), ({"energy": 1.01}, "all", 2), ({}, "mapped", 2)],
+)
+def test_equal_events_are_skipped_and_different_ones_kept_apart(
+    how, storage, jobs, tmp_path, caplog
+):
+    """Files of two productions share run and event numbers; the third file repeats the first."""
+    raw = decompressed(real_file("proton"))
+    for name, content in (("a", raw), ("b", other_production(raw, **how)), ("c", raw)):
+        (tmp_path / f"{name}.simtel").write_bytes(content)
+    extractor = ImageExtractor(tmp_path / "o.h5", settings=settings(storage_mode=storage))
+    reports = extractor.process_files(sorted(tmp_path.glob("*.simtel")), jobs=jobs)
+    n = 6 if how else 0
+    assert [r.events_written for r in reports] == [6, n, 0]
+    assert [r.duplicates for r in reports] == [0, 6 - n, 6]
+    assert [r.same_numbers for r in reports] == [0, n, 0]
+    assert ("have the run and event numbers of other events" in caplog.text) == bool(how)
+    assert validate(tmp_path / "o.h5") == []
+    with layout.open_layout(tmp_path / "o.h5") as h5:
+        index = layout.index_table(h5)
+    assert len(np.unique(index["identity"])) == len(index) == 6 + n
+    assert len(np.unique(index["shower"])) == (6 if how else 3)
+    extractor.process_files([tmp_path / "b.simtel"])  # appending finds them, too
+    with layout.open_layout(tmp_path / "o.h5") as h5:
+        assert len(layout.index_table(h5)) == 6 + n
+
+
+def test_events_with_equal_physics_and_other_data_are_kept_apart(tmp_path):
+    """For example the same showers simulated with more light of the night sky."""
+    raw = decompressed(real_file("proton"))
+    with SimtelFile(real_file("proton")) as simtel:
+        data = max(
+            next(simtel.events()).telescopes.values(), key=lambda adc: len(adc.payload)
+        ).payload
+    at = raw.index(bytes(data)) + len(data) - 100
+    (tmp_path / "b.simtel").write_bytes(raw[:at] + bytes([raw[at] ^ 2]) + raw[at + 1 :])
+    extract("proton", tmp_path / "o.h5")
+    report = extract(tmp_path / "b.simtel", tmp_path / "o.h5")
+    assert (report.duplicates, report.events_written, report.same_numbers) == (5, 1, 1)
+    assert validate(tmp_path / "o.h5") == []
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_dictionary_that_cannot_tell_two_events_apart_is_refused(jobs, tmp_path):
+    raw = decompressed(real_file("proton"))
+    (tmp_path / "a.simtel").write_bytes(raw)
+    (tmp_path / "b.simtel").write_bytes(other_production(raw, primary=0))
+    files = sorted(tmp_path.glob("*.simtel"))
+    chosen = {(202, 904): (0, 0.5)}
+    with pytest.raises(UsageError, match="run 202 event 904: two different events"):
+        ImageExtractor(tmp_path / "o.h5", chosen, settings=settings()).process_files(
+            files, jobs=jobs
+        )
+    assert not (tmp_path / "o.h5").exists()
+    for path in files:  # each with its own dictionary
+        extract(path, tmp_path / "o.h5", bins_cuts_dict=chosen)
+    with layout.open_layout(tmp_path / "o.h5") as h5:
+        assert sorted(layout.index_table(h5)["primary_id"]) == [0, 101]
+
+
 def test_other_arrays_and_configurations_are_refused(tmp_path):
     """Defect 11 of the historic tool, see test_defects.py."""
     out = tmp_path / "o.h5"
@@ -362,28 +426,34 @@ def test_the_first_difference_between_arrays_is_named():
 
 
 @pytest.mark.parametrize("storage", ["mapped", "all"])
-@pytest.mark.parametrize("compression", ["gzip", "none", "blosc-lz4"])
-def test_shuffle_and_split_lose_no_row(storage, compression, tmp_path):
+@pytest.mark.parametrize(
+    ("compression", "split_by"), [("gzip", "shower"), ("none", "event"), ("blosc-lz4", "event")]
+)
+def test_shuffle_and_split_lose_no_row(storage, compression, split_by, tmp_path):
     plain, out, again = tmp_path / "plain.h5", tmp_path / "o.h5", tmp_path / "again.h5"
     options = dict(storage_mode=storage, compression=compression)
     extract("sst", plain, **options)
     split = {"Training": 0.7, "Validation": 0.2, "Test": 0.1}
-    extract("sst", out, shuffle=True, split=split, seed=5, **options)
-    extract("sst", again, shuffle=True, split=split, seed=5, **options)
+    options |= dict(shuffle=True, split=split, split_by=split_by, seed=5)
+    extract("sst", out, **options)
+    extract("sst", again, **options)
     assert_same(all_images(out), all_images(plain))
     assert list(all_images(out)) == list(all_images(again))  # same seed, same order
     assert list(all_images(out)) != list(all_images(plain))
     assert validate(out) == []
     with tables.open_file(str(out)) as h5:
         names = {t.name for t in layout.event_tables(h5)}
+        by_part = [set(layout.shower_keys(t.read())) for t in layout.event_tables(h5) if t.nrows]
+        assert (sum(map(len, by_part)) > len(set().union(*by_part))) == (split_by == "event")
         assert names == {"Events_Training", "Events_Validation", "Events_Test"}
         per_bin = {}
         for table in layout.event_tables(h5):
             per_bin.setdefault(table._v_parent._v_name, {})[table.name] = int(table.nrows)
-    for counts in per_bin.values():
+    for counts in per_bin.values() if split_by == "event" else ():
         n = sum(counts.values())
         for name, fraction in split.items():
             assert abs(counts[f"Events_{name}"] - fraction * n) < 1
+    assert ("shower in another part" in inspect(out)) == (split_by == "event")
 
 
 def test_mapped_images_are_not_copied_by_shuffling(tmp_path):
@@ -400,6 +470,56 @@ def test_stratified_parts_have_their_fraction_of_every_class():
     assert sorted(np.concatenate(list(parts.values()))) == list(range(1000))
     assert [int((labels[rows] == 101).sum()) for rows in parts.values()] == [76, 10, 9]
     assert [rows.size for rows in parts.values()] == [800, 101, 99]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 400), st.integers(1, 20))
+def test_showers_are_split_whole_and_by_class_and_energy(seed, n_showers, uses):
+    rng = np.random.default_rng(seed)
+    shower = np.repeat(np.arange(n_showers), rng.integers(1, uses + 1, n_showers))
+    index = np.zeros(shower.size, layout.INDEX_DTYPE)
+    index["shower"] = rng.permutation(2 * n_showers)[shower]
+    index["primary_id"] = np.where(rng.random(n_showers) < 0.3, 0, 101)[shower]
+    index["mc_energy"] = rng.pareto(1, n_showers)[shower]
+    index = rng.permutation(index)
+    fractions = {"Training": 0.7, "Validation": 0.2, "Test": 0.1, "None": 0.0}
+    parts = assign_showers(index, fractions, rng)
+    assert len(np.unique(np.c_[index["shower"], parts], axis=0)) == n_showers
+    for primary in (0, 101):
+        energy = index["mc_energy"][index["primary_id"] == primary]
+        for limit in np.quantile(energy, [0.25, 0.5, 1.0]) if energy.size else ():
+            chosen = (index["primary_id"] == primary) & (index["mc_energy"] <= limit)
+            counts = np.bincount(parts[chosen], minlength=4)
+            # Blocks of ten showers may be cut by the limit; the last has no limit above it.
+            slack = (2 if limit == energy.max() else 12) * uses
+            np.testing.assert_array_less(
+                np.abs(counts - 0.1 * np.array([7, 2, 1, 0]) * chosen.sum()), slack + 1e-9
+            )
+    assert not (parts == 3).any()
+
+
+def test_which_showers_are_drawn_depends_on_the_seed_alone():
+    index = np.zeros(200, layout.INDEX_DTYPE)
+    index["shower"], index["mc_energy"] = np.arange(200), np.arange(200)
+    drawn = [
+        np.flatnonzero(assign_showers(index, {"a": 0.9, "b": 0.1}, np.random.default_rng(seed)))
+        for seed in range(400)
+    ]
+    assert all(d.size == 20 for d in drawn)
+    assert drawn[0].tolist() != drawn[1].tolist()
+    times = np.bincount(np.concatenate(drawn), minlength=200)  # 40 are expected of each
+    assert 15 < times.min() <= times.max() < 70
+
+
+def test_validate_finds_a_shower_in_two_parts(tmp_path):
+    extract("sst", tmp_path / "o.h5", split={"A": 0.5, "B": 0.5})
+    assert validate(tmp_path / "o.h5") == []
+    extract("sst", tmp_path / "p.h5", split={"A": 0.5, "B": 0.5}, split_by="event")
+    assert validate(tmp_path / "p.h5") == []
+    with tables.open_file(str(tmp_path / "p.h5"), "a") as h5:
+        h5.root._v_attrs.split = str(h5.root._v_attrs.split).replace("event", "shower")
+        layout.seal(h5)
+    (problem,) = validate(tmp_path / "p.h5")
+    assert "events have their shower in another part, too" in problem
 
 
 def test_appending_to_a_split_file_is_refused(tmp_path):
@@ -799,8 +919,6 @@ def test_the_stored_configuration_is_compared_as_settings(tmp_path):
 
 
 def test_linear_bins_may_begin_at_zero(tmp_path):
-    from image_extractor.look import inspect
-
     bins = EnergyBins(scale="linear", min=0.0, max=20.0, bin_size=10.0)
     extract("proton", tmp_path / "o.h5", energy_bins=bins)
     with tables.open_file(str(tmp_path / "o.h5")) as h5:
