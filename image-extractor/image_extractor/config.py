@@ -73,6 +73,8 @@ mode = option(PIXELS_3C, PIXELS_1C, PIXELS_TIMING_2C, PIXELS_TIMING_3C)
 scale_factor = integer(1)
 # Number type. Charges are in 0.01 photo-electrons; those too large saturate and are counted.
 dtype = option(uint16, uint32, int16, int32, float32)
+# Unit of stored peak times, in samples. 1: whole samples, as historically.
+time_unit = float(0.001, 1)
 # Position of the channel axis.
 dim_order = option(channels_first, channels_last)
 # How pixels become an image. auto: square or axial, by the camera. none: a vector of pixels.

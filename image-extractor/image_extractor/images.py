@@ -73,8 +73,8 @@ def stored_image(
     Returns
     -------
     array
-        Shape `layout.image_shape`, configured dtype; charge in 0.01 photo-electrons, time in
-        samples.
+        Shape `layout.image_shape`, configured dtype; charge in 0.01 photo-electrons, time in units
+        of `settings.time_unit` samples.
     int
         Number of cells whose charge was too large for the type.
     """
@@ -96,7 +96,7 @@ def stored_image(
         if name == "charge":
             channels.append(scaled)
         elif name == "time":
-            channels.append(stored(peak_time, "time", 1.0, lowest)[0])
+            channels.append(stored(peak_time, "time", 1 / settings.time_unit, lowest)[0])
         else:
             channels.append(np.zeros_like(scaled))
     axis = 0 if settings.dim_order == "channels_first" else -1
@@ -143,6 +143,7 @@ class SelectedArray:
             for telescope in self.telescopes:
                 camera = telescope.camera
                 where = f"{simtel.path}: camera {camera.name}"
+                _check_times_fit(camera.n_samples, settings)
                 if camera.fingerprint not in by_camera:
                     make = partial(camera_mapping, camera.pixel_x, camera.pixel_y, settings.mapping)
                     by_camera[camera.fingerprint] = guarded(make, "pixel positions")
@@ -178,6 +179,18 @@ class SelectedArray:
             images[tel_id], n = stored_image(charge, samples, self.mappings[tel_id], self._settings)
             saturated += n
         return images, saturated
+
+
+def _check_times_fit(n_samples: int, settings: Settings) -> None:
+    """Refuse a type that is too small for the peak times of a camera."""
+    dtype, largest = np.dtype(settings.dtype), n_samples / settings.time_unit
+    has_time = "time" in layout.CHANNELS[settings.image_mode]
+    if has_time and dtype.kind != "f" and largest > np.iinfo(dtype).max:
+        raise DataError(
+            f"its {n_samples} samples are up to {largest:.0f} times [image] time_unit, too large "
+            f"for {dtype} (expected at most {np.iinfo(dtype).max}). Raise time_unit, or use dtype "
+            "uint32."
+        )
 
 
 def passes_cuts(charge: np.ndarray, telescope: Telescope, settings: Settings) -> bool:

@@ -72,7 +72,6 @@ UNITS = {
     "mirror_area": "m2",
     "run_array_direction": "rad (azimuth, altitude)",
     "charge": "0.01 photo-electrons",
-    "time": "samples",
 }
 TEL_DTYPE = np.dtype(
     [
@@ -332,7 +331,8 @@ def create(
         "dim_order": settings.dim_order,
         "scale_factor": settings.scale_factor,
         "charge_unit_pe": CHARGE_UNIT_PE,
-        "units": json.dumps(UNITS),
+        "time_unit_samples": settings.time_unit,
+        "units": json.dumps({**UNITS, "time": f"{settings.time_unit:g} samples"}),
         "compression": compression,
         "energy_bin_edges_tev": json.dumps(settings.bins.edges_tev()),
         "array": json.dumps(array_identity(telescopes)),

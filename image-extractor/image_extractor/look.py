@@ -37,6 +37,7 @@ def inspect(path: str | Path) -> str:
             "dim_order",
             "scale_factor",
             "charge_unit_pe",
+            "time_unit_samples",
             "compression",
             "energy_bin_source",
             "cuts_source",
@@ -400,7 +401,8 @@ def plot(
         _picture_axes(line[1], charge, norm, f"stored image ({camera['mapping']})", "charge (p.e.)")
         if has_time:
             bright = charge > max(2.0, 0.15 * float(charge.max()))
-            time = np.where(bright, images[tel_id][1].astype(float), np.nan)
+            samples = images[tel_id][1] * float(attrs["time_unit_samples"])
+            time = np.where(bright, samples, np.nan)
             shown = _picture_axes(
                 line[2], time, None, "peak times of bright cells", "time (samples)"
             )

@@ -88,6 +88,7 @@ class Settings:
     scale_factor: int = 2
     dtype: str = "uint16"
     dim_order: str = "channels_last"
+    time_unit: float = 0.01
     mapping: str = "auto"
     type_mode: str = "SCT"
     energy_bins: EnergyBins = EnergyBins()

@@ -61,6 +61,7 @@ OTHER = Settings(
     scale_factor=1,
     dtype="float32",
     dim_order="channels_first",
+    time_unit=1.0,
     mapping="none",
     type_mode="LST+5-12",
     energy_bins=EnergyBins("GeV", "linear", 0.0, 30.0, 10.0),

@@ -49,6 +49,12 @@ def cells(key):
     return found
 
 
+def in_samples(peak_time, rate, unit):
+    """Numbers stored for peak times in ns, negative ones as 0."""
+    samples = np.clip(peak_time * np.float32(rate), 0, None).astype(np.float64)
+    return np.rint(samples * (1 / unit))
+
+
 @pytest.mark.parametrize("key", ["gamma", "sst", "proton"])
 @pytest.mark.parametrize("storage", ["mapped", "all"])
 def test_every_stored_pixel_equals_ctapipes(key, storage, dl1, tmp_path):
@@ -78,7 +84,7 @@ def test_every_stored_pixel_equals_ctapipes(key, storage, dl1, tmp_path):
             np.testing.assert_array_equal(pictures[tel_id][..., 0], expected.reshape(shape))
             np.testing.assert_array_equal(
                 pictures[tel_id][..., 1].reshape(-1)[index],
-                np.rint(np.clip(peak_time * np.float32(rate), 0, None)),
+                in_samples(peak_time, rate, 0.01),
             )
     assert validate(tmp_path / "o.h5") == []
 
@@ -88,6 +94,7 @@ def test_every_stored_pixel_equals_ctapipes(key, storage, dl1, tmp_path):
 @pytest.mark.parametrize("storage", ["mapped", "all"])
 def test_image_modes_scales_and_orders(mode, order, storage, dl1, tmp_path):
     """Includes defect 6 of the historic tool, see test_defects.py."""
+    time_unit = 1.0 if storage == "all" else 0.01  # the former is the historic layout
     extract(
         "gamma",
         tmp_path / "o.h5",
@@ -96,6 +103,7 @@ def test_image_modes_scales_and_orders(mode, order, storage, dl1, tmp_path):
         storage_mode=storage,
         scale_factor=2,
         type_mode="SCT",
+        time_unit=time_unit,
     )
     found = all_images(tmp_path / "o.h5")
     names = layout.CHANNELS[mode]
@@ -117,9 +125,7 @@ def test_image_modes_scales_and_orders(mode, order, storage, dl1, tmp_path):
                         if name == "charge":
                             expected[index] = stored(images[tel_id][0])
                         elif name == "time":
-                            expected[index] = np.rint(
-                                np.clip(images[tel_id][1] * np.float32(rate), 0, None)
-                            )
+                            expected[index] = in_samples(images[tel_id][1], rate, time_unit)
                         np.testing.assert_array_equal(channel, expected.reshape(shape))
             n += 1
     assert n == 8
@@ -174,6 +180,34 @@ def test_other_mappings_equal_the_product_with_the_stored_matrix(method, dl1, tm
             np.testing.assert_allclose(
                 image.ravel(), np.clip(expected, 0, None) * 100, atol=0.51, rtol=1e-6
             )
+
+
+def test_peak_times_keep_their_resolution(tmp_path, dl1):
+    """In whole samples, the times of a cleaned image have a handful of values."""
+    from ctapipe.image import tailcuts_clean
+
+    reference, subarray = dl1("proton")
+    where, n_values = cells("proton"), {}
+    for unit in (0.01, 1.0):
+        extract("proton", tmp_path / f"{unit}.h5", time_unit=unit)
+        with tables.open_file(str(tmp_path / f"{unit}.h5")) as h5:
+            assert h5.root._v_attrs.time_unit_samples == unit
+        found = {k[1]: v[1] for k, v in all_images(tmp_path / f"{unit}.h5").items()}
+        for event_id, images, _ in reference:
+            for tel_id, (charge, peak_time) in images.items():
+                mask = tailcuts_clean(subarray.tel[tel_id].camera.geometry, charge, 10, 5)
+                index, _, rate = where[tel_id]
+                stored_time = found[event_id][tel_id][..., 1].reshape(-1)[index] * unit
+                error = (stored_time - peak_time * rate)[mask]
+                assert np.abs(error).max(initial=0) <= 0.5001 * unit
+                if mask.sum() >= 20:
+                    n_values.setdefault(unit, []).append(np.unique(stored_time[mask]).size)
+    assert 3 * sum(n_values[1.0]) < sum(n_values[0.01])
+
+
+def test_a_type_too_small_for_the_peak_times_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"camera LSTCam: its 40 samples .* too large for int16"):
+        extract("proton", tmp_path / "o.h5", dtype="int16", time_unit=0.001)
 
 
 def test_energy_recon_labels_the_true_energy(tmp_path):
