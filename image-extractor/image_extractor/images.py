@@ -10,10 +10,19 @@ from numba import njit
 from . import layout
 from .calibrate import Calibrator
 from .errors import DataError
-from .instrument import Telescope, describe_array, select_telescopes
+from .instrument import (
+    Telescope,
+    describe_array,
+    mapping_method,
+    select_telescopes,
+    with_types,
+)
 from .mapping import Mapping, camera_mapping
 from .settings import Settings
 from .simtel import Corrupt, Event, SimtelFile, guarded
+
+# Mappings of the cameras seen so far, also of earlier files: some take seconds to make.
+_mappings: dict[tuple[str, str, bool], Mapping] = {}
 
 
 @njit(cache=True)
@@ -134,20 +143,27 @@ class SelectedArray:
 
     def __init__(self, simtel: SimtelFile, settings: Settings) -> None:
         self._simtel, self._settings = simtel, settings
-        by_camera: dict[str, Mapping] = {}
         self.mappings: dict[int, Mapping] = {}
         where = str(simtel.path)
         try:
             described = guarded(lambda: describe_array(simtel), "array description")
-            self.telescopes = select_telescopes(described, settings.type_mode)
+            typed = with_types(described, settings.types)
+            self.telescopes = select_telescopes(typed, settings.type_mode)
             for telescope in self.telescopes:
                 camera = telescope.camera
                 where = f"{simtel.path}: camera {camera.name}"
                 _check_times_fit(camera.n_samples, settings)
-                if camera.fingerprint not in by_camera:
-                    make = partial(camera_mapping, camera.pixel_x, camera.pixel_y, settings.mapping)
-                    by_camera[camera.fingerprint] = guarded(make, "pixel positions")
-                self.mappings[telescope.tel_id] = by_camera[camera.fingerprint]
+                method = mapping_method(telescope, settings.mapping)
+                key = (camera.fingerprint, method, settings.derotate)
+                if key not in _mappings:
+                    x, y = camera.pixel_x, camera.pixel_y
+                    if settings.derotate:
+                        x, y = (
+                            v.to_value("m") for v in (camera.geometry.pix_x, camera.geometry.pix_y)
+                        )
+                    make = partial(camera_mapping, x, y, method)
+                    _mappings[key] = guarded(make, "pixel positions")
+                self.mappings[telescope.tel_id] = _mappings[key]
         except (Corrupt, DataError) as error:
             raise DataError(f"{where}: {error}") from error
         self.by_id = {t.tel_id: t for t in self.telescopes}

@@ -81,7 +81,8 @@ TEL_DTYPE = np.dtype(
         ("tel_z", "f4"),
         ("tel_type", "S8"),
         ("run_array_direction", "f4", (2,)),
-        ("camera", "S48"),
+        ("camera", "S48"),  # name of the node below /Metadata/Cameras
+        ("name", "S32"),  # of the camera in the file
         ("optics", "S32"),
         ("focal_length", "f4"),
         ("mirror_area", "f4"),
@@ -285,7 +286,7 @@ def filters(compression: str) -> tables.Filters:
 
 def camera_key(telescope: Telescope) -> str:
     """Name of a type of camera: unique in a file and valid as the name of a node."""
-    name = "".join(c if c.isalnum() else "_" for c in telescope.camera.name)
+    name = "".join(c if c.isalnum() else "_" for c in telescope.camera.kind)
     return f"{name}_{telescope.camera.fingerprint[:8]}"
 
 
@@ -348,7 +349,8 @@ def create(
     cameras = h5.create_group(*_split(CAMERAS))
     one_of_each = {camera_key(t): t for t in reversed(telescopes)}
     for key, telescope in one_of_each.items():
-        _write_camera(h5, h5.create_group(cameras, key), telescope, mappings[telescope.tel_id])
+        group = h5.create_group(cameras, key)
+        _write_camera(h5, group, telescope, mappings[telescope.tel_id], settings.derotate)
     dtype = events_dtype(telescopes, mappings, settings)
     is_mapped = settings.storage_mode == "mapped"
     for i, group_path in enumerate(group_paths(settings)):
@@ -396,21 +398,29 @@ def _tel_rows(telescopes: list[Telescope], direction: tuple[float, float]) -> np
         camera = t.camera
         row["tel_id"], (row["tel_x"], row["tel_y"], row["tel_z"]) = t.tel_id, t.position
         row["tel_type"], row["run_array_direction"] = camera.telescope_type, direction
-        row["camera"], row["optics"] = camera_key(t), camera.optics
+        row["camera"], row["name"], row["optics"] = camera_key(t), camera.name, camera.optics
         row["focal_length"], row["mirror_area"] = camera.focal_length_m, camera.mirror_area_m2
     return rows
 
 
 def _write_camera(
-    h5: tables.File, group: tables.Group, telescope: Telescope, mapping: Mapping
+    h5: tables.File,
+    group: tables.Group,
+    telescope: Telescope,
+    mapping: Mapping,
+    is_derotated: bool,
 ) -> None:
     camera = telescope.camera
     attrs = group._v_attrs
     attrs.name, attrs.optics, attrs.telescope_type = (
-        camera.name,
+        camera.kind,
         camera.optics,
         camera.telescope_type,
     )
+    # Counter-clockwise, deg: pixels x, y to the camera frame; the image's axes to that frame.
+    attrs.rotation_deg = camera.rotation_deg
+    own = 0.0 if is_derotated else camera.rotation_deg
+    attrs.image_rotation_deg = own - mapping.turn_deg
     attrs.focal_length_m, attrs.effective_focal_length_m = (
         camera.focal_length_m,
         camera.effective_focal_length_m,
@@ -475,9 +485,11 @@ def node_checksum(node: tables.Node) -> int:
     attrs = node._v_attrs
     total = isal_zlib.crc32(node._v_pathname.encode())
     for name in sorted(set(attrs._f_list("all")) - {CHECKSUM}):
-        value = np.asarray(attrs[name])
+        is_numpy, value = isinstance(attrs[name], np.generic), np.asarray(attrs[name])
         content = repr(value.tolist()).encode() if value.dtype.hasobject else value.tobytes()
-        total = isal_zlib.crc32(f"{name} {value.dtype} {value.shape}".encode() + content, total)
+        total = isal_zlib.crc32(
+            f"{name} {is_numpy} {value.dtype} {value.shape}".encode() + content, total
+        )
     if isinstance(node, tables.Group):
         return isal_zlib.crc32(json.dumps(sorted(node._v_children)).encode(), total)
     total = isal_zlib.crc32(f"{node.dtype.descr} {node.shape}".encode(), total)
