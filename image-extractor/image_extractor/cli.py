@@ -232,6 +232,13 @@ def _extract(args: argparse.Namespace) -> int:
         raise UsageError(
             f"{args.summary}: is a folder, or in a folder that does not exist. Give another file."
         )
+    if args.output_file.is_file() and not args.overwrite:
+        damage = _look(args, args.output_file, "damaged_nodes")
+        if damage:
+            raise DataError(
+                f"{args.output_file}: nothing can be appended, because of damage: {damage[0]}. "
+                "Extract the data again with --overwrite."
+            )
 
     from tqdm import tqdm
 
@@ -325,7 +332,7 @@ def _plot_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _look(args: argparse.Namespace, function: str, *more: Any) -> Any:
+def _look(args: argparse.Namespace, path: Path, function: str, *more: Any) -> Any:
     """Call a function of look.py in a process of its own, because HDF5 may crash on damaged files.
 
     Raises
@@ -335,7 +342,7 @@ def _look(args: argparse.Namespace, function: str, *more: Any) -> Any:
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(theirs, function, (args.file, *more)))
+    child = context.Process(target=_answer, args=(theirs, function, (path, *more)))
     child.start()
     theirs.close()
     try:
@@ -349,7 +356,7 @@ def _look(args: argparse.Namespace, function: str, *more: Any) -> Any:
         raise error
     if error is not None:
         raise DataError(
-            f"{args.file}: damaged, so that HDF5 cannot read it ({error}). Extract the data again."
+            f"{path}: damaged, so that HDF5 cannot read it ({error}). Extract the data again."
         )
     return value
 
@@ -371,12 +378,12 @@ def _answer(pipe: Any, function: str, arguments: tuple[Any, ...]) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    print(_look(args, "inspect"))
+    print(_look(args, args.file, "inspect"))
     return 0
 
 
 def _validate(args: argparse.Namespace) -> int:
-    problems = _look(args, "validate")
+    problems = _look(args, args.file, "validate")
     for problem in problems:
         print(f"{args.file}: {problem}")
     if not problems:
@@ -385,7 +392,7 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    print(_look(args, "plot", args.output, args.event, args.run, args.max_images))
+    print(_look(args, args.file, "plot", args.output, args.event, args.run, args.max_images))
     return 0
 
 

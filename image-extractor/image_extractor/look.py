@@ -155,6 +155,12 @@ def validate(path: str | Path) -> list[str]:
     return list(dict.fromkeys(problems))
 
 
+def damaged_nodes(path: str | Path) -> list[str]:
+    """Compare every node, but not every event, with its checksum; return problems as `validate`."""
+    with layout.open_layout(path) as h5:
+        return _guarded("the file", lambda: _check_nodes(h5))
+
+
 def _guarded(what: str, check: Callable[[], list[str]]) -> list[str]:
     """Run a check; an error while reading means damage."""
     try:

@@ -1,8 +1,8 @@
 """Make the files of aux/: two configurations and their dictionaries of bins and cuts.
 
 Reads   simtel files, for the numbers and true energies of their events.
-Writes  aux/test_pytables{,_1bin}.config (mostly historic settings) and aux/bins_cuts_dict{,_1bin}.pkl, the
-        dictionaries also as .json for people to read.
+Writes  aux/test_pytables{,_1bin}.config (settings of the historic examples) and
+        aux/bins_cuts_dict{,_1bin}.pkl, the dictionaries also as .json for people to read.
 
 No EventDisplay analysis of these files exists. It is replaced by random numbers with a fixed seed:
 reconstructed energies with a scatter of 15 % around the true ones, shape parameters of good events.
