@@ -26,13 +26,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .errors import DataError, UsageError
 
-COMMANDS = ("inspect", "plot", "validate", "config", "extract")
+COMMANDS = {
+    "extract": "extract images from simtel files (the same as image_extractor.py)",
+    "inspect": "describe a data set",
+    "plot": "draw the images of an event",
+    "validate": "check a data set",
+    "config": "write a configuration, or check one",
+}
+
+
+def commands(argv: list[str] | None = None) -> int:
+    """Run `image-extractor COMMAND ...`; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    listed = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="image-extractor",
+        usage="image-extractor [--help] [--version] COMMAND ...",
+        description=f"Image data sets from simtel files. Commands:\n{listed}",
+        epilog="image-extractor COMMAND --help describes a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"image-extractor {__version__}")
+    if not argv or argv[0] not in COMMANDS:
+        parser.parse_known_args(argv)  # --help and --version end here
+        given = f"{argv[0]!r} is not a command" if argv else "no command"
+        parser.error(f"{given} (expected {', '.join(COMMANDS)}). Give one of these first.")
+    return main(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return the exit code."""
+    """Run a command, `extract` if none is named; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv and argv[0] in COMMANDS else "extract"
     rest = argv[1:] if argv and argv[0] in COMMANDS else argv
@@ -89,6 +115,7 @@ def _extract_parser() -> argparse.ArgumentParser:
         "Other commands: image-extractor "
         f"{{{','.join(c for c in COMMANDS if c != 'extract')}}} --help",
     )
+    parser.add_argument("--version", action="version", version=f"image_extractor.py {__version__}")
     add = parser.add_argument
     add("path_to_simtel_files", help='a simtel file, or a quoted pattern: "/data/*.simtel.gz"')
     add("output_file", type=Path, help="HDF5 file; created, or appended to if it exists")
@@ -155,7 +182,8 @@ def _extract_parser() -> argparse.ArgumentParser:
         "--jobs",
         type=_whole_number(1),
         default=1,
-        help="number of processes, each extracting whole files (default: 1)",
+        help="number of processes, each extracting whole files (default: 1; at most one less than "
+        "there are cores, because each uses more than one)",
     )
     add("--overwrite", action="store_true", help="replace the output instead of appending to it")
     add(
@@ -242,7 +270,7 @@ def _extract(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from . import __version__, image_extractor, layout, report
+    from . import image_extractor, layout, report
     from .cuts import load_cuts
     from .transaction import write_whole
 
@@ -257,6 +285,14 @@ def _extract(args: argparse.Namespace) -> int:
     elif settings.mode == "gh_class":
         log.info(
             "no dictionary of bins and cuts: all events are kept and binned by their true energy"
+        )
+    jobs = min(args.jobs, max(1, _cores() - 1))
+    if jobs < args.jobs:
+        log.info(
+            "--jobs %d: extracting with %d, because one process uses more than one of the %d cores",
+            args.jobs,
+            jobs,
+            _cores(),
         )
     fractions = (args.split_fractions or image_extractor.DEFAULT_FRACTIONS) if args.split else None
     extractor = image_extractor.ImageExtractor(
@@ -283,13 +319,22 @@ def _extract(args: argparse.Namespace) -> int:
 
     with tqdm(unit=" events", disable=None, mininterval=0.5) as bar, logging_redirect_tqdm():
         bar.files = 0
-        reports = extractor.process_files(files, args.max_events, args.jobs, bar.update, file_done)
+        reports = extractor.process_files(files, args.max_events, jobs, bar.update, file_done)
     summary = report.summary(reports, args.output_file, time.perf_counter() - started)
     print(report.summary_text(summary, layout.CHARGE_UNIT_PE, settings.dtype))
     if args.summary:
         write_whole(args.summary, (json.dumps(summary, indent=1) + "\n").encode())
-    is_bad = summary["files_failed"] or summary["files_incomplete"] or not summary["events_read"]
+    if summary["events_read"] and not summary["events_passed"]:
+        reasons = {name: words for name, words in report.COUNTS.items() if name in report.REASONS}
+        counts = ", ".join(f"{summary[n]} {words}" for n, words in reasons.items() if summary[n])
+        log.warning("No event was written, because none passed: %s.", counts)
+    is_bad = summary["files_failed"] or summary["files_incomplete"] or not summary["events_passed"]
     return 1 if is_bad else 0
+
+
+def _cores() -> int:
+    """Count the cores that this process may use."""
+    return int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)))
 
 
 def _look_parser(name: str, what: str) -> argparse.ArgumentParser:

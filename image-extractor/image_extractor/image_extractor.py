@@ -63,6 +63,9 @@ class ImageExtractor:
         skipped before calibration. Without one, all events are kept and binned by true energy.
     mode : str
         "gh_class" or "energy_recon".
+    type_mode, storage_mode : str
+        Telescopes (also called tel_type_mode and telescope_type) and storage mode, as in the
+        configuration. They may be the fourth and fifth argument, as historically.
     settings : Settings, optional
         E.g. from `config.load_config`; by default `Settings()`.
     overwrite : bool
@@ -73,8 +76,7 @@ class ImageExtractor:
         See `rearrangement.rearrange`; done when the output is closed. `split` maps the names of
         the parts to fractions. `split_by` is "shower" or "event". `seed` is 0 or more.
     **options
-        Fields of Settings, e.g. storage_mode, image_mode, scale_factor, type_mode (or
-        telescope_type).
+        Other fields of Settings, e.g. image_mode, scale_factor.
 
     Raises
     ------
@@ -87,6 +89,8 @@ class ImageExtractor:
         output_path: str | Path,
         bins_cuts_dict: Mapping[Any, Any] | CutsTable | None = None,
         mode: str | None = None,
+        type_mode: str | None = None,
+        storage_mode: str | None = None,
         *,
         settings: Settings | None = None,
         overwrite: bool = False,
@@ -99,10 +103,10 @@ class ImageExtractor:
         command: str = "",
         **options: Any,
     ) -> None:
-        if "telescope_type" in options:
-            options["type_mode"] = options.pop("telescope_type")
-        if mode is not None:
-            options["mode"] = mode
+        for name in ("telescope_type", "tel_type_mode"):
+            type_mode = options.pop(name, type_mode)
+        positional = {"mode": mode, "type_mode": type_mode, "storage_mode": storage_mode}
+        options |= {name: value for name, value in positional.items() if value is not None}
         unknown = set(options) - {f.name for f in fields(Settings)}
         if unknown:
             raise UsageError(

@@ -23,6 +23,7 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -123,6 +124,7 @@ INDEX_DTYPE = np.dtype(
         ("checksum", "u4"),  # of the row and the images, see event_checksum
     ]
 )
+MOST_COMPRESSED = 1100  # ratio of sizes, that of gzip for constant data
 CHECKSUM = "checksum"  # attribute of every node
 EVENT_DATA = re.compile(r"(/E\d+)?/(Events(_\w+)?|T\d+)")  # paths of event tables and images
 SHOWER_COLUMNS = (
@@ -134,6 +136,7 @@ SHOWER_COLUMNS = (
     "alt",
     "h_first_int",
 )
+MAX_CHUNK = 2**31 - 1024  # bytes of the images of a row, or of one image; NumPy allows no more
 BATCH_BYTES = 128 * 1024 * 1024  # rows held in memory at a time
 
 
@@ -147,10 +150,28 @@ def image_shape(mapping: Mapping, settings: Settings) -> tuple[int, ...]:
     return (*spatial, n_channels)
 
 
+def _check_size(
+    telescopes: list[Telescope], mappings: dict[int, Mapping], settings: Settings
+) -> None:
+    """Refuse rows and images that are too large for a chunk of HDF5."""
+    shapes = [image_shape(mappings[t.tel_id], settings) for t in telescopes]
+    sizes = [math.prod(shape) * np.dtype(settings.dtype).itemsize for shape in shapes]
+    is_mapped = settings.storage_mode == "mapped"
+    size = max(sizes) if is_mapped else sum(sizes)
+    if size > MAX_CHUNK:
+        raise DataError(
+            f"{'an image' if is_mapped else 'an event with its images'} would take "
+            f"{size / 2**30:.1f} GiB (expected less than {(MAX_CHUNK + 1) / 2**30:.0f} GiB). Use "
+            f"{'' if is_mapped else 'storage_mode = mapped, '}a smaller scale_factor or fewer "
+            "telescopes."
+        )
+
+
 def events_dtype(
     telescopes: list[Telescope], mappings: dict[int, Mapping], settings: Settings
 ) -> np.dtype:
     """Columns of an Events table: the historic ones in their order, then the new ones."""
+    _check_size(telescopes, mappings, settings)
     n_tel = len(telescopes)
     columns: list[Any] = [
         ("event_number", "u4"),
@@ -494,6 +515,8 @@ def node_checksum(node: tables.Node) -> int:
         return isal_zlib.crc32(json.dumps(sorted(node._v_children)).encode(), total)
     total = isal_zlib.crc32(f"{node.dtype.descr} {node.shape}".encode(), total)
     if not EVENT_DATA.fullmatch(node._v_pathname):
+        if node.size_in_memory > MOST_COMPRESSED * node._v_file.get_filesize():
+            raise DataError(f"{node._v_pathname}: is longer than the file can hold")
         total = isal_zlib.crc32(np.ascontiguousarray(node.read()).view(np.uint8), total)
     return total
 

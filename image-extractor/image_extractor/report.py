@@ -26,6 +26,14 @@ COUNTS = {
     "saturated_pixels": "saturated pixels",
     "calibration_events": "calibration events skipped",
 }
+# Why events did not pass.
+REASONS = (
+    "not_in_dictionary",
+    "no_selected_telescope",
+    "other_primary",
+    "outside_bins",
+    "failed_image_cuts",
+)
 ALWAYS_SHOWN = ("events_read", "events_passed", "events_written", "saturated_pixels")
 # Columns of Runs -> keys of eventio's MCRunHeader.
 MC_COLUMNS = {

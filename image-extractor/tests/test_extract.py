@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from image_extractor import layout
 from image_extractor.errors import DataError, UsageError
 from image_extractor.image_extractor import ImageExtractor
+from image_extractor.images import SelectedArray
 from image_extractor.instrument import describe_array
 from image_extractor.look import inspect, validate
 from image_extractor.mapping import camera_mapping
@@ -208,6 +209,15 @@ def test_peak_times_keep_their_resolution(tmp_path, dl1):
 def test_a_type_too_small_for_the_peak_times_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"camera LSTCam: its 40 samples .* too large for int16"):
         extract("proton", tmp_path / "o.h5", dtype="int16", time_unit=0.001)
+
+
+def test_mappings_are_made_once_for_all_files():
+    found = []
+    for _ in range(2):
+        with SimtelFile(real_file("proton")) as simtel:
+            found.append(SelectedArray(simtel, settings(mapping="rebin")).mappings)
+    assert all(found[0][t] is found[1][t] for t in found[0])
+    assert len({id(m) for m in found[0].values()}) == 2  # LSTCam, FlashCam
 
 
 def test_energy_recon_labels_the_true_energy(tmp_path):
@@ -614,7 +624,9 @@ def command(source, out, config):
 
 def start(words, **options):
     """Start a command whose output is not needed."""
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **options}
+    environment = {**os.environ, "SLURM_CPUS_PER_TASK": "4"}  # so that --jobs 2 are two
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    quiet |= options
     return subprocess.Popen(words, **quiet)
 
 
@@ -762,6 +774,9 @@ def test_the_python_example_of_the_readme(tmp_path):
     extractor = ImageExtractor(output_path, bins_cuts_dict, mode, telescope_type="SST")
     extractor.process_data(str(real_file("sst")), 50)
     assert list(all_images(output_path)) == [(102, 301)]
+    for words in ((None, mode, "SST", "mapped"), (None, mode, "SST")):  # as historically
+        made = ImageExtractor(output_path, *words).settings
+        assert (made.type_mode, made.storage_mode) == ("SST", ([*words, "all"])[3])
     with pytest.raises(UsageError, match="no option colour"):
         ImageExtractor(output_path, None, mode, colour=1)
     with pytest.raises(UsageError, match="mode = gamma"):
