@@ -5,7 +5,7 @@
     /E{i}/Events                  gh_class: one group per energy bin; energy_recon: /Events
     /E{i}/T{tel_id}               mapped: images (row, x, y, channel) or (row, channel, x, y)
     /Metadata/Runs                one row per input file
-    /Metadata/Event_Index         numbers, group, part, identity, shower, checksum of every event
+    /Metadata/Event_Index         numbers, group, part, source, checksum, ... of every event
     /Metadata/Cameras/{key}       pixels, and the matrix that made the images
 
 No other module states these names. Everything outside /Metadata is the historic layout, which plain
@@ -117,6 +117,7 @@ INDEX_DTYPE = np.dtype(
         ("event_number", "u4"),
         ("group", "u1"),
         ("part", "u1"),  # position in the attribute `parts`
+        ("source", "u4"),  # row of Runs
         ("identity", "u8"),  # tells events with equal numbers apart
         ("shower", "u8"),  # the same for all uses of a shower
         ("primary_id", "i4"),

@@ -228,6 +228,10 @@ def _check_events(h5: tables.File) -> list[str]:
         problems += _check_indices(h5, used)
     if np.unique(index[["run_number", "event_number", "identity"]]).size != len(index):
         problems.append("an event occurs twice")
+    if not np.array_equal(
+        np.bincount(index["source"], minlength=len(runs)), runs["events_written"]
+    ):
+        problems.append(f"{layout.RUNS}: its counts are not those of {layout.INDEX}")
     if int(runs["events_written"].sum()) != n_events:
         problems.append(
             f"{layout.RUNS}: counts {runs['events_written'].sum()} events, but the tables have "

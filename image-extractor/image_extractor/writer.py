@@ -159,6 +159,7 @@ class Writer:
                 )
             else:
                 self._check_existing(attributes)
+            self._n_runs = int(self._h5.get_node(layout.RUNS).nrows)
             self.groups = [self._open_group(p) for p in layout.group_paths(settings)]
         except BaseException:
             self._h5.close()
@@ -256,7 +257,7 @@ class Writer:
         entry = np.zeros(1, layout.INDEX_DTYPE)
         for name in ("run_number", "event_number", "primary_id", "mc_energy"):
             entry[name] = row[name]
-        entry["group"], entry["identity"] = group_index, identity
+        entry["group"], entry["source"], entry["identity"] = group_index, self._n_runs, identity
         entry["shower"] = layout.shower_keys(row)
         by_slot = [(slot, images[t]) for t, slot in self.slots.items() if t in images]
         entry["checksum"] = layout.event_checksum(row[0], by_slot)
@@ -314,6 +315,7 @@ class Writer:
         """Append the row (1,) of one input file (RUNS_DTYPE), unless it adds nothing."""
         if not self._is_listed(row[0]) or row["events_written"][0]:
             self._h5.get_node(layout.RUNS).append(row)
+            self._n_runs += 1
             self.is_changed = True
 
     def _is_listed(self, run: np.void) -> bool:
@@ -352,6 +354,7 @@ class Writer:
                         self._grow(group)
                         group.events.write_chunk((group.rows,), events.read_chunk((int(i),)))
                         group.rows += 1
+            index["source"] = self._n_runs
             self._note(index[keep])
             runs = layout.runs_table(source)
         runs["duplicates"] += np.uint32((~keep).sum())
