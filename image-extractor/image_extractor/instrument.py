@@ -149,7 +149,8 @@ def _camera(
         rotation_deg,
         time_slice,
     )
-    digest = hashlib.sha256(np.round(1e5 * np.stack([pixel_x, pixel_y])).astype("<i8").tobytes())
+    rounded = np.round([pixel_x, pixel_y], 5) + 0.0  # -0 becomes 0
+    digest = hashlib.sha256(rounded.tobytes())
     digest.update(repr((kind, [round(float(v), 3) for v in optics])).encode())
     fingerprint = digest.hexdigest()[:16]
     if fingerprint not in geometries:

@@ -27,7 +27,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tables
@@ -36,9 +36,11 @@ from isal import isal_zlib
 from . import __version__
 from .config import as_text
 from .errors import DataError
-from .instrument import Telescope
-from .mapping import CONSERVING, Mapping
-from .settings import EnergyBins, Settings
+from .settings import CONSERVING, EnergyBins, Settings
+
+if TYPE_CHECKING:  # so that reading a file needs neither ctapipe nor scipy
+    from .instrument import Telescope
+    from .mapping import Mapping
 
 SCHEMA = "cta-image-extractor"
 SCHEMA_VERSION = 2

@@ -30,7 +30,6 @@ from scipy.spatial import Delaunay, cKDTree
 from .errors import DataError
 from .settings import MAPPINGS
 
-CONSERVING = ("square", "axial", "oversampling", "rebin", "none")
 REBIN_POINTS = 12  # sample points across a pixel when its area is shared among cells
 SAME_LEVEL = 0.2  # pixels closer than this fraction of the spacing are in one row or column
 SPARSEST = 16  # maximum ratio of the area of an image to that of its pixels

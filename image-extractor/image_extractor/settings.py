@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 TEV_PER_UNIT = {"eV": 1e-12, "MeV": 1e-6, "GeV": 1e-3, "TeV": 1.0}
 MAX_BINS = 255  # the bin label is one byte
+CONSERVING = ("square", "axial", "oversampling", "rebin", "none")  # mappings that conserve charge
 MAPPINGS = ("auto", "square", "axial", "oversampling", "rebin", "nearest", "bilinear", "none")
 
 

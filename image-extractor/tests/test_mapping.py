@@ -11,8 +11,8 @@ from scipy.spatial import cKDTree
 
 from image_extractor.errors import DataError
 from image_extractor.instrument import describe_array
-from image_extractor.mapping import CONSERVING, camera_mapping, lattice_neighbors
-from image_extractor.settings import MAPPINGS
+from image_extractor.mapping import camera_mapping, lattice_neighbors
+from image_extractor.settings import CONSERVING, MAPPINGS
 from image_extractor.simtel import SimtelFile
 
 
