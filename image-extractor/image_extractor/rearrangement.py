@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import tables
 
 from . import layout
 
+log = logging.getLogger(__name__)
 BLOCK = 10  # showers of similar energy, one of which is drawn for a part with a tenth of the events
 
 
@@ -78,6 +80,7 @@ def rearrange(
                     rearranged[-1]["part"] = k
             if len(index):
                 target.get_node(layout.INDEX)[:] = np.concatenate(rearranged)
+            _warn_of_empty_parts(rearranged, fractions or {})
             root = target.root._v_attrs
             root.parts = json.dumps([layout.part_name(name) for name in names])
             if shuffle:
@@ -91,6 +94,19 @@ def rearrange(
                 target.close()
     if not is_mapped:
         scratch.replace(path)
+
+
+def _warn_of_empty_parts(tables_of_parts: list[np.ndarray], fractions: dict[str, float]) -> None:
+    index = np.concatenate([np.zeros(0, layout.INDEX_DTYPE), *tables_of_parts])
+    counts = np.bincount(index["part"], minlength=len(fractions))
+    for (name, fraction), n in zip(fractions.items(), counts, strict=False):
+        if fraction > 0 and not n:
+            log.warning(
+                "%s has no event: there are only %d events, of %d showers.",
+                layout.part_name(name),
+                len(index),
+                np.unique(index["shower"]).size,
+            )
 
 
 def assign_showers(

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor
@@ -38,6 +39,23 @@ def test_inspect_describes_a_data_set(data_set, capsys):
         "type_mode = ALL",
     ):
         assert words in text
+
+
+def test_inspect_counts_the_images_of_each_part(tmp_path, caplog):
+    one_bin = EnergyBins(min=-2, max=2, bin_size=4)
+    split = {"A": 0.6, "B": 0.3, "C": 0.1}
+    extract("proton", tmp_path / "o.h5", split=split, energy_bins=one_bin)
+    text = look.inspect(tmp_path / "o.h5")
+    counts = {}
+    with tables.open_file(str(tmp_path / "o.h5")) as h5:
+        for part in split:
+            table = h5.get_node(f"/E0/Events_{part}")
+            counts[part] = int((table.col("tel_map") >= 0).sum())
+            after = text.partition(f"/E0/Events_{part}: ")[2].splitlines()[1]
+            assert sum(map(int, re.findall(r"(\d+) (?:LST|MST)", after))) == counts[part]
+    assert sum(counts.values()) == 36
+    assert counts["C"] == 0
+    assert "Events_C has no event: there are only 6 events, of 3 showers." in caplog.text
 
 
 def test_a_picture_that_cannot_be_written_is_reported_in_one_line(data_set, tmp_path, capsys):
