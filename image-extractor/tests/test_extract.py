@@ -501,6 +501,19 @@ def test_shuffle_and_split_lose_no_row(storage, compression, split_by, tmp_path)
     assert ("shower in another part" in inspect(out)) == (split_by == "event")
 
 
+@pytest.mark.parametrize("storage", ["mapped", "all"])
+def test_a_shuffled_file_can_be_appended_to_and_shuffled_again(storage, tmp_path):
+    out = tmp_path / "o.h5"
+    for max_events, shuffle in ((7, True), (12, False), (31, True)):
+        extract("sst", out, max_events, storage_mode=storage, shuffle=shuffle)
+        assert validate(out) == []
+        assert len(all_images(out)) == max_events
+    extract("sst", out, storage_mode=storage, split={"A": 0.5, "B": 0.5})
+    assert validate(out) == []
+    extract("sst", tmp_path / "p.h5", storage_mode=storage)
+    assert_same(all_images(out), all_images(tmp_path / "p.h5"))
+
+
 def test_mapped_images_are_not_copied_by_shuffling(tmp_path):
     extract("sst", tmp_path / "a.h5")
     extract("sst", tmp_path / "b.h5", shuffle=True, split={"A": 0.5, "B": 0.5})
@@ -984,9 +997,9 @@ def test_linear_bins_may_begin_at_zero(tmp_path):
     assert validate(tmp_path / "o.h5") == []
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
 @pytest.mark.parametrize(
-    ("value", "message"), [(np.nan, "is not a number"), (1e30, "lie too far apart")]
+    ("value", "message", "jobs"),
+    [(np.nan, "is not a number", 1), (1e30, "lie too far apart", 2)],
 )
 def test_a_file_with_a_damaged_description_is_left_out(value, message, jobs, tmp_path):
     """The undamaged file after it is extracted."""
