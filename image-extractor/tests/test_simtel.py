@@ -209,7 +209,7 @@ def test_damaged_bytes_are_reported_or_harmless(key, tmp_path):
     raw = decompressed(real_file(key))
     first_event = raw.index(SYNC_MARKER + struct.pack("<H", ARRAY_EVENT))
     rng = np.random.default_rng(11)
-    places = [*rng.integers(0, first_event, 12), *rng.integers(first_event, len(raw) - 16, 12)]
+    places = [*rng.integers(0, first_event, 8), *rng.integers(first_event, len(raw) - 16, 8)]
     for place in places:
         damaged = bytearray(raw)
         damaged[place : place + 16] = rng.bytes(16)
