@@ -17,6 +17,7 @@ import glob
 import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -25,13 +26,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import __version__
 from .errors import DataError, UsageError
 
-COMMANDS = ("inspect", "plot", "validate", "config", "extract")
+COMMANDS = {
+    "extract": "extract images from simtel files (the same as image_extractor.py)",
+    "inspect": "describe a data set",
+    "plot": "draw the images of an event",
+    "validate": "check a data set",
+    "config": "write a configuration, or check one",
+}
+
+
+def commands(argv: list[str] | None = None) -> int:
+    """Run `image-extractor COMMAND ...`; return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    listed = "\n".join(f"  {name:10}{what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="image-extractor",
+        usage="image-extractor [--help] [--version] COMMAND ...",
+        description=f"Image data sets from simtel files. Commands:\n{listed}",
+        epilog="image-extractor COMMAND --help describes a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"image-extractor {__version__}")
+    if not argv or argv[0] not in COMMANDS:
+        parser.parse_known_args(argv)  # --help and --version end here
+        given = f"{argv[0]!r} is not a command" if argv else "no command"
+        parser.error(f"{given} (expected {', '.join(COMMANDS)}). Give one of these first.")
+    return main(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; return the exit code."""
+    """Run a command, `extract` if none is named; return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv and argv[0] in COMMANDS else "extract"
     rest = argv[1:] if argv and argv[0] in COMMANDS else argv
@@ -69,14 +96,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(error, file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
-    except RuntimeError as error:
-        if args.debug or type(error).__name__ != "HDF5ExtError":
-            raise
-        print(
-            f"{args.file}: damaged, so that HDF5 cannot read it. Extract the data again.",
-            file=sys.stderr,
-        )
-        return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -96,6 +115,7 @@ def _extract_parser() -> argparse.ArgumentParser:
         "Other commands: image-extractor "
         f"{{{','.join(c for c in COMMANDS if c != 'extract')}}} --help",
     )
+    parser.add_argument("--version", action="version", version=f"image_extractor.py {__version__}")
     add = parser.add_argument
     add("path_to_simtel_files", help='a simtel file, or a quoted pattern: "/data/*.simtel.gz"')
     add("output_file", type=Path, help="HDF5 file; created, or appended to if it exists")
@@ -139,9 +159,18 @@ def _extract_parser() -> argparse.ArgumentParser:
         help="parts of --split and their fractions (default: Training=0.9,Validation=0.1,Test=0)",
     )
     add(
+        "--split-by",
+        "--split_by",
+        choices=("shower", "event"),
+        default="shower",
+        help="shower: all uses of a simulated shower go to the same part, and each part has its "
+        "fraction of every particle class and energy range; event: events are drawn singly, as "
+        "historically, so that parts share showers (default: shower)",
+    )
+    add(
         "--stratify",
         action="store_true",
-        help="divide each particle class in the fractions of --split",
+        help="with --split-by event, divide each particle class in the fractions of --split",
     )
     add(
         "--seed",
@@ -153,7 +182,8 @@ def _extract_parser() -> argparse.ArgumentParser:
         "--jobs",
         type=_whole_number(1),
         default=1,
-        help="number of processes, each extracting whole files (default: 1)",
+        help="number of processes, each extracting whole files (default: 1; at most one less than "
+        "there are cores, because each uses more than one)",
     )
     add("--overwrite", action="store_true", help="replace the output instead of appending to it")
     add(
@@ -230,10 +260,17 @@ def _extract(args: argparse.Namespace) -> int:
         raise UsageError(
             f"{args.summary}: is a folder, or in a folder that does not exist. Give another file."
         )
+    if args.output_file.is_file() and not args.overwrite:
+        damage = _look(args, args.output_file, "damaged_nodes")
+        if damage:
+            raise DataError(
+                f"{args.output_file}: nothing can be appended, because of damage: {damage[0]}. "
+                "Extract the data again with --overwrite."
+            )
 
     from tqdm import tqdm
 
-    from . import __version__, image_extractor, layout, report
+    from . import image_extractor, layout, report
     from .cuts import load_cuts
     from .transaction import write_whole
 
@@ -249,6 +286,14 @@ def _extract(args: argparse.Namespace) -> int:
         log.info(
             "no dictionary of bins and cuts: all events are kept and binned by their true energy"
         )
+    jobs = min(args.jobs, max(1, _cores() - 1))
+    if jobs < args.jobs:
+        log.info(
+            "--jobs %d: extracting with %d, because one process uses more than one of the %d cores",
+            args.jobs,
+            jobs,
+            _cores(),
+        )
     fractions = (args.split_fractions or image_extractor.DEFAULT_FRACTIONS) if args.split else None
     extractor = image_extractor.ImageExtractor(
         args.output_file,
@@ -258,6 +303,7 @@ def _extract(args: argparse.Namespace) -> int:
         compression=args.compression,
         shuffle=args.shuffle,
         split=fractions,
+        split_by=args.split_by,
         stratify=args.stratify,
         seed=args.seed,
         command=" ".join(sys.argv),
@@ -273,13 +319,22 @@ def _extract(args: argparse.Namespace) -> int:
 
     with tqdm(unit=" events", disable=None, mininterval=0.5) as bar, logging_redirect_tqdm():
         bar.files = 0
-        reports = extractor.process_files(files, args.max_events, args.jobs, bar.update, file_done)
+        reports = extractor.process_files(files, args.max_events, jobs, bar.update, file_done)
     summary = report.summary(reports, args.output_file, time.perf_counter() - started)
     print(report.summary_text(summary, layout.CHARGE_UNIT_PE, settings.dtype))
     if args.summary:
         write_whole(args.summary, (json.dumps(summary, indent=1) + "\n").encode())
-    is_bad = summary["files_failed"] or summary["files_incomplete"] or not summary["events_read"]
+    if summary["events_read"] and not summary["events_passed"]:
+        reasons = {name: words for name, words in report.COUNTS.items() if name in report.REASONS}
+        counts = ", ".join(f"{summary[n]} {words}" for n, words in reasons.items() if summary[n])
+        log.warning("No event was written, because none passed: %s.", counts)
+    is_bad = summary["files_failed"] or summary["files_incomplete"] or not summary["events_passed"]
     return 1 if is_bad else 0
+
+
+def _cores() -> int:
+    """Count the cores that this process may use."""
+    return int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)))
 
 
 def _look_parser(name: str, what: str) -> argparse.ArgumentParser:
@@ -322,17 +377,58 @@ def _plot_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _inspect(args: argparse.Namespace) -> int:
+def _look(args: argparse.Namespace, path: Path, function: str, *more: Any) -> Any:
+    """Call a function of look.py in a process of its own, because HDF5 may crash on damaged files.
+
+    Raises
+    ------
+    DataError
+        If it crashed, or raised any other error.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(theirs, function, (path, *more)))
+    child.start()
+    theirs.close()
+    try:
+        error, value = ours.recv()
+    except EOFError:
+        error, value = RuntimeError("it crashed"), None
+    finally:
+        child.terminate()
+        child.join()
+    if isinstance(error, DataError) or (error is not None and args.debug):
+        raise error
+    if error is not None:
+        raise DataError(
+            f"{path}: damaged, so that HDF5 cannot read it ({error}). Extract the data again."
+        )
+    return value
+
+
+def _answer(pipe: Any, function: str, arguments: tuple[Any, ...]) -> None:
+    """Send (error or None, result) of a function of look.py; runs in the other process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     from . import look
 
-    print(look.inspect(args.file))
+    try:
+        pipe.send((None, getattr(look, function)(*arguments)))
+    except DataError as error:
+        pipe.send((error, None))
+    # PyTables has no error type of its own for damaged files: almost any error occurs.
+    except Exception as error:
+        pipe.send(
+            (RuntimeError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"), None)
+        )
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    print(_look(args, args.file, "inspect"))
     return 0
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from . import look
-
-    problems = look.validate(args.file)
+    problems = _look(args, args.file, "validate")
     for problem in problems:
         print(f"{args.file}: {problem}")
     if not problems:
@@ -341,9 +437,7 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from . import look
-
-    print(look.plot(args.file, args.output, args.event, args.run, args.max_images))
+    print(_look(args, args.file, "plot", args.output, args.event, args.run, args.max_images))
     return 0
 
 

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from configobj import ConfigObj, ConfigObjError, Section, validate
 
 from .errors import DataError, UsageError
-from .settings import MAPPINGS, TEV_PER_UNIT, Cut, EnergyBins, Settings
+from .settings import MAPPINGS, TEV_PER_UNIT, Cut, EnergyBins, Settings, selections
 from .transaction import write_whole
 
 
@@ -73,15 +73,21 @@ mode = option(PIXELS_3C, PIXELS_1C, PIXELS_TIMING_2C, PIXELS_TIMING_3C)
 scale_factor = integer(1)
 # Number type. Charges are in 0.01 photo-electrons; those too large saturate and are counted.
 dtype = option(uint16, uint32, int16, int32, float32)
+# Unit of stored peak times, in samples. 1: whole samples, as historically.
+time_unit = float(0.001, 1)
 # Position of the channel axis.
 dim_order = option(channels_first, channels_last)
 # How pixels become an image. auto: square or axial, by the camera. none: a vector of pixels.
-mapping = option({", ".join(MAPPINGS)})
+mapping = mappings
+# Whether pixels are first turned by the angle at which they are mounted, into the camera frame.
+derotate = boolean
 
 # Telescopes.
 [telescope]
-# Which telescopes are stored, e.g. SST+SCT, NectarCam, 5-12.
+# Which telescopes are stored, e.g. SST+SCT, NectarCam, MSTN-*, 5-12.
 type_mode = telescopes
+# Types that replace those found from the mirror area, e.g. MSTS-*: MST, 30-39: SST.
+types = types
 
 # Energy bins of gh_class: of the reconstructed energy with a dictionary, else of the true energy.
 [energy_bins]
@@ -138,7 +144,10 @@ HELD_IN: dict[Place, str] = {
 EXPECTED = {
     "boolean": "True | False",
     "cut": "two numbers, the lower first; None for an open bound",
-    "telescopes": "SST | SCT | LST | MST | ALL | camera | optics | id | id-id, joined by +",
+    "mappings": f"{' | '.join(MAPPINGS)}; others for some telescopes, TELESCOPES: METHOD, ...",
+    "telescopes": "SST | SCT | LST | MST | ALL | camera | optics | pattern with * or ? | id | "
+    "id-id, joined by +",
+    "types": "TELESCOPES: TYPE, ... with types of at most 8 letters, digits, - and _",
 }
 
 
@@ -176,6 +185,33 @@ def _telescopes(value: Any) -> str:
     return validate.is_string(validate.is_string(value).strip(), 1)
 
 
+def _list(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else validate.is_string(value)
+
+
+def _mappings(value: Any) -> str:
+    items = _selections(value)
+    if not items or any(method not in MAPPINGS for _, method in items):
+        raise validate.VdtValueError(value)
+    if sum(not telescopes for telescopes, _ in items) > 1:
+        raise validate.VdtValueError(value)
+    return _list(value)
+
+
+def _types(value: Any) -> str:
+    for telescopes, kind in _selections(value):
+        if not telescopes or not re.fullmatch(r"[\w-]{1,8}", kind, re.ASCII):
+            raise validate.VdtValueError(value)
+    return _list(value)
+
+
+def _selections(value: Any) -> list[tuple[str, str]]:
+    try:
+        return selections(_list(value))
+    except ValueError:
+        raise validate.VdtValueError(value) from None
+
+
 def _cut(value: Any) -> list[Any]:
     """Read `lower, upper` or `column, ..., lower, upper`; parentheses are allowed."""
     items = value if isinstance(value, list) else [value]
@@ -190,7 +226,14 @@ def _cut(value: Any) -> list[Any]:
 
 
 _VALIDATOR = validate.Validator(
-    {"integer": _integer, "float": _number, "telescopes": _telescopes, "cut": _cut}
+    {
+        "integer": _integer,
+        "float": _number,
+        "telescopes": _telescopes,
+        "mappings": _mappings,
+        "types": _types,
+        "cut": _cut,
+    }
 )
 
 

@@ -26,6 +26,10 @@ from .errors import DataError
 from .transaction import whole_file
 
 JSON_FORMAT = "bins-cuts-dict"
+NUMPY_REMEDY = (
+    "Convert NumPy's numbers to plain ones before pickling: "
+    "{(int(r), int(e)): (int(b), float(tev)) for (r, e), (b, tev) in d.items()}."
+)
 REMEDY = "Make it with prepare_cuts_dict.py."
 # One entry of a pickled dict: opcodes and, between them, the numbers.
 PICKLE_ROW = np.dtype(
@@ -149,12 +153,13 @@ def load_cuts(path: str | Path) -> CutsTable:
         raise DataError(
             f"{path}: cannot be read ({error.strerror or error}). Check the path."
         ) from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}). {REMEDY}") from error
     except pickle.UnpicklingError as error:
+        remedy = NUMPY_REMEDY if "numpy" in str(error) else REMEDY
         raise DataError(
             f"{path}: refused as a pickle of bins and cuts: {error} "
-            f"(expected a dict of tuples of numbers). {REMEDY}"
+            f"(expected a dict of tuples of numbers). {remedy}"
         ) from error
     # For a damaged pickle the standard library raises almost any error.
     except (

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 import tables
+from isal import isal_zlib
 
 from . import config, layout
 from .cuts import CutsTable
@@ -62,18 +63,20 @@ class ImageExtractor:
         skipped before calibration. Without one, all events are kept and binned by true energy.
     mode : str
         "gh_class" or "energy_recon".
+    type_mode, storage_mode : str
+        Telescopes (also called tel_type_mode and telescope_type) and storage mode, as in the
+        configuration. They may be the fourth and fifth argument, as historically.
     settings : Settings, optional
         E.g. from `config.load_config`; by default `Settings()`.
     overwrite : bool
         Replace an existing output instead of appending to it.
     compression : str
         "gzip", "none", "blosc-lz4" or "blosc-zstd".
-    shuffle, split, stratify, seed
+    shuffle, split, split_by, stratify, seed
         See `rearrangement.rearrange`; done when the output is closed. `split` maps the names of
-        the parts to fractions. `seed` is 0 or more.
+        the parts to fractions. `split_by` is "shower" or "event". `seed` is 0 or more.
     **options
-        Fields of Settings, e.g. storage_mode, image_mode, scale_factor, type_mode (or
-        telescope_type).
+        Other fields of Settings, e.g. image_mode, scale_factor.
 
     Raises
     ------
@@ -86,21 +89,24 @@ class ImageExtractor:
         output_path: str | Path,
         bins_cuts_dict: Mapping[Any, Any] | CutsTable | None = None,
         mode: str | None = None,
+        type_mode: str | None = None,
+        storage_mode: str | None = None,
         *,
         settings: Settings | None = None,
         overwrite: bool = False,
         compression: str = "gzip",
         shuffle: bool = False,
         split: dict[str, float] | None = None,
+        split_by: str = "shower",
         stratify: bool = False,
         seed: int = 0,
         command: str = "",
         **options: Any,
     ) -> None:
-        if "telescope_type" in options:
-            options["type_mode"] = options.pop("telescope_type")
-        if mode is not None:
-            options["mode"] = mode
+        for name in ("telescope_type", "tel_type_mode"):
+            type_mode = options.pop(name, type_mode)
+        positional = {"mode": mode, "type_mode": type_mode, "storage_mode": storage_mode}
+        options |= {name: value for name, value in positional.items() if value is not None}
         unknown = set(options) - {f.name for f in fields(Settings)}
         if unknown:
             raise UsageError(
@@ -132,8 +138,14 @@ class ImageExtractor:
                 f"split {split}: not a valid split (expected names with fractions from 0 to 1 "
                 "that add up to 1). Correct it."
             )
+        if split_by not in layout.SPLIT_BY:
+            raise UsageError(
+                f"split_by {split_by!r}: not a valid value "
+                f"(expected {' | '.join(layout.SPLIT_BY)}). Choose one of these."
+            )
         self.overwrite, self.compression, self.command = overwrite, compression, command
-        self.shuffle, self.split, self.stratify, self.seed = shuffle, split, stratify, seed
+        self.shuffle, self.split, self.split_by = shuffle, split, split_by
+        self.stratify, self.seed = stratify, seed
         self._has_committed = False
         self._per_event: list[int] = []  # of the last file, see FileReport.count_images
         self._transaction: OutputTransaction | None = None
@@ -228,6 +240,8 @@ class ImageExtractor:
         for path in files:
             try:
                 yield self._process(path, max_events, progress)
+            except UsageError:
+                raise
             except DataError as error:
                 yield FileReport(str(path), problem=_without_path(error, path), failed=True)
 
@@ -257,6 +271,8 @@ class ImageExtractor:
                     if not report.failed:
                         try:
                             self._merge(path, part, report, per_event)
+                        except UsageError:
+                            raise
                         except DataError as error:
                             report = FileReport(
                                 str(path), problem=_without_path(error, path), failed=True
@@ -282,9 +298,10 @@ class ImageExtractor:
             array = SelectedArray(simtel, self.settings)
             self._ensure_writer(simtel, array)
         assert self._writer is not None
-        is_new = self._writer.merge(part)
+        is_new, is_other = self._writer.merge(part).T
         report.duplicates += int((~is_new).sum())
         report.events_written = int(is_new.sum())
+        report.same_numbers = int(is_other.sum())
         report.count_images(array.types, per_event, is_new)
         self._log(report)
 
@@ -307,8 +324,11 @@ class ImageExtractor:
                             self.seed,
                             self.shuffle,
                             self.split,
+                            self.split_by,
                             self.stratify,
                         )
+                    with tables.open_file(str(transaction.path), "a") as h5:
+                        layout.seal(h5)
                     try:
                         verify(transaction.path, writer.written)
                     except DataError as error:
@@ -408,6 +428,15 @@ class ImageExtractor:
                 if report.run_number in self._writer.incomplete
                 else "",
             )
+        if report.same_numbers:
+            log.warning(
+                "%s: %d events of run %d have the run and event numbers of other events in the "
+                "output and were kept beside them (primary_id, mc_energy and identity tell them "
+                "apart).",
+                report.file,
+                report.same_numbers,
+                report.run_number,
+            )
 
     def _extract(
         self,
@@ -452,19 +481,28 @@ class ImageExtractor:
                 report.failed_image_cuts += 1
                 continue
             report.events_passed += 1
-            if not writer.seen.add(event.run_number, event.event_id):
-                report.duplicates += 1
-                continue
             values = _event_values(event, entry)
             group = energy_bin
             if settings.mode == "energy_recon":
                 values["energy_reconstruction_bin_label"], group = energy_bin, 0
-            writer.add(group, values, images)
+            is_new, is_other = writer.add(group, values, images, _content(event))
+            report.same_numbers += is_other
+            if not is_new:
+                report.duplicates += 1
+                continue
             report.events_written += 1
             kinds = [array.by_id[tel_id].camera.telescope_type for tel_id in images]
             self._per_event.extend([*map(kinds.count, array.types), saturated])
         if progress:
             progress(simtel.events_read - reported)
+
+
+def _content(event: Event) -> int:
+    """CRC-32 of the raw data of the selected telescopes."""
+    content = 0
+    for tel_id in sorted(event.telescopes):
+        content = isal_zlib.crc32(event.telescopes[tel_id].payload, content)
+    return content
 
 
 def _event_values(event: Event, entry: tuple[int, float] | None) -> dict[str, Any]:
@@ -527,5 +565,7 @@ def _extract_part(path: Path, part: Path, max_events: int | None) -> tuple[FileR
     extractor = ImageExtractor(part, overwrite=True, **_worker)
     try:
         return extractor.process_data(path, max_events), extractor._per_event
+    except UsageError:
+        raise
     except DataError as error:
         return FileReport(str(path), problem=_without_path(error, path), failed=True), []

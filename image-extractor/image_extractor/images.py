@@ -10,10 +10,19 @@ from numba import njit
 from . import layout
 from .calibrate import Calibrator
 from .errors import DataError
-from .instrument import Telescope, describe_array, select_telescopes
+from .instrument import (
+    Telescope,
+    describe_array,
+    mapping_method,
+    select_telescopes,
+    with_types,
+)
 from .mapping import Mapping, camera_mapping
 from .settings import Settings
 from .simtel import Corrupt, Event, SimtelFile, guarded
+
+# Mappings of the cameras seen so far, also of earlier files: some take seconds to make.
+_mappings: dict[tuple[str, str, bool], Mapping] = {}
 
 
 @njit(cache=True)
@@ -73,8 +82,8 @@ def stored_image(
     Returns
     -------
     array
-        Shape `layout.image_shape`, configured dtype; charge in 0.01 photo-electrons, time in
-        samples.
+        Shape `layout.image_shape`, configured dtype; charge in 0.01 photo-electrons, time in units
+        of `settings.time_unit` samples.
     int
         Number of cells whose charge was too large for the type.
     """
@@ -96,7 +105,7 @@ def stored_image(
         if name == "charge":
             channels.append(scaled)
         elif name == "time":
-            channels.append(stored(peak_time, "time", 1.0, lowest)[0])
+            channels.append(stored(peak_time, "time", 1 / settings.time_unit, lowest)[0])
         else:
             channels.append(np.zeros_like(scaled))
     axis = 0 if settings.dim_order == "channels_first" else -1
@@ -134,19 +143,27 @@ class SelectedArray:
 
     def __init__(self, simtel: SimtelFile, settings: Settings) -> None:
         self._simtel, self._settings = simtel, settings
-        by_camera: dict[str, Mapping] = {}
         self.mappings: dict[int, Mapping] = {}
         where = str(simtel.path)
         try:
             described = guarded(lambda: describe_array(simtel), "array description")
-            self.telescopes = select_telescopes(described, settings.type_mode)
+            typed = with_types(described, settings.types)
+            self.telescopes = select_telescopes(typed, settings.type_mode)
             for telescope in self.telescopes:
                 camera = telescope.camera
                 where = f"{simtel.path}: camera {camera.name}"
-                if camera.fingerprint not in by_camera:
-                    make = partial(camera_mapping, camera.pixel_x, camera.pixel_y, settings.mapping)
-                    by_camera[camera.fingerprint] = guarded(make, "pixel positions")
-                self.mappings[telescope.tel_id] = by_camera[camera.fingerprint]
+                _check_times_fit(camera.n_samples, settings)
+                method = mapping_method(telescope, settings.mapping)
+                key = (camera.fingerprint, method, settings.derotate)
+                if key not in _mappings:
+                    x, y = camera.pixel_x, camera.pixel_y
+                    if settings.derotate:
+                        x, y = (
+                            v.to_value("m") for v in (camera.geometry.pix_x, camera.geometry.pix_y)
+                        )
+                    make = partial(camera_mapping, x, y, method)
+                    _mappings[key] = guarded(make, "pixel positions")
+                self.mappings[telescope.tel_id] = _mappings[key]
         except (Corrupt, DataError) as error:
             raise DataError(f"{where}: {error}") from error
         self.by_id = {t.tel_id: t for t in self.telescopes}
@@ -178,6 +195,18 @@ class SelectedArray:
             images[tel_id], n = stored_image(charge, samples, self.mappings[tel_id], self._settings)
             saturated += n
         return images, saturated
+
+
+def _check_times_fit(n_samples: int, settings: Settings) -> None:
+    """Refuse a type that is too small for the peak times of a camera."""
+    dtype, largest = np.dtype(settings.dtype), n_samples / settings.time_unit
+    has_time = "time" in layout.CHANNELS[settings.image_mode]
+    if has_time and dtype.kind != "f" and largest > np.iinfo(dtype).max:
+        raise DataError(
+            f"its {n_samples} samples are up to {largest:.0f} times [image] time_unit, too large "
+            f"for {dtype} (expected at most {np.iinfo(dtype).max}). Raise time_unit, or use dtype "
+            "uint32."
+        )
 
 
 def passes_cuts(charge: np.ndarray, telescope: Telescope, settings: Settings) -> bool:

@@ -5,35 +5,45 @@
     /E{i}/Events                  gh_class: one group per energy bin; energy_recon: /Events
     /E{i}/T{tel_id}               mapped: images (row, x, y, channel) or (row, channel, x, y)
     /Metadata/Runs                one row per input file
-    /Metadata/Event_Index         (run_number, event_number, group) of every event
+    /Metadata/Event_Index         numbers, group, part, source, checksum, ... of every event
     /Metadata/Cameras/{key}       pixels, and the matrix that made the images
 
 No other module states these names. Everything outside /Metadata is the historic layout, which plain
 PyTables code reads by name, with three differences: tel_id is u2 (u1 overflowed at 256), image
 arrays have the configured type (i2 wrapped at 327.67 p.e.), and new columns come after the old
 ones. Each image is one chunk, so that reading an event reads only its own bytes.
+
+The rows of Event_Index with one `group` and `part` are in the order of that Events table, so that
+it tells everything needed to split, count or search events without reading their images.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
+import hashlib
 import json
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tables
+from isal import isal_zlib
 
 from . import __version__
 from .config import as_text
 from .errors import DataError
-from .instrument import Telescope
-from .mapping import CONSERVING, Mapping
-from .settings import EnergyBins, Settings
+from .settings import CONSERVING, EnergyBins, Settings
+
+if TYPE_CHECKING:  # so that reading a file needs neither ctapipe nor scipy
+    from .instrument import Telescope
+    from .mapping import Mapping
 
 SCHEMA = "cta-image-extractor"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Values of the attribute energy_bin_source, in words.
 BIN_SOURCES = {"dictionary": "a dictionary of bins and cuts", "mc_energy": "their true energy"}
 CHARGE_UNIT_PE = 0.01
@@ -41,6 +51,7 @@ EVENTS = "Events"  # and Events_Training, ... once split
 TEL_TABLE = "/Tel_Table"
 METADATA = "/Metadata"
 RUNS, INDEX, CAMERAS = f"{METADATA}/Runs", f"{METADATA}/Event_Index", f"{METADATA}/Cameras"
+SPLIT_BY = ("shower", "event")
 COMPRESSIONS = ("gzip", "none", "blosc-lz4", "blosc-zstd")
 DIRECT = ("gzip", "none")  # chunks are compressed by us, not by HDF5
 CHANNELS = {
@@ -64,7 +75,6 @@ UNITS = {
     "mirror_area": "m2",
     "run_array_direction": "rad (azimuth, altitude)",
     "charge": "0.01 photo-electrons",
-    "time": "samples",
 }
 TEL_DTYPE = np.dtype(
     [
@@ -74,7 +84,8 @@ TEL_DTYPE = np.dtype(
         ("tel_z", "f4"),
         ("tel_type", "S8"),
         ("run_array_direction", "f4", (2,)),
-        ("camera", "S48"),
+        ("camera", "S48"),  # name of the node below /Metadata/Cameras
+        ("name", "S32"),  # of the camera in the file
         ("optics", "S32"),
         ("focal_length", "f4"),
         ("mirror_area", "f4"),
@@ -102,7 +113,33 @@ RUNS_DTYPE = np.dtype(
         ("atmosphere", "i4"),
     ]
 )
-INDEX_DTYPE = np.dtype([("run_number", "u4"), ("event_number", "u4"), ("group", "u1")])
+INDEX_DTYPE = np.dtype(
+    [
+        ("run_number", "u4"),
+        ("event_number", "u4"),
+        ("group", "u1"),
+        ("part", "u1"),  # position in the attribute `parts`
+        ("source", "u4"),  # row of Runs
+        ("identity", "u8"),  # tells events with equal numbers apart
+        ("shower", "u8"),  # the same for all uses of a shower
+        ("primary_id", "i4"),
+        ("mc_energy", "f8"),
+        ("checksum", "u4"),  # of the row and the images, see event_checksum
+    ]
+)
+MOST_COMPRESSED = 1100  # ratio of sizes, that of gzip for constant data
+CHECKSUM = "checksum"  # attribute of every node
+EVENT_DATA = re.compile(r"(/E\d+)?/(Events(_\w+)?|T\d+)")  # paths of event tables and images
+SHOWER_COLUMNS = (
+    "run_number",
+    "shower_number",
+    "primary_id",
+    "mc_energy",
+    "az",
+    "alt",
+    "h_first_int",
+)
+MAX_CHUNK = 2**31 - 1024  # bytes of the images of a row, or of one image; NumPy allows no more
 BATCH_BYTES = 128 * 1024 * 1024  # rows held in memory at a time
 
 
@@ -116,10 +153,28 @@ def image_shape(mapping: Mapping, settings: Settings) -> tuple[int, ...]:
     return (*spatial, n_channels)
 
 
+def _check_size(
+    telescopes: list[Telescope], mappings: dict[int, Mapping], settings: Settings
+) -> None:
+    """Refuse rows and images that are too large for a chunk of HDF5."""
+    shapes = [image_shape(mappings[t.tel_id], settings) for t in telescopes]
+    sizes = [math.prod(shape) * np.dtype(settings.dtype).itemsize for shape in shapes]
+    is_mapped = settings.storage_mode == "mapped"
+    size = max(sizes) if is_mapped else sum(sizes)
+    if size > MAX_CHUNK:
+        raise DataError(
+            f"{'an image' if is_mapped else 'an event with its images'} would take "
+            f"{size / 2**30:.1f} GiB (expected less than {(MAX_CHUNK + 1) / 2**30:.0f} GiB). Use "
+            f"{'' if is_mapped else 'storage_mode = mapped, '}a smaller scale_factor or fewer "
+            "telescopes."
+        )
+
+
 def events_dtype(
     telescopes: list[Telescope], mappings: dict[int, Mapping], settings: Settings
 ) -> np.dtype:
     """Columns of an Events table: the historic ones in their order, then the new ones."""
+    _check_size(telescopes, mappings, settings)
     n_tel = len(telescopes)
     columns: list[Any] = [
         ("event_number", "u4"),
@@ -143,6 +198,68 @@ def events_dtype(
             shape = image_shape(mappings[telescope.tel_id], settings)
             columns.append((f"T{telescope.tel_id}", settings.dtype, shape))
     return np.dtype([*columns, ("primary_id", "i4"), ("shower_number", "i4")])
+
+
+def shower_keys(rows: np.ndarray) -> np.ndarray:
+    """Numbers that are equal for all uses of one simulated shower, and only for these.
+
+    They are digests of run, shower number, primary, energy, direction and first interaction, so
+    that showers of different productions differ even if their numbers are equal.
+
+    Parameters
+    ----------
+    rows : (n,) array of an Events table
+
+    Returns
+    -------
+    (n,) uint64 array
+    """
+    return _digests(rows, SHOWER_COLUMNS)
+
+
+def event_identity(row: np.ndarray, content: int) -> int:
+    """Make a number that tells events apart whose run and event numbers are equal.
+
+    The high half is a digest of the shower and the core position, the low half is `content`, a
+    CRC-32 of the telescopes' raw data.
+
+    Parameters
+    ----------
+    row : (1,) array of an Events table
+    """
+    physics = int(_digests(row, (*SHOWER_COLUMNS, "core_x", "core_y"))[0])
+    return physics >> 32 << 32 | content
+
+
+def _digests(rows: np.ndarray, columns: Iterable[str]) -> np.ndarray:
+    parts = [
+        np.ascontiguousarray(rows[name]).view(np.uint8).reshape(len(rows), -1) for name in columns
+    ]
+    digests = [hashlib.blake2b(r.tobytes(), digest_size=8).digest() for r in np.hstack(parts)]
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
+
+
+def event_checksum(row: np.void, images: Iterable[tuple[int, np.ndarray]]) -> int:
+    """CRC-32 of an event: its values, and its images with their slots.
+
+    Independent of where the event is stored: `tel_map` and `trig_list` enter by the slots alone.
+
+    Parameters
+    ----------
+    row : one row of an Events table
+    images : (slot, stored image), in the order of the slots
+    """
+    total = 0
+    for name in _value_columns(row.dtype.names or ()):
+        total = isal_zlib.crc32(row[name].tobytes(), total)
+    for slot, image in images:
+        total = isal_zlib.crc32(np.ascontiguousarray(image), isal_zlib.crc32(b"%d" % slot, total))
+    return total
+
+
+@functools.cache
+def _value_columns(names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if not re.fullmatch(r"tel_map|trig_list|T\d+", name)]
 
 
 def array_identity(telescopes: list[Telescope]) -> list[list[Any]]:
@@ -193,7 +310,7 @@ def filters(compression: str) -> tables.Filters:
 
 def camera_key(telescope: Telescope) -> str:
     """Name of a type of camera: unique in a file and valid as the name of a node."""
-    name = "".join(c if c.isalnum() else "_" for c in telescope.camera.name)
+    name = "".join(c if c.isalnum() else "_" for c in telescope.camera.kind)
     return f"{name}_{telescope.camera.fingerprint[:8]}"
 
 
@@ -239,10 +356,12 @@ def create(
         "dim_order": settings.dim_order,
         "scale_factor": settings.scale_factor,
         "charge_unit_pe": CHARGE_UNIT_PE,
-        "units": json.dumps(UNITS),
+        "time_unit_samples": settings.time_unit,
+        "units": json.dumps({**UNITS, "time": f"{settings.time_unit:g} samples"}),
         "compression": compression,
         "energy_bin_edges_tev": json.dumps(settings.bins.edges_tev()),
         "array": json.dumps(array_identity(telescopes)),
+        "parts": json.dumps([EVENTS]),
         **attributes,
     }
     for name, value in values.items():
@@ -254,7 +373,8 @@ def create(
     cameras = h5.create_group(*_split(CAMERAS))
     one_of_each = {camera_key(t): t for t in reversed(telescopes)}
     for key, telescope in one_of_each.items():
-        _write_camera(h5, h5.create_group(cameras, key), telescope, mappings[telescope.tel_id])
+        group = h5.create_group(cameras, key)
+        _write_camera(h5, group, telescope, mappings[telescope.tel_id], settings.derotate)
     dtype = events_dtype(telescopes, mappings, settings)
     is_mapped = settings.storage_mode == "mapped"
     for i, group_path in enumerate(group_paths(settings)):
@@ -302,21 +422,29 @@ def _tel_rows(telescopes: list[Telescope], direction: tuple[float, float]) -> np
         camera = t.camera
         row["tel_id"], (row["tel_x"], row["tel_y"], row["tel_z"]) = t.tel_id, t.position
         row["tel_type"], row["run_array_direction"] = camera.telescope_type, direction
-        row["camera"], row["optics"] = camera_key(t), camera.optics
+        row["camera"], row["name"], row["optics"] = camera_key(t), camera.name, camera.optics
         row["focal_length"], row["mirror_area"] = camera.focal_length_m, camera.mirror_area_m2
     return rows
 
 
 def _write_camera(
-    h5: tables.File, group: tables.Group, telescope: Telescope, mapping: Mapping
+    h5: tables.File,
+    group: tables.Group,
+    telescope: Telescope,
+    mapping: Mapping,
+    is_derotated: bool,
 ) -> None:
     camera = telescope.camera
     attrs = group._v_attrs
     attrs.name, attrs.optics, attrs.telescope_type = (
-        camera.name,
+        camera.kind,
         camera.optics,
         camera.telescope_type,
     )
+    # Counter-clockwise, deg: pixels x, y to the camera frame; the image's axes to that frame.
+    attrs.rotation_deg = camera.rotation_deg
+    own = 0.0 if is_derotated else camera.rotation_deg
+    attrs.image_rotation_deg = own - mapping.turn_deg
     attrs.focal_length_m, attrs.effective_focal_length_m = (
         camera.focal_length_m,
         camera.effective_focal_length_m,
@@ -367,11 +495,41 @@ def check_schema(h5: tables.File) -> dict[str, Any]:
     return attrs
 
 
+def seal(h5: tables.File) -> None:
+    """Give every node the attribute `checksum`; call this when all else has been written."""
+    for node in h5.walk_nodes("/"):
+        node._v_attrs[CHECKSUM] = node_checksum(node)
+
+
+def node_checksum(node: tables.Node) -> int:
+    """CRC-32 of a node: path, attributes, and the names in a group or the type and data of a leaf.
+
+    The data of events and images are left out: Event_Index has a checksum of each event.
+    """
+    attrs = node._v_attrs
+    total = isal_zlib.crc32(node._v_pathname.encode())
+    for name in sorted(set(attrs._f_list("all")) - {CHECKSUM}):
+        is_numpy, value = isinstance(attrs[name], np.generic), np.asarray(attrs[name])
+        content = repr(value.tolist()).encode() if value.dtype.hasobject else value.tobytes()
+        total = isal_zlib.crc32(
+            f"{name} {is_numpy} {value.dtype} {value.shape}".encode() + content, total
+        )
+    if isinstance(node, tables.Group):
+        return isal_zlib.crc32(json.dumps(sorted(node._v_children)).encode(), total)
+    total = isal_zlib.crc32(f"{node.dtype.descr} {node.shape}".encode(), total)
+    if not EVENT_DATA.fullmatch(node._v_pathname):
+        if node.size_in_memory > MOST_COMPRESSED * node._v_file.get_filesize():
+            raise DataError(f"{node._v_pathname}: is longer than the file can hold")
+        total = isal_zlib.crc32(np.ascontiguousarray(node.read()).view(np.uint8), total)
+    return total
+
+
 def open_layout(path: str | Path) -> tables.File:
     """Open a file of this layout for reading. Raises DataError."""
     try:
         h5 = tables.open_file(str(path))
-    except (OSError, tables.HDF5ExtError) as error:
+    # PyTables has no error type of its own for damaged files: almost any error occurs.
+    except Exception as error:
         reason = "no such file" if not Path(path).exists() else "not an HDF5 file"
         raise DataError(
             f"{path}: {reason} (expected an output of image_extractor.py). Check the path."
@@ -382,6 +540,11 @@ def open_layout(path: str | Path) -> tables.File:
         h5.close()
         raise
     return h5
+
+
+def part_name(name: str) -> str:
+    """Name of the Events table of a part; "" is the whole."""
+    return f"{EVENTS}_{name}" if name else EVENTS
 
 
 def event_tables(h5: tables.File) -> Iterator[tables.Table]:
@@ -398,6 +561,11 @@ def event_tables(h5: tables.File) -> Iterator[tables.Table]:
         for table in group._f_iter_nodes("Table"):
             if table.name == EVENTS or table.name.startswith(EVENTS + "_"):
                 yield table
+
+
+def group_number(table: tables.Table) -> int:
+    """Return the energy bin of an Events table, as in the index; 0 for one in the root."""
+    return int(table._v_parent._v_name[1:]) if table._v_depth > 1 else 0
 
 
 def tel_table(h5: tables.File) -> np.ndarray:

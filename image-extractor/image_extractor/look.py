@@ -7,6 +7,7 @@ Writes  a PNG file (plot).
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def inspect(path: str | Path) -> str:
             "dim_order",
             "scale_factor",
             "charge_unit_pe",
+            "time_unit_samples",
             "compression",
             "energy_bin_source",
             "cuts_source",
@@ -77,6 +79,7 @@ def inspect(path: str | Path) -> str:
         for table in layout.event_tables(h5):
             lines.append(
                 f"  {table._v_pathname}: {table.nrows} events{_energy_range(table)}{_labels(table)}"
+                f"{_shared(h5, table, attrs)}"
             )
             lines += _image_counts(table, telescopes)
         lines += ["", "Configuration", *(f"  {line}" for line in str(attrs["config"]).splitlines())]
@@ -108,6 +111,14 @@ def _labels(table: tables.Table) -> str:
     return ", label " + ", ".join(f"{k}: {n}" for k, n in zip(labels, counts, strict=True))
 
 
+def _shared(h5: tables.File, table: tables.Table, attrs: dict[str, Any]) -> str:
+    """Say how many events of a part have their shower in another part, too."""
+    index, part = layout.index_table(h5), json.loads(str(attrs["parts"])).index(table.name)
+    is_here = (index["group"] == layout.group_number(table)) & (index["part"] == part)
+    n = int(shared_showers(index["shower"], index["part"])[is_here].sum())
+    return f"; {n} have their shower in another part, too" if n else ""
+
+
 def _image_counts(table: tables.Table, telescopes: np.ndarray) -> list[str]:
     if "tel_map" not in table.colnames:
         tel_ids = telescopes["tel_id"].tolist()
@@ -121,9 +132,10 @@ def _image_counts(table: tables.Table, telescopes: np.ndarray) -> list[str]:
         )
     counts: dict[bytes, int] = {}
     dtype = shape = None
-    for row in telescopes:
+    per_slot = (table.col("tel_map") >= 0).sum(axis=0)
+    for row, n in zip(telescopes, per_slot.tolist(), strict=True):
         node = getattr(table._v_parent, f"T{row['tel_id']}")
-        counts[row["tel_type"]] = counts.get(row["tel_type"], 0) + int(node.nrows)
+        counts[row["tel_type"]] = counts.get(row["tel_type"], 0) + n
         dtype, shape = node.dtype, node.shape[1:]
     listed = ", ".join(f"{n} {k.decode()}" for k, n in counts.items() if n)
     return [f"    images: {listed or 'none'} ({dtype}, e.g. {' x '.join(map(str, shape or ()))})"]
@@ -132,40 +144,151 @@ def _image_counts(table: tables.Table, telescopes: np.ndarray) -> list[str]:
 def validate(path: str | Path) -> list[str]:
     """Check a data set; return its problems, one line each.
 
-    Each image must belong to exactly one event, each event be unique and in the index; bins and
-    labels must be in range, energies finite and in their bin, runs and counts consistent, and all
-    data readable.
+    Every node must have its checksum, every event its own. Each image must belong to exactly one
+    event, each event be unique and in the index; no shower may be in two parts of a split, unless
+    it was asked for; bins and labels must be in range, energies finite and in their bin, runs and
+    counts consistent.
     """
-    problems: list[str] = []
     with layout.open_layout(path) as h5:
-        attrs = layout.check_schema(h5)
-        is_mapped = attrs["storage_mode"] == "mapped"
-        telescopes, runs, index = (
-            layout.tel_table(h5),
-            layout.runs_table(h5),
-            layout.index_table(h5),
-        )
-        edges = json.loads(str(attrs["energy_bin_edges_tev"]))
-        keys: list[np.ndarray] = []
-        used: dict[str, dict[int, list[np.ndarray]]] = {}
-        for table in layout.event_tables(h5):
-            where = table._v_pathname
-            group = used.setdefault(table._v_parent._v_pathname, {})
-            for start in range(0, int(table.nrows), _batch(table)):
-                rows = table.read(start, start + _batch(table))
-                keys.append(event_keys(rows))
-                problems += _check_rows(where, rows, table, attrs, edges)
-                if is_mapped:
-                    for slot, tel_id in enumerate(telescopes["tel_id"].tolist()):
-                        indices = rows["tel_map"][:, slot]
-                        group.setdefault(tel_id, []).append(indices[indices >= 0])
-                else:
-                    problems += _check_blank(where, rows, telescopes)
-        if is_mapped:
-            problems += _check_indices(h5, used)
-        problems += _check_keys(keys, index, runs)
-        problems += _check_readable(h5)
+        problems = _guarded("the file", lambda: _check_nodes(h5))
+        needed = ("/: ", *(f"{n}: " for n in (layout.TEL_TABLE, layout.RUNS, layout.INDEX)))
+        if not any(p.startswith(needed) for p in problems):
+            problems += _guarded("the file", lambda: _check_events(h5))
     return list(dict.fromkeys(problems))
+
+
+def damaged_nodes(path: str | Path) -> list[str]:
+    """Compare every node, but not every event, with its checksum; return problems as `validate`."""
+    with layout.open_layout(path) as h5:
+        return _guarded("the file", lambda: _check_nodes(h5))
+
+
+def _guarded(what: str, check: Callable[[], list[str]]) -> list[str]:
+    """Run a check; an error while reading means damage."""
+    try:
+        return check()
+    # PyTables has no error type of its own for damaged files: almost any error occurs.
+    except Exception:
+        return [f"{what}: cannot be read, so the file is damaged"]
+
+
+def _check_nodes(h5: tables.File) -> list[str]:
+    found = []
+    for node in h5.walk_nodes("/"):
+        path = node._v_pathname
+
+        def differs(node: tables.Node = node, path: str = path) -> list[str]:
+            is_same = int(node._v_attrs[layout.CHECKSUM]) == layout.node_checksum(node)
+            return [] if is_same else [f"{path}: differs from its checksum, so it was changed"]
+
+        found += _guarded(path, differs)
+    return found
+
+
+def _check_events(h5: tables.File) -> list[str]:
+    problems: list[str] = []
+    attrs = layout.check_schema(h5)
+    is_mapped = attrs["storage_mode"] == "mapped"
+    telescopes, runs, index = layout.tel_table(h5), layout.runs_table(h5), layout.index_table(h5)
+    edges = json.loads(str(attrs["energy_bin_edges_tev"]))
+    parts = json.loads(str(attrs["parts"]))
+    used: dict[str, dict[int, list[np.ndarray]]] = {}
+    showers, part_of, n_events = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
+    for table in layout.event_tables(h5):
+        where = table._v_pathname
+        group = used.setdefault(table._v_parent._v_pathname, {})
+        number = layout.group_number(table)
+        part = parts.index(table.name)
+        entries = index[(index["group"] == number) & (index["part"] == part)]
+        n_events += int(table.nrows)
+        if len(entries) != table.nrows:
+            problems.append(
+                f"{where}: its {table.nrows} events are not the same as the {len(entries)} that "
+                f"{layout.INDEX} lists for it"
+            )
+            continue  # a damaged length may be any
+        for start in range(0, int(table.nrows), _batch(table)):
+            rows = table.read(start, start + _batch(table))
+            showers.append(layout.shower_keys(rows))
+            part_of.append(np.full(len(rows), part))
+            problems += _check_rows(where, rows, table, attrs, edges)
+            listed = entries[start : start + len(rows)]
+            if not (event_keys(rows) == event_keys(listed)).all():
+                problems.append(
+                    f"{where}: its events are not the same as those that {layout.INDEX} lists"
+                )
+            problems += _check_checksums(h5, where, rows, listed, telescopes)
+            if is_mapped:
+                for slot, tel_id in enumerate(telescopes["tel_id"].tolist()):
+                    indices = rows["tel_map"][:, slot]
+                    group.setdefault(tel_id, []).append(indices[indices >= 0])
+            else:
+                problems += _check_blank(where, rows, telescopes)
+    if is_mapped:
+        problems += _check_indices(h5, used)
+    if np.unique(index[["run_number", "event_number", "identity"]]).size != len(index):
+        problems.append("an event occurs twice")
+    if not np.array_equal(
+        np.bincount(index["source"], minlength=len(runs)), runs["events_written"]
+    ):
+        problems.append(f"{layout.RUNS}: its counts are not those of {layout.INDEX}")
+    if int(runs["events_written"].sum()) != n_events:
+        problems.append(
+            f"{layout.RUNS}: counts {runs['events_written'].sum()} events, but the tables have "
+            f"{n_events}"
+        )
+    by = json.loads(str(attrs.get("split", "{}"))).get("by")
+    if by == "shower":
+        shared = shared_showers(np.concatenate(showers), np.concatenate(part_of))
+        if shared.any():
+            problems.append(
+                f"the split: {int(shared.sum())} events have their shower in another part, too, so "
+                "that the parts are not independent"
+            )
+    return problems
+
+
+def shared_showers(showers: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Which events have their shower in another part, too.
+
+    Parameters
+    ----------
+    showers : (n,) uint64 array
+    parts : (n,) int array
+
+    Returns
+    -------
+    (n,) bool array
+    """
+    _, shower = np.unique(showers, return_inverse=True)
+    pairs = np.unique(np.stack([shower, parts]), axis=1)
+    return np.bincount(pairs[0], minlength=1)[shower] > 1
+
+
+def _check_checksums(
+    h5: tables.File, where: str, rows: np.ndarray, listed: np.ndarray, telescopes: np.ndarray
+) -> list[str]:
+    """Compare each event and its images with its checksum in the index."""
+    tel_ids, group = telescopes["tel_id"].tolist(), where.rpartition("/")[0]
+    is_mapped = "tel_map" in (rows.dtype.names or ())
+    found, damaged = [], 0
+    for row, expected in zip(rows, listed["checksum"].tolist(), strict=True):
+        images = []
+        for slot in np.flatnonzero(row["tel_map"] >= 0 if is_mapped else row["trig_list"]).tolist():
+            name = f"T{tel_ids[slot]}"
+            try:
+                image = (
+                    h5.get_node(f"{group}/{name}")[row["tel_map"][slot]] if is_mapped else row[name]
+                )
+            except (tables.HDF5ExtError, IndexError):
+                found.append(f"{group}/{name}: cannot be read, so the file is damaged")
+                break
+            images.append((slot, image))
+        else:
+            damaged += layout.event_checksum(row, images) != expected
+    if damaged:
+        found.append(f"{where}: {damaged} events differ from their checksums, so they were changed")
+    return found
 
 
 def _batch(table: tables.Table) -> int:
@@ -222,37 +345,6 @@ def _check_indices(h5: tables.File, used: dict[str, dict[int, list[np.ndarray]]]
                     f"{node._v_pathname}: its {node.nrows} images do not match the "
                     f"{indices.size} entries in tel_map one to one"
                 )
-    return found
-
-
-def _check_readable(h5: tables.File) -> list[str]:
-    found = []
-    for node in h5.walk_nodes("/", "Leaf"):
-        step = max(1, layout.BATCH_BYTES // max(1, node.size_in_memory // max(1, node.nrows)))
-        try:
-            for start in range(0, int(node.nrows), step):
-                node.read(start, start + step)
-        except tables.HDF5ExtError:
-            found.append(f"{node._v_pathname}: cannot be read, so the file is damaged")
-    return found
-
-
-def _check_keys(keys: list[np.ndarray], index: np.ndarray, runs: np.ndarray) -> list[str]:
-    found = []
-    events = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))
-    listed = np.sort(event_keys(index))
-    if np.unique(events).size != events.size:
-        found.append("an event occurs twice")
-    if events.size != listed.size or not (events == listed).all():
-        found.append(
-            f"{layout.INDEX}: its {listed.size} events are not the same as the {events.size} "
-            "events in the tables"
-        )
-    if int(runs["events_written"].sum()) != events.size:
-        found.append(
-            f"{layout.RUNS}: counts {runs['events_written'].sum()} events, but the tables have "
-            f"{events.size}"
-        )
     return found
 
 
@@ -320,7 +412,8 @@ def plot(
         _picture_axes(line[1], charge, norm, f"stored image ({camera['mapping']})", "charge (p.e.)")
         if has_time:
             bright = charge > max(2.0, 0.15 * float(charge.max()))
-            time = np.where(bright, images[tel_id][1].astype(float), np.nan)
+            samples = images[tel_id][1] * float(attrs["time_unit_samples"])
+            time = np.where(bright, samples, np.nan)
             shown = _picture_axes(
                 line[2], time, None, "peak times of bright cells", "time (samples)"
             )

@@ -1,8 +1,9 @@
 """Map camera pixels to two-dimensional images, with matrices made from the file's pixel positions.
 
 Positions are those in the file (before ctapipe's derotation), in which every CTA camera is aligned
-with the axes. Image axes are (x, y): the first index grows with x, the second with y, as in the
-historic SCT map.
+with the axes, or the derotated ones. square, axial and oversampling turn a lattice that is not
+aligned to the nearest axis, and state the angle. Image axes are (x, y): the first index grows with
+x, the second with y, as in the historic SCT map.
 
 method        cells                                                        charge conserved
 square        one per pixel at [rank of x, rank of y]; square cameras      yes
@@ -20,7 +21,7 @@ to the same cells with weights that add up to one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -29,7 +30,6 @@ from scipy.spatial import Delaunay, cKDTree
 from .errors import DataError
 from .settings import MAPPINGS
 
-CONSERVING = ("square", "axial", "oversampling", "rebin", "none")
 REBIN_POINTS = 12  # sample points across a pixel when its area is shared among cells
 SAME_LEVEL = 0.2  # pixels closer than this fraction of the spacing are in one row or column
 SPARSEST = 16  # maximum ratio of the area of an image to that of its pixels
@@ -48,6 +48,8 @@ class Mapping:
         Weights, with cells in C order of `shape`.
     cells : (n_pixels,) array or None
         Cell of each pixel, if each has one of its own.
+    turn_deg : float
+        Angle by which the pixel positions were turned counter-clockwise before they were mapped.
     """
 
     method: str
@@ -55,6 +57,7 @@ class Mapping:
     charge: csr_matrix
     time: csr_matrix
     cells: np.ndarray | None
+    turn_deg: float = 0.0
 
     def flat(self, values: np.ndarray, kind: str = "charge") -> np.ndarray:
         """Map pixel values (n_pixels,) to cells (n_cells,); empty cells are 0.
@@ -110,13 +113,14 @@ def camera_mapping(pixel_x: np.ndarray, pixel_y: np.ndarray, method: str = "auto
         method = "axial" if is_hexagonal else "square"
     if method == "square" and is_hexagonal:
         raise DataError("mapping 'square' needs a square pixel lattice. Use axial or oversampling.")
-    if method == "square" or (method == "axial" and not is_hexagonal):
-        column, row = _levels(x, spacing), _levels(y, spacing)
-        return _one_cell_each(method, *_cells(column, row))
-    if method == "axial":
-        return _one_cell_each(method, *_cells(*_axial(x, y, spacing)))
-    if method == "oversampling":
-        return _oversampled(x, y, spacing, is_hexagonal)
+    if method in ("square", "axial", "oversampling"):
+        x, y, turn_deg = _aligned(x, y, spacing, 6 if is_hexagonal else 4)
+        if method == "oversampling":
+            return replace(_oversampled(x, y, spacing, is_hexagonal), turn_deg=turn_deg)
+        column_row = (
+            _axial(x, y, spacing) if is_hexagonal else (_levels(x, spacing), _levels(y, spacing))
+        )
+        return replace(_one_cell_each(method, *_cells(*column_row)), turn_deg=turn_deg)
     return _regridded(x, y, spacing, is_hexagonal, method)
 
 
@@ -165,22 +169,33 @@ def _one_cell_each(method: str, cells: np.ndarray, shape: tuple[int, ...]) -> Ma
     return Mapping(method, shape, matrix, matrix, cells)
 
 
+def _aligned(
+    x: np.ndarray, y: np.ndarray, spacing: float, fold: int
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Turn a lattice of 6 or 4 neighbours so that rows run along an axis: (x, y, angle in deg)."""
+    off = _direction(x, y, spacing, fold)
+    if fold == 6 and abs(off) >= 15:
+        off -= np.copysign(30.0, off)
+    if abs(off) <= ALIGNED_DEG:
+        return x, y, 0.0
+    c, s = np.cos(np.radians(off)), np.sin(np.radians(off))
+    return c * x + s * y, -s * x + c * y, -float(off)
+
+
+def _direction(x: np.ndarray, y: np.ndarray, spacing: float, fold: int) -> float:
+    """Mean direction of the neighbours in deg, modulo 360 deg / fold."""
+    pairs = cKDTree(np.c_[x, y]).query_pairs(1.25 * spacing, output_type="ndarray")
+    dx, dy = x[pairs[:, 1]] - x[pairs[:, 0]], y[pairs[:, 1]] - y[pairs[:, 0]]
+    return float(np.degrees(np.angle(np.mean(np.exp(1j * fold * np.arctan2(dy, dx)))))) / fold
+
+
 def _doubled(x: np.ndarray, y: np.ndarray, spacing: float) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Doubled coordinates of a hexagonal lattice: (fine, coarse, whether fine runs along x).
+    """Doubled coordinates of an aligned hexagonal lattice: (fine, coarse, whether fine is along x).
 
     Neighbours in a row differ by 2 in `fine`, rows by 1 in `coarse`; fine + coarse is even for all
     pixels or odd for all.
     """
-    tree = cKDTree(np.c_[x, y])
-    pairs = tree.query_pairs(1.25 * spacing, output_type="ndarray")
-    dx, dy = x[pairs[:, 1]] - x[pairs[:, 0]], y[pairs[:, 1]] - y[pairs[:, 0]]
-    # Mean of the neighbours' directions modulo 60 degrees: 0 if rows run along x, 30 if along y.
-    turn = np.degrees(np.angle(np.mean(np.exp(6j * np.arctan2(dy, dx))))) / 6
-    along_x = abs(turn) < 15
-    off = turn if along_x else turn - np.copysign(30.0, turn)
-    if abs(off) > ALIGNED_DEG:
-        c, s = np.cos(np.radians(off)), np.sin(np.radians(off))
-        x, y = c * x + s * y, -s * x + c * y
+    along_x = abs(_direction(x, y, spacing, 6)) < 15  # 0 if rows run along x, 30 if along y
     along, across = (x, y) if along_x else (y, x)
     fine = np.rint((along - along.min()) / (0.5 * spacing)).astype(np.int64)
     coarse = _levels(across, spacing)

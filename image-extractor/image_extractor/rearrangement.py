@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
 import tables
 
 from . import layout
+
+log = logging.getLogger(__name__)
+BLOCK = 10  # showers of similar energy, one of which is drawn for a part with a tenth of the events
 
 
 def rearrange(
@@ -17,6 +21,7 @@ def rearrange(
     seed: int,
     shuffle: bool,
     fractions: dict[str, float] | None,
+    split_by: str,
     stratify: bool,
 ) -> None:
     """Shuffle and split every Events table of a file; every row is kept.
@@ -32,9 +37,12 @@ def rearrange(
     shuffle : bool
         Put rows in random order. Otherwise each part keeps the order of the file.
     fractions : dict, optional
-        Part name -> fraction of the rows (they must add up to 1); rows are drawn at random.
+        Part name -> fraction of the events (they must add up to 1).
+    split_by : str
+        "shower": all events of a shower go to one part, see `assign_showers`. "event": rows are
+        drawn singly, as historically, so that parts share showers.
     stratify : bool
-        Divide the rows of each gamma_hadron_label in these fractions.
+        With split_by "event", divide the rows of each primary in these fractions.
 
     Notes
     -----
@@ -49,23 +57,37 @@ def rearrange(
         try:
             if not is_mapped:
                 _copy_all_but_events(h5, target)
+            index = layout.index_table(h5)
+            names = list(fractions or [""])
+            if fractions and split_by == "shower":
+                part_of = assign_showers(index, fractions, np.random.default_rng(seed))
+            rearranged = []
             for number, table in enumerate(list(layout.event_tables(h5))):
                 rng = np.random.default_rng([seed, number])
-                labels = _labels(table) if stratify else np.zeros(int(table.nrows), np.uint8)
-                parts = (
-                    assign(labels, fractions, rng)
-                    if fractions
-                    else {"": np.arange(int(table.nrows))}
-                )
+                in_table = np.flatnonzero(index["group"] == number)
+                if not fractions:
+                    parts = [np.arange(in_table.size)]
+                elif split_by == "shower":
+                    parts = [np.flatnonzero(part_of[in_table] == k) for k in range(len(names))]
+                else:
+                    labels = index["primary_id"][in_table] * stratify
+                    parts = list(assign(labels, fractions, rng).values())
                 if shuffle:
-                    parts = {name: rng.permutation(rows) for name, rows in parts.items()}
-                _rewrite(table, target, parts)
+                    parts = [rng.permutation(rows) for rows in parts]
+                _rewrite(table, target, dict(zip(names, parts, strict=True)))
+                for k, rows in enumerate(parts):
+                    rearranged.append(index[in_table[rows]])
+                    rearranged[-1]["part"] = k
+            if len(index):
+                target.get_node(layout.INDEX)[:] = np.concatenate(rearranged)
+            _warn_of_empty_parts(rearranged, fractions or {})
             root = target.root._v_attrs
+            root.parts = json.dumps([layout.part_name(name) for name in names])
             if shuffle:
                 root.shuffle_seed = seed
             if fractions:
                 root.split = json.dumps(
-                    {"fractions": fractions, "seed": seed, "stratify": stratify}
+                    {"fractions": fractions, "by": split_by, "seed": seed, "stratify": stratify}
                 )
         finally:
             if not is_mapped:
@@ -74,11 +96,53 @@ def rearrange(
         scratch.replace(path)
 
 
-def _labels(table: tables.Table) -> np.ndarray:
-    if table.chunkshape[0] > 1:
-        return table.col("gamma_hadron_label")
-    rows = range(int(table.nrows))  # one at a time: each holds its images
-    return np.array([table.read(i, i + 1)["gamma_hadron_label"][0] for i in rows], np.uint8)
+def _warn_of_empty_parts(tables_of_parts: list[np.ndarray], fractions: dict[str, float]) -> None:
+    index = np.concatenate([np.zeros(0, layout.INDEX_DTYPE), *tables_of_parts])
+    counts = np.bincount(index["part"], minlength=len(fractions))
+    for (name, fraction), n in zip(fractions.items(), counts, strict=False):
+        if fraction > 0 and not n:
+            log.warning(
+                "%s has no event: there are only %d events, of %d showers.",
+                layout.part_name(name),
+                len(index),
+                np.unique(index["shower"]).size,
+            )
+
+
+def assign_showers(
+    index: np.ndarray, fractions: dict[str, float], rng: np.random.Generator
+) -> np.ndarray:
+    """Draw a part for each shower: all events of a shower go to the same.
+
+    The showers of each primary are taken in order of energy, in random order within blocks of
+    BLOCK; each goes to the part that lacks most events. Thus every part has its fraction of each
+    primary and energy range, to within the events of one shower.
+
+    Parameters
+    ----------
+    index : (n,) array of INDEX_DTYPE
+
+    Returns
+    -------
+    (n,) int array
+        Position of each event's part in `fractions`.
+    """
+    _, first, shower, uses = np.unique(
+        index["shower"], return_index=True, return_inverse=True, return_counts=True
+    )
+    share = np.array(list(fractions.values())) / sum(fractions.values())
+    part = np.zeros(first.size, np.int64)
+    primary, energy = index["primary_id"][first], index["mc_energy"][first]
+    for value in np.unique(primary):
+        members = np.flatnonzero(primary == value)
+        members = members[np.argsort(energy[members], kind="stable")]
+        order = np.lexsort((rng.random(members.size), np.arange(members.size) // BLOCK))
+        given, total = np.zeros(share.size), 0
+        for i in members[order].tolist():
+            total += int(uses[i])
+            part[i] = np.argmax(share * total - given)
+            given[part[i]] += uses[i]
+    return part[shower]
 
 
 def assign(
@@ -119,7 +183,7 @@ def _rewrite(table: tables.Table, target: tables.File, parts: dict[str, np.ndarr
     for name, rows in parts.items():
         node = target.create_table(
             group,
-            f"{layout.EVENTS}_{name}" if name else "Events_rearranged",
+            layout.part_name(name) if name else "Events_rearranged",
             table.description,
             filters=table.filters,
             chunkshape=table.chunkshape,

@@ -21,10 +21,19 @@ COUNTS = {
     "failed_image_cuts": "failed image cuts",
     "events_passed": "events passed",
     "duplicates": "already in the output",
+    "same_numbers": "with the numbers of others, kept",
     "events_written": "events written",
     "saturated_pixels": "saturated pixels",
     "calibration_events": "calibration events skipped",
 }
+# Why events did not pass.
+REASONS = (
+    "not_in_dictionary",
+    "no_selected_telescope",
+    "other_primary",
+    "outside_bins",
+    "failed_image_cuts",
+)
 ALWAYS_SHOWN = ("events_read", "events_passed", "events_written", "saturated_pixels")
 # Columns of Runs -> keys of eventio's MCRunHeader.
 MC_COLUMNS = {
@@ -45,7 +54,8 @@ class FileReport:
 
     `events_read` counts triggered events; `events_passed` those in the dictionary and in an energy
     bin with enough images that pass the cuts; `events_written` those of them that were not yet in
-    the output. `problem` says why the file is incomplete or, if `failed`, why it was left out.
+    the output, `same_numbers` those of the latter beside another event with the same run and event
+    numbers. `problem` says why the file is incomplete or, if `failed`, why it was left out.
     """
 
     file: str
@@ -58,6 +68,7 @@ class FileReport:
     failed_image_cuts: int = 0
     events_passed: int = 0
     duplicates: int = 0
+    same_numbers: int = 0
     events_written: int = 0
     calibration_events: int = 0
     images: dict[str, int] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 TEV_PER_UNIT = {"eV": 1e-12, "MeV": 1e-6, "GeV": 1e-3, "TeV": 1.0}
 MAX_BINS = 255  # the bin label is one byte
+CONSERVING = ("square", "axial", "oversampling", "rebin", "none")  # mappings that conserve charge
 MAPPINGS = ("auto", "square", "axial", "oversampling", "rebin", "nearest", "bilinear", "none")
 
 
@@ -77,9 +78,30 @@ def _historic_cuts() -> dict[str, Cut]:
     }
 
 
+def selections(text: str) -> list[tuple[str, str]]:
+    """Divide a list such as `axial, LST: rebin` into (telescopes, value); those of `axial` are "".
+
+    Raises
+    ------
+    ValueError
+        If an item has telescopes but no value, or a value but no telescopes.
+    """
+    found = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        telescopes, colon, value = (word.strip() for word in item.rpartition(":"))
+        if not value or (colon and not telescopes):
+            raise ValueError(f"{item!r}: expected TELESCOPES: VALUE")
+        found.append((telescopes, value))
+    return found
+
+
 @dataclass(frozen=True)
 class Settings:
-    """All settings of a run except its files. The defaults are those of the historic schema."""
+    """All settings of a run except its files.
+
+    The defaults are those of the historic schema, except for time_unit (historically 1) and
+    type_mode (historically SCT).
+    """
 
     mode: str = "gh_class"
     storage_mode: str = "all"
@@ -88,8 +110,11 @@ class Settings:
     scale_factor: int = 2
     dtype: str = "uint16"
     dim_order: str = "channels_last"
+    time_unit: float = 0.01
     mapping: str = "auto"
-    type_mode: str = "SCT"
+    derotate: bool = False
+    type_mode: str = "ALL"
+    types: str = ""
     energy_bins: EnergyBins = EnergyBins()
     preselection_cuts: dict[str, Cut] = field(default_factory=_historic_cuts)
     gamma_only: bool = True

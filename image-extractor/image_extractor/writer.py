@@ -10,7 +10,7 @@ import contextlib
 import datetime
 import json
 from array import array
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from isal import isal_zlib
 from . import layout
 from .config import differences, parse_config
 from .cuts import event_keys
-from .errors import DataError
+from .errors import DataError, UsageError
 from .instrument import Telescope
 from .mapping import Mapping
 from .settings import Settings
@@ -32,22 +32,24 @@ GROWTH = 64  # images by which an array is enlarged at a time
 
 
 class SeenEvents:
-    """The events already written: event numbers in ascending order per run, 4 bytes each."""
+    """The events already written, by run and in ascending order of number, 12 bytes each."""
 
     def __init__(self) -> None:
-        self._runs: dict[int, array[int]] = {}
+        self._runs: dict[int, tuple[array[int], array[int]]] = {}
 
-    def add(self, run_number: int, event_number: int) -> bool:
-        """Add an event; False if it was there already."""
-        seen = self._runs.setdefault(run_number, array("I"))
-        if not seen or event_number > seen[-1]:
-            seen.append(event_number)
-            return True
-        i = bisect_left(seen, event_number)
-        if seen[i] == event_number:
-            return False
-        insort(seen, event_number)
-        return True
+    def add(self, run_number: int, event_number: int, identity: int) -> tuple[bool, bool]:
+        """Add an event: (whether it is new, whether another event has the same numbers)."""
+        numbers, identities = self._runs.setdefault(run_number, (array("I"), array("Q")))
+        if not numbers or event_number > numbers[-1]:
+            numbers.append(event_number)
+            identities.append(identity)
+            return True, False
+        start, end = bisect_left(numbers, event_number), bisect_right(numbers, event_number)
+        if identity in identities[start:end]:
+            return False, False
+        numbers.insert(end, event_number)
+        identities.insert(end, identity)
+        return True, end > start
 
 
 @dataclass
@@ -132,10 +134,12 @@ class Writer:
         self.slots = {t.tel_id: i for i, t in enumerate(telescopes)}
         self.is_mapped = settings.storage_mode == "mapped"
         self.identity = layout.array_identity(telescopes)
-        self.seen = SeenEvents()
+        self._seen = SeenEvents()
+        self._looked_up = SeenEvents()  # those of this run that were chosen by a dictionary
+        self._has_dictionary = attributes["energy_bin_source"] == "dictionary"
         self.written = 0  # events in the file, including those from earlier runs
         self._blank = np.zeros(1, self.dtype)
-        self._index: list[tuple[int, int, int]] = []
+        self._index: list[np.ndarray] = []
         self._listed: set[tuple[bytes, int, bytes]] = set()  # file, run, sha256 of Runs
         self.incomplete: set[int] = set()  # runs with an incomplete input file
         is_new = not path.exists()
@@ -155,6 +159,7 @@ class Writer:
                 )
             else:
                 self._check_existing(attributes)
+            self._n_runs = int(self._h5.get_node(layout.RUNS).nrows)
             self.groups = [self._open_group(p) for p in layout.group_paths(settings)]
         except BaseException:
             self._h5.close()
@@ -190,7 +195,7 @@ class Writer:
             )
         self.compression = str(attrs["compression"])
         for row in h5.get_node(layout.INDEX).iterrows():
-            self.seen.add(int(row["run_number"]), int(row["event_number"]))
+            self._seen.add(int(row["run_number"]), int(row["event_number"]), int(row["identity"]))
             self.written += 1
         for run in layout.runs_table(h5):
             self._is_listed(run)
@@ -205,8 +210,20 @@ class Writer:
                 group.images[telescope.tel_id] = _ImageArray(node, int(node.nrows))
         return group
 
-    def add(self, group_index: int, values: dict[str, Any], images: dict[int, np.ndarray]) -> None:
-        """Write one event and its images.
+    def _is_new(self, run_number: int, event_number: int, identity: int) -> tuple[bool, bool]:
+        """Note an event: (whether it is new, whether another one has its numbers)."""
+        if self._has_dictionary and self._looked_up.add(run_number, event_number, identity)[1]:
+            raise UsageError(
+                f"run {run_number} event {event_number}: two different events have these numbers, "
+                "by which the dictionary of bins and cuts lists them (expected one). Extract each "
+                "production by a run of its own, with its own dictionary."
+            )
+        return self._seen.add(run_number, event_number, identity)
+
+    def add(
+        self, group_index: int, values: dict[str, Any], images: dict[int, np.ndarray], content: int
+    ) -> tuple[bool, bool]:
+        """Write one event and its images, unless it is in the output already.
 
         Parameters
         ----------
@@ -216,11 +233,34 @@ class Writer:
             Column -> value, without tel_map, trig_list and images.
         images : dict
             Telescope id -> stored image, of `layout.image_shape` and the configured dtype.
+        content : int
+            CRC-32 of the telescopes' raw data.
+
+        Returns
+        -------
+        bool, bool
+            Whether it was written, and whether another event has the same run and event numbers.
+
+        Raises
+        ------
+        UsageError
+            If a dictionary lists one event, but two different events have its numbers.
         """
         group = self.groups[group_index]
         row = self._blank if not self.is_mapped else np.zeros(1, self.dtype)
         for name, value in values.items():
             row[name] = value
+        identity = layout.event_identity(row, content)
+        is_new, is_other = self._is_new(values["run_number"], values["event_number"], identity)
+        if not is_new:
+            return is_new, is_other
+        entry = np.zeros(1, layout.INDEX_DTYPE)
+        for name in ("run_number", "event_number", "primary_id", "mc_energy"):
+            entry[name] = row[name]
+        entry["group"], entry["source"], entry["identity"] = group_index, self._n_runs, identity
+        entry["shower"] = layout.shower_keys(row)
+        by_slot = [(slot, images[t]) for t, slot in self.slots.items() if t in images]
+        entry["checksum"] = layout.event_checksum(row[0], by_slot)
         if self.is_mapped:
             tel_map = row["tel_map"][0]
             tel_map[:] = -1
@@ -247,15 +287,16 @@ class Writer:
             group.rows += 1
             for tel_id in images:
                 row[f"T{tel_id}"] = 0
-        self._note(values["run_number"], values["event_number"], group_index)
+        self._note(entry)
+        return is_new, is_other
 
     def _grow(self, group: _Group) -> None:
         if group.rows >= group.events.nrows:
             group.events.truncate(group.rows + 1)
 
-    def _note(self, run_number: int, event_number: int, group_index: int) -> None:
-        self.written += 1
-        self._index.append((run_number, event_number, group_index))
+    def _note(self, entries: np.ndarray) -> None:
+        self.written += len(entries)
+        self._index.append(entries)
         if len(self._index) >= ROWS_BUFFERED:
             self._flush_index()
 
@@ -267,13 +308,14 @@ class Writer:
 
     def _flush_index(self) -> None:
         if self._index:
-            self._h5.get_node(layout.INDEX).append(np.array(self._index, layout.INDEX_DTYPE))
+            self._h5.get_node(layout.INDEX).append(np.concatenate(self._index))
             self._index.clear()
 
     def add_run(self, row: np.ndarray) -> None:
         """Append the row (1,) of one input file (RUNS_DTYPE), unless it adds nothing."""
         if not self._is_listed(row[0]) or row["events_written"][0]:
             self._h5.get_node(layout.RUNS).append(row)
+            self._n_runs += 1
             self.is_changed = True
 
     def _is_listed(self, run: np.void) -> bool:
@@ -292,14 +334,15 @@ class Writer:
 
         Returns
         -------
-        (n_events,) bool array
-            Which of the part's events were new, in the order in which they were written.
+        (n_events, 2) bool array
+            Which of the part's events were new, and which have the numbers of another event, in the
+            order in which they were written.
         """
         with tables.open_file(str(part)) as source:
             index = layout.index_table(source)
-            keep = np.array(
-                [self.seen.add(int(r["run_number"]), int(r["event_number"])) for r in index], bool
-            )
+            numbers = index[["run_number", "event_number", "identity"]].tolist()
+            found = np.array([self._is_new(*n) for n in numbers], bool).reshape(-1, 2)
+            keep = found[:, 0]
             for g, group in enumerate(self.groups):
                 chosen = keep[index["group"] == g]
                 prefix = "" if group.path == "/" else group.path
@@ -311,13 +354,13 @@ class Writer:
                         self._grow(group)
                         group.events.write_chunk((group.rows,), events.read_chunk((int(i),)))
                         group.rows += 1
-            for row in index[keep].tolist():
-                self._note(*row)
+            index["source"] = self._n_runs
+            self._note(index[keep])
             runs = layout.runs_table(source)
         runs["duplicates"] += np.uint32((~keep).sum())
         runs["events_written"] = keep.sum()
         self.add_run(runs)
-        return keep
+        return found
 
     def _merge_mapped(
         self,

@@ -1,8 +1,8 @@
 """Make the files of aux/: two configurations and their dictionaries of bins and cuts.
 
 Reads   simtel files, for the numbers and true energies of their events.
-Writes  aux/test_pytables{,_1bin}.config (historic settings) and aux/bins_cuts_dict{,_1bin}.pkl, the
-        dictionaries also as .json for people to read.
+Writes  aux/test_pytables{,_1bin}.config (settings of the historic examples) and
+        aux/bins_cuts_dict{,_1bin}.pkl, the dictionaries also as .json for people to read.
 
 No EventDisplay analysis of these files exists. It is replaced by random numbers with a fixed seed:
 reconstructed energies with a scatter of 15 % around the true ones, shape parameters of good events.
@@ -27,12 +27,14 @@ AUX = Path(__file__).resolve().parents[1] / "aux"
 CONFIGURATIONS = {
     "": dict(
         storage_mode="all",
+        type_mode="SCT",
         image_mode="PIXELS_TIMING_3C",
         scale_factor=2,
         energy_bins=EnergyBins(min=-1.0, max=0.5, bin_size=0.5),
     ),
     "_1bin": dict(
         storage_mode="mapped",
+        type_mode="SCT",
         image_mode="PIXELS_1C",
         scale_factor=1,
         energy_bins=EnergyBins(min=-1.0, max=1.0, bin_size=2.0),

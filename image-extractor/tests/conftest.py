@@ -1,12 +1,15 @@
 """Real files, ctapipe's results for them, and helpers for all tests."""
 
 import gzip
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
 from hypothesis import settings as hypothesis_settings
+
+from image_extractor.simtel import MC_SHOWER, SYNC_MARKER
 
 hypothesis_settings.register_profile("no wall-clock limit", deadline=None)
 hypothesis_settings.load_profile("no wall-clock limit")
@@ -36,6 +39,17 @@ def decompressed(path: Path) -> bytes:
     if path.suffix == ".zst":
         return zstandard.ZstdDecompressor().stream_reader(raw).read()
     return gzip.decompress(raw)
+
+
+def other_production(raw: bytes, primary: int | None = None, energy: float = 1.0) -> bytes:
+    """Change the primary of every simulated shower, and multiply its energy, in a simtel file."""
+    changed, pos = bytearray(raw), 0
+    while (pos := raw.find(SYNC_MARKER + struct.pack("<H", MC_SHOWER), pos)) >= 0:
+        start = pos + (20 if raw[pos + 6] & 2 else 16)  # an extended header has 4 more bytes
+        old, tev = struct.unpack_from("<if", raw, start)
+        struct.pack_into("<if", changed, start, old if primary is None else primary, tev * energy)
+        pos = start
+    return bytes(changed)
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +107,7 @@ def extract(key_or_path, output, max_events=None, **options):
     return extractor.process_data(path, max_events)
 
 
-OWN = ("compression", "shuffle", "split", "stratify", "seed", "overwrite")
+OWN = ("compression", "shuffle", "split", "split_by", "stratify", "seed", "overwrite")
 
 
 def all_images(path):

@@ -13,7 +13,7 @@ import pytest
 import tables
 from conftest import PACKAGE, all_images, decompressed, real_file
 
-from image_extractor import cli
+from image_extractor import __version__, cli
 from image_extractor.config import load_config
 from image_extractor.cuts import load_cuts
 from image_extractor.errors import DataError
@@ -30,7 +30,7 @@ def run(*words, cwd=None):
         cwd=cwd,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, "PYTHONWARNINGS": "ignore", "SLURM_CPUS_PER_TASK": "4"},
     )
 
 
@@ -77,7 +77,8 @@ def test_the_command_of_the_readme_word_for_word(folder):
             for part in ("Training", "Validation", "Test")
         ]
     assert sum(n) == len(all_images(folder / "dataset.h5")) > 20
-    assert n == [round(0.9 * sum(n)), sum(n) - round(0.9 * sum(n)), 0]
+    assert n[2] == 0
+    assert abs(n[1] - 0.1 * sum(n)) < 10  # whole showers, each used up to ten times
 
 
 def test_a_truncated_file_is_reported_once(folder):
@@ -136,6 +137,8 @@ def test_exit_codes_and_messages(folder, monkeypatch, capsys):
     (folder / "bad.config").write_text("mode = x\n[image]\nsize = 3\n")
     (folder / "none.config").write_text("[telescope]\ntype_mode = LST\n")
     (folder / "none.simtel.gz").write_bytes(b"text")
+    (folder / "big.config").write_text("[image]\nscale_factor = 200\n")
+    (folder / "deep.json").write_text('{"a":' * 200_000)
     cases = [
         (2, ["nothing*.gz", "o.h5", config], "no such file"),
         (2, [source, "o.h5", "absent.config"], "no such configuration"),
@@ -156,6 +159,8 @@ def test_exit_codes_and_messages(folder, monkeypatch, capsys):
         (2, [source, "o.h5", config, "--summary", "simtel"], "simtel: is a folder"),
         (1, [source, "o.h5", config, "absent.pkl"], "absent.pkl"),
         (1, [source, "o.h5", "none.config"], "no telescope 'LST' in the array (70 SST DigiCam)"),
+        (1, [source, "o.h5", "big.config"], "an event with its images would take "),
+        (1, [source, "o.h5", config, "deep.json"], "deep.json: not valid JSON"),
         (1, ["none.simtel.gz", "o.h5", config], "no complete simtel header"),
         (1, ["inspect", "none.simtel.gz"], "not an HDF5 file"),
         (1, ["validate", "absent.h5"], "no such file"),
@@ -252,6 +257,50 @@ def test_unusable_files_are_named_and_the_others_extracted(folder, monkeypatch, 
         runs = h5.root.Metadata.Runs.read()
         assert runs["complete"].tolist() == [1, 0]
         assert b"cut off" in runs["problem"][1]
+
+
+def test_image_extractor_without_a_command_says_which_there_are(capsys):
+    for words, code, message in (
+        (["--help"], 0, "validate  check a data set"),
+        (["--version"], 0, f"image-extractor {__version__}"),
+        ([], 2, "no command (expected extract, inspect, plot, validate, config)"),
+        (["insepct", "o.h5"], 2, "'insepct' is not a command (expected extract, inspect,"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.commands(words)
+        assert stop.value.code == code
+        captured = capsys.readouterr()
+        assert message in (captured.err if code else captured.out), words
+    assert cli.commands(["validate", "absent.h5"]) == 1
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"image_extractor.py {__version__}\n"
+
+
+def test_jobs_are_limited_by_the_cores_and_this_is_said(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    asked = []
+    monkeypatch.setattr(
+        "image_extractor.image_extractor.ImageExtractor.process_files",
+        lambda self, files, max_events, jobs, *_: asked.append(jobs) or [],
+    )
+    words = ["simtel/*", "o.h5", "configuration_settings.config", "--jobs", "3"]
+    for cores in (1, 2, 3, 8):
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", str(cores))
+        cli.main(words)
+        assert (f"of the {cores} cores" in capsys.readouterr().err) == (cores < 8)
+    assert asked == [1, 1, 2, 3]
+
+
+def test_that_no_event_was_written_is_an_error_and_said(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    config = "configuration_settings.config"
+    (folder / "d.json").write_text('{"format": "bins-cuts-dict", "events": [[7, 1, 0, 1.0]]}')
+    assert cli.main(["simtel/*", "o.h5", config, "d.json"]) == 1
+    err = capsys.readouterr().err
+    assert "No event was written, because none passed: 31 not in the dictionary." in err
+    for _ in range(2):  # a repeated command adds nothing, which is not an error
+        assert cli.main(["simtel/*", "p.h5", config, "--max_events", "2"]) == 0
 
 
 def test_help_needs_no_heavy_import():

@@ -27,7 +27,7 @@ def load(tmp_path, text):
     return load_config(path)
 
 
-def test_an_empty_file_gives_the_historic_defaults(tmp_path):
+def test_an_empty_file_gives_the_defaults(tmp_path):
     settings = load(tmp_path, "")
     assert settings == Settings()
     historic = dict(
@@ -38,9 +38,9 @@ def test_an_empty_file_gives_the_historic_defaults(tmp_path):
         scale_factor=2,
         dtype="uint16",
         dim_order="channels_last",
-        type_mode="SCT",
     )
     assert {name: getattr(settings, name) for name in historic} == historic
+    assert (settings.type_mode, settings.time_unit) == ("ALL", 0.01)  # historically SCT and 1
     assert settings.energy_bins == EnergyBins("TeV", "log10", -1.0, 1.0, 0.5)
     assert settings.energy_recon_bins.count() == 80
     assert settings.preselection_cuts["MC_Offset"] == Cut(("MCxoff", "MCyoff"), 0.0, 3.0)
@@ -61,8 +61,11 @@ OTHER = Settings(
     scale_factor=1,
     dtype="float32",
     dim_order="channels_first",
-    mapping="none",
+    time_unit=1.0,
+    mapping="none, LST: rebin",
+    derotate=True,
     type_mode="LST+5-12",
+    types="MSTN-*: MST, 7: SST",
     energy_bins=EnergyBins("GeV", "linear", 0.0, 30.0, 10.0),
     preselection_cuts={
         name: Cut((name, "dES"), None, 1.5) for name in Settings().preselection_cuts
@@ -118,8 +121,10 @@ dtype = int64
 mode = 3C
 dim_order = channels_first
 dim_ordering = channels_last
+mapping = axial, LST: shifting
 [telescope]
 type_mode = SST, SCT
+types = LST
 [energy_bins]
 bin_size = 0.3
 units = erg
@@ -148,7 +153,9 @@ def test_every_wrong_key_and_value_is_reported_in_one_line(tmp_path):
         "[image] dtype = int64",
         "[image] mode = 3C",
         "[image] dim_ordering = channels_last: given as channels_first under another name",
+        "[image] mapping = axial, LST: shifting",
         "[telescope] type_mode = SST, SCT",
+        "[telescope] types = LST: not a valid value (expected TELESCOPES: TYPE",
         "[energy_bins] units = erg: not a valid value (expected eV | MeV | GeV | TeV)",
         "[preselection_cuts] MSCW = 3",
         "[preselection_cuts] MSCL = 2, 1",

@@ -113,6 +113,13 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
             load_cuts(tmp_path / "object.pkl")
 
 
+def test_a_pickle_with_numbers_of_numpy_says_how_to_convert_them(tmp_path):
+    path = tmp_path / "d.pkl"
+    path.write_bytes(pickle.dumps({(np.int64(7), 1): (0, np.float64(2.5))}))
+    with pytest.raises(DataError, match=r"Convert NumPy's .* \{\(int\(r\), int\(e\)\): "):
+        load_cuts(path)
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_pickles_of_all_protocols_are_read(tmp_path, protocol):
     (tmp_path / "c.pkl").write_bytes(

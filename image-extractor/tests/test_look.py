@@ -1,15 +1,22 @@
 """Inspect, validate, plot."""
 
+import multiprocessing
+import os
+import re
 import shutil
+import signal
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tables
-from conftest import all_images, extract
+from conftest import all_images, extract, real_file
 
 from image_extractor import cli, look
 from image_extractor.errors import DataError
+from image_extractor.settings import EnergyBins
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +39,23 @@ def test_inspect_describes_a_data_set(data_set, capsys):
         "type_mode = ALL",
     ):
         assert words in text
+
+
+def test_inspect_counts_the_images_of_each_part(tmp_path, caplog):
+    one_bin = EnergyBins(min=-2, max=2, bin_size=4)
+    split = {"A": 0.6, "B": 0.3, "C": 0.1}
+    extract("proton", tmp_path / "o.h5", split=split, energy_bins=one_bin)
+    text = look.inspect(tmp_path / "o.h5")
+    counts = {}
+    with tables.open_file(str(tmp_path / "o.h5")) as h5:
+        for part in split:
+            table = h5.get_node(f"/E0/Events_{part}")
+            counts[part] = int((table.col("tel_map") >= 0).sum())
+            after = text.partition(f"/E0/Events_{part}: ")[2].splitlines()[1]
+            assert sum(map(int, re.findall(r"(\d+) (?:LST|MST)", after))) == counts[part]
+    assert sum(counts.values()) == 36
+    assert counts["C"] == 0
+    assert "Events_C has no event: there are only 6 events, of 3 showers." in caplog.text
 
 
 def test_a_picture_that_cannot_be_written_is_reported_in_one_line(data_set, tmp_path, capsys):
@@ -96,7 +120,6 @@ def test_validate_finds_damage(data_set, tmp_path, how, message):
     damage(path, how)
     problems = look.validate(path)
     assert any(message in p for p in problems), problems
-    assert cli.main(["validate", str(path)]) == 1
 
 
 def test_validate_reads_every_image(data_set, tmp_path):
@@ -111,9 +134,86 @@ def test_validate_reads_every_image(data_set, tmp_path):
     assert look.validate(path) == [f"{name}: cannot be read, so the file is damaged"]
 
 
+def content(path):
+    """Everything in a file: node -> attributes, type, data."""
+    found = {}
+    with tables.open_file(str(path)) as h5:
+        for node in h5.walk_nodes("/"):
+            names = node._v_attrs._f_list("all")
+            found[node._v_pathname] = [(n, str(node._v_attrs[n])) for n in sorted(names)]
+            if isinstance(node, tables.Leaf):
+                data = node.read()
+                found[node._v_pathname] += [str(data.dtype.descr), data.shape, data.tobytes()]
+    return found
+
+
+def verdict(path):
+    """What validate says of a file, and its content if that is valid; runs in another process."""
+    try:
+        problems = look.validate(path)
+        return problems, None if problems else content(path)
+    except DataError as error:
+        return [str(error)], None
+
+
+@pytest.mark.parametrize("storage", ["mapped", "all"])
+def test_altered_files_are_not_valid_unless_nothing_in_them_differs(storage, tmp_path):
+    """Single bits, bytes and blocks anywhere in the file; a crash of HDF5 is a verdict, too."""
+    path, bad = tmp_path / "o.h5", tmp_path / "bad.h5"
+    one_bin = EnergyBins(min=-2, max=2, bin_size=4)
+    split = {"A": 0.5, "B": 0.5}
+    extract("proton", path, storage_mode=storage, max_events=2, split=split, energy_bins=one_bin)
+    whole, expected = path.read_bytes(), content(path)
+    rng = np.random.default_rng(3)
+    n_valid, pool = 0, None
+    for n in range(30):
+        pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        altered, place = bytearray(whole), int(rng.integers(len(whole)))
+        if n % 2:  # HDF5's own structures are mostly in the first and last part of the file
+            place = place % 20_000 if n % 4 == 1 else len(whole) - 1 - place % 20_000
+        altered[place : place + (1, 8)[n % 3 == 0]] = rng.bytes((1, 8)[n % 3 == 0])
+        bad.write_bytes(altered[: len(whole) - (n == 20)])
+        try:
+            problems, found = pool.submit(verdict, bad).result(timeout=100)
+        except BrokenProcessPool:
+            pool = None
+            continue
+        assert problems or found == expected, (n, place)
+        assert all("\n" not in p for p in problems)
+        n_valid += not problems
+    pool.shutdown()
+    assert 0 < n_valid < 27
+
+
+def test_a_crash_of_hdf5_is_reported_in_one_line(data_set, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_answer", _crash)
+    assert cli.main(["validate", str(data_set)]) == 1
+    assert capsys.readouterr().err == (
+        f"{data_set}: damaged, so that HDF5 cannot read it (it crashed). Extract the data again.\n"
+    )
+
+
+def test_nothing_is_appended_to_a_damaged_file(data_set, tmp_path, capsys):
+    path, config = tmp_path / "o.h5", tmp_path / "c.config"
+    shutil.copy(data_set, path)
+    damage(path, _set("/Tel_Table", 0, "tel_x", 5.0))
+    before = path.read_bytes()
+    config.write_text("storage_mode = mapped\n")
+    assert cli.main([str(real_file("proton")), str(path), str(config)]) == 1
+    err = capsys.readouterr().err
+    assert "because of damage: /Tel_Table: differs from its checksum" in err
+    assert path.read_bytes() == before
+
+
+def _crash(*_):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def test_a_damaged_file_is_reported_in_one_line(data_set, tmp_path, capsys):
     path = tmp_path / "cut.h5"
     path.write_bytes(data_set.read_bytes()[:-2000])
+    assert cli.main(["inspect", str(path)]) == 1
+    capsys.readouterr()
     assert cli.main(["validate", str(path)]) == 1
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1

@@ -11,8 +11,8 @@ from scipy.spatial import cKDTree
 
 from image_extractor.errors import DataError
 from image_extractor.instrument import describe_array
-from image_extractor.mapping import CONSERVING, camera_mapping, lattice_neighbors
-from image_extractor.settings import MAPPINGS
+from image_extractor.mapping import camera_mapping, lattice_neighbors
+from image_extractor.settings import CONSERVING, MAPPINGS
 from image_extractor.simtel import SimtelFile
 
 
@@ -145,6 +145,40 @@ def test_a_rotated_lattice_is_aligned_with_the_axes(cameras):
         turned = camera_mapping(x, y, "axial")
         assert turned.shape == straight.shape
         assert np.unique(turned.cells).size == camera.n_pixels
+
+
+@pytest.mark.parametrize("method", ["axial", "oversampling", "rebin"])
+def test_the_file_states_the_angle_between_pictures_and_the_camera_frame(cameras, method):
+    """The angle, and the position of each pixel, are those of the cells in the picture."""
+    for key in (("calib", "LSTCam"), ("gamma", "NectarCam"), ("calib", "FlashCam")):
+        camera = cameras[key]
+        turn = np.exp(1j * np.radians(camera.rotation_deg))
+        derotated = (camera.geometry.pix_x + 1j * camera.geometry.pix_y).to_value("m")
+        raw = camera.pixel_x + 1j * camera.pixel_y
+        np.testing.assert_allclose(turn * raw, derotated, atol=1e-6)
+        for is_derotated in (False, True):
+            used = derotated if is_derotated else raw
+            mapping = camera_mapping(used.real, used.imag, method)
+            angle = (0.0 if is_derotated else camera.rotation_deg) - mapping.turn_deg
+            assert mapping.turn_deg == 0 or method != "rebin"
+            # Derotated positions, turned back by the stated angle, lie along the picture's axes.
+            along = derotated * np.exp(-1j * np.radians(angle))
+            cells = np.stack(np.divmod(np.arange(np.prod(mapping.shape)), mapping.shape[1]))
+            column, row = cells @ mapping.charge
+            fits = [
+                np.linalg.lstsq(np.c_[along.real, along.imag, np.ones(along.size)], v)[0][:2]
+                for v in (column, row)
+            ]
+            tilt = [
+                np.degrees(np.arctan2(fits[0][1], fits[0][0])),
+                np.degrees(np.arctan2(-fits[1][0], fits[1][1])),
+            ]
+            # A sheared lattice keeps one axis.
+            assert (min if method == "axial" else max)(np.abs(tilt)) < 0.3, (
+                key,
+                is_derotated,
+                tilt,
+            )
 
 
 @settings(max_examples=25)
