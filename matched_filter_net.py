@@ -207,13 +207,13 @@ def log_amplitude(n: Tensor, d: Tensor) -> Tensor:
     Returns
     -------
     (..., 2 filter)
-        asinh(n/d / 2s) + log 2s: the logarithm of the amplitude where it exceeds the noise, linear
+        asinh(n/d / 2s) + log s: the logarithm of the amplitude where it exceeds the noise, linear
         in it below (Lupton, Gunn & Szalay 1999, AJ 118, 1406, with the error as softening); then
         asinh of the signal-to-noise ratio.
     """
     error = (d + EPS).rsqrt()
     ratio = n * error
-    return torch.cat([torch.asinh(ratio / 2) + torch.log(2 * error), torch.asinh(ratio)], -1)
+    return torch.cat([torch.asinh(ratio / 2) + torch.log(error), torch.asinh(ratio)], -1)
 
 
 class Standardise(nn.Module):

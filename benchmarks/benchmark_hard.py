@@ -73,7 +73,7 @@ GROUPS: tuple[dict[str, dict[str, float]], ...] = (
     {"OI": {"OI-6302": 1, "OI-6365": 0.328}},
     {"HeI": {"HeI-5877": 1}},
 )
-"""Lines fitted together, on a linear continuum within 60 Angstrom; doublets of fixed ratio as one."""
+"""Lines fitted together, on a linear continuum within 60 Angstrom; doublets as one line."""
 MAIN = ("Hb", "OIII", "Ha", "NII", "SII")
 """Lines of the classical ratios, where in range."""
 
@@ -285,7 +285,7 @@ def log_ratios(lines: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
     logs = {}
     for name in names:
         flux, error = lines[name][0], np.sqrt(lines[name][1])
-        logs[name] = np.arcsinh(flux / error / 2) + np.log(2 * error)
+        logs[name] = np.arcsinh(flux / error / 2) + np.log(error)
     return np.stack([logs[n] - logs["Ha"] for n in names if n != "Ha"], 1)
 
 
@@ -565,7 +565,7 @@ def scores_of(survey: Survey, predicted: np.ndarray) -> dict[str, float]:
 
 
 def galaxy_errors(survey: Survey, predicted: np.ndarray) -> list[list[float]]:
-    """Count the test spaxels of each galaxy and sum their errors against label and truth, (3, n)."""
+    """Count the test spaxels of each galaxy, and sum their errors (label, truth); (3, n)."""
     galaxy = np.unique(survey.galaxy[survey.test], return_inverse=True)[1]
     errors = [np.abs(predicted - v[survey.test]) for v in (survey.label, survey.truth)]
     sums = [np.bincount(galaxy, np.nan_to_num(e)) for e in (np.ones(galaxy.size), *errors)]
@@ -611,7 +611,7 @@ def main(config: Config) -> int:
             predicted = ROWS[name](survey, survey.train_galaxies(n), seed, config)
             row = {
                 "name": name, "depth": 1 / factor**2, "wave_min": wave_min,
-                "n_train": len(survey.train_galaxies(n)), "seed": seed,
+                "n_train": len(survey.train_galaxies(n)), "limit": n, "seed": seed,
                 **scores_of(survey, predicted), "seconds": time.monotonic() - start,
                 "galaxies": galaxy_errors(survey, predicted),
             }  # fmt: skip
@@ -634,7 +634,7 @@ def table(config: Config) -> list[dict[str, Any]]:
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for path in sorted((config.work_dir / "rows").glob("*.json")):
         row = json.loads(path.read_text())
-        key = (-row["wave_min"], -row["depth"], -row["n_train"], list(ROWS).index(row["name"]))
+        key = (-row["wave_min"], -row["depth"], row["limit"], list(ROWS).index(row["name"]))
         found.setdefault(key, []).append(row)
     rows = []
     for key in sorted(found):
