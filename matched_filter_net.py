@@ -283,11 +283,12 @@ class MatchedFilterNet(nn.Module):
         total = own + heads * 2 * config.filters
         self.linear = nn.Linear(total, 2)
         drop, hidden = nn.Dropout(config.dropout), config.hidden
+        last = nn.Linear(hidden, 2)
         layers = (drop, nn.Linear(total, hidden), nn.GELU(), drop, nn.Linear(hidden, hidden))
-        self.correction = nn.Sequential(*layers, nn.GELU(), drop, nn.Linear(hidden, 2))
-        for last in (self.linear, self.correction[-1]):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        self.correction = nn.Sequential(*layers, nn.GELU(), drop, last)
+        for part in (self.linear, last):
+            nn.init.zeros_(part.weight)
+            nn.init.zeros_(part.bias)
 
     def measure(self, residual: Tensor, weight: Tensor, colour: Tensor) -> SpaxelSums:
         """Apply the filters to spectra (..., band), each spaxel on its own."""

@@ -187,7 +187,7 @@ def read_survey(root: Path) -> tuple[Survey, np.ndarray, np.ndarray]:
     """Read the usable spaxels of all labelled galaxies; also flux and ivar (N, band)."""
     galaxies = labelled_galaxies(root, "logOH", 20)
     columns: list[list[np.ndarray]] = []
-    usable_maps = []
+    usable_maps: list[np.ndarray] = []
     for number, plateifu in enumerate(galaxies["plateifu"]):
         cube = data_io.read_cube(utils.cube_path(root, plateifu))
         assert cube.ivar is not None
@@ -199,10 +199,10 @@ def read_survey(root: Path) -> tuple[Survey, np.ndarray, np.ndarray]:
         columns.append([np.full(y.size, number), y, x, *maps])
         usable_maps.append(usable)
     galaxy, y, x, label, truth, flux, ivar = (np.concatenate(c) for c in zip(*columns, strict=True))
-    maps = torch.from_numpy(np.stack(usable_maps))
-    flat = neighbours(maps, WINDOW)[maps.flatten()].numpy()
-    row_of = np.full(maps.numel() + 1, -1)
-    row_of[np.flatnonzero(maps.numpy())] = np.arange(len(galaxy))
+    inside = torch.from_numpy(np.stack(usable_maps))
+    flat = neighbours(inside, WINDOW)[inside.flatten()].numpy()
+    row_of = np.full(inside.numel() + 1, -1)
+    row_of[np.flatnonzero(inside.numpy())] = np.arange(len(galaxy))
     survey = Survey(galaxy, y, x, label, truth, galaxies, row_of[flat], cube.wave)
     return survey, flux, ivar
 
@@ -371,7 +371,7 @@ def mlp_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> 
     """Multilayer perceptron of one spectrum that regresses dex."""
     x, test, label = components(survey, galaxies)
     model = MLPRegressor(
-        hidden_layer_sizes=(64,), alpha=1e-2, early_stopping=True, max_iter=60, random_state=seed
+        hidden_layer_sizes=(64,), alpha=1e-2, early_stopping=True, max_iter=200, random_state=seed
     )
     mean, std = label.mean(), label.std()
     return model.fit(x, (label - mean) / std).predict(test) * std + mean
@@ -428,7 +428,7 @@ def ssftt_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -
             for m in (members[k] for k in rng.integers(len(members), size=256))
         ]
         centre = np.array(drawn)
-        order = np.rot90(square, rng.integers(4))
+        order = np.rot90(square, int(rng.integers(4)))
         order = order.T if rng.integers(2) else order
         logits = network(patches(maps[rng.integers(len(maps))], centre, order))
         loss = F.cross_entropy(logits, torch.from_numpy(classes[centre]))
@@ -475,9 +475,11 @@ def train_network(
     target = torch.from_numpy(survey.label).float()
     strength = model.start_head(batches, target[rows], torch.from_numpy(survey.galaxy[rows]))
     log.info("seed %d: ridge %g, %d parameters", seed, strength, count_parameters(model))
-    filters = [model.filters]
     others = [p for name, p in model.named_parameters() if name != "filters"]
-    groups = [{"params": filters, "lr": 1.5e-4, "weight_decay": 0.0}, {"params": others}]
+    groups: list[dict[str, Any]] = [
+        {"params": [model.filters], "lr": 1.5e-4, "weight_decay": 0.0},
+        {"params": others},
+    ]
     optimiser = torch.optim.AdamW(groups, lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda s: min(1, (s + 1) / 50) * 0.5 * (1 + np.cos(np.pi * s / steps))
@@ -491,7 +493,7 @@ def train_network(
         if chosen is None:
             queue = iter(np.array_split(rng.permutation(galaxies), max(1, galaxies.size // 4)))
             chosen = next(queue)
-        turned = np.rot90(square, rng.integers(4))
+        turned = np.rot90(square, int(rng.integers(4)))
         turned = turned.T if rng.integers(2) else turned
         noisy = survey.real[rng.integers(len(survey.real))]
         spectra, near, centre, rows = galaxy_batch(survey, chosen, noisy, turned.ravel())
