@@ -2,6 +2,7 @@
 # make test         all tests, MaNGA's and ImageExtractor's
 # make test-quick   MaNGA's tests without the slow ones (less than a minute)
 # make bench        speed, memory and disk space, as ratios (minutes)
+# make benchmark-hard  metallicity on galaxies never seen, beside simple methods (half an hour)
 # Each needs a virtual environment in .venv, which it creates from requirements*.txt, and recreates
 # when those change. Another Python: make PYTHON=python3.12 demo. To use an environment of your own
 # (on clusters, with GPUs), which is left unchanged: make VENV=/path/to/env SETUP=no test.
@@ -19,7 +20,7 @@ endif
 endif
 STAMP = $(if $(filter no,$(SETUP)),,$(ready))
 
-.PHONY: demo test test-manga test-quick lint bench bench-gpu setup demo-cta test-cta bench-cta clean
+.PHONY: demo test test-manga test-quick lint bench bench-gpu benchmark-hard setup demo-cta test-cta bench-cta clean
 
 demo: $(STAMP)
 	PYTHON=$(python) bash demo.sh
@@ -41,6 +42,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(python) benchmarks/run_all.py
+
+benchmark-hard: $(STAMP)
+	$(python) benchmarks/benchmark_hard.py --work-dir results/benchmark-hard/work
 
 bench-gpu: $(STAMP)
 	$(python) benchmarks/bench_network.py --device cuda --compile

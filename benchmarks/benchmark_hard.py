@@ -1,0 +1,674 @@
+"""Metallicity on galaxies never seen: the matched-filter network beside every simple method.
+
+Reads   nothing: it simulates a survey, processes it with the pipeline's commands and splits it by
+        galaxies. Finished steps and finished rows are skipped, so the same command continues.
+Writes  --work-dir: survey, arrays, one JSON per row; results/benchmark-hard/table.json.
+
+Depth 1/k^2 is a survey whose signal-to-noise ratio is divided by k: noise is added to the H5 cubes,
+correlated between neighbouring spaxels as the survey's own, and the labels stay those of the deep
+data. Every method that learns sees the same galaxies and, below depth 1, the same realisations of
+the noise. Errors are given against the label and against the truth of the simulation.
+
+    python benchmarks/benchmark_hard.py --work-dir work                     # depths 1 and 1/25
+    python benchmarks/benchmark_hard.py --work-dir work --seeds 0 1 2 --noise 1 2 5 \
+        --wave-min 5000 4800 --n-train 0 18                                  # the long form
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import measuring
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from sklearn.decomposition import PCA
+from sklearn.ensemble import HistGradientBoostingRegressor
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+
+import data_io
+import hsi_proc_fns
+import utils
+from create_data_splits import labelled_galaxies, split_galaxies
+from HSI_SSFTT import count_parameters, get_SSFTT_model
+from labels import LOGOH_EDGES
+from matched_filter_net import (
+    MatchedFilterConfig,
+    MatchedFilterNet,
+    Spectra,
+    laplace_loss,
+    neighbours,
+    prepare_spectra,
+)
+from mock.physics import EMLINES, NOISE_KERNEL_SPAXELS, blur_matrix
+from mock.truth import read_truth, truth_path
+
+log = logging.getLogger(__name__)
+
+FRACTIONS = (0.58, 0.12, 0.30)
+"""Training, calibration (reserved, not used for scores) and test galaxies."""
+WINDOW = 7
+COMPONENTS = 30
+N_BOOTSTRAP = 1000
+LINE_SIGMA_KMS = 85.0
+"""Width of the fitted Gaussians: the simulated lines after the instrument."""
+GROUPS: tuple[dict[str, dict[str, float]], ...] = (
+    {"Hb": {"Hb-4862": 1}},
+    {"OIII": {"OIII-5008": 1, "OIII-4960": 0.340}},
+    {"Ha": {"Ha-6564": 1}, "NII": {"NII-6585": 1, "NII-6549": 0.327}},
+    {"SIIa": {"SII-6718": 1}, "SIIb": {"SII-6732": 1}},
+    {"OI": {"OI-6302": 1, "OI-6365": 0.328}},
+    {"HeI": {"HeI-5877": 1}},
+)
+"""Lines fitted together, on a linear continuum within 60 Angstrom; doublets as one line."""
+MAIN = ("Hb", "OIII", "Ha", "NII", "SII")
+"""Lines of the classical ratios, where in range."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Metallicity on galaxies never seen: the matched-filter network beside simple methods."""
+
+    work_dir: Path
+    """Folder for the survey, arrays and finished rows."""
+    n_galaxies: int = 200
+    """Simulated galaxies; about a sixth have too few labels."""
+    noise: tuple[int, ...] = (1, 5)
+    """Factors by which the signal-to-noise ratio is divided: 1, 2, 5 are depths 1, 1/4, 1/25."""
+    wave_min: tuple[float, ...] = (5000.0,)
+    """Blue ends of the rest-frame grid, Angstrom; 4800 includes Hbeta."""
+    n_train: tuple[int, ...] = (0,)
+    """Numbers of training galaxies; 0: all."""
+    seeds: tuple[int, ...] = (0,)
+    """Each decides which galaxies are held out, and everything random in the methods."""
+    rows: tuple[str, ...] = ()
+    """Rows to compute; default all."""
+    steps: int = 300
+    """Training steps of the network, of 4 galaxies each."""
+    ssftt_epochs: int = 15
+    """Epochs of SSFTT."""
+    realisations: int = 4
+    """Realisations of the added noise to learn from, below depth 1."""
+    jobs: int = 2
+    """Processes that simulate and process galaxies."""
+    results: Path = measuring.ROOT / "results" / "benchmark-hard"
+    """Folder of table.json."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+# Data
+
+
+@dataclass
+class Noisy:
+    """One realisation of a survey at some depth, all in the order of `Survey`'s rows."""
+
+    spectra: Spectra
+    lines: dict[str, np.ndarray]
+    """(3, N) flux, variance and continuum of each fitted line."""
+    normalised: np.ndarray
+    """(N, band) float16, spectra divided by their mean absolute value, 0 in gaps."""
+
+
+@dataclass
+class Survey:
+    """Usable spaxels of all galaxies with enough labels."""
+
+    galaxy: np.ndarray
+    y: np.ndarray
+    x: np.ndarray
+    label: np.ndarray
+    truth: np.ndarray
+    galaxies: pd.DataFrame
+    near: np.ndarray
+    """(N, P*P) rows of the neighbours, -1 where there is none."""
+    wave: np.ndarray
+    real: list[Noisy] = field(default_factory=list)
+    part: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Part of the split of each spaxel; see `split`."""
+
+    def split(self, seed: int) -> None:
+        """Divide the galaxies into parts."""
+        parts = split_galaxies(self.galaxies, FRACTIONS, seed)
+        part_of = {p: part for part, table in parts.items() for p in table["plateifu"]}
+        self.part = np.array([part_of[p] for p in self.galaxies["plateifu"]])[self.galaxy]
+
+    def learned(self, galaxies: np.ndarray) -> np.ndarray:
+        """Rows of labelled spaxels of some galaxies."""
+        return np.flatnonzero(np.isin(self.galaxy, galaxies) & np.isfinite(self.label))
+
+    def train_galaxies(self, n: int) -> np.ndarray:
+        """Training galaxies; the first n of a fixed random order, or all (0)."""
+        galaxies = np.unique(self.galaxy[self.part == "train"])
+        return np.sort(np.random.default_rng(0).permutation(galaxies)[: n or None])
+
+    @property
+    def test(self) -> np.ndarray:
+        """Rows of the test spaxels."""
+        return np.flatnonzero((self.part == "test") & np.isfinite(self.label))
+
+
+def make_cubes(config: Config, wave_min: float) -> Path:
+    """Simulate and process the survey with the pipeline's commands; return its data folder."""
+    raw = config.work_dir / "survey"
+    root = config.work_dir / f"from{wave_min:.0f}"
+    (root / "processed").mkdir(parents=True, exist_ok=True)
+    jobs = ["--jobs", str(config.jobs)]
+    run(raw, "mock_manga.py", "--n-galaxies", str(config.n_galaxies), "--bundles", "19", *jobs)
+    for name in ("raw", "truth"):
+        if not (root / name).exists():
+            (root / name).symlink_to((raw / name).resolve())
+    limits = ["--wave-min", str(wave_min), "--remove-gas-velocity", "--no-splits"]
+    run(root, "cube_processing.py", *limits, *jobs)
+    return root
+
+
+def run(root: Path, script: str, *words: str) -> None:
+    """Run one of the pipeline's commands."""
+    command = [sys.executable, str(measuring.ROOT / script), "--data-dir", str(root), *words]
+    subprocess.run(command, check=True)
+
+
+def read_survey(root: Path) -> tuple[Survey, np.ndarray, np.ndarray]:
+    """Read the usable spaxels of all labelled galaxies; also flux and ivar (N, band)."""
+    galaxies = labelled_galaxies(root, "logOH", 20)
+    columns: list[list[np.ndarray]] = []
+    usable_maps: list[np.ndarray] = []
+    for number, plateifu in enumerate(galaxies["plateifu"]):
+        cube = data_io.read_cube(utils.cube_path(root, plateifu))
+        assert cube.ivar is not None
+        usable = hsi_proc_fns.usable_spaxels(cube.flux)
+        label = data_io.read_labels(utils.label_path(root, "logOH", plateifu))
+        truth = read_truth(truth_path(root, plateifu))[0]["logoh_o3n2"]
+        y, x = np.nonzero(usable)
+        maps = (label[usable], truth[usable], cube.flux[usable], cube.ivar[usable])
+        columns.append([np.full(y.size, number), y, x, *maps])
+        usable_maps.append(usable)
+    galaxy, y, x, label, truth, flux, ivar = (np.concatenate(c) for c in zip(*columns, strict=True))
+    inside = torch.from_numpy(np.stack(usable_maps))
+    flat = neighbours(inside, WINDOW)[inside.flatten()].numpy()
+    row_of = np.full(inside.numel() + 1, -1)
+    row_of[np.flatnonzero(inside.numpy())] = np.arange(len(galaxy))
+    survey = Survey(galaxy, y, x, label, truth, galaxies, row_of[flat], cube.wave)
+    return survey, flux, ivar
+
+
+def add_noise(
+    survey: Survey, flux: np.ndarray, ivar: np.ndarray, factor: int, seed: int
+) -> np.ndarray:
+    """Flux whose errors are `factor` times as large; the added noise is correlated in the sky."""
+    rng = np.random.default_rng([seed, factor])
+    size = int(max(survey.y.max(), survey.x.max())) + 1
+    blur = blur_matrix(size, 0, NOISE_KERNEL_SPAXELS).astype(np.float32)
+    blur /= np.sqrt((blur**2).sum(axis=1, keepdims=True))
+    out = flux.copy()
+    for galaxy in np.unique(survey.galaxy):
+        rows = np.flatnonzero(survey.galaxy == galaxy)
+        noise = rng.standard_normal((flux.shape[1], size, size), dtype=np.float32)
+        noise = blur @ (noise.reshape(-1, size) @ blur.T).reshape(noise.shape)
+        added = np.divide(
+            factor**2 - 1, ivar[rows], out=np.zeros_like(ivar[rows]), where=ivar[rows] > 0
+        )
+        out[rows] += noise[:, survey.y[rows], survey.x[rows]].T * np.sqrt(added)
+    return out
+
+
+def realise(survey: Survey, flux: np.ndarray, ivar: np.ndarray) -> Noisy:
+    """Prepare spectra for the network, fit lines for the simple methods."""
+    spectra, lines, normalised = [], [], []
+    for start in range(0, len(flux), 4000):
+        f, i = flux[start : start + 4000], ivar[start : start + 4000]
+        spectra.append(prepare_spectra(f, i))
+        lines.append(fit_lines(f, i, survey.wave))
+        filled = np.where(np.isfinite(f), f, 0)
+        normalised.append(hsi_proc_fns.unit_mean(filled).astype(np.float16))
+    joined = Spectra(*(torch.cat(part) for part in zip(*spectra, strict=True)))
+    fitted = {k: np.concatenate([part[k] for part in lines], 1) for k in lines[0]}
+    return Noisy(joined, fitted, np.concatenate(normalised))
+
+
+def fit_lines(flux: np.ndarray, ivar: np.ndarray, wave: np.ndarray) -> dict[str, np.ndarray]:
+    """Weighted least squares of Gaussians of known width on a linear continuum.
+
+    Returns
+    -------
+    dict of line -> (3, N): flux, its variance, continuum at the middle of the group
+    """
+    out = {}
+    for group in GROUPS:
+        waves = [EMLINES[n] for parts in group.values() for n in parts]
+        if not any(wave[0] + 4 < w < wave[-1] - 4 for w in waves):
+            continue
+        seen = (wave > min(waves) - 60) & (wave < max(waves) + 60)
+        good = np.isfinite(flux[:, seen]) & (ivar[:, seen] > 0)
+        f, w = np.where(good, flux[:, seen], 0.0), np.where(good, ivar[:, seen], 0.0)
+        grid = wave[seen]
+        columns = []
+        for parts in group.values():
+            profile = np.zeros(grid.size)
+            for name, ratio in parts.items():
+                sigma = EMLINES[name] * LINE_SIGMA_KMS / 299792.458
+                gauss = np.exp(-0.5 * ((grid - EMLINES[name]) / sigma) ** 2)
+                profile += ratio * gauss / (sigma * np.sqrt(2 * np.pi))
+            columns.append(profile)
+        a = np.stack([*columns, np.ones(grid.size), (grid - grid.mean()) / 50], 1)
+        normal = np.einsum("bi,nb,bj->nij", a, w, a, optimize=True)
+        normal += 1e-9 * np.trace(normal, axis1=1, axis2=2)[:, None, None] * np.eye(a.shape[1])
+        normal += 1e-12 * np.eye(a.shape[1])
+        inverse = np.linalg.inv(normal)
+        fitted = np.einsum("nij,bj,nb->ni", inverse, a, w * f, optimize=True)
+        for k, name in enumerate(group):
+            out[name] = np.stack([fitted[:, k], inverse[:, k, k], fitted[:, -2]])
+    out["SII"] = out["SIIa"] + out["SIIb"] * [[1], [1], [0]]
+    return out
+
+
+# Features of the simple methods
+
+
+def log_ratios(lines: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
+    """Logarithms of fluxes over Ha's, linear in the noise (asinh magnitudes), (N, line - 1)."""
+    logs = {}
+    for name in names:
+        flux, error = lines[name][0], np.sqrt(lines[name][1])
+        logs[name] = np.arcsinh(flux / error / 2) + np.log(error)
+    return np.stack([logs[n] - logs["Ha"] for n in names if n != "Ha"], 1)
+
+
+def line_features(survey: Survey, noisy: Noisy, kind: str) -> np.ndarray:
+    """Features (N, k) from line fits.
+
+    Parameters
+    ----------
+    survey : Survey
+    noisy : Noisy
+    kind : {"ratios", "all", "neighbours"}
+        Classical ratios; ratios, signal-to-noise ratios and equivalent widths of all lines, and
+        the continuum's colours; those and the ratios of the fluxes summed over 3, 5 and 7 spaxels.
+    """
+    lines = noisy.lines
+    if kind == "ratios":
+        return log_ratios(lines, [n for n in MAIN if n in lines])
+    names = [n for n in lines if n != "SII"]
+    snr = np.stack([np.arcsinh(lines[n][0] / np.sqrt(lines[n][1])) for n in names], 1)
+    width = np.stack([lines[n][0] / np.maximum(np.abs(lines[n][2]), 1e-3) for n in names], 1)
+    parts = [log_ratios(lines, names), snr, np.arcsinh(width / 5), noisy.spectra.colour.numpy()]
+    if kind == "neighbours":
+        near = survey.near
+        dy, dx = np.divmod(np.arange(WINDOW**2), WINDOW)
+        ring = np.maximum(np.abs(dy - WINDOW // 2), np.abs(dx - WINDOW // 2))
+        for reach in (1, 2, 3):
+            seen = (ring <= reach) & (near >= 0)
+            summed = {n: np.where(seen, lines[n][:, near], 0).sum(2) for n in names}
+            parts.append(log_ratios(summed, names))
+            parts.append(np.stack([np.arcsinh(s[0] / np.sqrt(s[1])) for s in summed.values()], 1))
+    return np.concatenate(parts, 1)
+
+
+# Rows: each returns 12+log(O/H) of the test spaxels
+
+
+def ridge(degree: int) -> Any:
+    """Ridge regression on standardised features and their products up to a degree."""
+    terms = (StandardScaler(), PolynomialFeatures(degree), StandardScaler())
+    return make_pipeline(*terms, RidgeCV(np.logspace(-2, 4, 13)))
+
+
+def boosting(seed: int) -> Any:
+    """Gradient boosting that minimises the absolute error."""
+    return HistGradientBoostingRegressor(
+        loss="absolute_error", max_iter=300, learning_rate=0.06, l2_regularization=1.0,
+        min_samples_leaf=30, random_state=seed,
+    )  # fmt: skip
+
+
+def from_lines(kind: str, make: Callable[[int], Any]) -> Callable[..., np.ndarray]:
+    """Row of a regression on line fits."""
+
+    def row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
+        rows = survey.learned(galaxies)
+        features = [line_features(survey, noisy, kind) for noisy in survey.real]
+        x = np.concatenate([f[rows] for f in features])
+        model = make(seed).fit(x, np.tile(survey.label[rows], len(features)))
+        return model.predict(features[0][survey.test])
+
+    return row
+
+
+def components(survey: Survey, galaxies: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whitened principal components of training and test spectra, and the training labels."""
+    rows = survey.learned(galaxies)
+    model = PCA(COMPONENTS, whiten=True, svd_solver="randomized", random_state=0)
+    model.fit(survey.real[0].normalised[rows].astype(np.float32))
+    train = [model.transform(r.normalised[rows].astype(np.float32)) for r in survey.real]
+    test = model.transform(survey.real[0].normalised[survey.test].astype(np.float32))
+    return np.concatenate(train), test, np.tile(survey.label[rows], len(train))
+
+
+def logistic_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
+    """Logistic regression of one spectrum; the mean of its classes' labels."""
+    x, test, label = components(survey, galaxies)
+    classes = np.digitize(label, LOGOH_EDGES[6])
+    model = LogisticRegression(max_iter=300).fit(x, classes)
+    return model.predict_proba(test) @ [label[classes == k].mean() for k in model.classes_]
+
+
+def mlp_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
+    """Multilayer perceptron of one spectrum that regresses dex."""
+    x, test, label = components(survey, galaxies)
+    model = MLPRegressor(
+        hidden_layer_sizes=(64,), alpha=1e-2, early_stopping=True, max_iter=200, random_state=seed
+    )
+    mean, std = label.mean(), label.std()
+    return model.fit(x, (label - mean) / std).predict(test) * std + mean
+
+
+def constant_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
+    """Median label of the training spaxels."""
+    return np.full(survey.test.size, np.median(survey.label[survey.learned(galaxies)]))
+
+
+def position_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
+    """Gradient boosting of the position in the field."""
+    rows, x = survey.learned(galaxies), np.stack([survey.y, survey.x], 1)
+    return boosting(seed).fit(x[rows], survey.label[rows]).predict(x[survey.test])
+
+
+def ceiling_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
+    """Truth itself: its error against the label is the label's noise."""
+    return survey.truth[survey.test]
+
+
+def ssftt_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
+    """SSFTT on patches of principal components, classes drawn equally often, as recommended."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    rows, test = survey.learned(galaxies), survey.test
+    model = PCA(COMPONENTS, whiten=True, svd_solver="randomized", random_state=0)
+    model.fit(survey.real[0].normalised[rows].astype(np.float32))
+    maps = [
+        np.pad(
+            model.transform(r.normalised.astype(np.float32)).astype(np.float32), ((0, 1), (0, 0))
+        )
+        for r in survey.real
+    ]  # the last row is zeros: where there is no neighbour
+    classes = np.digitize(survey.label, LOGOH_EDGES[6])
+    members = [rows[classes[rows] == k] for k in range(6)]
+    members = [m for m in members if m.size]
+    means = np.array([survey.label[rows[classes[rows] == k]].mean() if (classes[rows] == k).any()
+                      else survey.label[rows].mean() for k in range(6)])  # fmt: skip
+    network = get_SSFTT_model(6, WINDOW, COMPONENTS)
+    optimiser = torch.optim.Adam(network.parameters(), 1e-3)
+    steps = config.ssftt_epochs * rows.size // 256
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    square = np.arange(WINDOW**2).reshape(WINDOW, WINDOW)
+
+    def patches(values: np.ndarray, centre: np.ndarray, order: np.ndarray) -> torch.Tensor:
+        cut = values[survey.near[centre][:, order.ravel()]].reshape(-1, WINDOW, WINDOW, COMPONENTS)
+        return torch.from_numpy(cut).permute(0, 3, 1, 2)[:, None].contiguous()
+
+    network.train()
+    for _ in range(steps):
+        drawn = [
+            m[rng.integers(m.size)]
+            for m in (members[k] for k in rng.integers(len(members), size=256))
+        ]
+        centre = np.array(drawn)
+        order = np.rot90(square, int(rng.integers(4)))
+        order = order.T if rng.integers(2) else order
+        logits = network(patches(maps[rng.integers(len(maps))], centre, order))
+        loss = F.cross_entropy(logits, torch.from_numpy(classes[centre]))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    network.eval()
+    with torch.inference_mode():
+        blocks = np.array_split(test, max(1, test.size // 1000))
+        chance = torch.cat([network(patches(maps[0], b, square)).softmax(1) for b in blocks])
+    return chance.numpy() @ means
+
+
+def galaxy_batch(
+    survey: Survey, galaxies: np.ndarray, noisy: Noisy, order: np.ndarray | None = None
+) -> tuple[Spectra, torch.Tensor, torch.Tensor, np.ndarray]:
+    """Spectra of whole galaxies, neighbours and rows of their labelled spaxels, and these' rows."""
+    rows = np.flatnonzero(np.isin(survey.galaxy, galaxies))
+    place = np.full(len(survey.galaxy) + 1, -1)
+    place[rows] = np.arange(rows.size)
+    labelled = rows[np.isfinite(survey.label[rows])]
+    near = survey.near[labelled] if order is None else survey.near[labelled][:, order]
+    take = torch.from_numpy(rows)
+    spectra = Spectra(*(part[take].float() for part in noisy.spectra))
+    return spectra, torch.from_numpy(place[near]), torch.from_numpy(place[labelled]), labelled
+
+
+def train_network(
+    survey: Survey, galaxies: np.ndarray, seed: int, steps: int, window: int = WINDOW
+) -> MatchedFilterNet:
+    """Train the matched-filter network on whole galaxies, from its closed-form start."""
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    model = MatchedFilterNet(MatchedFilterConfig(bands=survey.wave.size))
+    some = rng.permutation(survey.learned(galaxies))[:6000]
+    spectra = survey.real[0].spectra
+    model.start_filters(spectra.residual[some], spectra.weight[some], line_bins(survey.wave))
+    first = rng.permutation(galaxies)[:12]
+    order = [first, *np.array_split(np.setdiff1d(galaxies, first), max(1, galaxies.size // 4))]
+    pairs = [(part, noisy) for noisy in survey.real for part in order if part.size]
+    rows = np.concatenate([galaxy_batch(survey, *p)[3] for p in pairs])
+    batches = (galaxy_batch(survey, *p)[:3] for p in pairs)
+    target = torch.from_numpy(survey.label).float()
+    strength = model.start_head(batches, target[rows], torch.from_numpy(survey.galaxy[rows]))
+    log.info("seed %d: ridge %g, %d parameters", seed, strength, count_parameters(model))
+    others = [p for name, p in model.named_parameters() if name != "filters"]
+    groups: list[dict[str, Any]] = [
+        {"params": [model.filters], "lr": 1.5e-4, "weight_decay": 0.0},
+        {"params": others},
+    ]
+    optimiser = torch.optim.AdamW(groups, lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda s: min(1, (s + 1) / 50) * 0.5 * (1 + np.cos(np.pi * s / steps))
+    )
+    average = {k: v.clone() for k, v in model.state_dict().items()}
+    square = np.arange(window**2).reshape(window, window)
+    queue: Iterator[np.ndarray] = iter(())
+    model.train()
+    for step in range(steps):
+        chosen = next(queue, None)
+        if chosen is None:
+            queue = iter(np.array_split(rng.permutation(galaxies), max(1, galaxies.size // 4)))
+            chosen = next(queue)
+        turned = np.rot90(square, int(rng.integers(4)))
+        turned = turned.T if rng.integers(2) else turned
+        noisy = survey.real[rng.integers(len(survey.real))]
+        spectra, near, centre, rows = galaxy_batch(survey, chosen, noisy, turned.ravel())
+        out = model.answer(model.features(model.measure(*spectra), near, centre))
+        loss = laplace_loss(out, (target[rows] - model.target_mean) / model.target_std)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        for name, value in model.state_dict().items():
+            average[name].lerp_(value, 1 - min(0.98, (step + 1) / (step + 10)))
+    model.load_state_dict(average)
+    return model.eval()
+
+
+def line_bins(wave: np.ndarray) -> list[float]:
+    """Bins of the fitted lines."""
+    waves = [EMLINES[n] for group in GROUPS for parts in group.values() for n in parts]
+    waves += [5891.6, 5175.0, 7137.76, 7067.144]  # Na D, Mg b, [Ar III], He I
+    bins = np.arange(wave.size)
+    return [float(np.interp(w, wave, bins)) for w in waves if wave[0] < w < wave[-1]]
+
+
+def ours_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
+    """Matched-filter network."""
+    model = train_network(survey, galaxies, seed, config.steps)
+    out = np.full(len(survey.galaxy), np.nan)
+    with torch.inference_mode():
+        for galaxy in np.unique(survey.galaxy[survey.test]):
+            spectra, near, centre, rows = galaxy_batch(survey, np.array([galaxy]), survey.real[0])
+            answer = model.answer(model.features(model.measure(*spectra), near, centre))
+            out[rows] = model.in_units(answer)[0].numpy()
+    return out[survey.test]
+
+
+ROWS: dict[str, Callable[..., np.ndarray]] = {
+    "majority": constant_row,
+    "position": position_row,
+    "logistic": logistic_row,
+    "mlp": mlp_row,
+    "line_fits_ratios": from_lines("ratios", lambda seed: ridge(2)),
+    "line_fits_ridge": from_lines("all", lambda seed: ridge(1)),
+    "line_fits_boosting": from_lines("all", boosting),
+    "line_fits_neighbours": from_lines("neighbours", lambda seed: ridge(1)),
+    "line_fits_neighbours_boosting": from_lines("neighbours", boosting),
+    "ssftt_before": ssftt_row,
+    "ours": ours_row,
+    "noise_ceiling": ceiling_row,
+}
+
+
+# Scores
+
+
+def scores_of(survey: Survey, predicted: np.ndarray) -> dict[str, float]:
+    """Scores over the test spaxels."""
+    label, truth = survey.label[survey.test], survey.truth[survey.test]
+    accuracy = {
+        f"accuracy{k}": float((np.digitize(predicted, e) == np.digitize(label, e)).mean())
+        for k, e in LOGOH_EDGES.items()
+    }
+    to_label, to_truth = predicted - label, predicted - truth
+    return {
+        **accuracy,
+        "mae_label": float(np.abs(to_label).mean()),
+        "mae_truth": float(np.nanmean(np.abs(to_truth))),
+        "rmse_label": float(np.sqrt(np.square(to_label).mean())),
+        "rmse_truth": float(np.sqrt(np.nanmean(np.square(to_truth)))),
+    }
+
+
+def galaxy_errors(survey: Survey, predicted: np.ndarray) -> list[list[float]]:
+    """Count the test spaxels of each galaxy, and sum their errors (label, truth); (3, n)."""
+    galaxy = np.unique(survey.galaxy[survey.test], return_inverse=True)[1]
+    errors = [np.abs(predicted - v[survey.test]) for v in (survey.label, survey.truth)]
+    sums = [np.bincount(galaxy, np.nan_to_num(e)) for e in (np.ones(galaxy.size), *errors)]
+    return np.array(sums).tolist()
+
+
+def compare(ours: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """95 % intervals of our MAE over another row's, drawing galaxies (paired bootstrap).
+
+    The test galaxies of all seeds that both rows have count together.
+    """
+    theirs = {run["seed"]: run["galaxies"] for run in others}
+    pairs = [(run["galaxies"], theirs[run["seed"]]) for run in ours if run["seed"] in theirs]
+    a, b = (np.concatenate([np.array(pair[i]) for pair in pairs], axis=1) for i in (0, 1))
+    drawn = np.random.default_rng(0).integers(a.shape[1], size=(N_BOOTSTRAP, a.shape[1]))
+    ratio = a[1:, drawn].sum(2) / b[1:, drawn].sum(2)
+    low, high = np.quantile(ratio, (0.025, 0.975), axis=1)
+    return {"label": [low[0], high[0]], "truth": [low[1], high[1]]}
+
+
+def main(config: Config) -> int:
+    """Compute what is missing, print the table, write it."""
+    torch.set_num_threads(1)
+    names = config.rows or tuple(ROWS)
+    for wave_min, factor in itertools.product(config.wave_min, config.noise):
+        wanted = [
+            (name, n, seed)
+            for n, name in itertools.product(config.n_train, names)
+            for seed in config.seeds
+        ]
+        missing = [w for w in wanted if not row_path(config, wave_min, factor, *w).is_file()]
+        if not missing:
+            continue
+        survey, flux, ivar = read_survey(make_cubes(config, wave_min))
+        for k in range(config.realisations if factor > 1 else 1):
+            noisy = add_noise(survey, flux, ivar, factor, k) if factor > 1 else flux
+            survey.real.append(realise(survey, noisy, ivar / factor**2))
+            log.info("from %g, S/N/%d: realisation %d ready", wave_min, factor, k)
+        del flux, ivar
+        for name, n, seed in missing:
+            survey.split(seed)
+            start = time.monotonic()
+            predicted = ROWS[name](survey, survey.train_galaxies(n), seed, config)
+            row = {
+                "name": name, "depth": 1 / factor**2, "wave_min": wave_min,
+                "n_train": len(survey.train_galaxies(n)), "limit": n, "seed": seed,
+                **scores_of(survey, predicted), "seconds": time.monotonic() - start,
+                "galaxies": galaxy_errors(survey, predicted),
+            }  # fmt: skip
+            utils.write_json(row_path(config, wave_min, factor, name, n, seed), row)
+            log.info("%s", line_of({**row, "seeds": [seed]}))
+    rows = table(config)
+    print(f"\n{HEADER}")
+    print("\n".join(line_of(row) for row in rows))
+    measuring.write_rows(config.results / "table.json", rows, config=utils.config_dict(config))
+    return utils.EXIT_DONE
+
+
+def row_path(config: Config, wave_min: float, factor: int, name: str, n: int, seed: int) -> Path:
+    """File of a finished row."""
+    return config.work_dir / "rows" / f"{name}_{wave_min:.0f}_{factor}_{n}_{seed}.json"
+
+
+def table(config: Config) -> list[dict[str, Any]]:
+    """Average the finished rows over seeds; compare each with ours."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for path in sorted((config.work_dir / "rows").glob("*.json")):
+        row = json.loads(path.read_text())
+        key = (-row["wave_min"], -row["depth"], row["limit"], list(ROWS).index(row["name"]))
+        found.setdefault(key, []).append(row)
+    rows = []
+    for key in sorted(found):
+        runs = found[key]
+        row = {k: runs[0][k] for k in ("name", "depth", "wave_min", "n_train")}
+        row["seeds"] = [run["seed"] for run in runs]
+        for score in (k for k, v in runs[0].items() if isinstance(v, float) and k not in row):
+            values = [run[score] for run in runs]
+            row[score] = float(np.mean(values))
+            row[f"{score}_std"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        ours = found.get((*key[:3], list(ROWS).index("ours")))
+        if ours and row["name"] not in ("ours", "noise_ceiling"):
+            row["ours_over_this"] = compare(ours, runs)
+        rows.append(row)
+    return rows
+
+
+HEADER = (
+    f"{'':<30}{'depth':>6}{'from':>6}{'train':>6}{'seeds':>6}{'acc. 6':>8}{'acc. 8':>8}"
+    f"{'MAE label':>11}{'MAE truth':>11}{'RMSE':>8}{'seconds':>9}"
+)
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """Lay out a row of the table as a line."""
+    return (
+        f"{row['name']:<30}{row['depth']:>6.2f}{row['wave_min']:>6.0f}{row['n_train']:>6}"
+        f"{len(row['seeds']):>6}{row['accuracy6']:>8.3f}{row['accuracy8']:>8.3f}"
+        f"{row['mae_label']:>11.4f}{row['mae_truth']:>11.4f}{row['rmse_label']:>8.4f}"
+        f"{row['seconds']:>9.0f}"
+    )
+
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, __doc__)

@@ -1,0 +1,523 @@
+"""A network of matched filters and local attention: one number per spaxel from spectra with errors.
+
+Input   continuum-subtracted spectra and their weights (..., y, x, band), broad continuum colours;
+        `prepare_spectra` makes them from flux and inverse variance.
+Output  (..., y, x, 2): value and logarithm of its scale, standardised (`in_units`).
+
+Each spaxel's spectrum is measured by a few learned filters, as an optimal extraction measures a
+line: with residual r, weights w (inverse variances) and filter f, the amplitude is
+sum(f w r) / sum(f^2 w) (Horne 1986, PASP 98, 609, eq. 8). These sums are kept apart, because they
+add over spaxels: local attention adds those of the neighbours, in several heads of different
+reach, and only then takes logarithms. Line ratios are thus differences of features, and faint
+lines are added up before they are divided. The spaxel's own features bypass the attention.
+
+The network pads nowhere inside and looks at a neighbour only through its sums, so the answer for a
+spaxel is the same on its window, a cutout or a whole map. Spaxels without weight, such as those
+beyond the field of view, are ignored.
+
+    >>> inputs = prepare_spectra(flux, ivar)               # flux, ivar: (y, x, band)
+    >>> model = MatchedFilterNet(MatchedFilterConfig(bands=flux.shape[-1]))
+    >>> model.start_filters(residual, weight)               # at the lines that vary most
+    >>> out = model(*inputs)                                # (y, x, 2)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import DataError
+
+BLOCK = 25
+"""Bins per block in which the median is taken for the continuum: 37 Angstrom at Halpha."""
+BLOCKS_JOINED = 5
+"""Blocks whose medians are joined by a running median; lines fill at most two of them."""
+COLOURS = 17
+"""Broad bands of the continuum that the network sees."""
+LARGEST_WEIGHT = 6e4
+"""Weights are stored as float16, which ends at 65504."""
+LINE_SIGMA = 1.3
+"""Width in bins (sigma) of the Gaussians that filters start from: 90 km/s on the default grid."""
+EPS = 1e-12
+RIDGES = tuple(10.0**k for k in range(-6, 1))
+"""Strengths tried by `ridge_by_galaxy`, per sample."""
+
+
+class Spectra(NamedTuple):
+    """Input of the network, all float32 or float16, finite."""
+
+    residual: Tensor
+    """(..., band) flux minus continuum, over the spaxel's mean flux; 0 in gaps."""
+    weight: Tensor
+    """(..., band) inverse variance of the residual; 0 in gaps and for unusable spaxels."""
+    colour: Tensor
+    """(..., COLOURS) continuum in broad bands, over the spaxel's mean flux."""
+
+
+@dataclass(frozen=True)
+class MatchedFilterConfig:
+    """Sizes of the network; the defaults have about 140,000 parameters."""
+
+    bands: int = 2040
+    """Bins of a spectrum."""
+    colours: int = COLOURS
+    """Broad bands, and whatever else of a spaxel is given in `Spectra.colour`."""
+    lines: int = 14
+    """Places in the spectrum that filters start from; two filters at each, with and without
+    side bands."""
+    half_width: int = 40
+    """Half-width in bins of the part of the spectrum that a filter sees."""
+    reaches: tuple[float, ...] = (0.8, 1.5, 2.5, 4.0)
+    """Reach (sigma, spaxels) that each head of the attention starts with."""
+    window: int = 7
+    """Width of the neighbourhood in spaxels, odd; 1: the spaxel alone."""
+    key: int = 8
+    """Width of queries and keys of each head."""
+    hidden: int = 64
+    """Width of the hidden layers."""
+    dropout: float = 0.1
+    """Dropout probability in the hidden layers."""
+
+    def __post_init__(self) -> None:
+        """Raise a DataError if no network has these sizes."""
+        for name in ("bands", "lines", "key", "hidden", "window"):
+            if getattr(self, name) < 1:
+                raise DataError(
+                    f"matched filters: {name} is {getattr(self, name)}, expected at least 1. "
+                    f"Choose another {name}."
+                )
+        if self.window % 2 == 0:
+            raise DataError(
+                f"matched filters: window is {self.window}, expected an odd number, so that there "
+                "is a spaxel in the middle. Choose another window."
+            )
+
+    @property
+    def filters(self) -> int:
+        """Number of filters."""
+        return 2 * self.lines
+
+    @property
+    def own_features(self) -> int:
+        """Features of a spaxel itself."""
+        return 2 * self.filters + self.colours + 1
+
+
+# Spectra to input
+
+
+def continuum_nodes(flux: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """Continuum in blocks of BLOCK bins: medians, then a running median over BLOCKS_JOINED blocks.
+
+    Parameters
+    ----------
+    flux : (N, band) array
+    good : (N, band) bool
+
+    Returns
+    -------
+    (N, block) float32; blocks without a good bin are bridged, 0 if there is none.
+    """
+    n, bands = flux.shape
+    blocks = math.ceil(bands / BLOCK)
+    padded = np.full((n, blocks * BLOCK), np.nan, np.float32)
+    padded[:, :bands] = np.where(good, flux, np.nan)
+    medians = torch.from_numpy(padded).view(n, blocks, BLOCK).nanmedian(2).values
+    edge = BLOCKS_JOINED // 2
+    wide = F.pad(medians[:, None], (edge, edge), mode="replicate")[:, 0]
+    nodes = wide.unfold(1, BLOCKS_JOINED, 1).nanmedian(2).values.numpy()
+    gaps = ~np.isfinite(nodes)
+    at = np.arange(blocks)
+    for row in np.flatnonzero(gaps.any(axis=1)):
+        gap = gaps[row]
+        nodes[row, gap] = 0 if gap.all() else np.interp(at[gap], at[~gap], nodes[row, ~gap])
+    return nodes
+
+
+def prepare_spectra(flux: np.ndarray, ivar: np.ndarray) -> Spectra:
+    """Subtract the continuum and scale each spectrum by its own brightness.
+
+    Parameters
+    ----------
+    flux : (..., band) array
+        NaN in gaps.
+    ivar : (..., band) array
+        Inverse variance of the flux; 0 in gaps.
+
+    Returns
+    -------
+    Spectra
+        float16, colours float32. The scale is the mean flux, added in quadrature to its error so
+        that it is never near zero. Multiplying the flux by a number changes nothing.
+
+    Raises
+    ------
+    DataError
+        If flux and ivar differ in shape.
+    """
+    if flux.shape != ivar.shape:
+        raise DataError(
+            f"matched filters: flux of {flux.shape} and ivar of {ivar.shape}, expected the same "
+            "shape. Read both from the same cube."
+        )
+    shape, bands = flux.shape, flux.shape[-1]
+    flux, ivar = flux.reshape(-1, bands), ivar.reshape(-1, bands)
+    good = np.isfinite(flux) & (ivar > 0)
+    values = np.where(good, flux, 0).astype(np.float32)
+    weight = np.where(good, ivar, 0).astype(np.float32)
+    count = np.maximum(good.sum(axis=1), 1)
+    variance = np.divide(1, weight, out=np.zeros_like(weight), where=good).sum(axis=1) / count**2
+    scale = np.sqrt((values.sum(axis=1) / count) ** 2 + variance)[:, None]
+    scale[scale == 0] = 1  # spectra without a good bin
+    nodes = continuum_nodes(flux, good)
+    middle = np.arange(nodes.shape[1]) * BLOCK + (BLOCK - 1) / 2
+    place = np.clip((np.arange(bands) - middle[0]) / BLOCK, 0, nodes.shape[1] - 1)
+    low = np.minimum(place.astype(int), max(nodes.shape[1] - 2, 0))
+    high = np.minimum(low + 1, nodes.shape[1] - 1)
+    share = (place - low).astype(np.float32)
+    continuum = nodes[:, low] * (1 - share) + nodes[:, high] * share
+    residual = np.where(good, values - continuum, 0) / scale
+    parts = np.linspace(0, nodes.shape[1], COLOURS + 1).round().astype(int)
+    pairs = zip(parts[:-1], np.maximum(parts[1:], parts[:-1] + 1), strict=True)
+    colour = np.stack([nodes[:, a:b].mean(axis=1) for a, b in pairs], axis=1) / scale
+    residual = residual.clip(-LARGEST_WEIGHT, LARGEST_WEIGHT).astype(np.float16)
+    weight = np.minimum(weight * scale**2, LARGEST_WEIGHT).astype(np.float16)
+    out = (residual, weight, colour.astype(np.float32))
+    return Spectra(*(torch.from_numpy(part.reshape(*shape[:-1], -1)) for part in out))
+
+
+# Network
+
+
+def log_amplitude(n: Tensor, d: Tensor) -> Tensor:
+    """Logarithm of amplitudes that stays finite in the noise, and their signal-to-noise ratio.
+
+    Parameters
+    ----------
+    n, d : (..., filter)
+        sum(f w r) and sum(f^2 w); the amplitude is n/d, its error s = d**-1/2.
+
+    Returns
+    -------
+    (..., 2 filter)
+        asinh(n/d / 2s) + log s: the logarithm of the amplitude where it exceeds the noise, linear
+        in it below (Lupton, Gunn & Szalay 1999, AJ 118, 1406, with the error as softening); then
+        asinh of the signal-to-noise ratio.
+    """
+    error = (d + EPS).rsqrt()
+    ratio = n * error
+    return torch.cat([torch.asinh(ratio / 2) + torch.log(error), torch.asinh(ratio)], -1)
+
+
+class Standardise(nn.Module):
+    """Shift and scale features by their mean and deviation over some training spaxels."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+        self.is_fitting = False
+        """Whether to take mean and deviation from the features that come next."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Standardise features (N, features), to at most 6 deviations from the mean."""
+        if self.is_fitting:
+            self.mean.copy_(x.mean(0))
+            self.std.copy_(x.std(0) + 1e-3)
+        return ((x - self.mean) / self.std).clamp(-6, 6)
+
+
+class SpaxelSums(NamedTuple):
+    """What a spaxel offers its neighbours, and its own features."""
+
+    n: Tensor
+    """(..., filter) sum(f w r)."""
+    d: Tensor
+    """(..., filter) sum(f^2 w)."""
+    level: Tensor
+    """(...,) logarithm of the mean weight: brightness over noise, squared."""
+    features: Tensor
+    """(..., own_features)."""
+
+
+class MatchedFilterNet(nn.Module):
+    """The network. Its attribute `config` holds its sizes."""
+
+    support: Tensor
+    target_mean: Tensor
+    target_std: Tensor
+
+    def __init__(self, config: MatchedFilterConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, own, half = len(config.reaches), config.own_features, config.window // 2
+        self.filters = nn.Parameter(torch.randn(config.bands, config.filters))
+        self.register_buffer("support", torch.ones(config.bands, config.filters))
+        self.register_buffer("target_mean", torch.zeros(()))
+        self.register_buffer("target_std", torch.ones(()))
+        self.stars = nn.Linear(config.colours, config.filters)
+        """Amplitude that the stars' continuum leaves in each filter."""
+        nn.init.zeros_(self.stars.weight)
+        nn.init.zeros_(self.stars.bias)
+        self.norm = Standardise(own)
+        y, x = torch.meshgrid(*[torch.arange(-half, half + 1.0)] * 2, indexing="ij")
+        distance = (y**2 + x**2).flatten()[:, None]
+        self.positions = nn.Parameter(-0.5 * distance / torch.tensor(config.reaches) ** 2)
+        # weights are brightness squared over noise; adding up flux needs brightness to the first
+        self.brightness = nn.Parameter(torch.full((heads,), 0.5))
+        self.query = nn.Linear(own, heads * config.key)
+        self.key = nn.Linear(own, heads * config.key, bias=False)
+        nn.init.normal_(self.query.weight, std=0.02)
+        nn.init.normal_(self.key.weight, std=0.05)
+        self.norm_near = Standardise(heads * 2 * config.filters)
+        total = own + heads * 2 * config.filters
+        self.linear = nn.Linear(total, 2)
+        drop, hidden = nn.Dropout(config.dropout), config.hidden
+        last = nn.Linear(hidden, 2)
+        layers = (drop, nn.Linear(total, hidden), nn.GELU(), drop, nn.Linear(hidden, hidden))
+        self.correction = nn.Sequential(*layers, nn.GELU(), drop, last)
+        for part in (self.linear, last):
+            nn.init.zeros_(part.weight)
+            nn.init.zeros_(part.bias)
+
+    def measure(self, residual: Tensor, weight: Tensor, colour: Tensor) -> SpaxelSums:
+        """Apply the filters to spectra (..., band), each spaxel on its own."""
+        filters = 4 * F.normalize(self.filters * self.support, dim=0)
+        residual, weight = residual.to(filters.dtype), weight.to(filters.dtype)
+        d = weight @ filters.square()
+        n = (residual * weight) @ filters + 0.05 * self.stars(colour) * d
+        level = torch.log(weight.mean(-1) + 1e-6)
+        features = torch.cat([log_amplitude(n, d), colour, level[..., None]], -1)
+        return SpaxelSums(n, d, level, self.norm(features))
+
+    def features(self, sums: SpaxelSums, near: Tensor, centre: Tensor) -> Tensor:
+        """Features of spaxels from their own and their neighbours' sums.
+
+        Parameters
+        ----------
+        sums : SpaxelSums
+            Of N spaxels, one row each.
+        near : (Q, P*P) int64
+            Rows of the spaxels around each of Q spaxels, row by row; -1 where there is none.
+        centre : (Q,) int64
+            Rows of these spaxels themselves.
+
+        Returns
+        -------
+        (Q, features)
+        """
+        own = sums.features[centre]
+        heads, key = len(self.config.reaches), self.config.key
+        query = self.query(own).view(-1, 1, heads, key)
+        keys = self.key(sums.features).view(-1, heads, key)[near]
+        logits = self.positions - self.brightness * sums.level[near][..., None]
+        logits = logits + (query * keys).sum(-1) / key**0.5
+        attention = logits.masked_fill((near < 0)[..., None], -torch.inf).softmax(1)
+        attention = attention.transpose(1, 2)  # (Q, head, P*P)
+        n, d = attention @ sums.n[near], attention @ sums.d[near]  # (Q, head, filter)
+        spread = attention.square() @ sums.d[near]  # variance of n; of one spaxel it equals d
+        ratio = d / (spread + EPS)
+        pooled = log_amplitude(n * ratio, d * ratio).flatten(1)
+        return torch.cat([own, self.norm_near(pooled)], 1)
+
+    def answer(self, features: Tensor) -> Tensor:
+        """Standardised value and logarithm of its scale (Q, 2), from `features`."""
+        return self.linear(features) + self.correction(features)
+
+    def forward(self, residual: Tensor, weight: Tensor, colour: Tensor) -> Tensor:
+        """Answer for every spaxel of maps.
+
+        Parameters
+        ----------
+        residual, weight, colour : (..., y, x, band or colour)
+            As in `Spectra`. Weights of unusable spaxels are 0.
+
+        Returns
+        -------
+        (..., y, x, 2)
+            Value, and logarithm of its scale, both in units of the training labels' deviation
+            (`in_units`). NaN for unusable spaxels.
+        """
+        ny, nx = weight.shape[-3:-1]
+        usable = (weight > 0).any(-1).reshape(-1, ny, nx)
+        near = neighbours(usable, self.config.window)
+        sums = self.measure(*(part.flatten(0, -2) for part in (residual, weight, colour)))
+        centre = usable.flatten().nonzero()[:, 0]
+        out = sums.n.new_full((usable.numel(), 2), torch.nan)
+        out[centre] = self.answer(self.features(sums, near[centre], centre))
+        return out.view(*weight.shape[:-1], 2)
+
+    def in_units(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and scale (mean absolute deviation) in the labels' unit, from (..., 2)."""
+        return (
+            out[..., 0] * self.target_std + self.target_mean,
+            out[..., 1].exp() * self.target_std,
+        )
+
+    # Starting values
+
+    @torch.no_grad()
+    def start_filters(
+        self, residual: Tensor, weight: Tensor, centres: list[float] | None = None
+    ) -> list[float]:
+        """Start the filters as Gaussians at the places where training spectra vary most.
+
+        Half of the filters are plain Gaussians, half have side bands that make them blind to a
+        linear continuum and to the other lines within reach.
+
+        Parameters
+        ----------
+        residual, weight : (N, band)
+            Of some training spectra.
+        centres : list of float, optional
+            Bins to start from instead, for example of known lines.
+
+        Returns
+        -------
+        list of float
+            The bins; the first ones are repeated if there are fewer than `lines`.
+        """
+        config, bins = self.config, torch.arange(self.config.bands, dtype=torch.float32)
+        if centres is None:
+            excess = (weight.float() * residual.float().square()).mean(0) - 1
+            excess = F.avg_pool1d(excess[None], 5, 1, 2, count_include_pad=False)[0]
+            centres = []
+            while len(centres) < config.lines:
+                peak = int(excess.argmax())
+                centres.append(float(peak))
+                excess[max(0, peak - 6) : peak + 7] = -torch.inf
+        gauss = {c: torch.exp(-0.5 * ((bins - c) / LINE_SIGMA) ** 2) for c in centres}
+        for k in range(config.filters):
+            centre = centres[k % config.lines % len(centres)]
+            seen = (bins - centre).abs() <= config.half_width
+            line = gauss[centre] * seen
+            if k >= config.lines:
+                others = [g for c, g in gauss.items() if 1.5 < abs(c - centre)]
+                others = [g for g in others if (g * seen).max() > 0.01]
+                nuisance = torch.stack([torch.ones_like(bins), bins - centre, *others], 1)
+                nuisance = nuisance * seen[:, None]
+                line = line - nuisance @ torch.linalg.lstsq(nuisance, line[:, None]).solution[:, 0]
+            self.filters[:, k], self.support[:, k] = line, seen.float()
+        return centres
+
+    @torch.no_grad()
+    def start_head(
+        self, batches: Iterable[tuple[Spectra, Tensor, Tensor]], target: Tensor, galaxy: Tensor
+    ) -> float:
+        """Fit the normalisation and the linear part of the head in closed form.
+
+        From here, training improves on a ridge regression of the features (`ridge_by_galaxy`).
+
+        Parameters
+        ----------
+        batches : iterable of (spectra, near, centre)
+            Spectra (N, band) and, as in `features`, the spaxels to learn from; the normalisation
+            is that of the first batch.
+        target : (Q,)
+            Labels of all these spaxels.
+        galaxy : (Q,) int64
+            Galaxy of each.
+
+        Returns
+        -------
+        float
+            Strength of the ridge.
+        """
+        self.eval()
+        self.target_mean.copy_(target.mean())
+        self.target_std.copy_(target.std())
+        rows = []
+        for i, (spectra, near, centre) in enumerate(batches):
+            self.norm.is_fitting = self.norm_near.is_fitting = i == 0
+            rows.append(self.features(self.measure(*spectra), near, centre))
+        self.norm.is_fitting = self.norm_near.is_fitting = False
+        features = torch.cat(rows).double()
+        wanted = ((target - self.target_mean) / self.target_std).double()
+        coefficients, strength = ridge_by_galaxy(features, wanted, galaxy)
+        error = (features @ coefficients[1:] + coefficients[0] - wanted).abs().mean()
+        self.linear.weight[0] = coefficients[1:].float()
+        self.linear.bias.copy_(torch.stack([coefficients[0], error.log()]))
+        return strength
+
+
+def ridge_by_galaxy(
+    features: Tensor, target: Tensor, galaxy: Tensor, folds: int = 5
+) -> tuple[Tensor, float]:
+    """Ridge regression whose strength is chosen by leaving out whole galaxies.
+
+    Parameters
+    ----------
+    features : (N, k) float64
+    target : (N,) float64
+    galaxy : (N,) int64
+    folds : int
+        Groups of galaxies that are left out in turn.
+
+    Returns
+    -------
+    coefficients : (1 + k,)
+        The constant first; it is not penalised.
+    strength : float
+        One of RIDGES, times the number of samples.
+    """
+    x = F.pad(features, (1, 0), value=1.0)
+    fold = torch.unique(galaxy, return_inverse=True)[1] % folds
+    parts = [x[fold == f] for f in range(folds)], [target[fold == f] for f in range(folds)]
+    grams = torch.stack([p.T @ p for p in parts[0]])
+    rights = torch.stack([p.T @ t for p, t in zip(*parts, strict=True)])
+    penalty = torch.eye(x.shape[1], dtype=x.dtype)
+    penalty[0, 0] = 0
+
+    def solve(gram: Tensor, right: Tensor, strength: float) -> Tensor:
+        return torch.linalg.solve(gram + strength * gram[0, 0] * penalty, right)
+
+    errors = [
+        sum(
+            float((p @ solve(grams.sum(0) - g, rights.sum(0) - r, s) - t).square().sum())
+            for p, t, g, r in zip(*parts, grams, rights, strict=True)
+        )
+        for s in RIDGES
+    ]
+    best = RIDGES[int(np.argmin(errors))]
+    return solve(grams.sum(0), rights.sum(0), best), best
+
+
+def laplace_loss(out: Tensor, target: Tensor) -> Tensor:
+    """Mean negative log likelihood of standardised targets (Q,) under Laplace distributions.
+
+    Its centre is the median, so it minimises the mean absolute error, and its scale is learned
+    for every spaxel. out (Q, 2) as the network gives it.
+    """
+    scale = out[:, 1].clamp(-5, 3)
+    return ((out[:, 0] - target).abs() * (-scale).exp() + scale).mean()
+
+
+def neighbours(usable: Tensor, window: int) -> Tensor:
+    """Rows of the spaxels around each spaxel of maps.
+
+    Parameters
+    ----------
+    usable : (map, y, x) bool
+    window : int
+        Width P of the neighbourhood, odd.
+
+    Returns
+    -------
+    (map*y*x, P*P) int64
+        Rows of the flattened maps; -1 beyond a map's edge and where a spaxel is not usable.
+    """
+    rows = torch.arange(usable.numel(), device=usable.device).view(usable.shape)
+    rows = rows.masked_fill(~usable, -1)
+    half = window // 2
+    padded = F.pad(rows, (half, half, half, half), value=-1)
+    return padded.unfold(1, window, 1).unfold(2, window, 1).reshape(usable.numel(), window**2)

@@ -1,0 +1,99 @@
+"""The benchmark of metallicity at a tiny size: line fits, added noise, scores; no accuracy."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import benchmark_hard
+from benchmark_hard import Config, Survey
+
+from mock.physics import EMLINES
+
+WAVE = np.geomspace(5000, 8000, 2040)
+
+
+def square_survey(galaxies: int = 2, size: int = 12) -> Survey:
+    y, x = np.indices((size, size)).reshape(2, -1)
+    galaxy = np.repeat(np.arange(galaxies), y.size)
+    label = np.linspace(8.3, 8.6, galaxy.size)
+    near = np.tile(np.arange(galaxy.size)[:, None], (1, 49))
+    names = pd.DataFrame({"plateifu": ["13001-1901", "13001-1902"]})
+    y, x = np.tile(y, galaxies), np.tile(x, galaxies)
+    return Survey(galaxy, y, x, label, label + 0.01, names, near, WAVE)
+
+
+def test_fitted_fluxes_are_those_of_the_planted_lines():
+    wanted = {"OIII": 3.0, "Ha": 10.0, "NII": 4.0, "SIIa": 2.0, "SIIb": 1.5}
+    flux = 1 + 1e-4 * (WAVE - 6500)
+    for parts in benchmark_hard.GROUPS:
+        for name, doublet in parts.items():
+            for line, ratio in doublet.items():
+                sigma = EMLINES[line] * benchmark_hard.LINE_SIGMA_KMS / 299792.458
+                gauss = np.exp(-0.5 * ((WAVE - EMLINES[line]) / sigma) ** 2)
+                flux += wanted.get(name, 0) * ratio * gauss / (sigma * (2 * np.pi) ** 0.5)
+    ivar = np.full((1, WAVE.size), 100.0)
+    ivar[0, 700:720] = 0
+    found = benchmark_hard.fit_lines(flux[None], ivar, WAVE)
+    for name, value in wanted.items():
+        assert found[name][0, 0] == pytest.approx(value, rel=1e-4)
+    assert found["SII"][0, 0] == pytest.approx(3.5, rel=1e-4)
+
+
+def test_stated_errors_of_line_fits_are_their_scatter():
+    noise = np.random.default_rng(0).normal(size=(2000, WAVE.size))
+    flux, variance, _ = benchmark_hard.fit_lines(noise, np.ones_like(noise), WAVE)["NII"]
+    assert flux.std() == pytest.approx(variance.mean() ** 0.5, rel=0.06)
+
+
+def test_added_noise_has_the_stated_variance_and_is_shared_by_neighbours():
+    survey = square_survey()
+    flux = np.zeros((survey.galaxy.size, 400), np.float32)
+    ivar = np.full_like(flux, 4.0)
+    ivar[:, :10] = 0
+    noisy = benchmark_hard.add_noise(survey, flux, ivar, 5, seed=0)
+    assert not noisy[:, :10].any()
+    assert noisy[:, 10:].var() == pytest.approx((25 - 1) / 4, rel=0.1)
+    maps = noisy[:144, 10:].reshape(12, 12, -1)
+    apart = [(maps[:, k:] * maps[:, : 12 - k]).mean() / maps.var() for k in (1, 2)]
+    wanted = np.exp(-((np.array([1, 2]) / 1.92) ** 2) / 2)  # Westfall et al. 2019
+    np.testing.assert_allclose(apart, wanted, atol=0.06)
+
+
+def test_scores_count_label_and_truth_apart():
+    survey = square_survey()
+    survey.part = np.full(survey.galaxy.size, "test")
+    scores = benchmark_hard.scores_of(survey, survey.label)
+    assert (scores["accuracy6"], scores["accuracy8"], scores["mae_label"]) == (1, 1, 0)
+    assert scores["mae_truth"] == pytest.approx(0.01)
+
+
+def test_the_paired_bootstrap_of_a_row_with_itself_is_one():
+    rng = np.random.default_rng(0)
+    runs = [{"seed": s, "galaxies": rng.random((3, 20)).tolist()} for s in (0, 1)]
+    assert benchmark_hard.compare(runs, runs) == {"label": [1, 1], "truth": [1, 1]}
+    doubled = [{**r, "galaxies": (2 * np.array(r["galaxies"])).tolist()} for r in runs]
+    np.testing.assert_allclose(benchmark_hard.compare(doubled, runs)["truth"], 2)
+
+
+@pytest.mark.slow
+def test_a_small_survey_fills_the_table_and_a_second_run_only_reads(tmp_path, monkeypatch):
+    config = Config(
+        work_dir=tmp_path, n_galaxies=14, noise=(1, 5), steps=3, ssftt_epochs=1, realisations=2,
+        results=tmp_path / "results", jobs=1,
+    )  # fmt: skip
+    assert benchmark_hard.main(config) == 0
+    rows = json.loads((tmp_path / "results" / "table.json").read_text())["rows"]
+    assert {(r["name"], r["depth"]) for r in rows} == {
+        (name, depth) for name in benchmark_hard.ROWS for depth in (1, 1 / 25)
+    }
+    assert all(0 <= r["accuracy8"] <= 1 and 0 <= r["mae_truth"] < 1 for r in rows)
+    monkeypatch.setattr(benchmark_hard, "read_survey", None)
+    assert benchmark_hard.main(config) == 0
