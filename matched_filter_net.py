@@ -28,12 +28,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from utils import DataError
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from utils import DataError
 
 BLOCK = 25
 """Bins per block in which the median is taken for the continuum: 37 Angstrom at Halpha."""

@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import utils
+
 import measuring
 import numpy as np
 import pandas as pd
@@ -41,7 +43,6 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 import data_io
 import hsi_proc_fns
-import utils
 from create_data_splits import labelled_galaxies, split_galaxies
 from HSI_SSFTT import count_parameters, get_SSFTT_model
 from labels import LOGOH_EDGES

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from utils import DataError
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,6 @@ from matched_filter_net import (
     prepare_spectra,
     ridge_by_galaxy,
 )
-from utils import DataError
 
 BANDS = 300
 
