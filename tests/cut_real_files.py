@@ -1,7 +1,7 @@
 """Cut real files down to what the tests need; data/README.md has their sources and licences.
 
 Reads   the folder of whole files given on the command line.
-Writes  MAPS_CUT and SPECTRUM_CUT, without dates.
+Writes  MAPS_CUT and SPECTRA_CUT, without dates.
 
     python tests/cut_real_files.py ../shared/data/manga
 """
@@ -17,16 +17,22 @@ DATA = Path(__file__).parent / "data"
 MAPS = "manga-7815-3702-MAPS-HYB10-GAU-MILESHC.fits.gz"
 MAPS_CUT = DATA / "manga-7815-3702-MAPS-HYB10-GAU-MILESHC-cut.fits.gz"
 SPECTRA = "mangadap_MaNGA_test_spectra.fits.gz"
-SPECTRUM_CUT = DATA / "mangadap_MaNGA_test_spectrum-cut.fits.gz"
+SPECTRA_CUT = DATA / "mangadap_MaNGA_test_spectra-cut.fits.gz"
 
-LINES = ("OII-3727", "OII-3729", "Hb-4862", "OIII-5008", "Ha-6564", "NII-6585")
-PLAIN = ("SPX_MFLUX", "SPX_SNR", "BINID", "STELLAR_VEL", "STELLAR_VEL_MASK", "STELLAR_SIGMA")
+LINES = (
+    "OII-3727", "OII-3729", "HeII-4687", "Hb-4862", "OIII-5008", "Ha-6564", "NII-6585", "SII-6718",
+    "SII-6732",
+)  # fmt: skip
+PLAIN = (
+    "SPX_MFLUX", "SPX_SNR", "BINID", "BIN_SNR", "STELLAR_VEL", "STELLAR_VEL_MASK", "STELLAR_SIGMA",
+    "STELLAR_CONT_RCHI2",
+)  # fmt: skip
 BY_LINE = (
     "EMLINE_GFLUX", "EMLINE_GFLUX_IVAR", "EMLINE_GFLUX_MASK", "EMLINE_GEW", "EMLINE_GVEL",
-    "EMLINE_GVEL_MASK", "EMLINE_GSIGMA", "EMLINE_INSTSIGMA",
+    "EMLINE_GVEL_MASK", "EMLINE_GSIGMA", "EMLINE_GSIGMA_MASK", "EMLINE_INSTSIGMA",
 )  # fmt: skip
-ONE = slice(0, 1)
-"""The spectrum that is kept."""
+KEPT = [0, 3, 7]
+"""The spectra that are kept."""
 
 
 def cut_maps(whole: fits.HDUList) -> fits.HDUList:
@@ -47,9 +53,9 @@ def cut_maps(whole: fits.HDUList) -> fits.HDUList:
 
 
 def cut_spectra(whole: fits.HDUList) -> fits.HDUList:
-    """Keep flux, ivar, mask and redshift of ONE spectrum."""
+    """Keep flux, ivar, mask and redshift of the spectra KEPT."""
     names = ("FLUX", "IVAR", "MASK", "Z")
-    cut = [fits.ImageHDU(whole[name].data[ONE], whole[name].header) for name in names]
+    cut = [fits.ImageHDU(whole[name].data[KEPT], whole[name].header) for name in names]
     return fits.HDUList([fits.PrimaryHDU(header=whole[0].header), *cut])
 
 
@@ -68,4 +74,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     with fits.open(folder / MAPS) as maps, fits.open(folder / SPECTRA) as spectra:
         write(cut_maps(maps), MAPS_CUT)
-        write(cut_spectra(spectra), SPECTRUM_CUT)
+        write(cut_spectra(spectra), SPECTRA_CUT)

@@ -229,11 +229,10 @@ def test_settings_out_of_range_are_refused(tmp_path, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_resynthesised_cube_can_be_shallower(shared_manga, tmp_path):
-    maps = shared_manga / mock_realism.REAL_MAPS
+def test_a_resynthesised_cube_can_be_shallower(real_maps, tmp_path):
     ivars = []
     for depth in (1.0, 0.25):
-        config = mock_manga.MockConfig(tmp_path / str(depth), from_maps=maps, depth=depth)
+        config = mock_manga.MockConfig(tmp_path / str(depth), from_maps=real_maps, depth=depth)
         mock_manga.main(config)
         cube = utils.find_raw(tmp_path / str(depth), "7815-3702", "LOGCUBE")
         ivars.append(fits.getdata(cube, "IVAR"))
@@ -244,8 +243,8 @@ def test_a_resynthesised_cube_can_be_shallower(shared_manga, tmp_path):
 # The comparison
 
 
-def test_real_maps_give_the_values_that_the_mocks_are_set_to(shared_manga):
-    values, _ = mock_realism.maps_values(shared_manga / mock_realism.REAL_MAPS)
+def test_real_maps_give_the_values_that_the_mocks_are_set_to(real_maps):
+    values, _ = mock_realism.maps_values(real_maps)
     assert values["scatter about N2"] == pytest.approx(0.0236, abs=5e-4)
     assert values["[SII] 6718/6732"] == pytest.approx(1.43, abs=0.02)
     assert values["gas dispersion"] == pytest.approx(42, abs=1)
