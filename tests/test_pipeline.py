@@ -178,7 +178,8 @@ def test_planted_line_fluxes_are_recovered_from_the_h5_cube(survey):
                 found.append(fitted_pull(lines[y, x], cube.ivar[y, x], truth, line, y, x, z))
     for found in map(np.array, pulls.values()):
         assert found.size > 50
-        assert abs(np.median(found)) < 0.35
+        # neighbours share their noise, so a galaxy counts as few independent values
+        assert abs(np.median(found)) < 0.6
         # neighbouring pixels are correlated, and sky lines leave more than the stated errors
         assert 0.75 < np.subtract(*np.percentile(found, [84.135, 15.865])) / 2 < 1.4
 
