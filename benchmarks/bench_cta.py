@@ -21,9 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import utils
-
 import measuring
+import utils
 from measuring import ROOT, Row, make_row
 
 SHARED = ROOT.parent / "shared"

@@ -42,14 +42,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import measuring
 import utils
+from measuring import Row, make_row
 from utils import DataError
 
-import measuring
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import Row, make_row
 from scipy import ndimage
 from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measuring
 import utils
+from measuring import Row, make_row
 
 import bench_storage
-import measuring
 import pandas as pd
 import torch
-from measuring import Row, make_row
 from torch.utils.data import DataLoader
 
 import data_fns

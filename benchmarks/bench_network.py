@@ -31,14 +31,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import measuring
 import utils
+from measuring import Row, make_row
 from utils import DataError, PatchNorm
 
-import measuring
 import numpy as np
 import roofline
 import torch
-from measuring import Row, make_row
 from torch import Tensor
 from torch.utils.data import DataLoader
 

@@ -22,9 +22,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import measuring
 import utils
 
-import measuring
 import numpy as np
 
 import fits_utils

@@ -27,13 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import measuring
 import utils
+from measuring import Row, make_row
 from utils import LABEL_TASKS
 
 import h5py
-import measuring
 import numpy as np
-from measuring import Row, make_row
 
 import data_io
 import mock_manga

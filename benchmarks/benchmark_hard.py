@@ -27,9 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import measuring
 import utils
 
-import measuring
 import numpy as np
 import pandas as pd
 import torch

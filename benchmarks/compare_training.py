@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measuring
 import utils
 from utils import DataError
 
 import bench_network
-import measuring
 import numpy as np
 import pandas as pd
 

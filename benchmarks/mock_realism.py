@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measuring
 import utils
 from utils import DataError
 
-import measuring
 import numpy as np
 
 import mock_manga

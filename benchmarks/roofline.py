@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import measuring
+
 import torch
 
 from HSI_SSFTT import SSFTT, SSFTTConfig, count_parameters

@@ -21,9 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import utils
-
 import measuring
+import utils
 from measuring import Row
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import measuring
 import utils
 
 import bench_cta
@@ -27,7 +28,6 @@ import bench_network
 import bench_process
 import bench_storage
 import compare_training
-import measuring
 import roofline
 import run_all
 from mock_cubes import cube_recipe, make_data_dir, write_patch_files
