@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_every_galaxy_has_cube_labels_and_a_place_in_the_splits(survey):
     assert set().union(*(t["plateifu"] for t in parts.values())) <= set(galaxies)
 
 
-def test_default_commands_lead_from_cubes_to_figures(survey, tmp_path):
+def test_default_commands_lead_from_cubes_to_figures(survey, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     train = partial(run_SSFTT_training.train_config, data_dir=survey, run_dir=run_dir, epochs=1)
     assert run_SSFTT_training.main(train()) == 0
@@ -112,6 +113,12 @@ def test_default_commands_lead_from_cubes_to_figures(survey, tmp_path):
     assert config.remove_gas_velocity  # unlike the training cubes
     assert process_single_cube.main(config) == 0
     eval_fns.predict_cube(run_dir, utils.cube_path(tmp_path, plateifu))
+    readme = (ROOT / "README.md").read_text().partition("## In Python\n\n")[2].partition("\n\n")[0]
+    lines = textwrap.dedent(readme).replace("results/demo/logOH_hard", str(run_dir))
+    lines = lines.replace("data/demo", str(survey)).replace("13001-1901", plateifu)
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    assert (tmp_path / "map.png").stat().st_size > 10_000
 
 
 def test_running_again_does_nothing(survey):
