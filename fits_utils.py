@@ -84,6 +84,7 @@ COPIED_CARDS = {
     "drp3qual": "DRP3QUAL", "dapqual": "DAPQUAL", "drp_version": "VERSDRP3",
     "dap_version": "VERSDAP", "daptype": "DAPTYPE", "objra": "OBJRA", "objdec": "OBJDEC",
     "ebv_galactic": "EBVGAL", "reff_arcsec": "REFF",
+    "pa_deg": "ECOOPA", "ellipticity": "ECOOELL",
 }  # fmt: skip
 """Attributes of a cube that are cards of the LOGCUBE's primary header."""
 CELESTIAL_CARD = re.compile("(CRPIX|CRVAL|CDELT|CUNIT|CTYPE)[12]|(PC|CD)[12]_[12]|RADESYS|EQUINOX")

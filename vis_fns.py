@@ -32,7 +32,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, Patch, PathPatch
+from matplotlib.patches import Ellipse, Patch, PathPatch
 from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
 
@@ -159,12 +159,13 @@ def finish_sky_axes(ax: Axes, inside: np.ndarray, wcs_header: str | None, title:
 
 
 def mark_scale(ax: Axes, attrs: Mapping[str, Any]) -> Axes:
-    """Circle the effective radius and add kiloparsecs to the scale bar, where both are known.
+    """Draw the ellipse of the effective radius and add kiloparsecs to the scale bar, where known.
 
     `ax` was finished by `finish_sky_axes`; `attrs` are those of a cube. Kiloparsecs are proper
     lengths in the flat LCDM cosmology of Planck 2018 (astropy's Planck18); peculiar velocities are
     neglected. The radius is the semi-major axis of the elliptical Petrosian photometry of the
-    NASA-Sloan Atlas; cubes record neither flattening nor position angle, hence the circle.
+    NASA-Sloan Atlas, at the position angle (from north through east) and with the ellipticity
+    1 - b/a of the DAP's header; a circle without them.
     """
     from astropy.cosmology import Planck18
     from astropy.io.fits import Header
@@ -177,6 +178,7 @@ def mark_scale(ax: Axes, attrs: Mapping[str, Any]) -> Axes:
             text.set_text(f"{bar} = {float(bar[:-1]) * kpc:.1f} kpc")
     if not reff > 0:
         return ax
+    angle, flattened = float(attrs.get("pa_deg") or 0), 1 - float(attrs.get("ellipticity") or 0)
     east = north = 0.0
     if attrs.get("wcs_header") and attrs.get("objra") is not None:
         cards = Header.fromstring(attrs["wcs_header"], sep="\n")
@@ -184,7 +186,8 @@ def mark_scale(ax: Axes, attrs: Mapping[str, Any]) -> Axes:
         east = 3600 * turn * np.cos(np.deg2rad(attrs["objdec"]))
         north = 3600 * (attrs["objdec"] - cards["CRVAL2"])
     for colour, width, style in (("w", 2.2, "-"), ("k", 1.0, "--")):  # visible on any colour
-        ax.add_patch(Circle((east, north), reff, fill=False, ec=colour, lw=width, ls=style))
+        ring = {"fill": False, "ec": colour, "lw": width, "ls": style}
+        ax.add_patch(Ellipse((east, north), 2 * reff * flattened, 2 * reff, angle=-angle, **ring))
     size = f'$R_e$ = {reff:.1f}"' + (f" = {reff * kpc:.1f} kpc" if kpc else "")
     ax.text(0.03, 0.97, f"- - {size}", transform=ax.transAxes, va="top", fontsize=8)
     return ax

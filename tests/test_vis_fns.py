@@ -16,7 +16,7 @@ from conftest import write_maps
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, PathPatch
+from matplotlib.patches import Ellipse, PathPatch
 from scipy.integrate import quad
 
 import data_io
@@ -120,14 +120,17 @@ def test_radius_and_kiloparsecs_are_drawn_where_the_galaxy_is(ax):
     vis_fns.finish_sky_axes(ax, np.ones((33, 35), bool), cards, "")
     ra, dec = wcs.wcs.crval
     attrs = {"redshift": z, "reff_arcsec": 4.0, "wcs_header": cards, "objdec": dec + 1 / 3600}
+    attrs |= {"pa_deg": 30.0, "ellipticity": 0.5}
     attrs["objra"] = ra + 2 / 3600 / np.cos(np.deg2rad(dec))
     vis_fns.mark_scale(ax, attrs)
     assert f'5" = {5 * kpc:.1f} kpc' in texts_of(ax)
     assert any(f'4.0" = {4 * kpc:.1f} kpc' in t for t in texts_of(ax))
-    circles = [p for p in ax.patches if isinstance(p, Circle)]
-    assert {circle.get_radius() for circle in circles} == {4.0}
-    for circle in circles:
-        assert circle.get_center() == pytest.approx((2, 1), abs=1e-3)  # east, north
+    rings = [p for p in ax.patches if isinstance(p, Ellipse)]
+    assert {(ring.width, ring.height) for ring in rings} == {(4.0, 8.0)}
+    for ring in rings:
+        assert ring.get_center() == pytest.approx((2, 1), abs=1e-3)  # east, north
+        tip = ring.get_patch_transform().transform((0, 1)) - ring.get_center()
+        assert tip == pytest.approx([4 * 0.5, 4 * np.sqrt(0.75)])  # 30 degrees, north through east
 
 
 def test_outline_of_a_rectangle_has_its_perimeter():
