@@ -103,6 +103,8 @@ class VisConfig:
     """Data folder; default $MANGA_DATA_DIR, else the run's, else ./data/manga."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    format: Literal["png", "pdf"] = "png"
+    """Format of the figures; pdf for papers."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -809,20 +811,20 @@ def main(config: VisConfig) -> int:
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
     out = config.run_dir / run_folder.FIGURES_FOLDER
     for name, figure in run_figures(config.run_dir, trained.card, config.part).items():
-        save(figure, out / f"{name}.png")
+        save(figure, out / f"{name}.{config.format}")
     code = utils.EXIT_DONE
     for plateifu in config.plateifu:
         try:
             figure, prediction = galaxy_figure(trained, root, plateifu)
-            save(figure, out / f"{plateifu}_maps.png")
-            save(spectrum_figure(root, plateifu), out / f"{plateifu}_spectrum.png")
+            save(figure, out / f"{plateifu}_maps.{config.format}")
+            save(spectrum_figure(root, plateifu), out / f"{plateifu}_spectrum.{config.format}")
         except DataError as error:
             log.error("%s", error)
             code = utils.EXIT_DATA
             continue
         try:
             figure = bpt_figure(root, prediction, trained.spec.label_task)
-            save(figure, out / f"{plateifu}_bpt.png")
+            save(figure, out / f"{plateifu}_bpt.{config.format}")
         except DataError as error:  # only MAPS can be missing; the other figures are drawn
             log.warning("no BPT diagram: %s", error)
     return code
