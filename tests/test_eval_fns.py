@@ -201,10 +201,9 @@ def test_run_on_patch_files_is_trained_alike_and_evaluated_on_them(own_data, tmp
     # packed cubes are validated a map at a time, files patch by patch: equal except for rounding
     metrics = (pd.read_csv(folder / "metrics.csv").drop(columns=CLOCK) for folder in (run, own_run))
     pd.testing.assert_frame_equal(*metrics, rtol=1e-5)
-    mapped = eval_fns.evaluate_split(run, "test")  # while there are cubes
+    mapped, theirs = (eval_fns.evaluate_split(folder, "test") for folder in (run, own_run))
     shutil.rmtree(own_data / "processed" / "cubes")
     ours = eval_fns.evaluate_split(run, "test", data_dir=own_data)
-    theirs = eval_fns.evaluate_split(own_run, "test")
     assert without_time(ours) == without_time(theirs) == without_time(mapped)
 
 
