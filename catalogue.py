@@ -59,7 +59,13 @@ def catalogue_rows(path: Path, plateifu: str | None = None) -> dict[str, dict[st
                             "redshift": z if np.isfinite(z) else None,
                         }
                         rows.setdefault(key.strip(), row)
-    except (OSError, TypeError, ValueError) as error:  # what astropy makes of a file cut short
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+    ) as error:  # what astropy makes of a file cut short
         raise DataError(
             f"{path}: not a readable catalogue ({error}). Fetch it again with download_utils.py "
             "--catalogue."

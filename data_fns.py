@@ -609,7 +609,7 @@ class PackedDataset(PatchDataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Map the spectra."""
         self.__dict__.update(state)
-        self.spectra = as_tensor(self.packed)
+        self.spectra = as_tensor(self.packed).to(self._rows.device)
 
     def __getitems__(self, index: Sequence | np.ndarray) -> Batch | CutoutBatch:
         """Cut a whole batch at once; called by torch's loader."""

@@ -525,7 +525,14 @@ def read_label_bins(path: Path) -> np.ndarray:
     bins = -1 - np.arange(labels.size).reshape(labels.shape)
     listed = read_label_meta(path).get("bins")
     if listed is not None:
-        bins[labels >= 0] = listed
+        y, x = np.nonzero(labels >= 0)
+        if len(listed) != y.size:
+            raise DataError(
+                f"{Path(path).with_suffix('.json')}: {len(listed)} bins, expected one for each of "
+                f"{y.size} labelled spaxels. Re-run process_single_cube.py --overwrite."
+            )
+        known = np.array(listed) >= 0
+        bins[y[known], x[known]] = np.array(listed)[known]
     return bins
 
 

@@ -75,10 +75,11 @@ def archive_url(kind: str, plateifu: str | None, daptype: str, base_url: str = A
     `kind` is a FileKind, or "dapall" for the catalogue, whose plateifu is None.
     """
     os.environ.setdefault("SAS_BASE_DIR", tempfile.gettempdir())  # else it creates ~/sas
-    logging.disable(logging.DEBUG)  # importing it logs
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.DEBUG))  # importing it logs
     from sdss_access.path import Path as SdssPath
 
-    logging.disable(logging.NOTSET)
+    logging.disable(before)
     logging.getLogger("sdss_access").propagate = False  # its debug lines would fill our log
     keys = {"drpver": DRP_VERSION, "dapver": DAP_VERSION, "wave": "LOG", "mode": kind}
     keys["daptype"] = daptype
@@ -138,7 +139,8 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
                 break
             except requests.RequestException as error:
                 is_ours = error.args and isinstance(error.args[0], str)  # else a nest of errors
-                reason = error if is_ours else f"no connection to {urlsplit(url).netloc}"
+                host = urlsplit(url).netloc
+                reason = error if is_ours else f"no connection to {host} ({type(error).__name__})"
                 if attempt == retries:
                     raise DataError(
                         f"{url}: {reason}, expected the file. Check the network (compute nodes "
@@ -242,10 +244,10 @@ def check_connection(base_url: str) -> None:
 
     try:
         requests.head(base_url, timeout=TIMEOUT_S)
-    except requests.RequestException:
+    except requests.RequestException as error:
         raise DataError(
-            f"{base_url}: no connection, expected the archive. Check the network (on clusters, "
-            "compute nodes often have none: use a login node) or --base-url."
+            f"{base_url}: no connection ({type(error).__name__}), expected the archive. Check the "
+            "network (on clusters, compute nodes often have none: use a login node) or --base-url."
         ) from None
 
 
@@ -264,12 +266,14 @@ def main(config: Config) -> int:
     if not is_named and not config.catalogue:
         raise DataError("nothing to fetch. Give --plateifu, --galaxy-list or --catalogue.")
     names = loops.chosen_galaxies(config, []) if is_named else []
+    wanted = [*([None] if config.catalogue else []), *names]
     if config.dry_run:
-        for name in [*([None] if config.catalogue else []), *names]:
+        for name in wanted:
             for url, path in missing_files(root, name, config):
                 print(url, path)
         return utils.EXIT_DONE
-    check_connection(config.base_url)
+    if any(missing_files(root, name, config) for name in wanted):
+        check_connection(config.base_url)
     if config.catalogue:
         fetch_galaxy(None, root, config)
     if not names:

@@ -555,7 +555,10 @@ def count_bins(path: Path, is_labelled: np.ndarray) -> dict[str, Any]:
             "EMLINE_GFLUX. Fetch it again with download_utils.py --overwrite."
         )
     ids = lines[is_labelled]
-    n_bins, n_stellar_bins = (np.unique(each[is_labelled]).size for each in (lines, stars))
+    n_bins, n_stellar_bins = (
+        np.unique(each[each >= 0]).size + int((each < 0).sum())  # -1: in no bin
+        for each in (ids, stars[is_labelled])
+    )
     listed = ids.tolist() if n_bins < ids.size else None
     return {"n_bins": n_bins, "n_stellar_bins": n_stellar_bins, "bins": listed}
 

@@ -683,7 +683,11 @@ def true_labels(root: Path, plateifu: str, label_task: str) -> np.ndarray | None
     path = truth_path(root, plateifu)
     if not path.is_file():
         return None
-    return read_truth(path)[0]["bpt" if label_task == "BPT" else "logoh_o3n2"]
+    try:
+        return read_truth(path)[0]["bpt" if label_task == "BPT" else "logoh_o3n2"]
+    except DataError as error:
+        log.warning(f"no truth beside the prediction: {error}")
+        return None
 
 
 def bpt_figure(root: Path, prediction: eval_fns.CubePrediction, label_task: str) -> Figure:
