@@ -181,7 +181,8 @@ def test_altered_files_are_not_valid_unless_nothing_in_them_differs(storage, tmp
         assert problems or found == expected, (n, place)
         assert all("\n" not in p for p in problems)
         n_valid += not problems
-    pool.shutdown()
+    if pool:  # not if the last file crashed its process
+        pool.shutdown()
     assert 0 < n_valid < 27
 
 
