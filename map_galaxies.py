@@ -259,7 +259,7 @@ def main(config: Config) -> int:
         if any(gone):
             log.warning(
                 f"{sum(gone)} of the maps ({table['plateifu'][gone].iloc[0]}, ...) are of cubes "
-                f"that no longer exist in {root}: marked as gone in {TABLE_FILE}"
+                f"that are not in {root} (any more): marked as gone in {TABLE_FILE}"
             )
         with utils.atomic_path(folder / TABLE_FILE) as part:
             table.to_csv(part, index=False)
