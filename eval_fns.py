@@ -633,6 +633,8 @@ def evaluate_split(
         Random seed of the bootstrap over galaxies.
     """
     run_dir = Path(run_dir)
+    if part not in utils.SPLIT_PARTS:
+        raise DataError(f"part {part!r}: expected one of {', '.join(utils.SPLIT_PARTS)}.")
     model = load_model(run_dir, device)
     root = run_folder.run_data_dir(run_dir, data_dir)
     parts, split = data_io.read_split(run_dir / run_folder.SPLIT_FOLDER)

@@ -247,7 +247,7 @@ def process_cube(
         z, mangaid = _identify(source, primary, plateifu, redshift, catalogue)
         edges = resample.log_edges(WAVE_LOG_FIRST, WAVE_LOG_STEP, WAVE_N)
         wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
-        stretch = _gas_stretch(maps, source) if options.remove_gas_velocity else None
+        stretch = _gas_stretch(maps, source, plateifu) if options.remove_gas_velocity else None
         ends = bins[[0, -1]]
         if stretch is not None:
             ends = ends * [min(stretch.min(), 1), max(stretch.max(), 1)]
@@ -452,14 +452,17 @@ def galactic_correction(primary: fits.Header, path: Path) -> np.ndarray:
     return 10 ** (0.4 * O94(Rv=R_V)(_logcube_wave() * u.AA) * R_V * float(ebv))
 
 
-def _gas_stretch(maps: Path | None, source: Path) -> np.ndarray:
+def _gas_stretch(maps: Path | None, source: Path, plateifu: str) -> np.ndarray:
     """Read 1 + v/c of the gas, (y, x), from the Ha velocity in MAPS; 1 where not measured."""
     if maps is None:
         raise DataError(
             f"{source}: no MAPS file of the galaxy, expected one with its gas velocities. Give "
             "--maps, or --no-remove-gas-velocity (like the cubes that a model learned from)."
         )
-    hdus = read_hdus(maps, ("EMLINE_GVEL", "EMLINE_GVEL_MASK"))
+    hdus = read_hdus(maps, ("PRIMARY", "EMLINE_GVEL", "EMLINE_GVEL_MASK"))
+    found = str(hdus["PRIMARY"].header.get("PLATEIFU") or plateifu).strip()
+    if found != plateifu:
+        raise DataError(f"{maps}: holds galaxy {found}, expected {plateifu}. Check --maps.")
     channel = line_channels(hdus["EMLINE_GVEL"].header, (HA,), maps)[HA]
     velocity, mask = (hdus[f"EMLINE_GVEL{end}"].data[channel] for end in ("", "_MASK"))
     is_bad = (mask & MAPS_DONOTUSE != 0) | ~np.isfinite(velocity)

@@ -294,6 +294,11 @@ def test_one_galaxy_by_name_or_by_files(survey, tmp_path):
         assert utils.label_path(target, "BPT", plateifu).is_file()
         cubes.append(data_io.read_cube(utils.cube_path(target, plateifu)).flux)
     np.testing.assert_array_equal(cubes[1:], [cubes[0]] * 2)
+    other = utils.find_raw(survey, galaxies_of(survey)[1], "MAPS")
+    wrong = process_single_cube.Config(**files, maps=other, data_dir=tmp_path / "4")
+    with pytest.raises(DataError, match=r"holds galaxy .*Check --maps"):
+        process_single_cube.main(wrong)
+    assert not utils.processed_cubes(tmp_path / "4")
     config = process_single_cube.Config(
         maps=both["maps"], labels_only=True, data_dir=tmp_path / "3"
     )
