@@ -549,9 +549,9 @@ def processes(jobs: int) -> int:
     return jobs or cpu_count()
 
 
-def counted(number: int, singular: str, plural: str) -> str:
-    """Write a number and its noun, e.g. "1 galaxy", "2 galaxies"."""
-    return f"{number} {singular if number == 1 else plural}"
+def counted(n: int, one: str, many: str = "") -> str:
+    """Write a number and its noun, in the singular or the plural (default: with an s)."""
+    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def cpu_count() -> int:

@@ -296,11 +296,6 @@ def _patches(names: Iterable[str], colours: Iterable[str]) -> list[Patch]:
     return [Patch(color=c, label=n) for n, c in zip(names, colours, strict=True)]
 
 
-def _counted(n: int, one: str, many: str = "") -> str:
-    """Write a number and its noun, in the singular or the plural (default: with an s)."""
-    return f"{n} {one if n == 1 else many or one + 's'}"
-
-
 def _legend(ax: Axes, handles: Sequence[Artist], title: str | None = None) -> None:
     """Legend to the right of the axes."""
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
@@ -583,7 +578,7 @@ def plot_explained_variance(ax: Axes, stats: Stats) -> Axes:
     left, others = 1 - total[-1], stats.wave.size - n.size
     if others > 0:
         mean = f"{left / others:.2%} each on average"
-        directions = _counted(others, "direction")
+        directions = utils.counted(others, "direction")
         ax.set_title(f"remaining {directions}: {left:.0%}, {mean}", fontsize=9)
     return ax
 
@@ -601,7 +596,7 @@ def plot_class_shares(
         at = np.arange(n_classes) + (i - (len(counts) - 1) / 2) * width
         total = int(count.sum())
         shares = count / total if total else np.full(n_classes, np.nan)
-        label = f"{part}: {_counted(total, 'spaxel')}"
+        label = f"{part}: {utils.counted(total, 'spaxel')}"
         ax.bar(at, shares, width, color=PART_COLOURS.get(part), label=label)
     ax.set_xticks(range(n_classes), names, rotation=30, ha="right", rotation_mode="anchor")
     ax.set(ylabel="fraction of the part's spaxels", title=TASK_TITLES[label_task])
@@ -719,7 +714,7 @@ def bpt_figure(root: Path, prediction: eval_fns.CubePrediction, label_task: str)
         labels = data_io.read_labels(label_file)
         maps_of = {"label": label_classes(labels, label_task, n_classes), **maps_of}
     figure, axes = _figure(5.5 * len(maps_of), 4.2, columns=len(maps_of))
-    spaxels = _counted(int(shown.sum()), "spaxel")
+    spaxels = utils.counted(int(shown.sum()), "spaxel")
     figure.suptitle(f"{plateifu}: {spaxels} with S/N > {snr:g} in all four lines")
     for ax, (name, classes) in zip(axes, maps_of.items(), strict=True):
         plot_bpt(ax, nitrogen, oxygen, classes[shown], label_task, n_classes, name)
@@ -783,8 +778,8 @@ def run_figures(run_dir: Path, card: ModelCard, part: str = "test") -> dict[str,
             log.warning("%s: epoch %d, the model: epoch %d; evaluate again", evaluation, *epochs)
         table = pd.read_csv(run_dir / part / run_folder.CONFUSION_FILE, index_col="true")
         figures[f"confusion_{part}"], (ax,) = _figure(6, 5.6)
-        spaxels = _counted(result["spaxels"], "spaxel")
-        galaxies = _counted(result["galaxies"], "galaxy", "galaxies")
+        spaxels = utils.counted(result["spaxels"], "spaxel")
+        galaxies = utils.counted(result["galaxies"], "galaxy", "galaxies")
         title = (
             f"{TASK_TITLES[result['label_task']]}, {part} part of the {result['split_kind']} split"
             f"\naccuracy {result['accuracy']:.3f}: {spaxels}, {galaxies}"

@@ -168,8 +168,10 @@ def _guarded(what: str, check: Callable[[], list[str]]) -> list[str]:
     try:
         return check()
     # PyTables has no error type of its own for damaged files: almost any error occurs.
-    except Exception:
-        return [f"{what}: cannot be read, so the file is damaged"]
+    except MemoryError:
+        raise  # says nothing about the file
+    except Exception as error:
+        return [f"{what}: cannot be read ({type(error).__name__}), so the file is damaged"]
 
 
 def _check_nodes(h5: tables.File) -> list[str]:
