@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -82,10 +83,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     for noisy in ("matplotlib", "numba", "numexpr", "PIL", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    previous = signal.signal(signal.SIGTERM, _terminated)
+    _stop_asked.clear()
+    previous = {n: signal.signal(n, _stop) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         return run(args)
-    except (KeyboardInterrupt, _Terminated):
+    except KeyboardInterrupt:
         print("Stopped. The output is as it was before.", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -97,15 +99,28 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-class _Terminated(Exception):
-    """The process was asked to end (SIGTERM)."""
+_stop_asked = threading.Event()
 
 
-def _terminated(*_: Any) -> None:
-    raise _Terminated
+def _stop(*_: Any) -> None:
+    """Stop at Ctrl-C or SIGTERM.
+
+    The error is not an Exception, because the libraries below catch those (numba while it loads
+    its extensions, the reader of damaged files). Where one swallows even this, as code called from
+    C does, `_go_on` raises it again.
+    """
+    _stop_asked.set()
+    raise KeyboardInterrupt
+
+
+def _go_on() -> None:
+    """Raise KeyboardInterrupt if the process has been asked to stop."""
+    if _stop_asked.is_set():
+        raise KeyboardInterrupt
 
 
 def _extract_parser() -> argparse.ArgumentParser:
@@ -309,6 +324,10 @@ def _extract(args: argparse.Namespace) -> int:
         command=" ".join(sys.argv),
     )
 
+    def count(events: int) -> None:
+        _go_on()
+        bar.update(events)
+
     def file_done(done: report.FileReport) -> None:
         bar.files += 1
         bar.set_postfix_str(f"file {bar.files}/{len(files)}")
@@ -319,7 +338,7 @@ def _extract(args: argparse.Namespace) -> int:
 
     with tqdm(unit=" events", disable=None, mininterval=0.5) as bar, logging_redirect_tqdm():
         bar.files = 0
-        reports = extractor.process_files(files, args.max_events, jobs, bar.update, file_done)
+        reports = extractor.process_files(files, args.max_events, jobs, count, file_done)
     summary = report.summary(reports, args.output_file, time.perf_counter() - started)
     print(report.summary_text(summary, layout.CHARGE_UNIT_PE, settings.dtype))
     if args.summary:

@@ -1,5 +1,6 @@
 """Extraction: images against ctapipe's in every layout; appending, merging, interruptions."""
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -28,7 +29,8 @@ from conftest import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from image_extractor import layout
+from image_extractor import cli, layout
+from image_extractor import simtel as simtel_module
 from image_extractor.errors import DataError, UsageError
 from image_extractor.image_extractor import ImageExtractor
 from image_extractor.images import SelectedArray
@@ -725,6 +727,30 @@ def test_terminating_removes_temporary_files(place, long_file):
     assert process.returncode == 130
     assert "Stopped" in errors
     assert list(out.parent.iterdir()) == []
+
+
+def parse_stopped(*_):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def swallow(*_):
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("reading", [parse_stopped, swallow])
+def test_a_signal_swallowed_by_a_library_still_stops(reading, place, monkeypatch, capsys):
+    """Such as numba's, which loads its extensions when the first image is made."""
+    config, out = place
+    before = signal.getsignal(signal.SIGTERM)
+    whole = simtel_module.guarded
+    monkeypatch.setattr(
+        simtel_module, "guarded", lambda parse, what: whole(lambda: reading() or parse(), what)
+    )
+    assert cli.main([str(real_file("sst")), str(out), str(config)]) == 130
+    assert "Stopped" in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_writer_is_refused(tmp_path):
