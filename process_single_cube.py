@@ -60,7 +60,8 @@ class Config(GalaxyOptions):
     maps: Path | None = None
     """MAPS to read; default the one beside the LOGCUBE, else the galaxy's in <data-dir>/raw/."""
     redshift: float | None = None
-    """Redshift to use instead of the header's or the catalogue's."""
+    """Redshift to use instead of the header's or the catalogue's; a difference of more than 0.005
+    is warned of."""
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     overwrite: bool = False
@@ -173,7 +174,8 @@ def main(config: Config) -> int:
     for flag, kind, other in (("fits", "LOGCUBE", "MAPS"), ("maps", "MAPS", "LOGCUBE")):
         path: Path | None = getattr(config, flag)
         if path is not None and not path.is_file():
-            raise DataError(f"{path}: no such file. Check --{flag}.")
+            found = "a folder" if path.is_dir() else "no such file"
+            raise DataError(f"{path}: {found}. Expected a {kind} file (FITS). Check --{flag}.")
         if path is not None and f"-{other}" in path.name:
             raise DataError(f"{path}: a {other} file by its name, expected a {kind} file.")
     plateifu = config.plateifu or utils.plateifu_of(config.fits or config.maps)  # type: ignore[arg-type]

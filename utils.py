@@ -89,9 +89,20 @@ def data_dir(flag: Path | None = None, of_run: str = "") -> Path:
     flag : Path, optional
     of_run : str
         Data folder that a run learned from; ignored if it no longer exists.
+
+    Raises
+    ------
+    DataError
+        If it is a file.
     """
     saved = of_run if of_run and Path(of_run).is_dir() else None
-    return Path(flag or os.environ.get("MANGA_DATA_DIR") or saved or "data/manga")
+    folder = Path(flag or os.environ.get("MANGA_DATA_DIR") or saved or "data/manga")
+    if folder.is_file():
+        raise DataError(
+            f"{folder}: a file, expected a data folder (with raw/ or processed/ in it). Check "
+            "--data-dir and $MANGA_DATA_DIR."
+        )
+    return folder
 
 
 def split_plateifu(plateifu: str) -> tuple[str, str]:
@@ -418,9 +429,10 @@ def config_args(path: Path | str, config_class: Any) -> list[str]:
     try:
         saved = json.loads(path.read_text())
     except (OSError, ValueError) as error:
+        reason = f"not a readable JSON file ({error})" if path.exists() else "no such file"
         raise DataError(
-            f"{path}: not a readable JSON file ({error}). Expected a config as in configs/, or the "
-            "folder of a run."
+            f"{path}: {reason}. Expected a JSON file of options as in configs/, or the folder of a "
+            "run. Check --config."
         ) from None
     if not isinstance(saved, dict):
         raise DataError(f"{path}: expected a JSON object of options, found {type(saved).__name__}.")
@@ -560,3 +572,12 @@ def cpu_count() -> int:
     if slurm:
         return int(slurm)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _no_traceback_of_ctrl_c(kind: Any, error: Any, trace: Any, usual: Any = sys.excepthook) -> None:
+    """Leave out the traceback of a Ctrl-C outside of `run_command`: while packages are imported."""
+    if kind is not KeyboardInterrupt:
+        usual(kind, error, trace)
+
+
+sys.excepthook = _no_traceback_of_ctrl_c
