@@ -112,6 +112,7 @@ def test_default_commands_lead_from_cubes_to_figures(survey, tmp_path, monkeypat
     )
     assert config.remove_gas_velocity  # unlike the training cubes
     assert process_single_cube.main(config) == 0
+    assert process_single_cube.main(replace(config, data_dir=None)) == 0  # the run's, up to date
     eval_fns.predict_cube(run_dir, utils.cube_path(tmp_path, plateifu))
     readme = (ROOT / "README.md").read_text().partition("## In Python\n\n")[2].partition("\n\n")[0]
     lines = textwrap.dedent(readme).replace("results/demo/logOH_hard", str(run_dir))
@@ -259,6 +260,22 @@ def test_patch_files_larger_than_allowed_are_refused_and_the_estimate_holds(surv
     assert 0.9 * estimate < sum(written) < 1.01 * estimate  # unusable spaxels; headers
     assert patching.bytes_to_write(survey, config(), [galaxy], None) == 0
     shutil.rmtree(survey / "processed" / "patches")
+    shared = {"data_dir": survey, "label_tasks": ("BPT",), "patch_norms": norms, "patch_size": 3}
+    shared |= AS_PLANTED
+    another = galaxies_of(survey)[1]
+    one = process_single_cube.Config(plateifu=galaxy, **shared)
+    many = cube_processing.Config(plateifu=(another,), jobs=1, splits=False, **shared)
+    for script, options, name in (
+        (process_single_cube, one, galaxy),
+        (cube_processing, many, another),
+    ):
+        with pytest.raises(DataError, match=r"expected at most --max-gb 0\.001"):
+            script.main(replace(options, max_gb=0.001))
+        assert not (survey / "processed" / "patches").exists()
+        assert script.main(options) == 0
+        found = sorted(p.name for p in (survey / "processed" / "patches").glob("BPT/*/*"))
+        assert found == [name, name]
+        shutil.rmtree(survey / "processed" / "patches")
 
 
 def test_loop_over_galaxies_continues_past_bad_files(survey, tmp_path):
