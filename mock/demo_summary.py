@@ -1,6 +1,7 @@
 """Summarise the demo's evaluations in one table and one JSON file.
 
-Reads   results/demo/{logOH_hard,logOH_easy,BPT_hard}/test/metrics.json (written by eval_fns.py).
+Reads   results/demo/{logOH_hard,logOH_easy,BPT_hard}/test/metrics.json (written by eval_fns.py) and
+        results/demo/logOH_hard/maps/galaxies.csv (by map_galaxies.py).
 Writes  results/demo/summary.json with flat keys such as logOH.hard_accuracy; prints the table.
 
     python -m mock.demo_summary --results results/demo --seconds 120
@@ -17,6 +18,7 @@ import utils
 from utils import DataError
 
 import numpy as np
+import pandas as pd
 
 import data_io
 
@@ -27,8 +29,6 @@ class Config:
 
     results: Path = Path("results/demo")
     """Folder that holds the demo's runs."""
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     seconds: float | None = None
     """Wall time of the demo so far in seconds, to be recorded."""
     debug: bool = False
@@ -46,13 +46,15 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def summarise(root: Path, results: Path, seconds: float | None) -> dict[str, Any]:
+def summarise(results: Path, seconds: float | None) -> dict[str, Any]:
     """Flat summary of the demo: amount of data, and scores of the runs."""
     hard = {task: read_metrics(results / f"{task}_hard") for task in ("logOH", "BPT")}
     easy = read_metrics(results / "logOH_easy")
     parts, _ = data_io.read_split(results / "logOH_hard" / "split")
+    observed = pd.read_csv(results / "logOH_hard" / "maps" / "galaxies.csv")
     summary = {
-        "galaxies": len(utils.label_maps(root, "logOH")),
+        "galaxies": observed["mangaid"].nunique(),
+        "observations": len(observed),
         "patches": sum(int(table["n_labelled"].sum()) for table in parts.values()),
         "test_galaxies": hard["logOH"]["galaxies"],
         "logOH.easy_accuracy": easy["accuracy"],
@@ -100,10 +102,11 @@ def table(summary: dict[str, Any]) -> str:
 
 def main(config: Config) -> int:
     """Write the summary as JSON, print it as a table; return the exit code."""
-    summary = summarise(utils.data_dir(config.data_dir), config.results, config.seconds)
+    summary = summarise(config.results, config.seconds)
     path = config.results / "summary.json"
     utils.write_json(path, summary)
-    print(f"\n{summary['galaxies']} galaxies, {summary['patches']} labelled patches\n")
+    count = f"{summary['observations']} observations of {summary['galaxies']} galaxies"
+    print(f"\n{count}, {summary['patches']} spaxels with a metallicity\n")
     print(table(summary))
     figures = utils.files_in(config.results, "*/figures/*.png")
     print("\nLook at:", *(f"  {p}" for p in [*figures, path]), sep="\n")
