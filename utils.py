@@ -21,9 +21,10 @@ import sys
 
 if sys.version_info < (3, 11) or not importlib.util.find_spec("tyro"):  # before anything fails
     sys.exit(
-        f"error: {sys.executable} is Python {sys.version.split()[0]}, without the packages of this "
-        "project or too old. Expected Python 3.11 or newer with the packages of requirements.txt: "
-        "activate the environment (. .venv/bin/activate), or create it with make setup."
+        f"error: {sys.executable} (Python {sys.version.split()[0]}) "
+        f"{'is too old' if sys.version_info < (3, 11) else 'has no package tyro'}. Expected Python "
+        "3.11 or newer with the packages of requirements.txt: activate the environment "
+        "(. .venv/bin/activate), or create it with make setup."
     )
 
 import contextlib
@@ -159,12 +160,16 @@ def find_raw(root: Path, plateifu: str, kind: str, daptype: str | None = None) -
         )
     if not found:
         wanted = f"manga-{plateifu}-{kind}-{daptype or '*'}.fits.gz"
-        remedy = f"Download the file with python download_utils.py --plateifu {plateifu}."
+        remedy = (
+            f"Download it with python download_utils.py --plateifu {plateifu}, or give files of "
+            "your own to process_single_cube.py (--fits, --maps)."
+        )
         if split_plateifu(plateifu)[1] not in IFUS:
             remedy = f"MaNGA has no such IFU; expected one of {', '.join(IFUS)}."
         raise DataError(
-            f"{plateifu}: no {wanted} in {raw_dir(root, plateifu)}. The data folder comes from "
-            f"--data-dir, $MANGA_DATA_DIR or ./data/manga. {remedy}"
+            f"{plateifu}: no {wanted} in {raw_dir(root, plateifu)}, expected it in this data "
+            "folder (--data-dir, else $MANGA_DATA_DIR, else that of the run, else ./data/manga). "
+            f"{remedy}"
         )
     return found[0]
 
@@ -245,7 +250,10 @@ def plateifu_of(path: Path | str) -> str:
     """
     match = PLATEIFU.search(Path(path).name)
     if not match:
-        raise DataError(f"{path}: expected a file name with <plate>-<ifu>, e.g. 8485-1901.")
+        raise DataError(
+            f"{path}: expected a file name with <plate>-<ifu>, e.g. 8485-1901. Rename the file, or "
+            "give --plateifu."
+        )
     return match[0]
 
 

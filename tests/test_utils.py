@@ -66,7 +66,7 @@ CUBE = "d/processed/cubes/8485/8485-1901.h5"
         (utils.sibling, (CUBE, "label"), "label_task"),
         (utils.sibling, (CUBE, "patches", "BPT"), "patch_norm"),
         (utils.sibling, ("/elsewhere/8485-1901.h5", "cube"), "not in a data folder"),
-        (utils.find_raw, ("nowhere", "8485-1901", "MAPS"), r"--data-dir, \$MANGA_DATA_DIR or \./d"),
+        (utils.find_raw, ("nowhere", "8485-1901", "MAPS"), r"--data-dir, else \$MANGA_DATA_DIR"),
         (utils.plateifu_of, ("notes.txt",), r"notes\.txt"),
         *(
             (utils.split_plateifu, (text,), r"is not a valid plateifu .*e\.g\. 8485-1901")
