@@ -110,6 +110,7 @@ def main(config: Config) -> int:
     print(table(summary))
     figures = utils.files_in(config.results, "*/figures/*.png")
     print("\nLook at:", *(f"  {p}" for p in [*figures, path]), sep="\n")
+    print('\nNext: a galaxy of your own, see "Your first galaxy" in README.md.')
     return utils.EXIT_DONE
 
 
