@@ -178,10 +178,10 @@ def cut_patches(root: Path, config: Config, galaxies: Sequence[str]) -> int:
     """
     stats = stats_for(root, config)
     needed = bytes_to_write(root, config, galaxies, stats) / 1e9
-    log.info(f"{needed:.1f} GB of patch files to write")
+    log.info(f"{needed:.2f} GB of patch files to write")
     if needed > config.max_gb:
         raise DataError(
-            f"{root}: the patch files would take {needed:.1f} GB, expected at most --max-gb "
+            f"{root}: the patch files would take {needed:.2f} GB, expected at most --max-gb "
             f"{config.max_gb:g}. Raise it, choose fewer --patch-norms or --label-tasks, or train "
             "on packed cubes, which need no patch files."
         )

@@ -283,7 +283,7 @@ def test_redshift_from_the_catalogue(tmp_path, plain_arrays):
         fu.process_cube(path, tmp_path / "7000-100.h5", OPTIONS, catalogue=catalogue)
     for n_bytes in (5800, 100, 0):
         os.truncate(catalogue, n_bytes)
-        with pytest.raises(DataError, match=r"drpall\.fits: not a readable catalogue .* Fetch it"):
+        with pytest.raises(DataError, match=r"drpall\.fits: not a readable catalogue .* fetch it"):
             catalogue_row(catalogue, "8485-1901")
 
 
