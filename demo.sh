@@ -40,23 +40,23 @@ for task in logOH BPT; do
 done
 run create_easy_data_splits.py --label-task logOH $mine --fractions 0.6 0.15 0.25 --seed $seed --overwrite
 
-step "4/8 statistics: principal components of the training spectra of each split"
-for split in hard_logOH hard_BPT easy_logOH; do
-    run calc_data_stats.py --split-dir $split --n-components 10 --overwrite
-done
+step "4/8 statistics for SSFTT: principal components of the training spectra"
+run calc_data_stats.py --split-dir hard_logOH --n-components 10 --overwrite
 
-step "5/8 patch files (optional: by default, training packs the cubes and reads those)"
+step "5/8 patch files for SSFTT (optional: by default, training packs the cubes and reads those)"
 run cube_patch_processing.py $mine --label-tasks logOH --patch-norms PCA --patch-size 7 \
     --split-dir hard_logOH --overwrite
 
-step "6/8 train, patch by patch (the first run from patch files, the others from packed cubes)"
-train() { run run_SSFTT_training.py --cutout 1 --epochs 20 --patience 0 "$@"; }
-train --label-task logOH --split-dir hard_logOH --source patches --run-dir $out/logOH_hard
+step "6/8 train: the recommended network and, to compare, the published one from patch files"
+train() { run run_SSFTT_training.py "$@"; }
+train --label-task logOH --split-dir hard_logOH --run-dir $out/logOH_hard
 train --label-task logOH --split-dir easy_logOH --run-dir $out/logOH_easy
 train --label-task BPT --split-dir hard_BPT --run-dir $out/BPT_hard
+train --label-task logOH --split-dir hard_logOH --run-dir $out/logOH_ssftt \
+    --network ssftt --source patches --epochs 20 --patience 0
 
 step "7/8 evaluate on galaxies (easy split: spaxels) that training never saw"
-for name in logOH_hard logOH_easy BPT_hard; do
+for name in logOH_hard logOH_easy BPT_hard logOH_ssftt; do
     run eval_fns.py --run-dir $out/$name --part test
 done
 

@@ -53,6 +53,8 @@ VERSION = "0.1.0"
 
 LabelTask = Literal["BPT", "logOH"]
 PatchNorm = Literal["global", "spatial", "spectral", "PCA"]
+Norm = Literal["residual", "global", "spatial", "spectral", "PCA"]
+"""Normalisation of packed cubes; residual: matched_filter_net.prepare_spectra."""
 LABEL_TASKS: tuple[str, ...] = get_args(LabelTask)
 PATCH_NORMS: tuple[str, ...] = get_args(PatchNorm)
 SPLIT_PARTS = ("train", "val", "test")

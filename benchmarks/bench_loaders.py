@@ -83,6 +83,7 @@ def make_data(root: Path, config: Config) -> dict[str, float]:
 def make_loader(root: Path, config: Config, **options: Any) -> DataLoader:
     """Make a training loader of the split; augmented, as training does by default."""
     data = DataOptions(
+        network="ssftt",
         data_dir=root,
         split_dir=SPLIT,
         label_task=TASK,
