@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
+import utils
 from utils import DataError
 
 import numpy as np
 from astropy.io import fits
+from astropy.utils.exceptions import AstropyWarning
 
 
 def catalogue_row(path: Path, plateifu: str) -> dict[str, Any]:
@@ -38,8 +41,11 @@ def catalogue_rows(path: Path, plateifu: str | None = None) -> dict[str, dict[st
             "--catalogue."
         )
     rows, is_catalogue = dict[str, dict[str, Any]](), False
-    try:
-        with fits.open(path) as hdus:
+    remedy = "Fetch it again with download_utils.py --catalogue --overwrite."
+    with utils.reading(path, "a dapall or drpall catalogue", remedy), warnings.catch_warnings():
+        for text in ("(Data|Check)sum verification failed", "File may have been truncated"):
+            warnings.filterwarnings("error", text, AstropyWarning)
+        with fits.open(path, checksum=True) as hdus:
             for hdu in (hdu for hdu in hdus[1:] if isinstance(hdu, fits.BinTableHDU)):
                 names = {name.lower() for name in hdu.columns.names}
                 if "plateifu" not in names:
@@ -59,17 +65,6 @@ def catalogue_rows(path: Path, plateifu: str | None = None) -> dict[str, dict[st
                             "redshift": z if np.isfinite(z) else None,
                         }
                         rows.setdefault(key.strip(), row)
-    except (
-        OSError,
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-    ) as error:  # what astropy makes of a file cut short
-        raise DataError(
-            f"{path}: not a readable catalogue ({error}). Fetch it again with download_utils.py "
-            "--catalogue."
-        ) from None
     if not is_catalogue:
         raise DataError(
             f"{path}: no table with a column plateifu, expected a dapall or drpall catalogue. "
