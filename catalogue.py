@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from utils import DataError
 
 import numpy as np
 from astropy.io import fits
-from astropy.utils.exceptions import AstropyWarning
+
+import fits_stream
 
 
 def catalogue_row(path: Path, plateifu: str) -> dict[str, Any]:
@@ -42,10 +42,9 @@ def catalogue_rows(path: Path, plateifu: str | None = None) -> dict[str, dict[st
         )
     rows, is_catalogue = dict[str, dict[str, Any]](), False
     remedy = "Fetch it again with download_utils.py --catalogue --overwrite."
-    with utils.reading(path, "a dapall or drpall catalogue", remedy), warnings.catch_warnings():
-        for text in ("(Data|Check)sum verification failed", "File may have been truncated"):
-            warnings.filterwarnings("error", text, AstropyWarning)
-        with fits.open(path, checksum=True) as hdus:
+    with utils.reading(path, "a dapall or drpall catalogue", remedy):
+        fits_stream.check_whole(path)
+        with fits.open(path) as hdus:
             for hdu in (hdu for hdu in hdus[1:] if isinstance(hdu, fits.BinTableHDU)):
                 names = {name.lower() for name in hdu.columns.names}
                 if "plateifu" not in names:

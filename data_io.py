@@ -211,7 +211,7 @@ def checksum(array: np.ndarray) -> int:
 def _crc(array: np.ndarray, before: int = 0) -> int:
     """CRC-32 of an array's bytes (of text: its JSON form), continuing that of earlier ones."""
     if array.dtype == object:
-        return isal_zlib.crc32(json.dumps(array.tolist(), default=bytes.decode).encode(), before)
+        return isal_zlib.crc32(json.dumps(array.tolist(), default=repr).encode(), before)
     return isal_zlib.crc32(np.ascontiguousarray(array), before)
 
 

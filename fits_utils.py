@@ -247,6 +247,7 @@ def process_cube(
             if redshift is None and primary.get("SCINPVEL") is None and catalogue is not None:
                 inputs["catalogue"] = file_digest(catalogue)
             z, mangaid = _identify(source, primary, plateifu, redshift, catalogue)
+            copied = {name: _plain(primary.get(card)) for name, card in COPIED_CARDS.items()}
         edges = resample.log_edges(WAVE_LOG_FIRST, WAVE_LOG_STEP, WAVE_N)
         wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
         stretch = _gas_stretch(maps, source, plateifu) if options.remove_gas_velocity else None
@@ -277,7 +278,7 @@ def process_cube(
             "mangaid": mangaid,
             "redshift": z,
             "critical": critical,
-            **{name: _plain(primary.get(card)) for name, card in COPIED_CARDS.items()},
+            **copied,
             "wcs_header": _celestial(raw.header),
             "source_file": source.name,
             "source_stamp": stamp,
@@ -657,6 +658,8 @@ def process_map(
     primary = primary_hdu.header
     with utils.reading(source, "the header of a MAPS file", FETCH_AGAIN):
         plateifu, critical = vet_header(primary, source, target)
+        mangaid = str(primary.get("MANGAID", "")).strip()
+        version = {k: _plain(primary.get(k)) for k in ("DAPTYPE", "VERSDAP")}
     if critical and skip_critical:
         return SKIPPED
     _check_beside(source, target, maps.shape)
@@ -680,13 +683,13 @@ def process_map(
         )
     meta: dict[str, Any] = {
         "plateifu": plateifu,
-        "mangaid": str(primary.get("MANGAID", "")).strip(),
+        "mangaid": mangaid,
         "n_labelled": n_labelled,
         **bins,
         "counts": counts,
         "critical": critical,
-        "daptype": _plain(primary.get("DAPTYPE")),
-        "dap_version": _plain(primary.get("VERSDAP")),
+        "daptype": version["DAPTYPE"],
+        "dap_version": version["VERSDAP"],
         "source_file": source.name,
         "wcs_header": _celestial(flux_hdu.header),
         "code_version": utils.VERSION,

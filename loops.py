@@ -280,8 +280,9 @@ def _update_failures(failed_csv: Path, tried: set[str], failures: list[tuple[str
         rows: list[tuple[str, ...]] = []
         if path.is_file():
             text = path.read_text(errors="replace").replace("\0", "")
-            table = list(csv.reader(text.splitlines()))[1:]
-            rows = [(*row, "", "")[:3] for row in table if row]
+            with contextlib.suppress(csv.Error):  # damaged: it is replaced
+                table = list(csv.reader(text.splitlines()))[1:]
+                rows = [(*row, "", "")[:3] for row in table if row]
         kept = [row for row in rows if row[0] not in tried]
         kept += failures if path == failed_csv else []
         if kept and sorted(kept) != sorted(rows):

@@ -554,6 +554,18 @@ def _reader_has_left() -> bool:
     return has_left
 
 
+def _end_quietly(kind: Any, error: BaseException, trace: Any) -> None:
+    """Say one line, not a traceback, if Ctrl-C comes while a script still imports its packages."""
+    if kind is KeyboardInterrupt:
+        print("stopped before anything was done.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if Path(sys.argv[0]).parent.resolve() == Path(__file__).parent.resolve():  # a script of ours
+    sys.excepthook = _end_quietly
+
+
 def _interrupt(number: int, _frame: object) -> None:
     """Stop like Ctrl-C, with this signal's exit code."""
     raise KeyboardInterrupt(128 + number)
