@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import resource
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -204,20 +205,9 @@ def digest_of(content: Any) -> str:
 
 
 def checksum(array: np.ndarray) -> int:
-    """CRC-32 of an array: of its bytes, then of its type and shape."""
-    return _checksum_of(_crc(array), array.dtype, array.shape)
-
-
-def _crc(array: np.ndarray, before: int = 0) -> int:
-    """CRC-32 of an array's bytes (of text: its JSON form), continuing that of earlier ones."""
-    if array.dtype == object:
-        return isal_zlib.crc32(json.dumps(array.tolist(), default=repr).encode(), before)
-    return isal_zlib.crc32(np.ascontiguousarray(array), before)
-
-
-def _checksum_of(crc: int, dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    """Complete the CRC-32 of an array's bytes to its `checksum`."""
-    return isal_zlib.crc32(f"{dtype.str} {shape}".encode(), crc)
+    """CRC-32 of an array: of its type and shape, then of its bytes."""
+    head = isal_zlib.crc32(f"{array.dtype.str} {array.shape}".encode())
+    return isal_zlib.crc32(np.ascontiguousarray(array), head)
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -351,13 +341,11 @@ def write_cube_rows(
         f.attrs.update(schema=CUBE_SCHEMA, schema_version=CUBE_VERSION, recipe=recipe.to_json())
         dataset = f.create_dataset("wave", data=wave.astype("f8"))
         dataset.attrs.update(unit="Angstrom (vacuum, rest frame)", axes="band")
-        y, datasets, crcs = 0, dict[str, h5py.Dataset](), dict[str, int]()
+        y, datasets = 0, dict[str, h5py.Dataset]()
         for block in blocks:
             y, start = y + len(block.flux), y
             measured[start:y] = measured_bins(block.flux)
             occupied = np.flatnonzero(np.isfinite(block.flux).any(axis=(0, 2)))
-            first = occupied[0] // chunk[1] * chunk[1] if occupied.size else 0
-            x = slice(first, occupied[-1] + 1 if occupied.size else 0)
             for (name, dtype, fill, unit, options), data in zip(layouts, block, strict=True):
                 if data is None:
                     continue
@@ -366,13 +354,9 @@ def write_cube_rows(
                         name, shape, dtype, chunks=chunk, fillvalue=fill, **options
                     )
                     datasets[name].attrs.update(unit=unit, axes="y,x,band")
-                stored = np.full(data.shape, fill, dtype)
-                stored[:, x] = data[:, x]
-                crcs[name] = _crc(stored, crcs.get(name, 0))
                 if occupied.size:
-                    datasets[name][start:y, x] = stored[:, x]
-        for name, dataset in datasets.items():
-            dataset.attrs["crc32"] = _checksum_of(crcs[name], dataset.dtype, dataset.shape)
+                    x = slice(occupied[0] // chunk[1] * chunk[1], occupied[-1] + 1)
+                    datasets[name][start:y, x] = data[:, x]
         dataset = f.create_dataset("measured", data=measured)
         dataset.attrs.update(unit="bins", axes="y,x")
     return measured
@@ -410,7 +394,7 @@ def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
             with h5py.File(sink, "w", **options) as f:
                 try:
                     yield f
-                    seal(f)
+                    seal(f, sink.fileno())
                 except BaseException as error:  # also a stop: the rest need not be written
                     sink.is_open, sink.error = False, sink.error or error
         except (OSError, RuntimeError) as error:  # of closing
@@ -448,20 +432,70 @@ class _Sink(io.FileIO):
         return super().truncate(size) if self.is_open else size or 0
 
 
-def seal(f: h5py.File) -> None:
-    """Record the checksums of an H5 file: of each dataset that has none yet, of the attributes."""
+def seal(f: h5py.File, handle: int | None = None) -> None:
+    """Record the checksums of an H5 file: of each dataset that has none yet, of the attributes.
+
+    `handle` is that of the open file, where HDF5 does not know it.
+    """
+    f.flush()
+    fd = f.id.get_vfd_handle() if handle is None else handle
 
     def seal_one(_: str, data: Any) -> None:
         if isinstance(data, h5py.Dataset) and "crc32" not in data.attrs:
-            data.attrs["crc32"] = checksum(data[...])
+            data.attrs["crc32"] = _crc(data, fd)
 
     f.visititems(seal_one)
-    f.attrs["crc32"] = _attributes_crc(f)
+    f.attrs["crc32"] = _attributes_crc(dict(f.attrs))
 
 
-def _attributes_crc(f: h5py.File) -> int:
+def _crc(data: h5py.Dataset, fd: int, out: np.ndarray | None = None) -> int:
+    """CRC-32 of a dataset as it is stored: of its layout, then of its chunks.
+
+    Parameters
+    ----------
+    data : Dataset
+    fd : int
+        Handle of the file, for reading chunks while the processor's cache holds them: faster than
+        HDF5 reads them without any check.
+    out : array, optional
+        The values, if known; those of `_is_plain` datasets are filled in.
+    """
+    is_plain, dtype, shape = _is_plain(data), data.dtype, data.chunks
+    layout = (dtype.str, data.shape, shape, is_plain, data.compression, data.shuffle)
+    crc = isal_zlib.crc32(f"{layout} {data.fillvalue}".encode())
+    if shape is None:
+        array = np.asarray(data[()] if out is None else out)
+        is_text = array.dtype == object
+        text = json.dumps(array.tolist(), default=repr).encode() if is_text else b""
+        return isal_zlib.crc32(text if is_text else np.ascontiguousarray(array), crc)
+    chunks: list[Any] = []
+    data.id.chunk_iter(chunks.append)
+    chunks.sort(key=lambda chunk: chunk.chunk_offset)
+    crc = isal_zlib.crc32(np.array([chunk.chunk_offset for chunk in chunks], np.int64), crc)
+    buffer: Any = np.empty(shape, dtype)
+    n_bytes = buffer.nbytes
+    for offset, _, start, size in chunks:
+        if size > 2 * n_bytes:
+            raise ValueError(f"a chunk of {size} bytes")
+        raw = buffer if is_plain else bytearray(size)
+        os.preadv(fd, [raw], start)
+        crc = isal_zlib.crc32(raw, crc)
+        if is_plain and out is not None:
+            y, x, _ = offset
+            part = out[y : y + shape[0], x : x + shape[1]]
+            part[...] = buffer[: part.shape[0], : part.shape[1]]  # without what lies outside
+    return crc
+
+
+def _is_plain(data: h5py.Dataset) -> bool:
+    """Say whether a dataset consists of chunks of whole spectra that are not compressed."""
+    is_cube = data.chunks is not None and data.ndim == 3 and data.chunks[2] == data.shape[2]
+    return is_cube and not data.id.get_create_plist().get_nfilters()
+
+
+def _attributes_crc(attrs: dict[str, Any]) -> int:
     """CRC-32 of a file's attributes, apart from itself."""
-    content = {k: v for k, v in f.attrs.items() if k != "crc32"}
+    content = {k: v for k, v in attrs.items() if k != "crc32"}
     return isal_zlib.crc32(json.dumps(content, sort_keys=True, default=str).encode())
 
 
@@ -483,15 +517,17 @@ def read_cube(path: Path, with_errors: bool = True) -> Cube:
     with _open_cube(path) as f:
         errors = [k if with_errors and k in f else "" for k in ("ivar", "good_fraction")]
         ivar, good = (read_dataset(f, name) if name else None for name in errors)
-        recipe, wave = Recipe.from_json(f.attrs["recipe"], path), read_dataset(f, "wave")
-        return Cube(read_dataset(f, "cube"), wave, recipe, ivar, good, dict(f.attrs))
+        recipe, wave = Recipe.from_json(f.checked_attrs["recipe"], path), read_dataset(f, "wave")
+        return Cube(read_dataset(f, "cube"), wave, recipe, ivar, good, f.checked_attrs)
 
 
 def read_cube_head(path: Path) -> CubeHead:
     """Read what a cube's file holds besides its spectra; raises the errors of `read_cube`."""
     with _open_cube(path) as f:
-        recipe = Recipe.from_json(f.attrs["recipe"], path)
-        return CubeHead(read_dataset(f, "measured"), read_dataset(f, "wave"), recipe, dict(f.attrs))
+        recipe = Recipe.from_json(f.checked_attrs["recipe"], path)
+        return CubeHead(
+            read_dataset(f, "measured"), read_dataset(f, "wave"), recipe, f.checked_attrs
+        )
 
 
 def cube_digests(root: Path, plateifus: Iterable[str]) -> dict[str, str]:
@@ -504,7 +540,7 @@ def cube_digests(root: Path, plateifus: Iterable[str]) -> dict[str, str]:
 def _open_cube(path: Path) -> Iterator[h5py.File]:
     """Open a cube after checking that it is one, and of the galaxy that its name says."""
     with open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as f:
-        named, found = utils.PLATEIFU.search(Path(path).name), f.attrs.get("plateifu")
+        named, found = utils.PLATEIFU.search(Path(path).name), f.checked_attrs.get("plateifu")
         if named and found and found != named[0]:
             raise DataError(
                 f"{path}: holds the cube of {found}, expected {named[0]} as in its name. Rename "
@@ -525,13 +561,14 @@ def open_h5(path: Path, schema: str, version: int, maker: str) -> Iterator[h5py.
         command = maker.replace(" --overwrite", "")
         raise DataError(f"{path}: no such file. Create it with {command}.")
     with utils.reading(path, f"an HDF5 file ({schema})", f"Re-run {maker}."), h5py.File(path) as f:
-        found = (f.attrs.get("schema"), f.attrs.get("schema_version"))
+        f.checked_attrs = attrs = dict(f.attrs)  # each is slow to read
+        found = (attrs.get("schema"), attrs.get("schema_version"))
         if found != (schema, version):
             raise DataError(
                 f"{path}: schema {found[0]} version {found[1]}, this code needs {schema} "
                 f"version {version}. Re-run {maker}."
             )
-        if f.attrs["crc32"] != _attributes_crc(f):
+        if attrs["crc32"] != _attributes_crc(attrs):
             raise ValueError("the checksum of its attributes differs")
         yield f
 
@@ -543,8 +580,9 @@ def read_dataset(f: h5py.File, name: str) -> np.ndarray:
         raise ValueError(f"{name} lies in another file")
     if data.nbytes > utils.MAX_ARRAY_BYTES:
         raise ValueError(f"{name} would have {data.nbytes / 1e9:.1f} GB")
-    array = data[...]
-    if data.attrs["crc32"] != checksum(array):
+    is_plain = _is_plain(data)
+    array = np.full(data.shape, data.fillvalue, data.dtype) if is_plain else data[()]
+    if data.attrs["crc32"] != _crc(data, f.id.get_vfd_handle(), array):
         raise ValueError(f"the checksum of {name} differs")
     return array
 
@@ -872,9 +910,9 @@ def write_stats(path: Path, stats: Stats) -> None:
 def read_stats(path: Path) -> Stats:
     """Read the statistics of a training split."""
     with open_h5(path, STATS_SCHEMA, STATS_VERSION, "calc_data_stats.py --overwrite") as f:
-        recipe = Recipe.from_json(f.attrs["recipe"], path)
+        recipe = Recipe.from_json(f.checked_attrs["recipe"], path)
         arrays = {name: read_dataset(f, name) for name in STATS_FIELDS}
-        return Stats(**arrays, recipe=recipe, attrs=dict(f.attrs))
+        return Stats(**arrays, recipe=recipe, attrs=f.checked_attrs)
 
 
 def stats_inputs(cubes: Mapping[str, str]) -> dict[str, str]:

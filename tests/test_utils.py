@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -241,3 +242,39 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         talk.stdout.close()
         assert talk.stderr.read() == b""
     assert talk.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_zombie_is_not_alive():
+    """It keeps its process id until its parent asks, which may be never."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, but is not reaped
+    os.kill(child.pid, 0)  # it has a process id all the same
+    assert not utils._is_alive(child.pid)
+    assert utils._is_alive(os.getpid())
+    assert utils._is_alive(1)
+    child.wait()
+
+
+@pytest.mark.parametrize(
+    "name", ["٨٤٨٥-١٩٠١", "8485-19\u0660\u0661", "../../x", "8485-1901/../..", "\0"]
+)
+def test_plateifus_are_ascii_digits_only(name):
+    with pytest.raises(DataError, match="is not a valid plateifu"):
+        utils.split_plateifu(name)
+
+
+def test_ctrl_c_during_imports_is_one_line(tmp_path):
+    (tmp_path / "script.py").write_text("import utils\nraise KeyboardInterrupt\n")
+    shutil.copy(utils.__file__, tmp_path)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True)
+    assert done.returncode in (130, -signal.SIGINT)
+    assert done.stderr == "stopped before anything was done.\n"
+
+
+@pytest.mark.parametrize("error", [RecursionError("deep\nstack"), KeyError("x"), MemoryError()])
+def test_whatever_a_library_raises_about_a_file_is_one_line(error):
+    with pytest.raises(DataError) as refused, utils.reading("a.json", "a config", "Mend it."):
+        raise error
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).startswith(f"a.json: not readable ({type(error).__name__}: ")
+    assert str(refused.value).endswith("), expected a config. Mend it.")
