@@ -437,6 +437,9 @@ def seal(f: h5py.File, handle: int | None = None) -> None:
 
     `handle` is that of the open file, where HDF5 does not know it.
     """
+    for name, value in list(f.attrs.items()):
+        if isinstance(value, str):  # in a heap of text, HDF5 can search a damaged place for ever
+            f.attrs[name] = np.bytes_(value.encode() or b" ")
     f.flush()
     fd = f.id.get_vfd_handle() if handle is None else handle
 
@@ -445,7 +448,21 @@ def seal(f: h5py.File, handle: int | None = None) -> None:
             data.attrs["crc32"] = _crc(data, fd)
 
     f.visititems(seal_one)
-    f.attrs["crc32"] = _attributes_crc(dict(f.attrs))
+    f.attrs["crc32"] = _attributes_crc(_attributes(f))
+
+
+def _attributes(f: h5py.File) -> dict[str, Any]:
+    """Attributes of a file, text as str."""
+    found = dict[str, Any]()
+    for i in range(h5py.h5a.get_num_attrs(f.id)):
+        attribute = h5py.h5a.open(f.id, index=i)
+        value = np.empty(attribute.shape, attribute.dtype)
+        if value.dtype == object:
+            raise ValueError("attributes in a heap of text, as in older versions")
+        attribute.read(value)
+        text = value[()]
+        found[attribute.name.decode()] = text.decode().rstrip() if isinstance(text, bytes) else text
+    return found
 
 
 def _crc(data: h5py.Dataset, fd: int, out: np.ndarray | None = None) -> int:
@@ -561,7 +578,7 @@ def open_h5(path: Path, schema: str, version: int, maker: str) -> Iterator[h5py.
         command = maker.replace(" --overwrite", "")
         raise DataError(f"{path}: no such file. Create it with {command}.")
     with utils.reading(path, f"an HDF5 file ({schema})", f"Re-run {maker}."), h5py.File(path) as f:
-        f.checked_attrs = attrs = dict(f.attrs)  # each is slow to read
+        f.checked_attrs = attrs = _attributes(f)  # each is slow to read
         found = (attrs.get("schema"), attrs.get("schema_version"))
         if found != (schema, version):
             raise DataError(
