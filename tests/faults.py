@@ -100,7 +100,7 @@ def damaged(content: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
         del b[block]
     else:
         b += rng.bytes(int(rng.choice([1, 512])))
-    return str(kind), bytes(b)
+    return f"{kind} at {at} of {n}", bytes(b)
 
 
 def npz() -> bytes:
@@ -422,7 +422,8 @@ def outcome_of(read: Callable[[Path], Any], folder: Path, expected: str | None) 
             os.dup2(os.open(folder / ".stderr", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT,) * 2)
-            signal.alarm(TIME_LIMIT_S)
+            resource.setrlimit(resource.RLIMIT_CPU, (TIME_LIMIT_S, TIME_LIMIT_S + 5))
+            signal.alarm(6 * TIME_LIMIT_S)  # by the clock: the processors may be shared
             try:
                 answer = ("read", data_io.digest_of(summed(read(folder))))
             except DataError as error:
@@ -451,7 +452,10 @@ def outcome_of(read: Callable[[Path], Any], folder: Path, expected: str | None) 
     if usage.ru_maxrss * 1024 > MEMORY_LIMIT:
         return "over_memory", f"{usage.ru_maxrss / 1e6:.1f} GB"
     if not text:
-        is_hang = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+        is_hang = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (
+            signal.SIGALRM,
+            signal.SIGXCPU,
+        )
         return ("hang" if is_hang else "traceback"), f"ended by signal, status {status}"
     word, message = json.loads(text)
     if word != "read" or expected is None:
