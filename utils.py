@@ -562,8 +562,8 @@ def _end_quietly(kind: Any, error: BaseException, trace: Any) -> None:
         sys.__excepthook__(kind, error, trace)
 
 
-if Path(sys.argv[0]).parent.resolve() == Path(__file__).parent.resolve():  # a script of ours
-    sys.excepthook = _end_quietly
+is_our_script = Path(sys.argv[0]).parent.resolve() == Path(__file__).parent.resolve()
+sys.excepthook = _end_quietly if is_our_script else sys.excepthook
 
 
 def _interrupt(number: int, _frame: object) -> None:
