@@ -110,6 +110,8 @@ def reading(path: Path | str, expected: str, remedy: str) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """First line of an error; of HDF5's, its reason without memory addresses."""
     found = re.search(r"error message = '([^']+)'", str(error))
+    if isinstance(error, EOFError):
+        return "cut short"
     line = found[1] if found else str(error).partition("\n")[0][:200]
     if isinstance(error, OSError | ValueError) and line:
         return getattr(error, "strerror", None) or line
