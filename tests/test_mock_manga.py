@@ -508,7 +508,7 @@ def test_a_cube_made_from_other_maps_is_not_overwritten(resynthesised, real_maps
     ("kind", "change", "message"),
     [
         ("MAPS", lambda path: path.write_bytes(b""), "zero bytes"),
-        ("MAPS", lambda path: os.truncate(path, path.stat().st_size // 3), "ended before"),
+        ("MAPS", lambda path: os.truncate(path, path.stat().st_size // 3), "cut short"),
         ("MAPS", lambda path: path.write_bytes(b"hello"), "not a FITS file"),
         ("MAPS", Path.unlink, "no such file"),
         ("LOGCUBE", Path.touch, r"no HDU .*SPX_MFLUX"),
