@@ -1,7 +1,6 @@
 """Demonstrate the extraction of real files: data sets of both storage modes, summaries, pictures.
 
-Reads   simtel files of ../../shared/data/cta or, if it is absent, of eventio's source distribution,
-        which pip downloads (82 MB, kept in build/demo-data).
+Reads   simtel files of eventio's source distribution, which sample_files.py downloads once.
 Writes  to the given folder: HDF5 files of several arrays and storage modes, PNG pictures,
         summary.json.
 
@@ -9,23 +8,18 @@ Writes  to the given folder: HDF5 files of several arrays and storage modes, PNG
 """
 
 import json
-import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
+import sample_files
+
 from image_extractor import cli
-from image_extractor.transaction import write_whole
 
 PACKAGE = Path(__file__).resolve().parents[1]
-SHARED = PACKAGE.parent.parent / "shared" / "data" / "cta"
-SDIST = "eventio==1.10.0"
 GAMMAS = "gamma_test.simtel.gz"
 SST_GAMMAS = "gamma_20deg_0deg_run102___cta-prod4-sst-1m_desert-2150m-Paranal-sst-1m.simtel.gz"
-PROTONS = "proton_run202_za20deg_azm0deg_North_test_layout_test-prod.simtel.zst"
-# calib_events has one camera of each type; only the tests use it.
-FETCHED = (GAMMAS, SST_GAMMAS, "calib_events.simtel.gz")
+CUT_OFF = "gamma_test_large_truncated.simtel.gz"  # LSTs, MSTs with FlashCam, SSTs with ASTRICam
 MAPPED = """\
 storage_mode = mapped
 [image]
@@ -42,41 +36,11 @@ bin_size = 1
 """
 
 
-def inputs() -> dict[str, Path]:
-    """Find or download the real files; return them by name."""
-    if SHARED.is_dir():
-        found = {p.name: p for p in SHARED.iterdir()}
-        print(f"input: files of {SHARED.relative_to(PACKAGE.parent.parent)}")
-        return found
-    folder = PACKAGE / "build" / "demo-data"
-    if not all((folder / name).exists() for name in FETCHED):
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"input: downloading the source distribution of {SDIST} (82 MB)")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-binary",
-            "eventio",
-            SDIST,
-        ]
-        subprocess.run([*command, "--dest", str(folder)], check=True)
-        with tarfile.open(next(folder.glob("eventio-*.tar.gz"))) as archive:
-            for member in archive:
-                name = Path(member.name).name
-                if "/resources/" in member.name and name in FETCHED and member.isfile():
-                    write_whole(folder / name, archive.extractfile(member).read())
-    return {p.name: p for p in folder.iterdir()}
-
-
 def main(out: Path) -> int:
     """Run the demonstration; return the exit code."""
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    files = inputs()
+    files = sample_files.fetch()
     jobs = [
         ("gammas_mapped", GAMMAS, MAPPED.format(mapping="auto"), []),
         (
@@ -86,23 +50,21 @@ def main(out: Path) -> int:
             [str(PACKAGE / "aux" / "bins_cuts_dict.pkl"), "--shuffle", "--split"],
         ),
         ("sst_gammas_mapped", SST_GAMMAS, MAPPED.format(mapping="oversampling"), []),
-        ("protons_mapped", PROTONS, MAPPED.format(mapping="rebin"), []),
+        ("cut_off_mapped", CUT_OFF, MAPPED.format(mapping="rebin"), []),
     ]
     total: dict = dict.fromkeys(
         ("files", "events_read", "events_written", "images", "saturated_pixels"), 0
     )
     total["data_sets"] = []
     for name, source, config, options in jobs:
-        if source not in files:
-            continue
         config_path, h5, report = out / f"{name}.config", out / f"{name}.h5", out / f"{name}.json"
         config_path.write_text(config)
         report.unlink(missing_ok=True)
         print(f"\n{name}")
-        # Exit code 1 is expected for gamma_test, whose last event is cut off.
+        # Exit code 1 is expected for files that are cut off.
         code = cli.main(
             [
-                str(files[source]),
+                str(files / source),
                 str(h5),
                 str(config_path),
                 *options,
