@@ -48,7 +48,6 @@ from .writer import Writer
 log = logging.getLogger(__name__)
 
 GAMMA_ID = 0  # particle id in simtel files; a proton has 101
-DEFAULT_FRACTIONS = {"Training": 0.9, "Validation": 0.1, "Test": 0.0}
 
 
 class ImageExtractor:
