@@ -120,7 +120,7 @@ class ShowerNetwork(nn.Module):
         )
         self.single = nn.Linear(hidden, 1)  # logit of one image, for learning alone
         self.head = nn.Sequential(
-            nn.Linear(2 * hidden + 1, hidden), nn.ReLU(), nn.Dropout(0.2), nn.Linear(hidden, 2)
+            nn.Linear(2 * hidden + 1, hidden), nn.ReLU(), nn.Dropout(0.3), nn.Linear(hidden, 2)
         )
 
     def forward(
@@ -156,20 +156,21 @@ def apply(network: nn.Module, batches: object) -> np.ndarray:
     return torch.cat(found).double().numpy()
 
 
-def train(data: dict[str, Events], epochs: int, batch: int, seed: int, run: Path) -> nn.Module:
+def train(data: dict[str, Events], epochs: int, batch_size: int, seed: int, run: Path) -> nn.Module:
     """Train; return the network of the epoch with the smallest loss on Validation."""
     torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     network = ShowerNetwork()
-    batches = loader(data["Training"], batch, seed=seed)
-    held_out = loader(data["Validation"], 4 * batch, shuffle=False)
-    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.01)
+    batches = loader(data["Training"], batch_size, seed=seed)
+    held_out = loader(data["Validation"], 4 * batch_size, shuffle=False)
+    optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, epochs * len(batches))
     rows: list[dict] = []
     best: tuple[float, dict] | None = None
     for epoch in range(1, epochs + 1):
         started, total = time.perf_counter(), 0.0
         network.train()
-        for b in batches:
+        for b in (varied(batch, rng) for batch in batches):
             found, single = network(b["images"], b["mask"], b["positions"])
             of_image = b["particle"][:, None].expand_as(b["mask"])[b["mask"]].float()
             loss = loss_of(found, b)
@@ -205,6 +206,21 @@ def train(data: dict[str, Events], epochs: int, batch: int, seed: int, run: Path
     assert best is not None
     network.load_state_dict(best[1])
     return network
+
+
+def varied(batch: dict, rng: torch.Generator) -> dict:
+    """Vary a batch: turn half of the events by 180 deg, and leave out a fifth of the images.
+
+    Turned are the images and the places of telescopes and cut-outs, so that an event stays one that
+    an array could have seen; one image of each event is kept.
+    """
+    images, mask, positions = batch["images"].clone(), batch["mask"], batch["positions"].clone()
+    turned = torch.rand(len(mask), generator=rng) < 0.5
+    images[turned] = images[turned].flip(-1, -2)
+    positions[..., : PLACES - 1][turned] *= -1
+    chance = torch.rand(mask.shape, generator=rng).masked_fill(~mask, -1)
+    kept = mask & ((chance > 0.2) | (chance == chance.amax(1, keepdim=True)))
+    return {**batch, "images": images, "mask": kept, "positions": positions}
 
 
 def loss_of(found: torch.Tensor, truth: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -147,6 +147,22 @@ def test_the_network_ignores_padding(mock):
     assert torch.allclose(*found, atol=1e-5)
 
 
+def test_a_varied_batch_keeps_an_image_of_each_event_and_turns_whole_events(mock):
+    data = train_cta.Events(mock, transform=train_cta.prepare)
+    batch = torch_reader.collate([data[i] for i in range(40)])
+    found = train_cta.varied(batch, torch.Generator().manual_seed(0))
+    assert found["mask"].any(1).all()
+    assert not (found["mask"] & ~batch["mask"]).any()
+    assert 0.1 < 1 - found["mask"].sum() / batch["mask"].sum() < 0.3
+    turned = (found["positions"] != batch["positions"]).flatten(1).any(1)
+    assert 10 < turned.sum() < 30
+    assert torch.equal(found["images"][~turned], batch["images"][~turned])
+    assert torch.equal(found["images"][turned], batch["images"][turned].flip(-1, -2))
+    twice = -found["positions"][turned][..., :4]
+    assert torch.equal(twice, batch["positions"][turned][..., :4])
+    assert torch.equal(found["positions"][..., 4], batch["positions"][..., 4])
+
+
 def test_scores_of_known_results():
     rng = np.random.default_rng(0)
     bias, width = train_cta.bias_and_resolution(1.1 + 0.2 * rng.standard_normal(100_000))
