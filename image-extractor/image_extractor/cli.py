@@ -3,6 +3,7 @@
     image_extractor.py "/data/*.simtel.gz" out.h5 settings.config bins.pkl --shuffle --split
     image-extractor inspect out.h5
     image-extractor plot out.h5 --event 3 --output event.png
+    image-extractor gallery out.h5 --output gallery.png
     image-extractor validate out.h5
     image-extractor merge a.h5 b.h5 --output all.h5
     image-extractor export out.h5 --output out.dl1.h5
@@ -37,6 +38,7 @@ COMMANDS = {
     "extract": "extract images from simtel files (the same as image_extractor.py)",
     "inspect": "describe a data set",
     "plot": "draw the images of an event",
+    "gallery": "draw random images of each class and telescope type, and distributions",
     "validate": "check a data set",
     "merge": "merge data sets, or split one",
     "export": "export a data set to ctapipe's DL1 format",
@@ -76,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         "extract": (_extract_parser, _extract),
         "inspect": (_inspect_parser, _inspect),
         "plot": (_plot_parser, _plot),
+        "gallery": (_gallery_parser, _gallery),
         "validate": (_validate_parser, _validate),
         "merge": (_merge_parser, _merge),
         "export": (_export_parser, _export),
@@ -472,6 +475,23 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _plot(args: argparse.Namespace) -> int:
     print(_look(args, args.file, "plot", args.output, args.event, args.run, args.max_images))
+    return 0
+
+
+def _gallery_parser() -> argparse.ArgumentParser:
+    parser = _look_parser(
+        "gallery", "Draw random images of each class and telescope type, above distributions."
+    )
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("gallery.png"), help="(default: gallery.png)")
+    add("--part", help="part of a split data set, e.g. Training (default: all events)")
+    add("--columns", type=_whole_number(1), default=6, help="images per row (default: 6)")
+    add("--seed", type=_whole_number(0), default=0, help="which images (default: 0)")
+    return parser
+
+
+def _gallery(args: argparse.Namespace) -> int:
+    print(_look(args, args.file, "draw_gallery", args.output, args.part, args.columns, args.seed))
     return 0
 
 
