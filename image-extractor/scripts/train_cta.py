@@ -20,7 +20,6 @@ import argparse
 import json
 import logging
 import multiprocessing
-import os
 import platform
 import sys
 import time
@@ -544,8 +543,12 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
         default=True,
         help="train the boosted Hillas parameters, too (default: yes)",
     )
-    cores = len(os.sched_getaffinity(0))
-    add("--threads", type=int, default=cores, help="of the network (default: all cores)")
+    add(
+        "--threads",
+        type=int,
+        default=1,
+        help="of the network (default: 1, because more wait for each other where cores are shared)",
+    )
     return parser.parse_args(words)
 
 
