@@ -4,6 +4,7 @@ import fcntl
 import os
 import struct
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,16 @@ SOURCES = {
 MC_PE_SUM = 2026
 # What is added to the numbers of these objects in each copy of the events.
 NUMBERED = {MC_SHOWER: 10_000, MC_EVENT: 10**6, MC_PE_SUM: 10**6, ARRAY_EVENT: 10**6}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in one line per cause what was not tested."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    causes = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if causes:
+        terminalreporter.section("not tested")
+    for cause, n in causes.most_common():
+        terminalreporter.line(f"{n} test{'s' if n > 1 else ''}: {cause}")
 
 
 def real_file(key: str) -> Path:
