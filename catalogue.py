@@ -66,9 +66,10 @@ def catalogue_rows(path: Path, plateifu: str | None = None) -> dict[str, dict[st
         KeyError,
         AttributeError,
     ) as error:  # what astropy makes of a file cut short
+        reason = str(error).partition(". ")[0].rstrip(".")  # the rest is for programmers
         raise DataError(
-            f"{path}: not a readable catalogue ({error}). Fetch it again with download_utils.py "
-            "--catalogue."
+            f"{path}: not a readable catalogue ({reason}), expected dapall or drpall. Check "
+            "--catalogue, or fetch it again with download_utils.py --catalogue."
         ) from None
     if not is_catalogue:
         raise DataError(

@@ -66,7 +66,7 @@ CUBE = "d/processed/cubes/8485/8485-1901.h5"
         (utils.sibling, (CUBE, "label"), "label_task"),
         (utils.sibling, (CUBE, "patches", "BPT"), "patch_norm"),
         (utils.sibling, ("/elsewhere/8485-1901.h5", "cube"), "not in a data folder"),
-        (utils.find_raw, ("nowhere", "8485-1901", "MAPS"), r"--data-dir, \$MANGA_DATA_DIR or \./d"),
+        (utils.find_raw, ("nowhere", "8485-1901", "MAPS"), r"--data-dir, else \$MANGA_DATA_DIR"),
         (utils.plateifu_of, ("notes.txt",), r"notes\.txt"),
         *(
             (utils.split_plateifu, (text,), r"is not a valid plateifu .*e\.g\. 8485-1901")
@@ -102,6 +102,8 @@ def test_data_dir_order(monkeypatch):
     monkeypatch.setenv("MANGA_DATA_DIR", "/somewhere")
     assert utils.data_dir() == Path("/somewhere")
     assert utils.data_dir(Path("flag")) == Path("flag")
+    with pytest.raises(DataError, match=r"test_utils\.py: a file, expected a data folder"):
+        utils.data_dir(Path(__file__))
 
 
 def write_and_die(out):
@@ -195,7 +197,7 @@ def test_config_file_or_run_folder_becomes_flags_and_the_users_flags_win(config_
         (b"\xff\xfe\x00", "not a readable JSON file"),
         (b'{"rte": 3}', "unknown key 'rte'; did you mean 'rate'"),
         (b'["rate", 3]', "expected a JSON object of options, found list"),
-        (None, "not a readable JSON file .*No such file.*or the folder of a run"),
+        (None, "no such file.*or the folder of a run.*--config"),
     ],
 )
 def test_unreadable_config_file_is_one_clear_line(config_file, content, message):
@@ -227,6 +229,15 @@ def test_exit_codes(command, result, words, code, message):
     found, said = command(main, Example, *words)
     assert found == code
     assert said == message or (code == 2 and message in said)
+
+
+def test_ctrl_c_while_packages_are_imported_leaves_no_traceback():
+    for raised, said in (("KeyboardInterrupt", b""), ("ZeroDivisionError", b"ZeroDivisionError\n")):
+        code = f"import utils\nraise {raised}"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+        assert done.returncode == (1 if said else -signal.SIGINT)
+        assert done.stderr.endswith(said)
+        assert bool(done.stderr) == bool(said)
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
