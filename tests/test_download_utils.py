@@ -180,7 +180,8 @@ def test_whole_file_arrives_whatever_there_is_of_it(archive, tmp_path, part, cut
     ("content", "expected"),
     [
         (b"", "empty file"), (CONTENT[:-9], "damaged"), (HTML, "expected to begin with SIMPLE"),
-        (gzip.compress(HTML, mtime=0), "expected to begin with SIMPLE"), (None, "not in the archive"),
+        (gzip.compress(HTML, mtime=0), "expected to begin with SIMPLE"),
+        (None, "not in the archive"),
         (PLAIN[:-5760], "cut short inside FLUX"), (PLAIN[:500_000], "cut short inside FLUX"),
         (fits_file(checksum=False) + PLAIN[900_000:], "no header where one should be"),
         (PLAIN[:400_000] + PLAIN[500_000:600_000] + PLAIN[500_000:], "FLUX is damaged"),
