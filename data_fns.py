@@ -13,7 +13,7 @@ from: see CutoutBatch. Cutouts come from packed cubes: one table of normalised s
 memory-mapped or held on the GPU, where batches are then cut, turned and mirrored.
 
     >>> loaders = get_dataloaders(DataOptions(label_task="logOH", cutout=1))
-    >>> patches, classes, rows = next(iter(loaders["train"]))
+    >>> patches, classes, rows, values = next(iter(loaders["train"]))
 """
 
 from __future__ import annotations

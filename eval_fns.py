@@ -132,8 +132,10 @@ class TrainedModel:
         return baselines.wave_of(self.card.recipe.options["cube"])
 
     def answer(self, outputs: Tensor) -> Answer:
-        """Say what the network's outputs (..., output) mean."""
-        return networks.answer(self.network, outputs, self.card.edges, self.card.dex_values)
+        """Decode the network's outputs (..., output)."""
+        card = self.card
+        values = (card.edges, card.dex_values, card.calibration.widening)
+        return networks.answer(self.network, outputs, *values)
 
     def __repr__(self) -> str:
         """Describe the model in three lines."""
@@ -153,7 +155,8 @@ class TrainedModel:
 def pick_device(name: str) -> torch.device:
     """Choose a device by name and set it up; "auto" is the GPU if there is one.
 
-    On a GPU, float32 convolutions keep all their bits (no TF32): use --amp bf16 for speed.
+    On a GPU, float32 convolutions keep all their bits (no TF32): for SSFTT, use --amp bf16 for
+    speed.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -346,7 +349,7 @@ def predict_normalised(
 ) -> CubePrediction:
     """Run a trained model on a cube of `read_cube_for`; see `predict_cube`."""
     found = map_answer(model, cube.values, patch_wise)
-    classes = found.probabilities.argmax(2).astype(np.int16)
+    classes = found.classes.astype(np.int16)
     classes[~cube.usable] = LABEL_NONE
     found.probabilities[~cube.usable] = np.nan
     part = model.parts.get(str(cube.attrs.get("mangaid") or plateifu), "")
@@ -555,7 +558,11 @@ class Evaluation:
                 spread = f"  [{low_high[0]:.{n}f}, {low_high[1]:.{n}f}]" if low_high else ""
                 lines.append(f"  {name:<18}{result[key]:.{n}f}{spread}")
         for level, covered in (result.get("coverage") or {}).items():
-            lines.append(f"  {float(level):.0%} intervals contain {covered:.1%} of the labels")
+            how = {"val": " (which calibrated them)", "train": " (trained on)"}
+            lines.append(
+                f"  {float(level):.0%} intervals contain {covered:.1%} of the labels"
+                f"{how.get(result['part'], '')}"
+            )
         if intervals:
             n = result["galaxies"]
             few = "; with so few they are too narrow" if n < FEW_GALAXIES else ""
@@ -696,8 +703,10 @@ def predictions_table(
                 "x": galaxy.x,
                 "value": galaxy.value,
                 "true": galaxy.true,
-                "predicted": galaxy.answer.probabilities.argmax(1),
-                "probability": galaxy.answer.probabilities.max(1),
+                "predicted": galaxy.answer.classes,
+                "probability": np.take_along_axis(
+                    galaxy.answer.probabilities, galaxy.answer.classes[:, None], 1
+                )[:, 0],
             }
         )
         value, scale = galaxy.answer.value, galaxy.answer.scale

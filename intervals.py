@@ -34,6 +34,14 @@ class Calibration:
     largest_unlikeness: float | None = None
     """Limit beyond which a spaxel is flagged as unlike those of training."""
 
+    @property
+    def widening(self) -> float:
+        """Factor between the true scale of the errors and the network's, at LEVEL; 1 if unknown.
+
+        A Laplace distribution contains the fraction q within -log(1 - q) scales.
+        """
+        return self.quantiles.get(str(LEVEL), -np.log(1 - LEVEL)) / -np.log(1 - LEVEL)
+
     def interval(
         self, value: np.ndarray, scale: np.ndarray, level: float = LEVEL
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -46,8 +54,8 @@ def calibrate(
     error: np.ndarray | None,
     scale: np.ndarray | None,
     unlikeness: np.ndarray | None,
-    galaxies: int,
-    spaxels: int,
+    galaxy: np.ndarray,
+    is_new: np.ndarray,
 ) -> Calibration:
     """Measure how many scales intervals need on galaxies that were not learned from.
 
@@ -57,12 +65,14 @@ def calibrate(
         Prediction minus label, and the width that the network gives, in one unit.
     unlikeness : (spaxel,) array, or None
         As in `networks.Answer`.
-    galaxies, spaxels : int
-        Their numbers.
+    galaxy : (spaxel,) int
+    is_new : (spaxel,) bool
+        Whether the spaxel's galaxy was not learned from; the others do not count.
     """
-    quantiles = {}
-    if error is not None and scale is not None:
-        ratio = np.abs(error) / scale
+    quantiles, limit = {}, None
+    if error is not None and scale is not None and is_new.any():
+        ratio = np.abs(error[is_new]) / scale[is_new]
         quantiles = {str(q): float(np.quantile(ratio, q, method="higher")) for q in LEVELS}
-    limit = None if unlikeness is None else float(np.quantile(unlikeness, UNLIKE_QUANTILE))
-    return Calibration(galaxies, spaxels, quantiles, limit)
+    if unlikeness is not None:
+        limit = float(np.quantile(unlikeness, UNLIKE_QUANTILE))
+    return Calibration(len(np.unique(galaxy[is_new])), int(is_new.sum()), quantiles, limit)

@@ -1,4 +1,4 @@
-"""Emission lines measured as of old: Gaussians of known width, fitted to one spectrum at a time.
+"""Emission lines by the classical method: Gaussians of known width, fitted to single spectra.
 
 The classical method beside which a network has to prove itself (baselines.py), and the places where
 the filters of matched_filter_net.py start.
@@ -91,6 +91,17 @@ def fit_lines(flux: np.ndarray, ivar: np.ndarray, wave: np.ndarray) -> dict[str,
     if {"SIIa", "SIIb"} <= set(out):
         out["SII"] = out["SIIa"] + out["SIIb"] * [[1], [1], [0]]
     return out
+
+
+def has_ratios(wave: np.ndarray) -> bool:
+    """Say whether a range of wavelengths contains Halpha and another line of the ratios."""
+    inside = {
+        name
+        for group in GROUPS
+        for name in group
+        if any(wave[0] + 4 < LINES[n] < wave[-1] - 4 for parts in group.values() for n in parts)
+    }
+    return "Ha" in inside and len(inside & {*RATIOS, "SIIa"}) > 1
 
 
 def log_ratios(lines: dict[str, np.ndarray], names: list[str]) -> np.ndarray:

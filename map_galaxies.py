@@ -61,9 +61,7 @@ that are unlike those it learned from."""
 HDUCLASS = {"HDUCLASS": ("SDSS", "as in the maps of MaNGA's DAP"), "HDUCLAS1": "IMAGE"}
 DATA = {**HDUCLASS, "HDUCLAS2": "DATA", "QUALDATA": ("MASK", "extension of the bit mask")}
 ENDS = {
-    **HDUCLASS,
-    "HDUCLAS2": "ERROR",
-    "SCIDATA": ("LOGOH", "extension of the values"),
+    **DATA,
     "BUNIT": "dex",
     "COVERAGE": (LEVEL, "fraction of labels that intervals contain"),
 }
@@ -157,7 +155,10 @@ def write_map(
         "REDSHIFT": (result.attrs.get("redshift"), "of the cube"),
         "TASK": (task, "label that was learned"),
         "CALIBRAT": (trained.card.recipe.options["labels"].get("diagnostic"), "of the labels"),
-        "NCALIB": (trained.card.calibration.galaxies, "galaxies that calibrated the intervals"),
+        "NCALGAL": (
+            trained.card.calibration.galaxies if values else None,
+            "galaxies that calibrated the intervals",
+        ),
         "NEPOCH": (trained.card.best["epoch"], "training epoch of the weights"),
         **cards,
         "PART": (result.part, "of the run's split; empty if in none"),

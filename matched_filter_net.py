@@ -1,4 +1,4 @@
-"""A network of matched filters and local attention: spectra with their errors to labels.
+"""A network of matched filters and local attention, from spectra with their errors to labels.
 
 Input   continuum-subtracted spectra and their weights, and broad continuum colours;
         `prepare_spectra` makes them from flux and inverse variance, and `join` puts them side by
@@ -54,6 +54,8 @@ USUAL_SHARE = 0.01
 """Share of a training step in the running mean and covariance of features."""
 LOGISTIC_STRENGTH = 10.0
 """Penalty of the logistic regression from which classes start."""
+SMALLEST_DEVIATION = 1e-3
+"""Deviation that labels have at least, in their unit."""
 ABSENT = -20.0
 """Logit at the start of classes without a training spaxel."""
 RIDGES = tuple(10.0**k for k in range(-6, 1))
@@ -422,7 +424,9 @@ class MatchedFilterNet(nn.Module):
         centre = chosen.flatten().nonzero()[:, 0]
         near = place[neighbours(usable, self.config.window)[centre]]
         features = self.features(sums, near, place[centre])
-        answers = torch.cat([self.answer(features), self.unlikeness(features)[:, None]], 1)
+        unlike = features.new_zeros(len(features))  # in training nobody asks
+        unlike = unlike if self.training else self.unlikeness(features)
+        answers = torch.cat([self.answer(features), unlike[:, None]], 1)
         out = answers.new_full((usable.numel(), answers.shape[1]), torch.nan)
         out[centre] = answers
         return out.view(*weight.shape[:-1], -1)
@@ -527,10 +531,11 @@ class MatchedFilterNet(nn.Module):
             Strength of the ridge.
         """
         self.eval()
-        rows = []
+        rows, device, target = [], self.filters.device, target.cpu()
         for i, (spectra, near, centre) in enumerate(batches):
             self.norm.is_fitting = self.norm_near.is_fitting = i == 0
-            rows.append(self.features(self.measure(*spectra), near, centre))
+            sums = self.measure(*(part.to(device) for part in spectra))
+            rows.append(self.features(sums, near.to(device), centre.to(device)))
         self.norm.is_fitting = self.norm_near.is_fitting = False
         features = torch.cat(rows).cpu()
         own = features[:, : self.config.own_features]
@@ -539,9 +544,10 @@ class MatchedFilterNet(nn.Module):
         features = features.double()
         if self.config.classes:
             return self._start_classes(features, target)
-        self.target_mean.copy_(target.mean())
-        self.target_std.copy_(target.std())
-        wanted = ((target - self.target_mean) / self.target_std).double()
+        mean, deviation = target.mean(), target.std().clamp(min=SMALLEST_DEVIATION)
+        self.target_mean.copy_(mean)
+        self.target_std.copy_(deviation)
+        wanted = ((target - mean) / deviation).double()
         coefficients, strength = ridge_by_galaxy(features, wanted, galaxy)
         error = (features @ coefficients[1:] + coefficients[0] - wanted).abs().mean()
         self.linear.weight[0] = coefficients[1:].float()

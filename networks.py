@@ -1,4 +1,4 @@
-"""The networks that training offers: their usual options, how they are applied, and what they say.
+"""The networks that training offers: usual options, application, decoding of outputs.
 
 Everything that depends on which network it is stands here; training, evaluation and maps only use
 these functions. A further network is one more entry in USUAL and one more case in each function.
@@ -56,8 +56,10 @@ FILTER_LR = 0.1
 
 
 class Answer(NamedTuple):
-    """What a network says of spaxels of any shape."""
+    """Decoded outputs of a network for spaxels of any shape."""
 
+    classes: np.ndarray
+    """(...) int64: of a value the class that contains it, else the most probable class."""
     probabilities: np.ndarray
     """(..., class) float32."""
     value: np.ndarray | None
@@ -169,9 +171,13 @@ def classes_of(network: Network, outputs: Tensor, edges: np.ndarray | None) -> T
 
 
 def answer(
-    network: Network, outputs: Tensor, edges: np.ndarray | None, class_values: np.ndarray | None
+    network: Network,
+    outputs: Tensor,
+    edges: np.ndarray | None,
+    class_values: np.ndarray | None,
+    widening: float = 1.0,
 ) -> Answer:
-    """Say what outputs (..., output) mean.
+    """Decode outputs (..., output).
 
     Parameters
     ----------
@@ -181,6 +187,9 @@ def answer(
         Limits between metallicity classes, dex.
     class_values : (class,) array, optional
         12+log(O/H) that stands for each class, dex.
+    widening : float
+        Factor between the true scale of the errors and the network's: see
+        `Calibration.widening`.
 
     Notes
     -----
@@ -190,20 +199,22 @@ def answer(
     outputs = outputs.float()
     if isinstance(network, SSFTT):
         probabilities = outputs.softmax(-1).cpu().numpy()
+        classes = probabilities.argmax(-1)
         if class_values is None:
-            return Answer(probabilities, None, None, None)
+            return Answer(classes, probabilities, None, None, None)
         mean = probabilities @ class_values
-        return Answer(probabilities, mean, np.ones_like(mean), None)
+        return Answer(classes, probabilities, mean, np.ones_like(mean), None)
     outputs = outputs.to(network.target_mean.device)
     unlikeness = outputs[..., -1].cpu().numpy()
     if network.config.classes:
-        return Answer(outputs[..., :-1].softmax(-1).cpu().numpy(), None, None, unlikeness)
+        probabilities = outputs[..., :-1].softmax(-1).cpu().numpy()
+        return Answer(probabilities.argmax(-1), probabilities, None, None, unlikeness)
     if edges is None:
         raise DataError("a network for values without class limits: expected metallicities.")
     value, width = network.in_units(outputs)
     limits = torch.tensor(np.asarray(edges), dtype=value.dtype, device=value.device)
-    z = (limits - value[..., None]) / width[..., None]
+    z = (limits - value[..., None]) / (widening * width[..., None])
     below = 0.5 + 0.5 * z.sign() * (1 - (-z.abs()).exp())  # Laplace distribution function
     chances = F.pad(F.pad(below, (0, 1), value=1.0), (1, 0), value=0.0).diff(dim=-1)
-    arrays = [part.cpu().numpy() for part in (chances, value, width)]
-    return Answer(arrays[0], arrays[1], arrays[2], unlikeness)
+    probabilities, logoh, scale = (part.cpu().numpy() for part in (chances, value, width))
+    return Answer(np.digitize(logoh, edges), probabilities, logoh, scale, unlikeness)

@@ -14,7 +14,7 @@ Ctrl-C, SIGUSR1 and SIGTERM end the run after the current step: last.pt is saved
     python run_SSFTT_training.py --label-task logOH
     python run_SSFTT_training.py --label-task logOH --network ssftt
     python run_SSFTT_training.py --config configs/published.json --resume auto
-    python run_SSFTT_training.py --config runs/20260101T120000_logOH_PCA --seed 1
+    python run_SSFTT_training.py --config runs/20260101T120000_logOH_residual --seed 1
 """
 
 from __future__ import annotations
@@ -180,6 +180,11 @@ def check_options(config: TrainConfig) -> None:
             raise DataError(f"--{name.replace('_', '-')} {value:g}: expected {limit}.")
     data.check()
     is_ssftt = data.network == "ssftt"
+    if data.learns_dex and optimisation.label_smoothing:
+        raise DataError(
+            f"--label-smoothing {optimisation.label_smoothing:g}: metallicities are learned in "
+            "dex, without classes to smooth. Leave it out, or choose --network ssftt."
+        )
     if optimisation.monitor == "mae_dex" and data.label_task != "logOH":
         raise DataError(
             f"--monitor mae_dex with --label-task {data.label_task}: expected metallicities. "
@@ -288,7 +293,7 @@ def start_filters(
     _, some = baselines.sample_spectra(dataset, seed, START_SPECTRA)
     spectra = matched_filter_net.split(torch.from_numpy(some))
     centres = line_fits.line_bins(baselines.wave_of(card.recipe.options["cube"]))
-    model.start_filters(spectra.residual, spectra.weight, centres or None)
+    centres = model.start_filters(spectra.residual, spectra.weight, centres or None)
     groups = list(samples.by_galaxy())
     order = [groups[i] for i in rng.permutation(len(groups))]
     counted = np.cumsum([len(rows) for _, rows in order])
@@ -296,6 +301,11 @@ def start_filters(
     rows = np.concatenate([rows for _, rows in order])
     target = samples.classes if model.config.classes else samples.values
     chosen = torch.from_numpy(target[rows]), torch.from_numpy(samples.galaxy[rows].astype(np.int64))
+    if len(order) < 2:
+        raise DataError(
+            f"{card.split_dir}: spaxels of one training galaxy, expected at least two galaxies. "
+            "Use more galaxies, or --network ssftt."
+        )
     if model.config.classes and len(np.unique(target[rows])) < 2:
         raise DataError(
             f"{card.split_dir}: all training spaxels are of one class, expected at least two. "
@@ -304,8 +314,12 @@ def start_filters(
     strength = model.start_head(together(dataset, order, model.config.window), *chosen)
     log.info(
         "matched filters start at %d places, their head from %d spaxels of %d galaxies "
-        "(regression of strength %g)", len(centres), rows.size, len(order), strength,
-    )  # fmt: skip
+        "(regression of strength %g)",
+        min(len(centres), model.config.lines),
+        rows.size,
+        len(order),
+        strength,
+    )
 
 
 def together(
@@ -322,11 +336,13 @@ def together(
             near = matched_filter_net.neighbours(usable[None], window)
             here = (dataset.samples.y[rows] - y) * nx + dataset.samples.x[rows] - x
             centre = torch.from_numpy(here.astype(np.int64)).to(near.device)
+            # only usable spaxels, since they decide the normalisation of the features
+            place = usable.flatten().cumsum(0) - 1 + n
             near = near[centre]
-            fields.append(values.flatten(0, 1))
-            nears.append(torch.where(near < 0, near, near + n))
-            centres.append(centre + n)
-            n += usable.numel()
+            fields.append(values[usable])
+            nears.append(torch.where(near < 0, near, place[near]))
+            centres.append(place[centre])
+            n += int(usable.sum())
         spectra = matched_filter_net.split(torch.cat(fields))
         yield spectra, torch.cat(nears), torch.cat(centres)
 
@@ -361,6 +377,8 @@ def learning_rate(
 ) -> Callable[[int], float]:
     """Make the function from a step to its learning rate, as a fraction of the peak."""
     total = max(1, options.epochs * steps_per_epoch)
+    if options.schedule == "cosine":
+        warm_up = min(warm_up, total // 10)
 
     def fraction(step: int) -> float:
         rise = min(1.0, (step + 1) / warm_up) if warm_up else 1.0
@@ -466,7 +484,7 @@ def write_config(config: TrainConfig, run_dir: Path) -> None:
 def describe_data(training: Training) -> None:
     """Log what was found: software, device, samples of each part and class, model."""
     card = training.card
-    log.info("SSFTT training %s, torch %s", utils.VERSION, torch.__version__)
+    log.info("training, version %s, torch %s", utils.VERSION, torch.__version__)
     device, cpus = training.device, utils.cpu_count()
     log.info("device %s, %d CPUs, run folder %s", device, cpus, training.run_dir)
     for part, loader in training.loaders.items():
@@ -507,7 +525,12 @@ def score_baselines(training: Training) -> None:
     weights, wave = None, None
     if training.data.patch_norm == "residual":
         wave = baselines.wave_of(training.card.recipe.options["cube"])
-    if training.options.baselines:
+    if training.options.baselines and wave is not None and not line_fits.has_ratios(wave):
+        log.warning(
+            "no baseline: Halpha or every other line of the classical ratios is outside of the "
+            "cubes' range"
+        )
+    elif training.options.baselines:
         seed, learns_dex = training.config["seed"], training.data.learns_dex
         weights = baselines.fit(train, seed, wave, learns_dex)
         run_folder.write_tensors(training.run_dir / run_folder.BASELINE_FILE, weights)

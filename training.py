@@ -297,16 +297,17 @@ def validate(training: Training) -> dict[str, float]:
     truth = [torch.from_numpy(part).to(training.device) for part in (classes, values)]
     losses = networks.losses(model, outputs.to(training.device), truth[0], truth[1])
     found = networks.answer(model, outputs, card.edges, card.dex_values)
-    confusion = metrics.confusion_matrix(
-        classes, found.probabilities.argmax(1), len(card.class_names)
-    )
+    confusion = metrics.confusion_matrix(classes, found.classes, len(card.class_names))
     scores = {"loss": losses.mean(), **metrics.overall_metrics(confusion)}
     error = None
     if found.value is not None:
         error = found.value - values
         scores["mae_dex"] = np.abs(error).mean()
-    sizes = (np.unique(samples.galaxy).size, len(samples))
-    card.calibration = intervals.calibrate(error, found.scale, found.unlikeness, *sizes)
+    learned = dataset_of(training.loaders["train"]).samples.plateifus
+    is_new = ~np.isin(samples.plateifus, learned)  # in an easy split, galaxies are in both
+    card.calibration = intervals.calibrate(
+        error, found.scale, found.unlikeness, samples.galaxy[rows], is_new[samples.galaxy[rows]]
+    )
     return {k: float(v) for k, v in scores.items()}  # type: ignore[arg-type]
 
 
@@ -460,11 +461,11 @@ def train(training: Training, stopper: Stopper) -> int:
         in_words(training.card.baselines),
     )
     calibration = training.card.calibration
-    if calibration.quantiles and calibration.galaxies < intervals.ENOUGH_GALAXIES:
+    if training.card.class_values and calibration.galaxies < intervals.ENOUGH_GALAXIES:
         log.warning(
-            "intervals are calibrated on %d validation galaxies only: with fewer than %d their "
-            "coverage of further galaxies is not assured. Use more galaxies, or a larger "
-            "validation part (create_data_splits.py)",
+            "intervals are calibrated on %d validation galaxies that were not trained on (without "
+            "any there are none): with fewer than %d their coverage of further galaxies is not "
+            "assured. Use more galaxies, or a larger validation part (create_data_splits.py)",
             calibration.galaxies,
             intervals.ENOUGH_GALAXIES,
         )

@@ -8,7 +8,7 @@ Measures on random spectra, whose values do not change the time; what is compare
             counts the labelled ones
   run       on a GPU: epochs of run_SSFTT_training.py itself, recommended variant, cutouts 5 wide,
             for several batch sizes, eager and under torch.compile
-  map       a whole galaxy from flux to class map: normalised, and eval_fns.map_probabilities
+  map       a whole galaxy from flux to class map: normalised, and eval_fns.map_answer
   memory    what a training step adds, for the same number of spaxels patch-wise and dense
   roofline  the training rates against the bound that arithmetic and memory traffic set, from the
             network's sizes and this device's measured ceilings: roofline.py

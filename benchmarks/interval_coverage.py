@@ -5,7 +5,8 @@ two halves, again and again: one calibrates, the other is counted. One division 
 several per cent, because galaxies are few and their spaxels alike.
 
 Reads   a run folder that learned metallicities, and its data folder.
-Writes  results/intervals/coverage.json; prints the table.
+Writes  results/intervals/coverage.json; prints the table. Evaluates the run's parts again, and
+        so writes <run_dir>/val and <run_dir>/test.
 
     python benchmarks/interval_coverage.py --run-dir runs/a
 """
@@ -58,12 +59,16 @@ def held_out(config: Config) -> pd.DataFrame:
         the middle of the field, spaxels), ratio (|error| / scale).
     """
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
+    card = run_folder.ModelCard.read(config.run_dir)
+    if card.spec.label_task != "logOH" or not card.calibration.quantiles:
+        raise DataError(
+            f"{config.run_dir}: has no intervals. Expected a run of metallicities on a split by "
+            "galaxies."
+        )
     parts = [eval_fns.evaluate_split(config.run_dir, part, root) for part in ("val", "test")]
     frame = pd.concat([part.predictions for part in parts], ignore_index=True)
-    if "logoh" not in frame:
-        raise DataError(f"{config.run_dir}: a run of classes. Expected one of metallicities.")
     level = str(intervals.LEVEL)
-    calibration = run_folder.ModelCard.read(config.run_dir).calibration
+    calibration = card.calibration
     half = (frame[f"upper_{level}"] - frame[f"lower_{level}"]) / 2
     frame["ratio"] = (frame["logoh"] - frame["value"]).abs() / half * calibration.quantiles[level]
     for plateifu, rows in frame.groupby("plateifu").groups.items():
@@ -107,7 +112,7 @@ def coverage(
         "class": lambda f: f["true"],
     }
     bins = {name: np.asarray(make(frame)) for name, make in of.items()}
-    galaxy = pd.factorize(frame["plateifu"])[0]
+    galaxy = pd.factorize(frame["mangaid"])[0]
     n, ratio = galaxy.max() + 1, frame["ratio"].to_numpy()
     rng, found, single = np.random.default_rng(seed), dict[tuple[str, int], list[float]](), []
     for _ in range(divisions):
@@ -138,7 +143,7 @@ def main(config: Config) -> int:
     """Count, print and write."""
     frame = held_out(config)
     rows = coverage(frame, config.divisions, config.seed)
-    galaxies = frame["plateifu"].nunique()
+    galaxies = frame["mangaid"].nunique()
     print(f"{intervals.LEVEL:.0%} intervals, {galaxies} galaxies, {config.divisions} divisions")
     for row in rows:
         spread = (

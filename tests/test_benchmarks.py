@@ -358,7 +358,7 @@ def test_coverage_of_intervals_is_that_of_galaxies_left_out():
     ratio = rng.exponential(size=n * each)
     frame = pd.DataFrame(
         {
-            "plateifu": np.repeat([f"1-{k}" for k in range(n)], each),
+            "mangaid": np.repeat([f"1-{k}" for k in range(n)], each),
             "ratio": ratio, "snr": rng.normal(size=ratio.size), "radius": rng.random(ratio.size),
             "true": rng.integers(6, size=ratio.size),
         }

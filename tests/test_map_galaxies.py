@@ -125,8 +125,7 @@ def test_map_is_a_standard_file_that_describes_itself(own_map):
             assert all(cards[k] for k in ("ORIGIN", "CREATOR", "DATE", "PLATEIFU"))
             for hdu in hdus[1:]:
                 header, is_cube = hdu.header, hdu.name == "PROBABILITY"
-                kind = {"MASK": "QUALITY"} | dict.fromkeys(ends, "ERROR")
-                kind = kind.get(hdu.name, "DATA")
+                kind = "QUALITY" if hdu.name == "MASK" else "DATA"
                 assert header["HDUCLAS1"] == ("CUBE" if is_cube else "IMAGE")
                 assert (header["HDUCLASS"], header["HDUCLAS2"]) == ("SDSS", kind)
                 assert header["QUALDATA" if kind == "DATA" else "SCIDATA"] in hdus

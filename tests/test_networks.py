@@ -121,7 +121,8 @@ def test_intervals_hold_as_many_new_labels_as_they_say(level):
     rng = np.random.default_rng(0)
     scale = rng.lognormal(size=(2, 20_000))
     error = rng.laplace(size=scale.shape) * 3 * scale  # the network takes its error for a third
-    made = calibrate(error[0], scale[0], None, 100, 20_000)
+    one = np.ones(20_000, bool)
+    made = calibrate(error[0], scale[0], None, one.astype(int), one)
     assert made.quantiles[level] == pytest.approx(-3 * np.log(1 - float(level)), rel=0.05)
     lower, upper = made.interval(-error[1], scale[1], float(level))
     assert ((lower <= 0) & (upper >= 0)).mean() == pytest.approx(float(level), abs=0.01)
