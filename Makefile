@@ -1,6 +1,7 @@
 # make demo         the whole pipeline on simulated galaxies (minutes); moves the previous results/demo aside
 # make test         all tests, MaNGA's and ImageExtractor's
 # make test-quick   MaNGA's tests without the slow ones (less than a minute)
+# make test-faults  damages files of every kind, thousands of times (minutes)
 # make bench        speed, memory and disk space, as ratios (minutes)
 # make benchmark-hard  metallicity on galaxies never seen, beside simple methods (half an hour)
 # Each needs a virtual environment in .venv, which it creates from requirements*.txt, and recreates
@@ -20,7 +21,7 @@ endif
 endif
 STAMP = $(if $(filter no,$(SETUP)),,$(ready))
 
-.PHONY: demo test test-manga test-quick lint bench bench-gpu benchmark-hard setup demo-cta test-cta bench-cta clean
+.PHONY: demo test test-manga test-quick test-faults lint bench bench-gpu benchmark-hard setup demo-cta test-cta bench-cta clean
 
 demo: $(STAMP)
 	PYTHON=$(python) bash demo.sh
@@ -32,6 +33,9 @@ test-manga: $(STAMP)
 
 test-quick: $(STAMP)
 	$(python) -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-faults: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(python) tests/faults.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

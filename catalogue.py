@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import utils
 from utils import DataError
 
 import numpy as np
 from astropy.io import fits
+
+import fits_stream
 
 
 def catalogue_row(path: Path, plateifu: str) -> dict[str, Any]:
@@ -38,7 +41,9 @@ def catalogue_rows(path: Path, plateifu: str | None = None) -> dict[str, dict[st
             "--catalogue."
         )
     rows, is_catalogue = dict[str, dict[str, Any]](), False
-    try:
+    remedy = "Fetch it again with download_utils.py --catalogue --overwrite."
+    with utils.reading(path, "a dapall or drpall catalogue", remedy):
+        fits_stream.check_whole(path)
         with fits.open(path) as hdus:
             for hdu in (hdu for hdu in hdus[1:] if isinstance(hdu, fits.BinTableHDU)):
                 names = {name.lower() for name in hdu.columns.names}
@@ -59,18 +64,6 @@ def catalogue_rows(path: Path, plateifu: str | None = None) -> dict[str, dict[st
                             "redshift": z if np.isfinite(z) else None,
                         }
                         rows.setdefault(key.strip(), row)
-    except (
-        OSError,
-        TypeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-    ) as error:  # what astropy makes of a file cut short
-        reason = str(error).partition(". ")[0].rstrip(".")  # the rest is for programmers
-        raise DataError(
-            f"{path}: not a readable catalogue ({reason}), expected dapall or drpall. Check "
-            "--catalogue, or fetch it again with download_utils.py --catalogue."
-        ) from None
     if not is_catalogue:
         raise DataError(
             f"{path}: no table with a column plateifu, expected a dapall or drpall catalogue. "

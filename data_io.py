@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
+import io
 import json
 import os
-import re
+import resource
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -25,17 +25,18 @@ from utils import DataError
 
 import h5py
 import numpy as np
+from isal import isal_zlib
 
 from hsi_proc_fns import Stats, measured_bins
 
 if TYPE_CHECKING:  # tables alone need pandas: cubes and labels are spared its import time
     import pandas as pd
 
-CUBE_SCHEMA, CUBE_VERSION = "manga-cube", 3
-STATS_SCHEMA, STATS_VERSION = "manga-stats", 2
-LABEL_VERSION = PATCH_VERSION = SPLIT_VERSION = 1
+CUBE_SCHEMA, CUBE_VERSION = "manga-cube", 4
+STATS_SCHEMA, STATS_VERSION = "manga-stats", 3
+LABEL_VERSION = PATCH_VERSION = SPLIT_VERSION = 2
 DIGEST_LENGTH = 16
-"""Hexadecimal digits of a label map's digest in the table of a split."""
+"""Hexadecimal digits of a checksum in text, and of a label map's digest in the table of a split."""
 FLUX_UNIT = "1e-17 erg/s/cm2/Angstrom/spaxel"
 CHUNK_SPAXELS = 4
 """Side of an H5 chunk in spaxels: 4 x 4 spectra of 2040 float32 are 131 kB."""
@@ -91,7 +92,7 @@ class Recipe:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str | Mapping[str, Any], where: Path | str) -> Recipe:
+    def from_json(cls, text: str | bytes | Mapping[str, Any], where: Path | str) -> Recipe:
         """Read what `to_json` wrote (or its parsed form).
 
         Raises
@@ -100,7 +101,7 @@ class Recipe:
             If it is not the JSON form of a recipe; `where` names the file that holds it.
         """
         try:
-            content = json.loads(text) if isinstance(text, str) else text
+            content = json.loads(text) if isinstance(text, str | bytes) else text
             recipe = cls(**content)
             if not (isinstance(recipe.options, dict) and isinstance(recipe.inputs, dict)):
                 raise TypeError("options and inputs must be objects")
@@ -201,6 +202,23 @@ def digest_of(content: Any) -> str:
         head = f"{content.dtype.str} {content.shape} ".encode()
         return hashlib.sha256(head + np.ascontiguousarray(content).tobytes()).hexdigest()
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def checksum(array: np.ndarray) -> int:
+    """CRC-32 of an array: of its type and shape, then of its bytes."""
+    head = isal_zlib.crc32(f"{array.dtype.str} {array.shape}".encode())
+    return isal_zlib.crc32(np.ascontiguousarray(array), head)
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the checksum of JSON values to them."""
+    plain = json.loads(json.dumps(content, default=str))
+    return {**plain, "checksum": digest_of(plain)[:DIGEST_LENGTH]}
+
+
+def sealed_text(text: str) -> str:
+    """Put the checksum of a text into a comment before it."""
+    return f"# checksum: {hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]}\n{text}"
 
 
 def file_digest(path: Path) -> str:
@@ -323,7 +341,7 @@ def write_cube_rows(
         f.attrs.update(schema=CUBE_SCHEMA, schema_version=CUBE_VERSION, recipe=recipe.to_json())
         dataset = f.create_dataset("wave", data=wave.astype("f8"))
         dataset.attrs.update(unit="Angstrom (vacuum, rest frame)", axes="band")
-        y, datasets = 0, dict[str, h5py.Dataset]()  # kept: closing one writes, and hides errors
+        y, datasets = 0, dict[str, h5py.Dataset]()
         for block in blocks:
             y, start = y + len(block.flux), y
             measured[start:y] = measured_bins(block.flux)
@@ -359,40 +377,143 @@ def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
     Raises
     ------
     DataError
-        If the disk has not enough space. HDF5 can crash a process that runs out of space while
-        writing. Therefore the space is checked before, and if it is exhausted all the same, what
-        was written is truncated to make room for what HDF5 still has to write.
+        If the disk has not enough space, before writing or meanwhile.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
+    free, limit = shutil.disk_usage(path.parent).free, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    free = free if limit == resource.RLIM_INFINITY else min(free, limit)
     if free < n_bytes:
         raise DataError(
             f"{path}: not enough space on the disk: up to {n_bytes / 1e6:.1f} MB are needed, "
-            f"{free / 1e6:.1f} MB are free. Free some, or choose another --data-dir."
+            f"{free / 1e6:.1f} MB are free (or allowed: ulimit -f). Free some, or choose another "
+            "--data-dir."
         )
-    with utils.atomic_path(path) as part:
-        f = h5py.File(part, "w", **options)
+    with utils.atomic_path(path) as part, _Sink(part, "w+") as sink:
         try:
-            yield f
-            f.flush()
-            f.close()
-        except BaseException as error:  # including a stop: h5py would write the rest while closing
-            os.truncate(part, 0)
-            with contextlib.suppress(OSError, RuntimeError):
-                f.close()
-            if isinstance(error, OSError | RuntimeError):
-                reason = _first_line(error)
-                raise DataError(
-                    f"{path}: could not be written ({reason}). Check disk and memory, then re-run."
-                ) from error
-            raise
+            with h5py.File(sink, "w", **options) as f:
+                try:
+                    yield f
+                    seal(f, sink.fileno())
+                except BaseException as error:  # also a stop: the rest need not be written
+                    sink.is_open, sink.error = False, sink.error or error
+        except (OSError, RuntimeError) as error:  # of closing
+            sink.error = sink.error or error
+        if isinstance(sink.error, OSError | RuntimeError):
+            raise DataError(
+                f"{path}: could not be written ({utils.first_line(sink.error)}). Check disk and "
+                "quota, then re-run."
+            ) from sink.error
+        if sink.error:
+            raise sink.error
 
 
-def _first_line(error: Exception) -> str:
-    """Reason of an HDF5 error, without its memory addresses."""
-    found = re.search(r"error message = '([^']+)'", str(error))
-    return found[1] if found else str(error).partition("\n")[0] or type(error).__name__
+class _Sink(io.FileIO):
+    """File to which HDF5 writes; what follows a failed write is discarded, and no error raised.
+
+    HDF5 crashes the process if it cannot write while it closes a file or a dataset.
+    """
+
+    error: Any = None
+    is_open = True
+
+    def write(self, data: Any) -> int:
+        """Write all bytes, or keep the error (also that of a stop by a signal)."""
+        rest = memoryview(data)
+        try:
+            while rest and self.is_open:
+                rest = rest[super().write(rest) :]
+        except BaseException as error:
+            self.error, self.is_open = error, False
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the file's size, which HDF5 does at the end."""
+        return super().truncate(size) if self.is_open else size or 0
+
+
+def seal(f: h5py.File, handle: int | None = None) -> None:
+    """Record the checksums of an H5 file: of each dataset that has none yet, of the attributes.
+
+    `handle` is that of the open file, where HDF5 does not know it.
+    """
+    for name, value in list(f.attrs.items()):
+        if isinstance(value, str):  # in a heap of text, HDF5 can search a damaged place for ever
+            f.attrs[name] = np.bytes_(value.encode() or b" ")
+    f.flush()
+    fd = f.id.get_vfd_handle() if handle is None else handle
+
+    def seal_one(_: str, data: Any) -> None:
+        if isinstance(data, h5py.Dataset) and "crc32" not in data.attrs:
+            data.attrs["crc32"] = _crc(data, fd)
+
+    f.visititems(seal_one)
+    f.attrs["crc32"] = _attributes_crc(_attributes(f))
+
+
+def _attributes(f: h5py.File) -> dict[str, Any]:
+    """Attributes of a file, text as str."""
+    found = dict[str, Any]()
+    for i in range(h5py.h5a.get_num_attrs(f.id)):
+        attribute = h5py.h5a.open(f.id, index=i)
+        value = np.empty(attribute.shape, attribute.dtype)
+        if value.dtype == object:
+            raise ValueError("attributes in a heap of text, as in older versions")
+        attribute.read(value)
+        text = value[()]
+        found[attribute.name.decode()] = text.decode().rstrip() if isinstance(text, bytes) else text
+    return found
+
+
+def _crc(data: h5py.Dataset, fd: int, out: np.ndarray | None = None) -> int:
+    """CRC-32 of a dataset as it is stored: of its layout, then of its chunks.
+
+    Parameters
+    ----------
+    data : Dataset
+    fd : int
+        Handle of the file, for reading chunks while the processor's cache holds them: faster than
+        HDF5 reads them without any check.
+    out : array, optional
+        The values, if known; those of `_is_plain` datasets are filled in.
+    """
+    is_plain, dtype, shape = _is_plain(data), data.dtype, data.chunks
+    layout = (dtype.str, data.shape, shape, is_plain, data.compression, data.shuffle)
+    crc = isal_zlib.crc32(f"{layout} {data.fillvalue}".encode())
+    if shape is None:
+        array = np.asarray(data[()] if out is None else out)
+        is_text = array.dtype == object
+        text = json.dumps(array.tolist(), default=repr).encode() if is_text else b""
+        return isal_zlib.crc32(text if is_text else np.ascontiguousarray(array), crc)
+    chunks: list[Any] = []
+    data.id.chunk_iter(chunks.append)
+    chunks.sort(key=lambda chunk: chunk.chunk_offset)
+    crc = isal_zlib.crc32(np.array([chunk.chunk_offset for chunk in chunks], np.int64), crc)
+    buffer: Any = np.empty(shape, dtype)
+    n_bytes = buffer.nbytes
+    for offset, _, start, size in chunks:
+        if size > 2 * n_bytes:
+            raise ValueError(f"a chunk of {size} bytes")
+        raw = buffer if is_plain else bytearray(size)
+        os.preadv(fd, [raw], start)
+        crc = isal_zlib.crc32(raw, crc)
+        if is_plain and out is not None:
+            y, x, _ = offset
+            part = out[y : y + shape[0], x : x + shape[1]]
+            part[...] = buffer[: part.shape[0], : part.shape[1]]  # without what lies outside
+    return crc
+
+
+def _is_plain(data: h5py.Dataset) -> bool:
+    """Say whether a dataset consists of chunks of whole spectra that are not compressed."""
+    is_cube = data.chunks is not None and data.ndim == 3 and data.chunks[2] == data.shape[2]
+    return is_cube and not data.id.get_create_plist().get_nfilters()
+
+
+def _attributes_crc(attrs: dict[str, Any]) -> int:
+    """CRC-32 of a file's attributes, apart from itself."""
+    content = {k: v for k, v in attrs.items() if k != "crc32"}
+    return isal_zlib.crc32(json.dumps(content, sort_keys=True, default=str).encode())
 
 
 def read_cube(path: Path, with_errors: bool = True) -> Cube:
@@ -411,18 +532,19 @@ def read_cube(path: Path, with_errors: bool = True) -> Cube:
         its name says.
     """
     with _open_cube(path) as f:
-        ivar, good = (
-            f[k][...] if with_errors and k in f else None for k in ("ivar", "good_fraction")
-        )
-        recipe = Recipe.from_json(f.attrs["recipe"], path)
-        return Cube(f["cube"][...], f["wave"][...], recipe, ivar, good, dict(f.attrs))
+        errors = [k if with_errors and k in f else "" for k in ("ivar", "good_fraction")]
+        ivar, good = (read_dataset(f, name) if name else None for name in errors)
+        recipe, wave = Recipe.from_json(f.checked_attrs["recipe"], path), read_dataset(f, "wave")
+        return Cube(read_dataset(f, "cube"), wave, recipe, ivar, good, f.checked_attrs)
 
 
 def read_cube_head(path: Path) -> CubeHead:
     """Read what a cube's file holds besides its spectra; raises the errors of `read_cube`."""
     with _open_cube(path) as f:
-        recipe = Recipe.from_json(f.attrs["recipe"], path)
-        return CubeHead(f["measured"][...], f["wave"][...], recipe, dict(f.attrs))
+        recipe = Recipe.from_json(f.checked_attrs["recipe"], path)
+        return CubeHead(
+            read_dataset(f, "measured"), read_dataset(f, "wave"), recipe, f.checked_attrs
+        )
 
 
 def cube_digests(root: Path, plateifus: Iterable[str]) -> dict[str, str]:
@@ -431,38 +553,55 @@ def cube_digests(root: Path, plateifus: Iterable[str]) -> dict[str, str]:
     return {p: read_cube_head(path).recipe.digest for p, path in paths.items() if path.is_file()}
 
 
-def _open_cube(path: Path) -> h5py.File:
+@contextlib.contextmanager
+def _open_cube(path: Path) -> Iterator[h5py.File]:
     """Open a cube after checking that it is one, and of the galaxy that its name says."""
-    f = open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite")
-    named, found = utils.PLATEIFU.search(Path(path).name), f.attrs.get("plateifu")
-    if named and found and found != named[0]:
-        f.close()
-        raise DataError(
-            f"{path}: holds the cube of {found}, expected {named[0]} as in its name. Rename the "
-            "file, or re-run process_single_cube.py --overwrite."
-        )
-    return f
+    with open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as f:
+        named, found = utils.PLATEIFU.search(Path(path).name), f.checked_attrs.get("plateifu")
+        if named and found and found != named[0]:
+            raise DataError(
+                f"{path}: holds the cube of {found}, expected {named[0]} as in its name. Rename "
+                "the file, or re-run process_single_cube.py --overwrite."
+            )
+        yield f
 
 
-def open_h5(path: Path, schema: str, version: int, maker: str) -> h5py.File:
-    """Open an H5 file of this project after checking its schema; `maker` rebuilds it."""
+@contextlib.contextmanager
+def open_h5(path: Path, schema: str, version: int, maker: str) -> Iterator[h5py.File]:
+    """Open an H5 file of this project after checking its schema and attributes.
+
+    `maker` is the command that rebuilds it; whatever fails inside of the `with` is taken for damage
+    of the file.
+    """
     path = Path(path)
     if not path.is_file():
         command = maker.replace(" --overwrite", "")
         raise DataError(f"{path}: no such file. Create it with {command}.")
-    try:
-        f = h5py.File(path, "r")
-    except OSError as error:
-        reason = _first_line(error)
-        raise DataError(f"{path}: not a readable HDF5 file ({reason}). Re-run {maker}.") from None
-    found = (f.attrs.get("schema"), f.attrs.get("schema_version"))
-    if found != (schema, version):
-        f.close()
-        raise DataError(
-            f"{path}: schema {found[0]} version {found[1]}, this code needs {schema} "
-            f"version {version}. Re-run {maker}."
-        )
-    return f
+    with utils.reading(path, f"an HDF5 file ({schema})", f"Re-run {maker}."), h5py.File(path) as f:
+        f.checked_attrs = attrs = _attributes(f)  # each is slow to read
+        found = (attrs.get("schema"), attrs.get("schema_version"))
+        if found != (schema, version):
+            raise DataError(
+                f"{path}: schema {found[0]} version {found[1]}, this code needs {schema} "
+                f"version {version}. Re-run {maker}."
+            )
+        if attrs["crc32"] != _attributes_crc(attrs):
+            raise ValueError("the checksum of its attributes differs")
+        yield f
+
+
+def read_dataset(f: h5py.File, name: str) -> np.ndarray:
+    """Read a dataset of a file of `open_h5`, which reports errors, and compare its checksum."""
+    data = f[name]
+    if isinstance(f.get(name, getlink=True), h5py.ExternalLink) or data.external or data.is_virtual:
+        raise ValueError(f"{name} lies in another file")
+    if data.nbytes > utils.MAX_ARRAY_BYTES:
+        raise ValueError(f"{name} would have {data.nbytes / 1e9:.1f} GB")
+    is_plain = _is_plain(data)
+    array = np.full(data.shape, data.fillvalue, data.dtype) if is_plain else data[()]
+    if data.attrs["crc32"] != _crc(data, f.id.get_vfd_handle(), array):
+        raise ValueError(f"the checksum of {name} differs")
+    return array
 
 
 # Labels
@@ -492,9 +631,10 @@ def write_labels(
         mangaid, counts, ..., as JSON values.
     """
     path.unlink(missing_ok=True)  # a stop half-way leaves none, not old labels with new options
-    content = {"recipe": recipe, "digest": digest_of(labels), **about}
-    utils.write_json(path.with_suffix(".json"), _with_recipe(content))
-    _save_npy(label_error_path(path), error.astype(np.float32))
+    error = error.astype(np.float32)
+    digests = {"digest": digest_of(labels), "error_digest": digest_of(error)}
+    _write_provenance(path.with_suffix(".json"), {"recipe": recipe, **digests, **about})
+    _save_npy(label_error_path(path), error)
     _save_npy(path, labels)
 
 
@@ -506,14 +646,19 @@ def read_labels(path: Path) -> np.ndarray:
     DataError
         If it is missing or unreadable, or its values are not those that its .json describes.
     """
-    labels = _load_npy(path, "process_single_cube.py", ndim=2)
-    expected = read_label_meta(path).get("digest")
-    if expected not in (None, digest_of(labels)):
+    return _read_label_array(Path(path), Path(path), "digest")
+
+
+def _read_label_array(path: Path, label_file: Path, name: str) -> np.ndarray:
+    """Read an array of a label map; compare it with its digest in the .json, if there is one."""
+    array = np.array(_load_npy(path, "process_single_cube.py", ndim=2))
+    about = read_label_meta(label_file)
+    if about and about.get(name) != digest_of(array):
         raise DataError(
-            f"{path}: its values are not those that its .json describes. Re-run "
+            f"{path}: its values are not those that the .json describes. Re-run "
             "process_single_cube.py --overwrite, or remove the .json to use labels of your own."
         )
-    return labels
+    return array
 
 
 def read_label_bins(path: Path) -> np.ndarray:
@@ -538,7 +683,7 @@ def read_label_bins(path: Path) -> np.ndarray:
 
 def read_label_error(path: Path) -> np.ndarray:
     """Read the uncertainty map that lies beside a label map."""
-    return _load_npy(label_error_path(Path(path)), "process_single_cube.py", ndim=2)
+    return _read_label_array(label_error_path(Path(path)), Path(path), "error_digest")
 
 
 def read_label_meta(path: Path) -> dict[str, Any]:
@@ -547,22 +692,19 @@ def read_label_meta(path: Path) -> dict[str, Any]:
     return _read_provenance(side, "process_single_cube.py") if side.is_file() else {}
 
 
-def _with_recipe(content: dict[str, Any]) -> dict[str, Any]:
-    """Make provenance JSON values."""
-    return {**content, "recipe": json.loads(content["recipe"].to_json())}
+def _write_provenance(path: Path, content: dict[str, Any]) -> None:
+    """Write provenance as JSON, with its checksum."""
+    utils.write_json(path, sealed({**content, "recipe": json.loads(content["recipe"].to_json())}))
 
 
 def _read_provenance(path: Path, maker: str) -> dict[str, Any]:
     """Read a .json file of provenance, "recipe" as a `Recipe`."""
-    try:
+    with utils.reading(path, "provenance as JSON", f"Re-run {maker} --overwrite."):
         content = dict(json.loads(path.read_text()))
-        if "recipe" in content:
-            content["recipe"] = Recipe.from_json(content["recipe"], path)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{path}: not readable provenance ({error}). Re-run {maker} --overwrite."
-        ) from None
-    return content
+        found = content.pop("checksum", None)
+        if found != sealed(content)["checksum"]:
+            raise ValueError("its checksum differs, or it has none")
+        return {**content, "recipe": Recipe.from_json(content["recipe"], path)}
 
 
 # Patches
@@ -594,35 +736,29 @@ def write_patches(
         plateifu, mangaid, ..., as JSON values.
     """
     path.unlink(missing_ok=True)  # as in `write_labels`
-    utils.write_json(path.with_suffix(".json"), _with_recipe({"recipe": recipe, **about}))
+    patches = np.ascontiguousarray(patches, dtype=np.float32)
+    text = index.to_csv(columns=list(PATCH_COLUMNS), index=False)
+    crcs = {"patches": checksum(patches), "index": isal_zlib.crc32(text.encode())}
+    _write_provenance(path.with_suffix(".json"), {"recipe": recipe, "crc32": crcs, **about})
     with utils.atomic_path(patch_index_path(path)) as part:
-        index.to_csv(part, columns=list(PATCH_COLUMNS), index=False)
-    _save_npy(path, np.ascontiguousarray(patches, dtype=np.float32))
+        part.write_text(text)
+    _save_npy(path, patches)
 
 
 def read_patches(path: Path) -> tuple[np.ndarray, pd.DataFrame, Recipe]:
     """Read a patch file: memory-mapped patches (N, P, P, C), index table, recipe."""
     import pandas as pd
 
-    maker = "cube_patch_processing.py"
-    patches = _load_npy(path, maker, ndim=4, mmap=True)
-    try:
-        index = pd.read_csv(patch_index_path(Path(path)))
-    except (OSError, ValueError) as error:
-        where = patch_index_path(Path(path))
-        raise DataError(f"{where}: not readable ({error}). Re-run {maker} --overwrite.") from None
-    if len(index) != len(patches):
-        raise DataError(
-            f"{path}: {len(patches)} patches, but {len(index)} rows in its index. "
-            f"Re-run {maker} --overwrite."
-        )
-    side = Path(path).with_suffix(".json")
-    recipe = _read_provenance(side, maker).get("recipe")
-    if recipe is None:  # as in files of earlier versions
-        raise DataError(
-            f"{side}: does not say how the file was made (no recipe). Re-run {maker} --overwrite."
-        )
-    return patches, index, recipe
+    maker, where = "cube_patch_processing.py", patch_index_path(Path(path))
+    patches = _load_npy(path, maker, ndim=4)
+    about = _read_provenance(Path(path).with_suffix(".json"), maker)
+    with utils.reading(where, "the table of the patches", f"Re-run {maker} --overwrite."):
+        text = where.read_bytes()
+        index = pd.read_csv(io.BytesIO(text))
+        crcs = {"patches": checksum(patches), "index": isal_zlib.crc32(text)}
+        if about["crc32"] != crcs or len(index) != len(patches):
+            raise ValueError(f"checksums of {len(patches)} patches and {len(index)} rows differ")
+    return patches, index, about["recipe"]
 
 
 def patch_recipe(
@@ -658,20 +794,16 @@ def _save_npy(path: Path, array: np.ndarray) -> None:
         np.save(part, array, allow_pickle=False)
 
 
-def _load_npy(path: Path, maker: str, ndim: int, mmap: bool = False) -> np.ndarray:
-    """Load an array of `ndim` axes, with a one-line error if that fails."""
+def _load_npy(path: Path, maker: str, ndim: int) -> np.ndarray:
+    """Map an array of `ndim` axes of numbers into memory; nothing is allocated."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file. Create it with {maker}.")
-    try:
-        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataError(
-            f"{path}: not a readable .npy file ({error}). Re-run {maker} --overwrite."
-        ) from None
-    if array.ndim != ndim:
-        raise DataError(f"{path}: {array.ndim} axes, expected {ndim}. Re-run {maker} --overwrite.")
-    return array
+    with utils.reading(path, f"a .npy file of {ndim} axes", f"Re-run {maker} --overwrite."):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.ndim != ndim or array.dtype.kind not in "iuf":
+            raise ValueError(f"{array.ndim} axes of {array.dtype}")
+        return array
 
 
 # Splits
@@ -701,7 +833,7 @@ def write_split(
     header += "".join(f"# {k}: {json.dumps(v)}\n" for k, v in made.items())
     for part, table in parts.items():
         with utils.atomic_path(Path(folder) / f"{part}.csv") as temporary:
-            temporary.write_text(header + table.to_csv(index=False))
+            temporary.write_text(sealed_text(header + table.to_csv(index=False)))
 
 
 def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], Recipe]:
@@ -735,23 +867,17 @@ def _read_part(path: Path) -> tuple[pd.DataFrame, Recipe]:
     maker = "create_data_splits.py"
     if not path.is_file():
         raise DataError(f"{path}: no such file. Create the split with {maker}.")
-    try:
-        with path.open(encoding="utf-8") as f:
-            lines = itertools.takewhile(lambda line: line.startswith("# "), f)
-            header = dict(line[2:].rstrip("\n").split(": ", 1) for line in lines)
-        table = pd.read_csv(path, comment="#", dtype={"plateifu": str, "mangaid": str})
-        recipe = Recipe.from_json(header["recipe"], path)
-    except (KeyError, OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{path}: not a readable split file ({error!r}). Expected a header '# recipe: ...' and "
-            f"a CSV table. Rebuild the split with {maker} --overwrite."
-        ) from None
-    missing = {"plateifu", "mangaid"} - set(table.columns)
-    if missing or "kind" not in recipe.options:
-        lacks = f"no column {', '.join(sorted(missing))}" if missing else "no kind in its recipe"
-        raise DataError(f"{path}: {lacks}. Rebuild the split with {maker} --overwrite.")
+    remedy = f"Rebuild the split with {maker} --overwrite."
+    with utils.reading(path, "a table of a split", remedy):
+        text = path.read_bytes().decode()
+        content = text.partition("\n")[2]
+        if text != sealed_text(content):
+            raise ValueError("its checksum differs, or it has none")
+        recipe = Recipe.from_json(content.partition("\n")[0].removeprefix("# recipe: "), path)
+        ids = {"plateifu": str, "mangaid": str}
+        table = pd.read_csv(io.StringIO(content), comment="#", dtype=ids)
+        keys = {"hard": ["mangaid"], "easy": ["mangaid", "y", "x"]}[recipe.options["kind"]]
+        table[["plateifu", *keys]]  # a KeyError names what is missing
     for plateifu in table["plateifu"].unique():
         try:
             utils.split_plateifu(str(plateifu))
@@ -801,9 +927,9 @@ def write_stats(path: Path, stats: Stats) -> None:
 def read_stats(path: Path) -> Stats:
     """Read the statistics of a training split."""
     with open_h5(path, STATS_SCHEMA, STATS_VERSION, "calc_data_stats.py --overwrite") as f:
-        recipe = Recipe.from_json(f.attrs["recipe"], path)
-        arrays = {name: f[name][...] for name in STATS_FIELDS}
-        return Stats(**arrays, recipe=recipe, attrs=dict(f.attrs))
+        recipe = Recipe.from_json(f.checked_attrs["recipe"], path)
+        arrays = {name: read_dataset(f, name) for name in STATS_FIELDS}
+        return Stats(**arrays, recipe=recipe, attrs=f.checked_attrs)
 
 
 def stats_inputs(cubes: Mapping[str, str]) -> dict[str, str]:

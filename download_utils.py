@@ -5,8 +5,9 @@ Writes  raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz, and
         raw/dapall-*.fits.
 
 A file is downloaded as .<name>.part in the same folder and renamed only after its size agrees with
-the server's and, if it is gzipped, its checksum is right. An interrupted download resumes where it
-stopped. If several processes need the same file, one fetches it and the others wait.
+the server's, its checksums (of gzip, CHECKSUM and DATASUM) are right, and its header names the
+galaxy. An interrupted download resumes where it stopped. If several processes need the same file,
+one fetches it and the others wait.
 
     python download_utils.py --plateifu 8485-1901 7443-12703
     python download_utils.py --galaxy-list galaxies.txt --jobs 4 --catalogue
@@ -18,13 +19,14 @@ import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 from urllib.parse import urlsplit
 
 import utils
@@ -38,9 +40,15 @@ RELEASE, DRP_VERSION, DAP_VERSION = "DR17", "v3_1_1", "3.1.0"
 DEFAULT_DAPTYPE = "SPX-MILESHC-MASTARSSP"
 ARCHIVE = "https://data.sdss.org/sas/"
 BLOCK = 1 << 16
-"""Bytes received at a time; a broken connection loses at most one block."""
+"""Most bytes received at a time."""
 TIMEOUT_S = 60
 """Seconds without an answer from the server after which a connection counts as failed."""
+MIN_SPEED = 1000
+"""Bytes/s, on average over TIMEOUT_S, below which a connection counts as failed."""
+MAX_PAUSE_S = 600
+"""Longest pause that a server's Retry-After is granted."""
+MAX_SIZE = 2 << 30
+"""Bytes of the largest file that is accepted; the largest of DR17 has 190 MB."""
 
 FileKind = Literal["LOGCUBE", "MAPS", "DRPCUBE"]
 
@@ -146,7 +154,7 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
                         f"{url}: {reason}, expected the file. Check the network (compute nodes "
                         "often have none) and run the same command again; it resumes the download."
                     ) from None
-                pause = pause_s * 2**attempt
+                pause = max(pause_s * 2**attempt, _asked_pause(error))
                 log.info(f"{path.name}: {reason}; next attempt in {pause:g} s")
                 time.sleep(pause)
         try:
@@ -157,6 +165,12 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
         utils.flush(part)
         part.replace(path)
     return path.stat().st_size
+
+
+def _asked_pause(error: Any) -> float:
+    """Seconds that the server asks to wait, 0 if it does not say (RFC 9110, section 10.2.3)."""
+    asked = error.response.headers.get("Retry-After", "") if error.response is not None else ""
+    return min(float(asked), MAX_PAUSE_S) if asked.isascii() and asked.isdigit() else 0.0
 
 
 @contextlib.contextmanager
@@ -193,7 +207,7 @@ def _fetch_rest(url: str, part: Path) -> None:
     headers["Accept-Encoding"] = "identity"  # else a .gz may arrive unpacked
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
         if answer.status_code == 416:  # the server has no bytes after those of `part`
-            total = int(answer.headers.get("Content-Range", "*/-1").rpartition("/")[2])
+            total = _number(answer.headers.get("Content-Range", "").rpartition("/")[2])
             if total == have:
                 return
             os.truncate(part, 0)
@@ -205,11 +219,16 @@ def _fetch_rest(url: str, part: Path) -> None:
             )
         answer.raise_for_status()
         resumed = answer.status_code == 206
-        length = answer.headers.get("Content-Length")
-        expected = int(length) + (have if resumed else 0) if length else None
+        length = _number(answer.headers.get("Content-Length", ""))
+        expected = None if length is None else length + (have if resumed else 0)
+        free = shutil.disk_usage(part.parent).free
+        if length is not None and length > min(free, MAX_SIZE):
+            raise DataError(
+                f"{url}: {length / 1e9:.2f} GB, expected at most {MAX_SIZE / 1e9:.2f}, and "
+                f"{free / 1e9:.2f} GB are free. Check --base-url and the disk."
+            )
         with part.open("ab" if resumed else "wb") as f:
-            for block in answer.iter_content(BLOCK):
-                f.write(block)
+            _receive(answer, f)
     size = part.stat().st_size
     if expected is not None and size != expected:
         if size > expected:
@@ -217,25 +236,59 @@ def _fetch_rest(url: str, part: Path) -> None:
         raise requests.ConnectionError(f"{size} of {expected} bytes received")
 
 
+def _receive(answer: Any, f: BinaryIO) -> None:
+    """Write what the server sends, unless it is too slow or too much."""
+    import requests
+    import urllib3
+
+    start, n, size = time.monotonic(), 0, f.tell()
+    try:
+        while block := answer.raw.read1(BLOCK):  # what is there; `read` would wait for all
+            f.write(block)
+            n, size = n + len(block), size + len(block)
+            if size > MAX_SIZE:
+                f.truncate(0)
+                raise DataError(
+                    f"{answer.url}: more than {MAX_SIZE / 1e9:.2f} GB, expected a file of a "
+                    "galaxy. Check --base-url."
+                )
+            now = time.monotonic()
+            if now - start > TIMEOUT_S:
+                if n < MIN_SPEED * (now - start):
+                    raise requests.ConnectionError(f"only {n} bytes in {now - start:.0f} s")
+                start, n = now, 0
+    except urllib3.exceptions.HTTPError:
+        raise requests.ConnectionError(f"the connection broke after {size} bytes") from None
+
+
+def _number(text: str) -> int | None:
+    """Read a number of a server's header; None if it is none."""
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
 def _check_content(path: Path, name: str) -> None:
-    """Raise a DataError if a downloaded file is empty, or a .gz whose checksum is wrong."""
-    from isal import igzip, isal_zlib
+    """Raise a DataError unless a downloaded file is whole, and of the galaxy of its name."""
+    import fits_stream  # here: it needs astropy
 
     if path.stat().st_size == 0:
         raise DataError(
             f"{name}: the server sent an empty file, expected a FITS file. Try again later; if "
             "it stays empty, report it to the archive's help desk."
         )
-    if not name.endswith(".gz"):
-        return
     try:
-        with igzip.open(path) as f:
-            while f.read(BLOCK):
-                pass
-    except (EOFError, OSError, isal_zlib.error) as error:  # type: ignore[misc]
+        header = fits_stream.check_whole(path)
+    except DataError as error:
+        reason = str(error).removeprefix(f"{path}: ").removesuffix(fits_stream.FETCH_AGAIN).strip()
         raise DataError(
-            f"{name}: the received file is damaged ({error}). Run the same command again."
+            f"{name}: the received file is damaged, or no FITS file: {reason} Run the same command "
+            "again; if that does not help, the server or a proxy sends something else."
         ) from None
+    wanted, found = utils.PLATEIFU.search(name), str(header.get("PLATEIFU", "")).strip()
+    if wanted and found not in ("", wanted[0]):
+        raise DataError(
+            f"{name}: the server sent the file of {found}, expected {wanted[0]}. Try again later, "
+            "or report it to the archive's help desk."
+        )
 
 
 def check_connection(base_url: str) -> None:

@@ -92,6 +92,7 @@ COPIED_CARDS = {
     "pa_deg": "ECOOPA", "ellipticity": "ECOOELL",
 }  # fmt: skip
 """Attributes of a cube that are cards of the LOGCUBE's primary header."""
+CHANNEL = re.compile("C[0-9]{1,3}")
 CELESTIAL_CARD = re.compile("(CRPIX|CRVAL|CDELT|CUNIT|CTYPE)[12]|(PC|CD)[12]_[12]|RADESYS|EQUINOX")
 
 ESSENTIAL = ("FLUX", "IVAR", "MASK", "WAVE")
@@ -248,12 +249,14 @@ def process_cube(
     with ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(file_digest, source)
         primary = read_hdus(source, ("PRIMARY",))["PRIMARY"].header
-        plateifu, critical = vet_header(primary, source, target)
-        if critical and skip_critical:
-            return SKIPPED
-        if redshift is None and primary.get("SCINPVEL") is None and catalogue is not None:
-            inputs["catalogue"] = file_digest(catalogue)
-        z, mangaid = _identify(source, primary, plateifu, redshift, catalogue)
+        with utils.reading(source, "the header of a LOGCUBE", FETCH_AGAIN):
+            plateifu, critical = vet_header(primary, source, target)
+            if critical and skip_critical:
+                return SKIPPED
+            if redshift is None and primary.get("SCINPVEL") is None and catalogue is not None:
+                inputs["catalogue"] = file_digest(catalogue)
+            z, mangaid = _identify(source, primary, plateifu, redshift, catalogue)
+            copied = {name: _plain(primary.get(card)) for name, card in COPIED_CARDS.items()}
         edges = resample.log_edges(WAVE_LOG_FIRST, WAVE_LOG_STEP, WAVE_N)
         wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
         stretch = _gas_stretch(maps, source, plateifu) if options.remove_gas_velocity else None
@@ -285,7 +288,7 @@ def process_cube(
             "mangaid": mangaid,
             "redshift": z,
             "critical": critical,
-            **{name: primary.get(card) for name, card in COPIED_CARDS.items()},
+            **copied,
             "wcs_header": _celestial(raw.header),
             "source_file": source.name,
             "source_stamp": stamp,
@@ -313,6 +316,12 @@ def _check_file(source: Path) -> None:
             f"{source}: no such file. Expected a LOGCUBE or MAPS file (FITS): check the path, or "
             "download the survey's with download_utils.py."
         )
+
+
+def _plain(value: Any) -> Any:
+    """Value of a card for an attribute; None for what is none, such as a value left out."""
+    is_plain = isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 1 << 63)
+    return value if is_plain else None
 
 
 def _check_grid(options: CubeOptions) -> None:
@@ -376,32 +385,45 @@ def _compare_redshift(
 
 def _read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Header) -> RawCube:
     """Read the arrays of a LOGCUBE and check that they belong together."""
-    is_dap = primary.get("MASKNAME", "").startswith("MANGA_DAP") or "DAPTYPE" in primary
+    is_dap = "DAPTYPE" in primary or str(primary.get("MASKNAME")).startswith("MANGA_DAP")
     shape: tuple[int, ...] = ()
     hdus: dict[str, Hdu] = {}
     for name, hdu in iterate_hdus(path, (*ESSENTIAL, *(["REDCORR"] if is_dap else [])), pixels):
-        if not shape_of(hdu.header):
-            raise DataError(f"{path}: HDU {name} is empty, expected an array. {FETCH_AGAIN}")
         hdus[name] = hdu
         if name == "WAVE":
             _check_wave(hdu.data, path)
-        elif name != "REDCORR":
-            found = shape_of(hdu.header)
-            shape = shape or found
-            if len(found) != 3 or found != shape or found[0] != WAVE_N:
-                raise DataError(
-                    f"{path}: {name} has shape {found}, expected ({WAVE_N}, y, x) like FLUX "
-                    f"{shape}. Give an uncut LOGCUBE."
-                )
+            continue
+        shape = shape or (WAVE_N, *shape_of(hdu.header)[1:])
+        n_axes = 1 if name == "REDCORR" else 3
+        _check_array(path, name, hdu, shape[:n_axes], n_axes)
     if not deredden:
         redcorr = np.ones(WAVE_N)
     elif is_dap:
         redcorr = hdus["REDCORR"].data.astype(float)
     else:
-        redcorr = galactic_correction(primary, path)
+        with utils.reading(path, "a number in EBVGAL", "Use --no-deredden."):
+            redcorr = galactic_correction(primary, path)
+    used = redcorr[pixels]
+    if not np.all((used > 0) & np.isfinite(used)):
+        raise DataError(
+            f"{path}: Galactic correction (REDCORR, or by EBVGAL) from {used.min():g} to "
+            f"{used.max():g}, expected positive factors. {FETCH_AGAIN}"
+        )
     flux, ivar, mask = (hdus[name].data for name in ("FLUX", "IVAR", "MASK"))
     bad_bits = DAP_BAD if is_dap else DRP_BAD
-    return RawCube(flux, ivar, mask, bad_bits, redcorr[pixels], hdus["FLUX"].header)
+    return RawCube(flux, ivar, mask, bad_bits, used, hdus["FLUX"].header)
+
+
+def _check_array(path: Path, name: str, hdu: Hdu, shape: tuple[int, ...], n_axes: int = 3) -> None:
+    """Raise a DataError unless an HDU holds an array of this shape; that of a MASK, integers."""
+    found, dtype = shape_of(hdu.header), hdu.data.dtype
+    kind = " of integers" if name.endswith("MASK") else ""
+    if len(found) != n_axes or found != shape or (kind and dtype.kind != "i"):
+        axes = "(n, y, x)" if n_axes == 3 else "(n,)"
+        raise DataError(
+            f"{path}: {name} has shape {found} of {dtype}, expected {axes}{kind} like the arrays "
+            f"beside it, {shape}. {FETCH_AGAIN}"
+        )
 
 
 def _resampled_rows(
@@ -463,7 +485,7 @@ def _logcube_wave() -> np.ndarray:
 def _check_wave(wave: np.ndarray, path: Path) -> None:
     """Raise a DataError unless WAVE is the LOGCUBE grid."""
     expected = _logcube_wave()
-    if wave.shape != expected.shape or np.max(np.abs(wave / expected - 1)) > WAVE_TOLERANCE:
+    if wave.shape != expected.shape or not np.all(np.abs(wave / expected - 1) <= WAVE_TOLERANCE):
         raise DataError(
             f"{path}: wrong wavelengths in WAVE, expected the LOGCUBE grid of {WAVE_N} pixels from "
             f"{expected[0]:.3f} to {expected[-1]:.3f} Angstrom. Give an uncut LOGCUBE."
@@ -501,6 +523,8 @@ def _gas_stretch(maps: Path | None, source: Path, plateifu: str) -> np.ndarray:
     found = str(hdus["PRIMARY"].header.get("PLATEIFU") or plateifu).strip()
     if found != plateifu:
         raise DataError(f"{maps}: holds galaxy {found}, expected {plateifu}. Check --maps.")
+    for name in ("EMLINE_GVEL", "EMLINE_GVEL_MASK"):
+        _check_array(maps, name, hdus[name], hdus["EMLINE_GVEL"].data.shape)
     channel = line_channels(hdus["EMLINE_GVEL"].header, (HA,), maps)[HA]
     velocity, mask = (hdus[f"EMLINE_GVEL{end}"].data[channel] for end in ("", "_MASK"))
     is_bad = (mask & MAPS_DONOTUSE != 0) | ~np.isfinite(velocity)
@@ -524,8 +548,14 @@ def line_channels(header: fits.Header, lines: Sequence[str], path: Path) -> dict
     DataError
         If one of `lines` is missing; the message lists those that exist.
     """
-    cards = ((k[1:], v) for k, v in header.items() if k[:1] == "C" and k[1:].isdigit())
-    channels = {str(value).strip(): int(number) - 1 for number, value in cards}
+    with utils.reading(path, "a header with the names of channels", FETCH_AGAIN):
+        cards = [(int(k[1:]), str(header[k]).strip()) for k in header if CHANNEL.fullmatch(k)]
+    channels = {name: number - 1 for number, name in cards}
+    if len(channels) < len(cards) or any(not 0 < n <= header["NAXIS3"] for n, _ in cards):
+        raise DataError(
+            f"{path}: channels {', '.join(f'C{n} {name}' for n, name in cards)}, expected one "
+            f"name each for {header['NAXIS3']} channels. {FETCH_AGAIN}"
+        )
     unknown = [line for line in lines if line not in channels]
     if unknown:
         raise DataError(
@@ -554,14 +584,9 @@ def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[LineMaps, Hdu, Hdu
     names = ("EMLINE_GFLUX", "EMLINE_GFLUX_IVAR", "EMLINE_GFLUX_MASK")
     hdus = read_hdus(path, ("PRIMARY", *names))
     found = [hdus[name] for name in names]
+    for name in names:
+        _check_array(path, name, hdus[name], shape_of(found[0].header))
     channels = line_channels(found[0].header, lines, path)
-    shapes = [shape_of(hdu.header) for hdu in found]
-    for name, shape in zip(names, shapes, strict=True):
-        if len(shape) != 3 or shape != shapes[0]:
-            raise DataError(
-                f"{path}: {name} has shape {shape}, expected (channel, y, x) {shapes[0]}. "
-                f"{FETCH_AGAIN}"
-            )
     flux, ivar, mask = ({line: hdu.data[channels[line]] for line in lines} for hdu in found)
     bad = {line: (bits & MAPS_DONOTUSE) != 0 for line, bits in mask.items()}
     return LineMaps(flux, ivar, bad), hdus["PRIMARY"], found[0]
@@ -602,6 +627,20 @@ def count_bins(path: Path, is_labelled: np.ndarray) -> dict[str, Any]:
     )
     listed = ids.tolist() if n_bins < ids.size else None
     return {"n_bins": n_bins, "n_stellar_bins": n_stellar_bins, "bins": listed}
+
+
+def _check_beside(source: Path, target: Path, shape: tuple[int, int]) -> None:
+    """Raise a DataError if the galaxy's cube in the data folder has another number of spaxels."""
+    try:
+        cube = utils.sibling(target, "cube")
+    except DataError:  # not in a data folder
+        return
+    expected = data_io.read_cube_head(cube).measured.shape if cube.is_file() else shape
+    if shape != expected:
+        raise DataError(
+            f"{source}: maps of {shape} spaxels, expected {expected} as in {cube}. Make both from "
+            "files of one analysis (--daptype)."
+        )
 
 
 def process_map(
@@ -657,9 +696,13 @@ def process_map(
         lines = list(dict.fromkeys([*needed, *(lines if options.star_forming_only else ())]))
     maps, primary_hdu, flux_hdu = read_line_maps(source, lines)
     primary = primary_hdu.header
-    plateifu, critical = vet_header(primary, source, target)
+    with utils.reading(source, "the header of a MAPS file", FETCH_AGAIN):
+        plateifu, critical = vet_header(primary, source, target)
+        mangaid = str(primary.get("MANGAID", "")).strip()
+        version = {k: _plain(primary.get(k)) for k in ("DAPTYPE", "VERSDAP")}
     if critical and skip_critical:
         return SKIPPED
+    _check_beside(source, target, maps.shape)
     if label_task == "BPT":
         labels, error = bpt_classes(maps, options.min_snr)
     else:
@@ -680,13 +723,13 @@ def process_map(
         )
     meta: dict[str, Any] = {
         "plateifu": plateifu,
-        "mangaid": str(primary.get("MANGAID", "")).strip(),
+        "mangaid": mangaid,
         "n_labelled": n_labelled,
         **bins,
         "counts": counts,
         "critical": critical,
-        "daptype": primary.get("DAPTYPE"),
-        "dap_version": primary.get("VERSDAP"),
+        "daptype": version["DAPTYPE"],
+        "dap_version": version["VERSDAP"],
         "source_file": source.name,
         "wcs_header": _celestial(flux_hdu.header),
         "code_version": utils.VERSION,

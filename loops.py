@@ -98,7 +98,8 @@ def read_galaxy_list(path: Path) -> list[str]:
     expected = "Expected one plateifu per line or a CSV column plateifu; check --galaxy-list."
     if not path.is_file():
         raise DataError(f"{path}: no such galaxy list. {expected}")
-    rows = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
+    with utils.reading(path, "a text of one plateifu per line", "Check --galaxy-list."):
+        rows = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
     rows = [row for row in rows if row]
     header = [word.strip().lower() for word in rows[0].split(",")] if rows else []
     if "plateifu" in header:
@@ -108,7 +109,7 @@ def read_galaxy_list(path: Path) -> list[str]:
         raise DataError(f"{path}: names no galaxy. {expected}")
     for row in rows:
         if not utils.PLATEIFU.fullmatch(row):
-            raise DataError(f"{path}: {row!r} is not a valid plateifu. {expected}")
+            raise DataError(f"{path}: {row[:80]!r} is not a valid plateifu. {expected}")
     return rows
 
 
@@ -116,7 +117,7 @@ def shard_of(items: Sequence[Any], shard: str | None) -> list[Any]:
     """Items k, k+n, ... for shard "k/n" (k from 0); all items without a shard."""
     if not shard:
         return list(items)
-    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    match = re.fullmatch("([0-9]+)/([0-9]+)", shard)
     if not match or int(match[1]) >= int(match[2]):
         raise DataError(f"--shard {shard}: expected k/n with 0 <= k < n, e.g. 0/4.")
     return list(items[int(match[1]) :: int(match[2])])
@@ -182,7 +183,10 @@ def for_each_galaxy(
                 finish(plateifu, *_attempt(work, plateifu))
         else:
             _in_processes(work, todo, jobs, finish)
-    _update_failures(failed_csv, set(todo), failures)
+    try:
+        _update_failures(failed_csv, set(todo), failures)
+    except OSError as error:  # a full disk: the work is done, and the log names what failed
+        log.error(utils.in_one_line(error))
     if failures:
         count = utils.counted(len(todo), "galaxy", "galaxies")
         log.error(f"{stage}: {len(failures)} of {count} failed, listed in {failed_csv}")
@@ -275,8 +279,10 @@ def _update_failures(failed_csv: Path, tried: set[str], failures: list[tuple[str
     for path in {failed_csv, *utils.files_in(failed_csv.parent, "failed*.csv")}:
         rows: list[tuple[str, ...]] = []
         if path.is_file():
-            with path.open(newline="") as f:
-                rows = [tuple(row) for row in list(csv.reader(f))[1:] if row]
+            text = path.read_text(errors="replace").replace("\0", "")
+            with contextlib.suppress(csv.Error):  # damaged: it is replaced
+                table = list(csv.reader(text.splitlines()))[1:]
+                rows = [(*row, "", "")[:3] for row in table if row]
         kept = [row for row in rows if row[0] not in tried]
         kept += failures if path == failed_csv else []
         if kept and sorted(kept) != sorted(rows):

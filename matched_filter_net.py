@@ -389,7 +389,8 @@ class MatchedFilterNet(nn.Module):
         """
         own = features[:, : self.config.own_features] - self.usual_mean
         identity = torch.eye(own.shape[1], dtype=own.dtype, device=own.device)
-        root = torch.linalg.cholesky(self.usual_covariance + 1e-3 * identity)
+        # _ex: without an error where weights have diverged, which the loss shows
+        root, _ = torch.linalg.cholesky_ex(self.usual_covariance + 1e-3 * identity)
         return torch.linalg.solve_triangular(root, own.T, upper=False).square().mean(0)
 
     def map(

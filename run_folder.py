@@ -409,6 +409,12 @@ def read_model(
             "epoch (python run_SSFTT_training.py --run-dir ...)."
         )
     weights, about = read_tensors(run_dir / WEIGHTS_FILE)
+    odd = [name for name, value in weights.items() if not value.isfinite().all()]
+    if odd:
+        raise DataError(
+            f"{run_dir / WEIGHTS_FILE}: {odd[0]} holds values that are not finite, expected a "
+            "trained network. Copy the run again, or retrain with a lower --lr."
+        )
     if "best" in about:  # a stop may have come between writing weights and card
         calibration = Calibration(**json.loads(about["calibration"]))
         card = replace(card, best=json.loads(about["best"]), calibration=calibration)

@@ -313,6 +313,12 @@ def validate(training: Training) -> dict[str, float]:
 def finish_epoch(training: Training, scores: dict[str, float]) -> None:
     """Record an epoch: history, best weights, early stopping."""
     options, progress = training.options, training.progress
+    if not math.isfinite(scores["loss"]):
+        raise DataError(
+            f"{training.run_dir}: the validation loss is {scores['loss']} in epoch "
+            f"{progress.epoch + 1}, expected a finite number; the best epoch so far is kept. Lower "
+            f"--lr ({options.lr:g})."
+        )
     row = {
         "epoch": progress.epoch + 1,
         "train_loss": progress.loss_sum / progress.weight,

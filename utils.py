@@ -62,7 +62,7 @@ SPLIT_PARTS = ("train", "val", "test")
 EXIT_DONE, EXIT_DATA, EXIT_USAGE, EXIT_AGAIN = 0, 1, 2, 75
 """Exit codes: done; a problem with the data; wrong usage; stopped early, run again to continue."""
 
-PLATEIFU = re.compile(r"(?<!\d)(\d{4,5})-(\d{3,5})(?!\d)")
+PLATEIFU = re.compile(r"(?<![0-9])([0-9]{4,5})-([0-9]{3,5})(?![0-9])")  # \d: any script's digits
 
 IFUS = tuple(
     f"{fibres}{number:02d}"
@@ -77,8 +77,45 @@ PART_LIFE_S = 24 * 3600
 """An unfinished file that has not changed for this long is abandoned, whatever host wrote it."""
 
 
+MAX_ARRAY_BYTES = 1 << 29
+"""Largest array that is read whole; the largest of a MaNGA cube has 100 MB."""
+
+
 class DataError(ValueError):
     """A problem with a file or its content. The message is one line: what, where, what to do."""
+
+
+@contextlib.contextmanager
+def reading(path: Path | str, expected: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a library raises about a file into a DataError of one line.
+
+    Parameters
+    ----------
+    path : Path
+    expected : str
+        What the file should be, with its article.
+    remedy : str
+        What to do, a sentence with its full stop.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{path}: not readable ({first_line(error)}), expected {expected}. {remedy}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error; of HDF5's, its reason without memory addresses."""
+    found = re.search(r"error message = '([^']+)'", str(error))
+    if isinstance(error, EOFError):
+        return "cut short"
+    line = found[1] if found else str(error).partition("\n")[0][:200]
+    if isinstance(error, OSError | ValueError) and line:
+        return getattr(error, "strerror", None) or line
+    return f"{type(error).__name__}: {line}"
 
 
 # Paths
@@ -113,8 +150,8 @@ def split_plateifu(plateifu: str) -> tuple[str, str]:
     match = PLATEIFU.fullmatch(plateifu.strip())
     if not match:
         raise DataError(
-            f"{plateifu!r} is not a valid plateifu (expected <plate>-<ifu>, e.g. 8485-1901; put "
-            "spaces between several)."
+            f"{plateifu[:80]!r} is not a valid plateifu (expected <plate>-<ifu>, e.g. 8485-1901; "
+            "put spaces between several)."
         )
     return match[1], match[2]
 
@@ -336,6 +373,9 @@ def atomic_path(out: Path | str) -> Iterator[Path]:
         yield part
         flush(part)
         part.replace(out)
+    except OSError as error:  # of a full disk, Python says not where
+        error.filename = error.filename or str(out)
+        raise
     finally:
         part.unlink(missing_ok=True)
         open_parts.discard(part)
@@ -392,12 +432,12 @@ def _sweep_parts(folder: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Say whether this host runs a process with this id, of any user."""
+    """Say whether this host runs a process with this id, of any user; a zombie has ended."""
     try:
         os.kill(pid, 0)
-    except OSError as error:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError as error:  # other systems have no /proc
         return error.errno != errno.ESRCH
-    return True
 
 
 def write_json(path: Path | str, content: Any) -> None:
@@ -436,14 +476,8 @@ def config_args(path: Path | str, config_class: Any) -> list[str]:
     """Command-line words that reproduce a saved config (a JSON file, or a run folder with one)."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
-    try:
+    with reading(path, "a JSON file as in configs/, or the folder of a run", "Check --config."):
         saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        reason = f"not a readable JSON file ({error})" if path.exists() else "no such file"
-        raise DataError(
-            f"{path}: {reason}. Expected a JSON file of options as in configs/, or the folder of a "
-            "run. Check --config."
-        ) from None
     if not isinstance(saved, dict):
         raise DataError(f"{path}: expected a JSON object of options, found {type(saved).__name__}.")
     words, known = list[str](), option_names(config_class)
@@ -505,7 +539,7 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
             code = main(config)
         finally:
             sys.stdout.flush()  # here, where it is noticed that the reader has left
-    except (DataError, OSError) as error:
+    except (DataError, OSError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _reader_has_left():
             sys.exit(128 + signal.SIGPIPE)
         if debug:
@@ -525,6 +559,8 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
 
 def in_one_line(error: Exception) -> str:
     """Say what went wrong; of a system call also with which file, and what to do."""
+    if isinstance(error, MemoryError):
+        return f"not enough memory ({first_line(error)}). Ask for more, or use fewer processes."
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     where = f"{error.filename}: " if error.filename else ""

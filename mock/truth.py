@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from utils import DataError
 
 import numpy as np
 
-from data_io import Recipe
+from data_io import Recipe, new_h5, open_h5, read_dataset
 from labels import LABEL_NONE
 from mock.physics import Galaxy, bpt_class, logoh_n2, logoh_o3n2, to_image, wave_grid
 
-TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 3
+TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 4
 
 
 def truth_path(root: Path, plateifu: str) -> Path:
@@ -57,12 +56,10 @@ def write_truth(path: Path, galaxy: Galaxy) -> None:
     the seeing, in 1e-17 erg/s/cm2/spaxel, before Galactic reddening (the integral of FLUX x
     REDCORR over the line).
     """
-    import data_io  # here: --help does not need h5py
-
     scene = galaxy.scene
     maps = truth_maps(galaxy)
     n_bytes = sum(values.nbytes for values in maps.values())
-    with data_io.new_h5(path, 4 * n_bytes, track_order=False) as f:
+    with new_h5(path, 4 * n_bytes, track_order=False) as f:
         f.attrs.update(
             schema=TRUTH_SCHEMA,
             schema_version=TRUTH_VERSION,
@@ -88,26 +85,10 @@ def read_truth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     DataError
         If the file is missing, unreadable or not a truth file of this version.
     """
-    import h5py
-
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such truth file. Simulate galaxies with mock_manga.py.")
-    try:
-        with h5py.File(path) as f:
-            attrs = dict(f.attrs)
-            if attrs.get("schema") != TRUTH_SCHEMA or attrs["schema_version"] != TRUTH_VERSION:
-                raise DataError(
-                    f"{path}: not a {TRUTH_SCHEMA} file of version {TRUTH_VERSION}. "
-                    "Re-run mock_manga.py --overwrite."
-                )
-            maps = {k: f[k][...] for k in f if k != "line_flux"}
-            maps |= {f"line_flux/{k}": d[...] for k, d in f["line_flux"].items()}
-    except OSError as error:
-        raise DataError(
-            f"{path}: not readable as HDF5 ({error}). Re-run mock_manga.py --overwrite."
-        ) from None
-    return maps, attrs
+    maker = "mock_manga.py --overwrite"
+    with open_h5(path, TRUTH_SCHEMA, TRUTH_VERSION, maker) as f:
+        names = [k for k in f if k != "line_flux"] + [f"line_flux/{k}" for k in f["line_flux"]]
+        return {name: read_dataset(f, name) for name in names}, f.checked_attrs
 
 
 def truth_recipe(meta: dict[str, Any]) -> Recipe:

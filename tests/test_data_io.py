@@ -1,6 +1,8 @@
 """Every layout: written, read back, and refused in one clear line if it is not what it says."""
 
+import json
 import os
+import resource
 import shutil
 import subprocess
 from dataclasses import replace
@@ -143,10 +145,12 @@ def test_split_with_a_galaxy_or_in_easy_ones_a_spaxel_in_two_parts_is_not_writte
 # What is refused: (file, how it is damaged, message)
 
 
-def attribute(**attributes):
+def attribute(*, sealed=True, **attributes):
     def change(path: Path) -> None:
         with h5py.File(path, "a") as f:
             f.attrs.update(attributes)
+            if sealed:
+                data_io.seal(f)
 
     return change
 
@@ -155,26 +159,73 @@ def content(new):
     return lambda path: path.write_bytes(new.encode("latin1"))
 
 
-def replaced(old, new):
-    return lambda path: path.write_text(path.read_text().replace(old, new))
+def values(name, change):
+    """Change a dataset whose checksum stays."""
+
+    def damage(path: Path) -> None:
+        with h5py.File(path, "a") as f:
+            f[name][...] = change(f[name][...])
+
+    return damage
 
 
-CUBE, LABEL, SIDE = f"cubes/{GALAXY}.h5", f"labels/{GALAXY}.npy", f"labels/{GALAXY}.json"
+def elsewhere(path: Path) -> None:
+    """Link a dataset to another file."""
+    with h5py.File(path, "a") as f:
+        f.copy("wave", "other")
+        del f["wave"]
+        f["wave"] = h5py.ExternalLink(path.name, "other")
+
+
+def key(**changes):
+    """Change keys of a .json (None: remove them) under a right checksum."""
+
+    def change(path: Path) -> None:
+        found = {**json.loads(path.read_text()), **changes}
+        found = {k: v for k, v in found.items() if v is not None and k != "checksum"}
+        path.write_text(json.dumps(data_io.sealed(found)))
+
+    return change
+
+
+def replaced(old, new, sealed=True):
+    """Change the text of a part of a split, under a right checksum or not."""
+
+    def change(path: Path) -> None:
+        head, _, text = path.read_text().partition("\n")
+        text = text.replace(old, new)
+        path.write_text(data_io.sealed_text(text) if sealed else f"{head}\n{text}")
+
+    return change
+
+
+CUBE = f"cubes/{GALAXY}.h5"
+LABEL, LABEL_ERROR, SIDE = (f"labels/{GALAXY}{end}" for end in (".npy", "_err.npy", ".json"))
 PATCH, INDEX_FILE, PATCH_SIDE = (
     f"patches/{GALAXY}{end}" for end in (".npy", "_index.csv", ".json")
 )
 VAL = "splits/val.csv"
 READERS = {
     "cubes": lambda folder: data_io.read_cube(folder / f"{GALAXY}.h5"),
-    "labels": lambda folder: data_io.read_labels(folder / f"{GALAXY}.npy"),
+    "labels": lambda folder: (
+        data_io.read_labels(folder / f"{GALAXY}.npy"),
+        data_io.read_label_error(folder / f"{GALAXY}.npy"),
+    ),
     "patches": lambda folder: data_io.read_patches(folder / f"{GALAXY}.npy"),
     "splits": data_io.read_split,
 }
 REFUSED = {
     "no cube": (CUBE, Path.unlink, r"no such file\. Create it with process_single_cube\.py\."),
-    "not HDF5": (CUBE, content("not hdf5"), "not a readable HDF5 file"),
+    "not HDF5": (CUBE, content("not hdf5"), r"not readable \(.*\), expected an HDF5 file"),
+    "other flux": (CUBE, values("cube", np.negative), "the checksum of cube differs.*Re-run proc"),
+    "one bit of flux": (
+        CUBE, values("ivar", lambda a: np.where(a == a.max(), np.nextafter(a, 2), a)),
+        "the checksum of ivar differs",
+    ),
+    "other attribute": (CUBE, attribute(sealed=False, redshift=1.0), "checksum of its attributes"),
+    "external link": (CUBE, elsewhere, "wave lies in another file"),
     "old cube": (
-        CUBE, attribute(schema_version=1), r"version 1, this code needs .* 3\. Re-run process_sing"
+        CUBE, attribute(schema_version=1), r"version 1, this code needs .* 4\. Re-run process_sing"
     ),
     "statistics": (CUBE, attribute(schema="manga-stats"), "schema manga-stats .* needs manga-cube"),
     "cube of another galaxy": (
@@ -183,29 +234,52 @@ REFUSED = {
     "cube without recipe": (CUBE, attribute(recipe="{"), "its recipe is damaged .* Rebuild the"),
     "no labels": (LABEL, Path.unlink, "no such file"),
     "edited labels": (
-        LABEL, lambda path: np.save(path, LABELS + 1), r"values are not those that its \.json desc"
+        LABEL, lambda path: np.save(path, LABELS + 1), r"values are not those that the \.json desc"
     ),
-    "labels of 1 axis": (LABEL, lambda path: np.save(path, np.zeros(3)), "1 axes, expected 2"),
-    "empty labels": (LABEL, content(""), r"not a readable \.npy file"),
-    "damaged provenance": (SIDE, content("{"), "not readable provenance"),
-    "foreign provenance": (SIDE, content("[1]"), "not readable provenance"),
-    "labels without recipe": (SIDE, content('{"recipe": 5}'), "its recipe is damaged"),
-    "short index": (INDEX_FILE, content("row,y,x,label\n0,0,1,8\n"), "4 patches, but 1 rows"),
+    "labels of 1 axis": (
+        LABEL, lambda path: np.save(path, np.zeros(3)), "1 axes of float64.*file of 2 axes"
+    ),
+    "labels of text": (LABEL, lambda path: np.save(path, [["a"]]), "2 axes of <U1"),
+    "edited errors": (LABEL_ERROR, lambda path: np.save(path, LABELS), "_err.npy: its values are"),
+    "archive of arrays": (
+        LABEL, lambda path: np.savez(path.open("wb"), LABELS), "NpzFile.*expected a .npy file"
+    ),
+    "empty labels": (LABEL, content(""), r"not readable .* expected a \.npy file"),
+    "damaged provenance": (SIDE, content("{"), r"not readable \(.*, expected provenance"),
+    "foreign provenance": (SIDE, content("[1]"), r"not readable \(.*, expected provenance"),
+    "edited provenance": (
+        SIDE, lambda path: path.write_text(path.read_text().replace('"n": 1', '"n": 2')),
+        "checksum differs",
+    ),
+    "labels without recipe": (SIDE, key(recipe=None), "'recipe'.*expected provenance"),
+    "labels with a wrong recipe": (SIDE, key(recipe=5), "its recipe is damaged"),
+    "short index": (
+        INDEX_FILE, content("row,y,x,label\n0,0,1,8\n"), "of 4 patches and 1 rows differ"
+    ),
     "empty index": (INDEX_FILE, content(""), r"_index\.csv: not readable.*Re-run cube_patch_proc"),
-    "patches without recipe": (PATCH_SIDE, content("{}"), r"no recipe\). Re-run cube_patch_proc"),
-    "empty patches": (PATCH, content(""), r"not a readable \.npy file.*Re-run cube_patch_process"),
+    "edited index": (
+        INDEX_FILE, lambda path: path.write_text(path.read_text().replace("8.4", "8.5")), "differ"
+    ),
+    "other patches": (
+        PATCH, lambda path: np.save(path, np.load(path) + 1), "checksums of 4 patches"
+    ),
+    "patches without recipe": (PATCH_SIDE, key(recipe=None), "'recipe'.*Re-run cube_patch_proc"),
+    "empty patches": (PATCH, content(""), "not readable .*Re-run cube_patch_process"),
     "a galaxy in two parts": (
         VAL, lambda path: shutil.copy(path.with_name("train.csv"), path), "in two parts"
     ),
     "no part": (VAL, Path.unlink, r"val\.csv: no such file"),
-    "binary part": (VAL, content("\xff\xfe"), r"val\.csv: not a readable split file"),
+    "binary part": (VAL, content("\xff\xfe"), r"val\.csv: not readable"),
     "path as plateifu": (VAL, replaced("8485-1903", "../../x"), r"val\.csv: '\.\./\.\./x' is not"),
-    "damaged header": (VAL, replaced("# recipe: ", "# recipe "), r"val\.csv: not a readable split"),
-    "header without recipe": (VAL, replaced("recipe", "seed"), r"val\.csv: not a readable split"),
+    "digits of another script": (
+        VAL, replaced("8485-1903", "\u0668\u0664\u0668\u0665-1903"), r"val\.csv: .* is not a valid"
+    ),
+    "edited part": (VAL, replaced("8485-1903", "8485-1905", False), "its checksum differs"),
+    "header without recipe": (VAL, replaced("# recipe: ", "# x: "), r"val\.csv: its recipe is dam"),
     "damaged recipe": (VAL, replaced("# recipe: {", "# recipe: "), r"val\.csv: its recipe is dam"),
     "no options": (VAL, replaced('{"kind": "hard", "seed": 3}', "5"), r"val\.csv: its recipe is d"),
-    "no kind": (VAL, replaced('"kind"', '"sort"'), r"val\.csv: no kind in its recipe"),
-    "no mangaid": (VAL, replaced("mangaid", "name"), r"val\.csv: no column mangaid"),
+    "no kind": (VAL, replaced('"kind"', '"sort"'), "val\\.csv: not readable .*'kind'"),
+    "no mangaid": (VAL, replaced("mangaid", "name"), r"val\.csv: not readable .*mangaid"),
     "part of another split": (VAL, replaced('"seed": 3', '"seed": 4'), "different splits.*--overw"),
 }  # fmt: skip
 
@@ -271,3 +345,46 @@ def test_disk_that_fills_up_meanwhile_is_one_clear_line(tmp_path, monkeypatch):
         assert data_io.read_cube(tmp_path / "1-2.h5").flux.shape == (8, 8, 300)
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_writing_that_fails_anywhere_is_one_clear_line_and_the_old_file_stays(
+    tmp_path, monkeypatch, compression
+):
+    """HDF5 itself crashes the process when its last writes fail."""
+    path, flux = tmp_path / "1-1.h5", np.random.default_rng(0).random((12, 12, 300), np.float32)
+    cube = cube_of(flux, ivar=flux, good_fraction=flux.astype("f2"))
+    data_io.write_cube(path, cube, compression)
+    old, (_, most) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(DataError, match=r"0\.3 MB are needed, 0\.2 MB are free \(or allowed"):
+        limited(200_000, most, data_io.write_cube, path, cube, compression)
+    monkeypatch.setattr(data_io.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, most))
+    for limit in np.geomspace(10, len(old) - 1, 40).astype(int).tolist():
+        with pytest.raises(DataError, match=r"1-1\.h5: could not be written \(File too large\)"):
+            limited(limit, most, data_io.write_cube, path, cube, compression)
+        assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == old
+
+
+def limited(n_bytes, most, write, *words):
+    """Write while no file may grow beyond n_bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, most))
+    try:
+        write(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+def test_stop_while_writing_leaves_the_old_file_alone(tmp_path):
+    path, cube = tmp_path / "1-1.h5", cube_of(np.ones((8, 8, 50), "f4"))
+    data_io.write_cube(path, cube)
+    old = path.read_bytes()
+
+    def rows():
+        yield data_io.Rows(cube.flux[:4], None, None)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        data_io.write_cube_rows(path, cube.flux.shape, cube.wave, {}, RECIPE, rows())
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == old

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,14 @@ TARGET = np.geomspace(5000, 8000, 2041)
 OPTIONS = fu.CubeOptions(remove_gas_velocity=False)
 FIT_BITS = 0b1111100000
 """Bits of the LOGCUBE's mask about the fit of the spectrum, not its flux."""
+
+
+GRID = 10 ** (3.5589 + 1e-4 * np.arange(N_WAVE))
+
+
+def factor_of(value):
+    """REDCORR of ones, but for one value that is used."""
+    return np.where(np.arange(N_WAVE) == 2000, value, 1.0)
 
 
 def exact_mean(edges, flux, good, bins):
@@ -236,6 +245,15 @@ def test_existing_cube_is_kept_refused_or_replaced(tmp_path, plain_arrays, monke
         (lambda f, v, m: (f[:100], v[:100], m[:100]), {}, "FLUX has shape"),
         (lambda f, v, m: (f, v, m + 1), {}, r"every pixel .* is masked"),
         (None, {"wave": np.linspace(3621.6, 10353.8, N_WAVE)}, "wrong wavelengths in WAVE"),
+        (None, {"wave": np.where(np.arange(N_WAVE) == 9, np.nan, GRID)}, "wrong wavelengths in W"),
+        (None, {"wave": GRID[::-1]}, "wrong wavelengths in WAVE"),
+        (None, {"redcorr": factor_of(np.nan)}, r"REDCORR, .* from nan .* expected positive"),
+        (None, {"redcorr": factor_of(0)}, "from 0 to 1, expected positive"),
+        (None, {"redcorr": factor_of(-1)}, "from -1 to 1, expected positive"),
+        (None, {"redcorr": factor_of(np.inf)}, "from 1 to inf, expected positive"),
+        (None, {"redcorr": np.ones(99)}, r"REDCORR has shape \(99,\) .* \(4563,\)"),
+        (None, {"SCINPVEL": "x"}, "not readable .*expected the header of a LOGCUBE"),
+        (lambda f, v, m: (f[:, 0], v[:, 0], m[:, 0]), {}, r"FLUX has shape \(4563, 5\)"),
         (None, {"drop": ("IVAR",)}, r"no HDU IVAR; it holds PRIMARY, .*MODEL"),
         (None, {"drop": ("REDCORR",)}, r"no HDU REDCORR; it holds PRIMARY, .*MODEL"),
         (None, {"PLATEIFU": "7443-12703"}, "holds galaxy 7443-12703, expected 8485-1901"),
@@ -247,6 +265,55 @@ def test_existing_cube_is_kept_refused_or_replaced(tmp_path, plain_arrays, monke
 def test_unusable_cube_is_refused(tmp_path, plain_arrays, spoil, extra, message):
     arrays = spoil(*plain_arrays) if spoil else plain_arrays
     path = write_logcube(tmp_path / "8485-1901.fits", *arrays, **extra)
+    with pytest.raises(DataError, match=message):
+        process(path, tmp_path)
+
+
+def change(path, act):
+    """Change a FITS file in memory, and write it again."""
+    with fits.open(path, mode="update") as hdus:
+        act(hdus)
+    return path
+
+
+def scaled(hdus):
+    hdus["FLUX"].header["BSCALE"] = 2.0
+
+
+def float_mask(hdus):
+    hdus["MASK"] = fits.ImageHDU(hdus["MASK"].data.astype("f4"), name="MASK")
+
+
+def huge(hdus):
+    hdus["FLUX"].header.update({"NAXIS2": 40_000, "NAXIS1": 40_000})
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (float_mask, "MASK has shape .* of float32, expected .* of integers"),
+        (lambda hdus: hdus["WAVE"].header.set("NAXIS1", 10**9), "WAVE: .*array of at most 512 MB"),
+        (huge, "FLUX: .*array of at most 512 MB"),
+        (scaled, "scaled values"),
+    ],
+)
+def test_headers_that_lie_are_refused_before_anything_is_allocated(
+    tmp_path, plain_arrays, act, message
+):
+    path = write_logcube(tmp_path / "8485-1901.fits", *plain_arrays)
+    with fits.open(path, disable_image_compression=True, do_not_scale_image_data=True) as hdus:
+        headers = [(hdu.fileinfo()["hdrLoc"], hdu.header.copy()) for hdu in hdus]
+        act(hdus)
+        changed = [hdu.header for hdu in hdus]
+        if act is float_mask:
+            hdus.writeto(path, overwrite=True)
+    if act is not float_mask:  # astropy would write what is right
+        content = bytearray(path.read_bytes())
+        for (start, old), new in zip(headers, changed, strict=True):
+            text = new.tostring().encode()
+            assert len(text) == len(old.tostring())
+            content[start : start + len(text)] = text
+        path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         process(path, tmp_path)
 
@@ -283,7 +350,7 @@ def test_redshift_from_the_catalogue(tmp_path, plain_arrays):
         fu.process_cube(path, tmp_path / "7000-100.h5", OPTIONS, catalogue=catalogue)
     for n_bytes in (5800, 100, 0):
         os.truncate(catalogue, n_bytes)
-        with pytest.raises(DataError, match=r"drpall\.fits: not a readable catalogue .* fetch it"):
+        with pytest.raises(DataError, match=r"drpall\.fits: .* Fetch it"):
             catalogue_row(catalogue, "8485-1901")
 
 
@@ -373,13 +440,61 @@ def test_maps_without_a_line_or_of_another_galaxy_are_refused(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def renamed(**cards):
+    return lambda hdus: [hdu.header.update(cards) for hdu in hdus[1:]]
+
+
+def flat(name):
+    def act(hdus):
+        hdus[name].data = hdus[name].data[0]
+
+    return act
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (renamed(C01="Ha-6564"), "channels .*C1 Ha-6564.*, expected one name each for 6 channels"),
+        (renamed(C07="SII-6718"), "C7 SII-6718, expected one name each for 6"),
+        (flat("EMLINE_GFLUX"), r"EMLINE_GFLUX has shape \(4, 5\)"),
+        (flat("EMLINE_GFLUX_MASK"), r"EMLINE_GFLUX_MASK has shape \(4, 5\)"),
+    ],
+)
+def test_maps_with_wrong_channels_or_axes_are_refused(tmp_path, line_maps, act, message):
+    path = change(write_maps(tmp_path / "manga-MAPS-X.fits", *line_maps), act)
+    with pytest.raises(DataError, match=message):
+        fu.process_map(path, tmp_path / "8485-1901.npy", "BPT", fu.LabelOptions())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_maps_of_another_size_than_the_cube_are_refused(tmp_path, plain_arrays, line_maps):
+    """4 x 5 spaxels each; then a cube of 3 x 5, and velocities of one axis too few."""
+    flux, ivar, mask = plain_arrays
+    maps = write_maps(tmp_path / "raw/manga-8485-1901-MAPS-X.fits", *line_maps)
+    cube = tmp_path / "processed/cubes/8485/8485-1901.h5"
+    target = tmp_path / "processed/labels/BPT/8485-1901.npy"
+    for n, message in ((4, None), (3, r"maps of \(4, 5\) spaxels, expected \(3, 5\) as in")):
+        path = write_logcube(tmp_path / "8485-1901.fits", flux[:, :n], ivar[:, :n], mask[:, :n])
+        fu.process_cube(path, cube, OPTIONS, overwrite=True)
+        with pytest.raises(DataError, match=message) if message else nullcontext():
+            fu.process_map(maps, target, "BPT", fu.LabelOptions(), overwrite=True)
+    velocities = np.zeros((6, 4, 5), "f4")
+    with fits.open(maps, mode="append") as hdus:
+        cards = fits.Header({f"C{i:02d}": line for i, line in enumerate(LINES, 1)})
+        hdus.append(fits.ImageHDU(velocities[0], cards, name="EMLINE_GVEL"))
+        hdus.append(fits.ImageHDU(velocities.astype("i4"), name="EMLINE_GVEL_MASK"))
+    shifted = replace(OPTIONS, remove_gas_velocity=True)
+    with pytest.raises(DataError, match=r"EMLINE_GVEL has shape \(4, 5\)"):
+        fu.process_cube(path, cube, shifted, maps=maps, overwrite=True)
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
         ("8485-1901.json", Path.unlink, r"8485-1901\.json beside it is missing"),
         ("8485-1901.png", Path.unlink, r"8485-1901\.png beside it is missing"),
         ("8485-1901_err.npy", Path.unlink, r"8485-1901_err\.npy beside it is missing"),
-        ("8485-1901.npy", lambda path: os.truncate(path, 100), r"8485-1901\.npy: not a readable"),
+        ("8485-1901.npy", lambda path: os.truncate(path, 100), r"8485-1901\.npy: not readable"),
         ("8485-1901.npy", lambda path: np.save(path, np.load(path) + 1), "its values are not th"),
         ("8485-1901.npy", None, r"made with min_snr=5\.0 \(now 3\.0\)"),
     ],

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import os
 import signal
 import subprocess
@@ -58,6 +59,28 @@ def test_debug_shows_the_traceback_of_a_galaxy(tmp_path, jobs, command):
 
 def divide(plateifu, by):
     return str(1 / by)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe,\0\n" * 9, b'"' + b"x" * 200_000, b"a\n\n,\n"])
+def test_a_damaged_list_of_failures_is_replaced(tmp_path, content):
+    (failed := tmp_path / "failed.csv").write_bytes(content)
+    loops.for_each_galaxy(partial(visit, bad=NAMES[:1]), NAMES, "cubes", failed)
+    rows = [row for row in csv.reader(failed.open()) if row[0] in NAMES]
+    assert [row[:2] for row in rows] == [[NAMES[0], "cubes"]]
+
+
+def test_a_list_of_failures_that_cannot_be_written_does_not_end_the_loop(
+    tmp_path, monkeypatch, caplog
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "failed.csv")
+
+    monkeypatch.setattr(loops, "_update_failures", full)
+    outcome = loops.for_each_galaxy(
+        partial(visit, bad=NAMES[:1]), NAMES, "cubes", tmp_path / "failed.csv"
+    )
+    assert outcome[NAMES[0]] == "failed"
+    assert "failed.csv: No space left on device" in caplog.text
 
 
 def visit_or_die(plateifu, bad):

@@ -257,7 +257,7 @@ def test_bad_cube_stops_no_other_and_the_map_of_one_that_is_gone_is_marked(
     assert {p.stem for p in (own_run / "maps").glob("*.fits")} == {gone, left}
     failed = pd.read_csv(own_run / "maps" / "failed.csv")
     assert failed["plateifu"].tolist() == [bad]
-    assert "not a readable HDF5 file" in failed["reason"][0]
+    assert "expected an HDF5 file" in failed["reason"][0]
     assert "(any more)" not in caplog.text
     utils.cube_path(own_data, gone).unlink()
     assert map_them(own_run, own_data, left) == 0

@@ -664,3 +664,20 @@ def test_class_values_are_means_of_training_labels_or_middles_of_classes_without
     found = script.class_values(labels, classes, PatchSpec("logOH"))
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert script.class_values(labels, classes, PatchSpec("BPT")) is None
+
+
+@pytest.mark.parametrize("network", ["ssftt", "matched_filters"])
+def test_a_run_that_diverges_is_never_a_best_model(options, network):
+    with pytest.raises(DataError, match=r"not finite|expected a finite number.*--lr"):
+        train(options, network=network, lr=1e30, cutout=7, epochs=3)
+    with pytest.raises(DataError):
+        eval_fns.load_model(options["run_dir"], "cpu")
+
+
+def test_weights_that_are_not_finite_are_no_model(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    weights, about = run_folder.read_tensors(run / "best.safetensors")
+    weights["head.weight"][0, 0] = float("nan")
+    run_folder.write_tensors(run / "best.safetensors", weights, about)
+    with pytest.raises(DataError, match=r"head\.weight holds values that are not finite"):
+        eval_fns.load_model(run, "cpu")

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -193,11 +194,11 @@ def test_config_file_or_run_folder_becomes_flags_and_the_users_flags_win(config_
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{nonsense", "not a readable JSON file"),
-        (b"\xff\xfe\x00", "not a readable JSON file"),
+        (b"{nonsense", "not readable .*, expected a JSON file"),
+        (b"\xff\xfe\x00", "not readable .*, expected a JSON file"),
         (b'{"rte": 3}', "unknown key 'rte'; did you mean 'rate'"),
         (b'["rate", 3]', "expected a JSON object of options, found list"),
-        (None, "no such file.*or the folder of a run.*--config"),
+        (None, "not readable .No such file.*or the folder of a run"),
     ],
 )
 def test_unreadable_config_file_is_one_clear_line(config_file, content, message):
@@ -252,3 +253,45 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         talk.stdout.close()
         assert talk.stderr.read() == b""
     assert talk.returncode == 128 + signal.SIGPIPE
+
+
+def test_a_zombie_is_not_alive():
+    """It keeps its process id until its parent asks, which may be never."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it has ended, but is not reaped
+    os.kill(child.pid, 0)  # it has a process id all the same
+    assert not utils._is_alive(child.pid)
+    assert utils._is_alive(os.getpid())
+    assert utils._is_alive(1)
+    child.wait()
+
+
+@pytest.mark.parametrize(
+    "name", ["٨٤٨٥-١٩٠١", "8485-19\u0660\u0661", "../../x", "8485-1901/../..", "\0"]
+)
+def test_plateifus_are_ascii_digits_only(name):
+    with pytest.raises(DataError, match="is not a valid plateifu"):
+        utils.split_plateifu(name)
+
+
+@pytest.mark.parametrize("error", [RecursionError("deep\nstack"), KeyError("x"), MemoryError()])
+def test_whatever_a_library_raises_about_a_file_is_one_line(error):
+    with pytest.raises(DataError) as refused, utils.reading("a.json", "a config", "Mend it."):
+        raise error
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).startswith(f"a.json: not readable ({type(error).__name__}: ")
+    assert str(refused.value).endswith("), expected a config. Mend it.")
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    out, most = tmp_path / "a.json", resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    utils.write_json(out, "old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, most))
+    try:
+        with pytest.raises(OSError, match="File too large") as full:
+            utils.write_json(out, "x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert utils.in_one_line(full.value).startswith(f"{out}: File too large. Check that")
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_text() == '"old"\n'

@@ -1,0 +1,668 @@
+"""Damage every kind of file that is read, and see what becomes of it.
+
+Each mutation is read by the functions that the commands use, in a process of its own. It must end
+in one line of error or in exactly the content of the sound file; anything else is counted:
+tracebacks (of any kind, or a crash), silent (other content, no error), hangs, over_memory.
+Each stage is also killed (SIGKILL) at random moments and run again: kills_different counts those
+whose outputs then differ from those of an undisturbed run, or that leave files behind.
+
+Writes  results/faults/summary.json; exit code 1 unless all of these are 0.
+
+    PYTHONPATH=. python tests/faults.py --mutations 2000 --seed 1      # or make test-faults
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import utils
+from utils import DataError
+
+import h5py
+import numpy as np
+import pandas as pd
+from astropy.io import fits
+
+import catalogue
+import data_io
+import fits_utils
+import loops
+
+TIME_LIMIT_S, MEMORY_LIMIT = 10, 2 << 30
+OUTCOMES = ("refused", "same", "other request", "tracebacks", "silent", "hangs", "over_memory")
+COUNTED = ("kills", "kills_different", "mutations")
+GALAXY = "8485-1901"
+
+
+@dataclass
+class Target:
+    """One file, and how it is read.
+
+    `read` gets the folder of the file. Of `forged` content, made with a right checksum or none,
+    only the manner of refusal is judged: to the reader it is what somebody wrote.
+    """
+
+    file: str
+    read: Callable[[Path], Any]
+    forged: list[tuple[str, Callable[[Path], None]]] = field(default_factory=list)
+    has_checksum: bool = True
+
+
+# Bytes
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
+    """One random damage of a file's bytes, and its name."""
+    n, b = len(content), bytearray(content)
+    kind = rng.choice(
+        ["bit", "bit", "bit in head", "character", "character", "byte", "cut", "zeros", "noise",
+         "blanks", "swap", "tail", "lost block"]
+    )  # fmt: skip
+    at = int(rng.integers(n if kind != "bit in head" else min(n, 6000)))
+    block = slice(at // 512 * 512, at // 512 * 512 + int(rng.choice([1, 8, 64, 512])))
+    if kind in ("bit", "bit in head"):
+        b[at] ^= 1 << int(rng.integers(8))
+    elif kind == "character":  # a printable one becomes another
+        printable = np.flatnonzero((np.frombuffer(content, "u1") - 32) < 95)
+        at = int(rng.choice(printable)) if printable.size else at
+        digits = b"0123456789" if chr(b[at]).isdigit() else bytes(range(32, 127))
+        b[at] = digits[int(rng.integers(len(digits)))]
+    elif kind == "byte":
+        b[at] = int(rng.integers(256))
+    elif kind == "cut":
+        b = b[: int(rng.choice([at, n - 1, n - 4]))]
+    elif kind in ("zeros", "blanks", "noise"):
+        size = len(b[block])
+        fill = {"zeros": bytes(size), "blanks": b" " * size, "noise": rng.bytes(size)}
+        b[block] = fill[str(kind)]
+    elif kind == "swap":
+        other = int(rng.integers(n)) // 512 * 512
+        one, two = bytes(b[block]), bytes(b[other : other + len(b[block])])
+        if len(one) == len(two):
+            b[block], b[other : other + len(one)] = two, one
+    elif kind == "lost block":
+        del b[block]
+    else:
+        b += rng.bytes(int(rng.choice([1, 512])))
+    return f"{kind} at {at} of {n}", bytes(b)
+
+
+def npz() -> bytes:
+    with io.BytesIO() as f:
+        np.savez(f, a=np.zeros(3))
+        return f.getvalue()
+
+
+HTML = b"<html><head><title>404</title></head><body>Not found</body></html>"
+FOREIGN = {
+    "nothing": b"", "html": HTML, "gzip of html": gzip.compress(HTML), "blanks": b" " * 9000,
+    "null": b"null", "list": b"[]", "object": b"{}", "number": b"1", "nested": b"[" * 100_000,
+    "npz": npz(), "latin1": "k\xe4se,\xff\n".encode("latin1") * 99, "zeros": bytes(9000),
+    "pickle": pickle.dumps({"a": 1}), "half a gzip": gzip.compress(bytes(9000))[:20],
+    "one line": b"x" * 2_000_000, "signature of HDF5": b"\x89HDF\r\n\x1a\n" + bytes(3000),
+    "npy of objects": b"\x93NUMPY\x01\x00" + struct.pack("<H", 54)
+    + b"{'descr': '|O', 'fortran_order': False, 'shape': (3,)}",
+    "npy too large": b"\x93NUMPY\x01\x00" + struct.pack("<H", 70)
+    + b"{'descr': '<f4', 'fortran_order': False, 'shape': (100000, 100000)}   ",
+    "FITS of blanks": b"SIMPLE  =                    T".ljust(80) + b" " * 1_400_000,
+    "gzip of a FITS of blanks": gzip.compress(b"SIMPLE  =".ljust(80) + b" " * 500_000_000, 1),
+}  # fmt: skip
+"""Files of other kinds, and such that cost time or memory."""
+
+
+# What is forged: well-formed files with wrong content
+
+
+def json_forgeries(path: Path, seal: Callable[[dict], dict]) -> Iterator[tuple[str, Callable]]:
+    """Each key of a JSON object left out or of another type."""
+
+    def change(path: Path, key: str, value: Any) -> None:
+        content = json.loads(path.read_text())
+        content = {k: v for k, v in content.items() if k not in ("checksum", key)}
+        path.write_text(json.dumps(seal(content if value is KeyError else {**content, key: value})))
+
+    for key in sorted({*json.loads(path.read_text())} - {"checksum"}):
+        for value in (KeyError, None, 5, "x", [], {}, [[1], {"a": None}], 1e308, "\0"):
+            yield f"{key}: {value!r}", partial(change, key=key, value=value)
+
+
+def h5_forgeries(path: Path) -> Iterator[tuple[str, Callable]]:
+    """Each dataset and attribute left out, linked elsewhere, of another type, shape or size."""
+
+    def change(path: Path, act: Callable[[h5py.File], None]) -> None:
+        with h5py.File(path, "a") as f:
+            act(f)
+            data_io.seal(f)
+
+    def put(f: h5py.File, name: str, value: Any, **options: Any) -> None:
+        del f[name]
+        if options:
+            f.create_dataset(name, **options).attrs["crc32"] = 0  # too large to be summed here
+        elif value is not None:
+            f[name] = value
+
+    def put_attribute(f: h5py.File, name: str, value: Any) -> None:
+        del f.attrs[name]
+        if value is not None:
+            f.attrs[name] = value
+
+    with h5py.File(path) as f:
+        datasets, attributes = list(f), list(f.attrs)
+    huge = {"shape": (1000, 1000, 2040), "dtype": "f4", "chunks": (4, 4, 2040)}
+    values = {
+        "lost": None, "text": "x", "scalar": 1.0, "empty": h5py.Empty("f4"), "bytes": b"\xff\xfe",
+        "one axis": np.zeros(3), "other shape": np.zeros((2, 3, 4)), "nan": np.full((3, 3), np.nan),
+        "external": h5py.ExternalLink("/dev/zero", "/x"), "soft": h5py.SoftLink("/nowhere"),
+    }  # fmt: skip
+    for name in datasets:
+        for word, value in values.items():
+            yield f"{name} {word}", partial(change, act=partial(put, name=name, value=value))
+        act = partial(put, name=name, value=None, **huge)
+        yield f"{name} huge", partial(change, act=act)
+        raw = {"shape": (1 << 28,), "dtype": "f8", "external": [("/dev/zero", 0, 1 << 31)]}
+        act = partial(put, name=name, value=None, **raw)
+        yield f"{name} outside", partial(change, act=act)
+    for name in attributes:
+        if name == "crc32":
+            continue
+        for word, value in (("lost", None), ("number", 5), ("text", "x"), ("array", np.zeros(3))):
+            act = partial(put_attribute, name=name, value=value)
+            yield f"attribute {name} {word}", partial(change, act=act)
+
+
+def fits_forgeries(path: Path) -> Iterator[tuple[str, Callable]]:
+    """Cards with other values, in files without checksums."""
+
+    def set_card(path: Path, at: int, text: str) -> None:
+        content = bytearray(path.read_bytes())
+        content[at : at + 80] = text.encode("latin1")[:80].ljust(80)
+        path.write_bytes(content)
+
+    content = path.read_bytes()
+    keys = ("BITPIX", "NAXIS", "NAXIS1", "NAXIS2", "NAXIS3", "PCOUNT", "GCOUNT", "XTENSION",
+            "EXTNAME", "END", "SCINPVEL", "PLATEIFU", "DRP3QUAL", "EBVGAL", "MANGAID", "TFIELDS",
+            "TFORM1", "TTYPE1", "C01", "C05", "MASKNAME")  # fmt: skip
+    values = ("'x'", "-1", "0", "7", "1000000000", "1" + "0" * 18, "1e400", "NaN", "T", "", "\xff")
+    for at in range(0, len(content), 80):
+        key = content[at : at + 8].decode("latin1").strip()
+        if key in keys:
+            for value in values:
+                text = f"{key:8}= {value}"
+                yield f"{text} at {at}", partial(set_card, at=at, text=text)
+
+
+# Targets
+
+
+def without(attrs: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {k: v for k, v in attrs.items() if k not in names}
+
+
+def cube_content(path: Path) -> Any:
+    """What a processed cube holds, without when and from which bytes it was made."""
+    cube = data_io.read_cube(path)
+    passing = ("recipe", "source_stamp", "created_utc", "crc32")
+    arrays = (cube.flux, cube.ivar, cube.good_fraction, cube.wave)
+    return arrays, without(cube.attrs, *passing), cube.recipe.options
+
+
+def processed_cube(folder: Path, source: str, maps: str | None = None) -> Any:
+    out = folder / "out" / f"{GALAXY}.h5"
+    options = fits_utils.CubeOptions(n_band=200, remove_gas_velocity=maps is not None)
+    where = folder / maps if maps else None
+    fits_utils.process_cube(folder / source, out, options, maps=where, overwrite=True)
+    return cube_content(out)
+
+
+def processed_labels(folder: Path, source: str) -> Any:
+    found = []
+    for task in utils.LABEL_TASKS:
+        out = folder / "out" / task / f"{GALAXY}.npy"
+        fits_utils.process_map(folder / source, out, task, fits_utils.LabelOptions(), False, True)
+        found.append((data_io.read_labels(out), data_io.read_label_error(out)))
+        passing = ("recipe", "created_utc", "checksum")
+        found.append(without(data_io.read_label_meta(out), *passing))  # type: ignore[arg-type]
+    return found
+
+
+def label_content(folder: Path) -> Any:
+    path = folder / f"{GALAXY}.npy"
+    about = data_io.read_label_meta(path)
+    return (
+        data_io.read_labels(path), data_io.read_label_error(path), data_io.read_label_bins(path),
+        about, about.get("recipe"),
+    )  # fmt: skip
+
+
+def config_content(folder: Path) -> Any:
+    import tyro
+
+    import calc_data_stats
+
+    config = calc_data_stats.Config
+    words = utils.config_args(folder / "config.json", config)
+    try:
+        return tyro.cli(config, args=words, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as stop:
+        raise DataError(f"exit {stop.code}") from None
+
+
+def failures_content(folder: Path) -> str:
+    log = [("8485-1902", "cubes", "x")]
+    loops._update_failures(folder / "failed.csv", {"8485-1902"}, log)
+    return (folder / "failed.csv").read_text()
+
+
+def write_fits(folder: Path) -> None:
+    """Write LOGCUBE and MAPS of a galaxy of 3 x 4 spaxels."""
+    from conftest import LINES, N_WAVE, write_logcube, write_maps
+
+    maps_file = folder / f"manga-{GALAXY}-MAPS-X.fits"
+    rng, (ny, nx) = np.random.default_rng(0), (3, 4)
+    flux = (1 + 0.3 * rng.random((N_WAVE, ny, nx))).astype("f4")
+    ivar = (50 + 50 * rng.random(flux.shape)).astype("f4")
+    typical = dict(zip(LINES, (60, 80, 35, 30, 100, 30), strict=True))
+    maps = {k: v * (1 + 0.1 * rng.random((ny, nx))) for k, v in typical.items()}
+    write_logcube(folder / f"manga-{GALAXY}-LOGCUBE-X.fits", flux, ivar, np.zeros(flux.shape, "i2"))
+    write_maps(
+        maps_file, maps, {k: np.full((ny, nx), 4.0) for k in LINES},
+        {k: np.zeros((ny, nx), int) for k in LINES},
+    )  # fmt: skip
+    with fits.open(maps_file, mode="append") as hdus:
+        channels = {f"C{i:02d}": line for i, line in enumerate(LINES, 1)}
+        for name, data in (
+            ("EMLINE_GVEL", rng.normal(0, 80, (6, ny, nx)).astype(">f4")),
+            ("EMLINE_GVEL_MASK", np.zeros((6, ny, nx), ">i4")),
+        ):
+            hdus.append(fits.ImageHDU(data, fits.Header(channels), name=name))
+
+
+def write_files(root: Path) -> list[Target]:
+    """Write one small file of each kind; return them and how they are read."""
+    import mock_cubes
+
+    write_fits(root / "fits")
+    for kind in ("LOGCUBE", "MAPS"):
+        (root / f"fits/manga-{GALAXY}-{kind}-X.fits").rename(root / f"fits/{kind}.fits")
+    rng = np.random.default_rng(0)
+    table = fits.BinTableHDU.from_columns(
+        [
+            fits.Column("plateifu", "10A", array=[GALAXY, "8485-1902"]),
+            fits.Column("mangaid", "10A", array=["1-1", "1-2"]),
+            fits.Column("nsa_z", "D", array=[0.03, 0.04]),
+            fits.Column("z", "D", array=[0.03, 0.04]),
+        ]
+    )
+    fits.HDUList([fits.PrimaryHDU(), table]).writeto(root / "fits/drpall.fits")
+    targets = []
+    readers = {
+        "LOGCUBE": partial(processed_cube, source="LOGCUBE.fits"),
+        "MAPS": lambda folder: (
+            processed_labels(folder, "MAPS.fits"),
+            processed_cube(folder, "LOGCUBE.fits", "MAPS.fits"),
+        ),
+        "drpall": lambda folder: catalogue.catalogue_rows(folder / "drpall.fits"),
+    }
+    for name, read in readers.items():  # forged ones have no checksums, as not every file has
+        path = root / f"fits/{name}.fits"
+        targets.append(Target(f"fits/{name}.fits", read, list(fits_forgeries(path)), False))
+        (root / "sums").mkdir(exist_ok=True)
+        with fits.open(path) as hdus:
+            hdus.writeto(root / f"sums/{name}.fits", checksum=True)
+        targets.append(Target(f"sums/{name}.fits", read))
+    (root / "gzip").mkdir()
+    for name in ("LOGCUBE", "MAPS"):
+        content = gzip.compress((root / f"sums/{name}.fits").read_bytes(), 1)
+        (root / f"gzip/{name}.fits.gz").write_bytes(content)
+    read = partial(processed_cube, source="LOGCUBE.fits.gz")
+    targets.append(Target("gzip/LOGCUBE.fits.gz", read))
+    read = partial(processed_labels, source="MAPS.fits.gz")
+    targets.append(Target("gzip/MAPS.fits.gz", read))
+
+    data = mock_cubes.make_data_dir(root / "data", (GALAXY, *mock_cubes.PLATEIFUS[:6]), (6, 7))
+    cube = f"processed/cubes/8485/{GALAXY}.h5"
+    path = data / cube
+    targets.append(
+        Target(
+            f"data/{cube}",
+            lambda folder: (data_io.read_cube_head(folder / f"{GALAXY}.h5"),
+                            data_io.read_cube(folder / f"{GALAXY}.h5")),
+            list(h5_forgeries(path)),
+        )
+    )  # fmt: skip
+    path = data / "splits/hard/stats.h5"
+    targets.append(
+        Target(
+            "data/splits/hard/stats.h5",
+            lambda folder: data_io.read_stats(folder / "stats.h5"),
+            list(h5_forgeries(path)),
+        )
+    )
+    for task in utils.LABEL_TASKS:
+        for end in (".npy", "_err.npy", ".json"):
+            file = f"data/processed/labels/{task}/{GALAXY}{end}"
+            forged = list(json_forgeries(root / file, data_io.sealed)) if end == ".json" else []
+            targets.append(Target(file, label_content, forged))
+    for kind in ("hard", "easy"):
+        for part in ("train", "val"):
+            targets.append(
+                Target(f"data/splits/{kind}/{part}.csv", data_io.read_split, split_forgeries())
+            )
+    patches = root / f"patches/{GALAXY}.npy"
+    index = pd.DataFrame({"row": range(4), "y": range(4), "x": 1, "label": [8.4, 8.5, 8.6, 8.3]})
+    recipe = data_io.Recipe("patches", data_io.PATCH_VERSION, {"patch_norm": "global"})
+    data_io.write_patches(patches, rng.random((4, 3, 3, 5)), index, recipe, {"plateifu": GALAXY})
+    for end in (".npy", "_index.csv", ".json"):
+        file = f"patches/{GALAXY}{end}"
+        forged = list(json_forgeries(root / file, data_io.sealed)) if end == ".json" else []
+        read = lambda folder: data_io.read_patches(folder / f"{GALAXY}.npy")  # noqa: E731
+        targets.append(Target(file, read, forged))
+    (root / "config").mkdir()
+    saved = {"split_dir": "hard", "n_components": 30, "min_snr": 2.0, "overwrite": True}
+    (root / "config/config.json").write_text(json.dumps(saved))
+    forged = list(json_forgeries(root / "config/config.json", lambda content: content))
+    targets.append(Target("config/config.json", config_content, forged, False))
+    (root / "lists").mkdir()
+    (root / "lists/galaxies.txt").write_text(f"{GALAXY}\n8485-1902 # a comment\n")
+    read = lambda folder: loops.read_galaxy_list(folder / "galaxies.txt")  # noqa: E731
+    targets.append(Target("lists/galaxies.txt", read, [], False))
+    (root / "failed").mkdir()
+    (root / "failed/failed.csv").write_text(f"plateifu,stage,reason\n{GALAXY},cubes,a reason\n")
+    targets.append(Target("failed/failed.csv", failures_content, [], False))
+    return targets
+
+
+def split_forgeries() -> list[tuple[str, Callable]]:
+    """Tables of a split with other rows and columns, under a right checksum."""
+
+    def change(path: Path, old: str, new: str) -> None:
+        text = path.read_text().partition("\n")[2]
+        path.write_text(data_io.sealed_text(text.replace(old, new)))
+
+    pairs = [("plateifu", "name"), ("mangaid", "name"), ("8000-10", "../../x"), ("8000-101", ""),
+             ("8000-101", "٨٤٨٥-١٩٠١"), ("8485", "8485-1"), (",", ";"), ("\n", ""), ("recipe", "x"),
+             ('"kind"', '"sort"'), ('"hard"', '"soft"'), ('"hard"', "5"), ('"options"', '"x"'),
+             ("\n", "\n\n"), ("1-", '"'), ("0", "nan"), ("x", "plateifu"), ("y", "mangaid"),
+             ("1", "1e400"), ("1", "-1")]  # fmt: skip
+    return [(f"{old} -> {new}", partial(change, old=old, new=new)) for old, new in pairs]
+
+
+# Judging
+
+
+def summed(content: Any) -> Any:
+    """Content as plain values and digests that can be compared."""
+    if isinstance(content, np.ndarray):
+        return data_io.digest_of(np.asarray(content)) if content.dtype != object else str(content)
+    if isinstance(content, pd.DataFrame):
+        return content.to_csv()
+    if type(content).__module__.startswith("torch"):
+        return summed(content.detach().numpy())
+    if is_dataclass(content) and not isinstance(content, type):
+        return summed(vars(content))
+    if isinstance(content, dict):
+        return {str(k): summed(v) for k, v in content.items()}
+    if isinstance(content, list | tuple):
+        return [summed(v) for v in content]
+    return repr(content)
+
+
+def outcome_of(read: Callable[[Path], Any], folder: Path, expected: str | None) -> tuple[str, str]:
+    """Read in a fork; return outcome and message, or with `expected` None the digest of content."""
+    receive, send = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.dup2(os.open(folder / ".stderr", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_LIMIT,) * 2)
+            resource.setrlimit(resource.RLIMIT_CPU, (TIME_LIMIT_S, TIME_LIMIT_S + 5))
+            signal.alarm(6 * TIME_LIMIT_S)  # by the clock: the processors may be shared
+            try:
+                answer = ("read", data_io.digest_of(summed(read(folder))))
+            except DataError as error:
+                cause = error.__cause__ or error.__context__
+                too_large = isinstance(cause, MemoryError)
+                is_line = "\n" not in str(error) and len(str(error)) < 2000
+                word = "over_memory" if too_large else "refused" if is_line else "tracebacks"
+                answer = (word, str(error))
+            except OSError as error:  # a command's `run_command` says it in one line
+                answer = ("refused", str(error))
+            except MemoryError as error:
+                answer = ("over_memory", repr(error))
+            except BaseException as error:
+                import traceback
+
+                last = traceback.extract_tb(error.__traceback__)[-3:]
+                where = " < ".join(f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in last)
+                answer = ("tracebacks", f"{error!r:.200} {where}")
+            os.write(send, json.dumps((answer[0], answer[1][:1000])).encode())
+        finally:
+            os._exit(0)
+    os.close(send)
+    with os.fdopen(receive, "rb") as f:
+        text = f.read()
+    _, status, usage = os.wait4(pid, 0)
+    if usage.ru_maxrss * 1024 > MEMORY_LIMIT:
+        return "over_memory", f"{usage.ru_maxrss / 1e6:.1f} GB"
+    if not text:
+        is_hang = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (
+            signal.SIGALRM,
+            signal.SIGXCPU,
+        )
+        return ("hangs" if is_hang else "tracebacks"), f"ended by signal, status {status}"
+    word, message = json.loads(text)
+    if word != "read" or expected is None:
+        return word, message
+    return ("same" if message == expected else "silent"), ""
+
+
+def mutations(
+    target: Target, content: bytes, n: int, n_forged: int, rng: np.random.Generator
+) -> Iterator:
+    """Yield name, whether forged, and a function that changes the file."""
+    foreign = [(name, partial(Path.write_bytes, data=bad)) for name, bad in FOREIGN.items()]
+    forged = foreign + target.forged
+    for i in rng.permutation(len(forged))[:n_forged]:
+        yield forged[i][0], True, forged[i][1]
+    for _ in range(n):
+        name, bad = damaged(content, rng)
+        yield name, False, partial(Path.write_bytes, data=bad)
+
+
+def campaign(n_per_target: int, seed: int, n_forged: int, only: str = "") -> tuple[Counter, list]:
+    """Mutate every target; return counts of outcomes and the lines about failures."""
+    counts, failures = Counter(mutations=0, **dict.fromkeys(OUTCOMES, 0)), []
+    rng, start = np.random.default_rng(seed), time.monotonic()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        targets = [t for t in write_files(root) if only in t.file]
+        for target in targets:
+            path = root / target.file
+            content = path.read_bytes()
+            word, expected = outcome_of(target.read, path.parent, None)
+            if word != "read":
+                raise SystemExit(f"{target.file}: sound, but {word}: {expected}")
+            for name, is_forged, change in mutations(target, content, n_per_target, n_forged, rng):
+                path.write_bytes(content)
+                change(path)
+                if path.read_bytes() == content:
+                    continue
+                word, message = outcome_of(target.read, path.parent, expected)
+                if word == "silent" and (is_forged or not target.has_checksum):
+                    word = "other request"
+                counts.update([word, "mutations"])
+                if word in OUTCOMES[3:]:
+                    failures.append(f"{word}: {target.file}: {name}: {message}")
+                path.unlink()
+                path.write_bytes(content)
+            shutil.rmtree(path.parent / "out", ignore_errors=True)
+    counts["seconds"] = round(time.monotonic() - start)
+    return counts, failures
+
+
+# Kills
+
+
+def stages() -> dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]]:
+    """What each stage of the pipeline does in a data folder, and what it leaves there."""
+    from conftest import train
+
+    import calc_data_stats
+    import create_data_splits
+    import cube_patch_processing
+    import pack_cubes
+    import process_single_cube
+    import run_folder
+
+    def labels(data: Path) -> Any:
+        paths = [utils.label_path(data, task, GALAXY) for task in utils.LABEL_TASKS]
+        return [(data_io.read_labels(p), data_io.read_label_error(p)) for p in paths]
+
+    def packed(data: Path) -> Any:
+        found = pack_cubes.read_packed(pack_cubes.packed_path(data, "hard", "residual", "float32"))
+        return np.asarray(found.spectra), found.rows, found.cubes, found.recipe
+
+    def trained(data: Path) -> Any:
+        card, weights, *_ = run_folder.read_model(data / "run")
+        return card.best.get("epoch"), weights
+
+    galaxy = process_single_cube.Config(plateifu=GALAXY, n_band=200)
+    split = create_data_splits.Config(split_dir="new", min_labelled=1)
+    stats = calc_data_stats.Config(split_dir="easy", n_components=4, min_snr=0, overwrite=True)
+    pack = pack_cubes.Config(split_dir="hard", packed_type="float32", jobs=1)
+    cut = cube_patch_processing.Config(plateifu=(mock_galaxy(),), patch_size=3, jobs=1)
+    patches = utils.patch_path(Path(), "logOH", "global", mock_galaxy())
+    on = lambda command, config: lambda data: command(replace(config, data_dir=data))  # noqa: E731
+    return {
+        "cube and labels": (
+            on(process_single_cube.main, galaxy),
+            lambda data: (cube_content(utils.cube_path(data, GALAXY)), labels(data)),
+        ),
+        "split": (
+            on(create_data_splits.main, split),
+            lambda data: data_io.read_split(utils.split_path(data, "new")),
+        ),
+        "statistics": (
+            on(calc_data_stats.main, stats),
+            lambda data: without(vars(data_io.read_stats(utils.stats_path(data, "easy"))), "attrs"),
+        ),
+        "packed cubes": (on(pack_cubes.main, pack), packed),
+        "patches": (
+            on(cube_patch_processing.main, cut),
+            lambda data: data_io.read_patches(data / patches),
+        ),
+        "training": (lambda data: train(data, data / "run", epochs=4, resume="auto"), trained),
+    }
+
+
+def mock_galaxy() -> str:
+    """One of the galaxies that have a cube from the start."""
+    import mock_cubes
+
+    return mock_cubes.PLATEIFUS[0]
+
+
+def in_fork(act: Callable[[], Any], kill_after: float | None = None) -> bool:
+    """Act in a process of its own, which may be killed meanwhile; say whether it succeeded."""
+    pid = os.fork()
+    if not pid:
+        try:
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            act()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def kill_stages(n: int, seed: int, only: str = "") -> tuple[Counter, list[str]]:
+    """Kill each stage n times, each time in a new data folder; run it again and compare."""
+    import mock_cubes
+
+    counts, failures = Counter(kills=0, kills_different=0), []
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        sound = mock_cubes.make_data_dir(Path(scratch) / "sound")
+        write_fits(utils.raw_dir(sound, GALAXY))
+        for name, (act, content) in stages().items():
+            if only not in name:
+                continue
+            data = Path(scratch) / "data"
+
+            def do(act: Callable = act, data: Path = data) -> None:
+                act(data)
+
+            shutil.copytree(sound, data)
+            start = time.monotonic()
+            if not in_fork(do):
+                raise SystemExit(f"{name}: failed although undisturbed")
+            duration = time.monotonic() - start
+            expected, files = data_io.digest_of(summed(content(data))), files_of(data)
+            for _ in range(n):
+                shutil.rmtree(data)
+                shutil.copytree(sound, data)
+                after = float(rng.uniform(0, duration))
+                in_fork(do, after)
+                is_same = in_fork(do) and files_of(data) == files
+                is_same = is_same and data_io.digest_of(summed(content(data))) == expected
+                counts.update(["kills"] if is_same else ["kills", "kills_different"])
+                if not is_same:
+                    left = sorted(files_of(data) ^ files)
+                    failures.append(f"kills_different: {name} after {after:.3f} s: {left}")
+            shutil.rmtree(data)
+    return counts, failures
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--mutations", type=int, default=2000, help="random ones, of all targets")
+    parser.add_argument("--kills", type=int, default=200, help="of all stages")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--forged", type=int, default=150, help="forged and foreign files, at most, per target"
+    )
+    parser.add_argument("--only", default="", help="part of a target's name")
+    parser.add_argument("--out", type=Path, default=Path("results/faults/summary.json"))
+    args = parser.parse_args()
+    counts, failures = kill_stages(args.kills // 6, args.seed, args.only)
+    found, lines = campaign(args.mutations // 25, args.seed, args.forged, args.only)
+    counts, failures = counts + found, failures + lines
+    for line in failures:
+        print(line)
+    counts = {name: counts[name] for name in (*COUNTED, *OUTCOMES, "seconds")}
+    utils.write_json(args.out, counts)
+    print(json.dumps(counts))
+    return int(any(counts[word] for word in (*OUTCOMES[3:], "kills_different")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
