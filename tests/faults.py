@@ -543,7 +543,7 @@ def stages() -> dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]]:
         return [(data_io.read_labels(p), data_io.read_label_error(p)) for p in paths]
 
     def packed(data: Path) -> Any:
-        found = pack_cubes.read_packed(pack_cubes.packed_path(data, "hard", "PCA", "float32"))
+        found = pack_cubes.read_packed(pack_cubes.packed_path(data, "hard", "residual", "float32"))
         return np.asarray(found.spectra), found.rows, found.cubes, found.recipe
 
     def trained(data: Path) -> Any:
