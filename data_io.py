@@ -92,7 +92,7 @@ class Recipe:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str | Mapping[str, Any], where: Path | str) -> Recipe:
+    def from_json(cls, text: str | bytes | Mapping[str, Any], where: Path | str) -> Recipe:
         """Read what `to_json` wrote (or its parsed form).
 
         Raises
@@ -101,7 +101,7 @@ class Recipe:
             If it is not the JSON form of a recipe; `where` names the file that holds it.
         """
         try:
-            content = json.loads(text) if isinstance(text, str) else text
+            content = json.loads(text) if isinstance(text, str | bytes) else text
             recipe = cls(**content)
             if not (isinstance(recipe.options, dict) and isinstance(recipe.inputs, dict)):
                 raise TypeError("options and inputs must be objects")

@@ -350,7 +350,7 @@ def _identify(
 
 def _read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Header) -> RawCube:
     """Read the arrays of a LOGCUBE and check that they belong together."""
-    is_dap = primary.get("MASKNAME", "").startswith("MANGA_DAP") or "DAPTYPE" in primary
+    is_dap = "DAPTYPE" in primary or str(primary.get("MASKNAME")).startswith("MANGA_DAP")
     shape: tuple[int, ...] = ()
     hdus: dict[str, Hdu] = {}
     for name, hdu in iterate_hdus(path, (*ESSENTIAL, *(["REDCORR"] if is_dap else [])), pixels):

@@ -2,7 +2,9 @@
 
 Each mutation is read by the functions that the commands use, in a process of its own. It must end
 in one line of error or in exactly the content of the sound file; anything else is counted:
-traceback (of any kind, or a crash), silent (other content, no error), hang, over_memory.
+tracebacks (of any kind, or a crash), silent (other content, no error), hangs, over_memory.
+Each stage is also killed (SIGKILL) at random moments and run again: kills_different counts those
+whose outputs then differ from those of an undisturbed run, or that leave files behind.
 
 Writes  results/faults/summary.json; exit code 1 unless all of these are 0.
 
@@ -27,7 +29,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,8 @@ import fits_utils
 import loops
 
 TIME_LIMIT_S, MEMORY_LIMIT = 10, 2 << 30
-OUTCOMES = ("refused", "same", "other request", "traceback", "silent", "hang", "over_memory")
+OUTCOMES = ("refused", "same", "other request", "tracebacks", "silent", "hangs", "over_memory")
+COUNTED = ("kills", "kills_different", "mutations")
 GALAXY = "8485-1901"
 
 
@@ -269,28 +272,38 @@ def failures_content(folder: Path) -> str:
     return (folder / "failed.csv").read_text()
 
 
-def write_files(root: Path) -> list[Target]:
-    """Write one small file of each kind; return them and how they are read."""
-    import mock_cubes
+def write_fits(folder: Path) -> None:
+    """Write LOGCUBE and MAPS of a galaxy of 3 x 4 spaxels."""
     from conftest import LINES, N_WAVE, write_logcube, write_maps
 
+    maps_file = folder / f"manga-{GALAXY}-MAPS-X.fits"
     rng, (ny, nx) = np.random.default_rng(0), (3, 4)
     flux = (1 + 0.3 * rng.random((N_WAVE, ny, nx))).astype("f4")
     ivar = (50 + 50 * rng.random(flux.shape)).astype("f4")
     typical = dict(zip(LINES, (60, 80, 35, 30, 100, 30), strict=True))
     maps = {k: v * (1 + 0.1 * rng.random((ny, nx))) for k, v in typical.items()}
-    write_logcube(root / "fits/LOGCUBE.fits", flux, ivar, np.zeros(flux.shape, "i2"))
+    write_logcube(folder / f"manga-{GALAXY}-LOGCUBE-X.fits", flux, ivar, np.zeros(flux.shape, "i2"))
     write_maps(
-        root / "fits/MAPS.fits", maps, {k: np.full((ny, nx), 4.0) for k in LINES},
+        maps_file, maps, {k: np.full((ny, nx), 4.0) for k in LINES},
         {k: np.zeros((ny, nx), int) for k in LINES},
     )  # fmt: skip
-    with fits.open(root / "fits/MAPS.fits", mode="append") as hdus:
+    with fits.open(maps_file, mode="append") as hdus:
         channels = {f"C{i:02d}": line for i, line in enumerate(LINES, 1)}
         for name, data in (
             ("EMLINE_GVEL", rng.normal(0, 80, (6, ny, nx)).astype(">f4")),
             ("EMLINE_GVEL_MASK", np.zeros((6, ny, nx), ">i4")),
         ):
             hdus.append(fits.ImageHDU(data, fits.Header(channels), name=name))
+
+
+def write_files(root: Path) -> list[Target]:
+    """Write one small file of each kind; return them and how they are read."""
+    import mock_cubes
+
+    write_fits(root / "fits")
+    for kind in ("LOGCUBE", "MAPS"):
+        (root / f"fits/manga-{GALAXY}-{kind}-X.fits").rename(root / f"fits/{kind}.fits")
+    rng = np.random.default_rng(0)
     table = fits.BinTableHDU.from_columns(
         [
             fits.Column("plateifu", "10A", array=[GALAXY, "8485-1902"]),
@@ -460,7 +473,7 @@ def outcome_of(read: Callable[[Path], Any], folder: Path, expected: str | None) 
                 cause = error.__cause__ or error.__context__
                 too_large = isinstance(cause, MemoryError)
                 is_line = "\n" not in str(error) and len(str(error)) < 2000
-                word = "over_memory" if too_large else "refused" if is_line else "traceback"
+                word = "over_memory" if too_large else "refused" if is_line else "tracebacks"
                 answer = (word, str(error))
             except OSError as error:  # a command's `run_command` says it in one line
                 answer = ("refused", str(error))
@@ -471,7 +484,7 @@ def outcome_of(read: Callable[[Path], Any], folder: Path, expected: str | None) 
 
                 last = traceback.extract_tb(error.__traceback__)[-3:]
                 where = " < ".join(f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in last)
-                answer = ("traceback", f"{error!r:.200} {where}")
+                answer = ("tracebacks", f"{error!r:.200} {where}")
             os.write(send, json.dumps((answer[0], answer[1][:1000])).encode())
         finally:
             os._exit(0)
@@ -486,19 +499,20 @@ def outcome_of(read: Callable[[Path], Any], folder: Path, expected: str | None) 
             signal.SIGALRM,
             signal.SIGXCPU,
         )
-        return ("hang" if is_hang else "traceback"), f"ended by signal, status {status}"
+        return ("hangs" if is_hang else "tracebacks"), f"ended by signal, status {status}"
     word, message = json.loads(text)
     if word != "read" or expected is None:
         return word, message
     return ("same" if message == expected else "silent"), ""
 
 
-def mutations(target: Target, content: bytes, n: int, rng: np.random.Generator) -> Iterator:
+def mutations(
+    target: Target, content: bytes, n: int, n_forged: int, rng: np.random.Generator
+) -> Iterator:
     """Yield name, whether forged, and a function that changes the file."""
-    for name, bad in FOREIGN.items():
-        yield name, True, partial(Path.write_bytes, data=bad)
-    forged = target.forged
-    for i in rng.permutation(len(forged)):
+    foreign = [(name, partial(Path.write_bytes, data=bad)) for name, bad in FOREIGN.items()]
+    forged = foreign + target.forged
+    for i in rng.permutation(len(forged))[:n_forged]:
         yield forged[i][0], True, forged[i][1]
     for _ in range(n):
         name, bad = damaged(content, rng)
@@ -514,15 +528,12 @@ def campaign(n_per_target: int, seed: int, n_forged: int, only: str = "") -> tup
         root = Path(scratch)
         targets = [t for t in write_files(root) if only in t.file]
         for target in targets:
-            path, n_seen = root / target.file, 0
+            path = root / target.file
             content = path.read_bytes()
             word, expected = outcome_of(target.read, path.parent, None)
             if word != "read":
                 raise SystemExit(f"{target.file}: sound, but {word}: {expected}")
-            for name, is_forged, change in mutations(target, content, n_per_target, rng):
-                n_seen += is_forged
-                if is_forged and n_seen > n_forged + len(FOREIGN):
-                    continue
+            for name, is_forged, change in mutations(target, content, n_per_target, n_forged, rng):
                 path.write_bytes(content)
                 change(path)
                 if path.read_bytes() == content:
@@ -540,20 +551,147 @@ def campaign(n_per_target: int, seed: int, n_forged: int, only: str = "") -> tup
     return counts, failures
 
 
+# Kills
+
+
+def stages() -> dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]]:
+    """What each stage of the pipeline does in a data folder, and what it leaves there."""
+    from conftest import train
+
+    import calc_data_stats
+    import create_data_splits
+    import cube_patch_processing
+    import pack_cubes
+    import process_single_cube
+    import run_folder
+
+    def labels(data: Path) -> Any:
+        paths = [utils.label_path(data, task, GALAXY) for task in utils.LABEL_TASKS]
+        return [(data_io.read_labels(p), data_io.read_label_error(p)) for p in paths]
+
+    def packed(data: Path) -> Any:
+        found = pack_cubes.read_packed(pack_cubes.packed_path(data, "hard", "PCA", "float32"))
+        return np.asarray(found.spectra), found.rows, found.cubes, found.recipe
+
+    def trained(data: Path) -> Any:
+        card, weights, *_ = run_folder.read_model(data / "run")
+        return card.best.get("epoch"), weights
+
+    galaxy = process_single_cube.Config(plateifu=GALAXY, n_band=200)
+    split = create_data_splits.Config(split_dir="new", min_labelled=1)
+    stats = calc_data_stats.Config(split_dir="easy", n_components=4, min_snr=0, overwrite=True)
+    pack = pack_cubes.Config(split_dir="hard", packed_type="float32", jobs=1)
+    cut = cube_patch_processing.Config(plateifu=(mock_galaxy(),), patch_size=3, jobs=1)
+    patches = utils.patch_path(Path(), "logOH", "global", mock_galaxy())
+    on = lambda command, config: lambda data: command(replace(config, data_dir=data))  # noqa: E731
+    return {
+        "cube and labels": (
+            on(process_single_cube.main, galaxy),
+            lambda data: (cube_content(utils.cube_path(data, GALAXY)), labels(data)),
+        ),
+        "split": (
+            on(create_data_splits.main, split),
+            lambda data: data_io.read_split(utils.split_path(data, "new")),
+        ),
+        "statistics": (
+            on(calc_data_stats.main, stats),
+            lambda data: without(vars(data_io.read_stats(utils.stats_path(data, "easy"))), "attrs"),
+        ),
+        "packed cubes": (on(pack_cubes.main, pack), packed),
+        "patches": (
+            on(cube_patch_processing.main, cut),
+            lambda data: data_io.read_patches(data / patches),
+        ),
+        "training": (lambda data: train(data, data / "run", epochs=4, resume="auto"), trained),
+    }
+
+
+def mock_galaxy() -> str:
+    """One of the galaxies that have a cube from the start."""
+    import mock_cubes
+
+    return mock_cubes.PLATEIFUS[0]
+
+
+def in_fork(act: Callable[[], Any], kill_after: float | None = None) -> bool:
+    """Act in a process of its own, which may be killed meanwhile; say whether it succeeded."""
+    pid = os.fork()
+    if not pid:
+        try:
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            act()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def kill_stages(n: int, seed: int, only: str = "") -> tuple[Counter, list[str]]:
+    """Kill each stage n times, each time in a new data folder; run it again and compare."""
+    import mock_cubes
+
+    counts, failures = Counter(kills=0, kills_different=0), []
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        sound = mock_cubes.make_data_dir(Path(scratch) / "sound")
+        write_fits(utils.raw_dir(sound, GALAXY))
+        for name, (act, content) in stages().items():
+            if only not in name:
+                continue
+            data = Path(scratch) / "data"
+
+            def do(act: Callable = act, data: Path = data) -> None:
+                act(data)
+
+            shutil.copytree(sound, data)
+            start = time.monotonic()
+            if not in_fork(do):
+                raise SystemExit(f"{name}: failed although undisturbed")
+            duration = time.monotonic() - start
+            expected, files = data_io.digest_of(summed(content(data))), files_of(data)
+            for _ in range(n):
+                shutil.rmtree(data)
+                shutil.copytree(sound, data)
+                after = float(rng.uniform(0, duration))
+                in_fork(do, after)
+                is_same = in_fork(do) and files_of(data) == files
+                is_same = is_same and data_io.digest_of(summed(content(data))) == expected
+                counts.update(["kills"] if is_same else ["kills", "kills_different"])
+                if not is_same:
+                    left = sorted(files_of(data) ^ files)
+                    failures.append(f"kills_different: {name} after {after:.3f} s: {left}")
+            shutil.rmtree(data)
+    return counts, failures
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--mutations", type=int, default=2000, help="random ones, of all targets")
+    parser.add_argument("--kills", type=int, default=200, help="of all stages")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--forged", type=int, default=150, help="forged files, at most, per target")
+    parser.add_argument(
+        "--forged", type=int, default=150, help="forged and foreign files, at most, per target"
+    )
     parser.add_argument("--only", default="", help="part of a target's name")
     parser.add_argument("--out", type=Path, default=Path("results/faults/summary.json"))
     args = parser.parse_args()
-    counts, failures = campaign(args.mutations // 25, args.seed, args.forged, args.only)
+    counts, failures = kill_stages(args.kills // 6, args.seed, args.only)
+    found, lines = campaign(args.mutations // 25, args.seed, args.forged, args.only)
+    counts, failures = counts + found, failures + lines
     for line in failures:
         print(line)
+    counts = {name: counts[name] for name in (*COUNTED, *OUTCOMES, "seconds")}
     utils.write_json(args.out, counts)
     print(json.dumps(counts))
-    return int(any(counts[word] for word in OUTCOMES[3:]))
+    return int(any(counts[word] for word in (*OUTCOMES[3:], "kills_different")))
 
 
 if __name__ == "__main__":
