@@ -510,7 +510,8 @@ def line_channels(header: fits.Header, lines: Sequence[str], path: Path) -> dict
     DataError
         If one of `lines` is missing; the message lists those that exist.
     """
-    cards = [(int(k[1:]), str(v).strip()) for k, v in header.items() if CHANNEL.fullmatch(k)]
+    with utils.reading(path, "a header with the names of channels", FETCH_AGAIN):
+        cards = [(int(k[1:]), str(header[k]).strip()) for k in header if CHANNEL.fullmatch(k)]
     channels = {name: number - 1 for number, name in cards}
     if len(channels) < len(cards) or any(not 0 < n <= header["NAXIS3"] for n, _ in cards):
         raise DataError(
