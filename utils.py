@@ -107,6 +107,8 @@ def reading(path: Path | str, expected: str, remedy: str) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """First line of an error; of HDF5's, its reason without memory addresses."""
     found = re.search(r"error message = '([^']+)'", str(error))
+    if isinstance(error, EOFError):
+        return "cut short"
     line = found[1] if found else str(error).partition("\n")[0][:200]
     if isinstance(error, OSError | ValueError) and line:
         return getattr(error, "strerror", None) or line
@@ -562,8 +564,8 @@ def _end_quietly(kind: Any, error: BaseException, trace: Any) -> None:
         sys.__excepthook__(kind, error, trace)
 
 
-if Path(sys.argv[0]).parent.resolve() == Path(__file__).parent.resolve():  # a script of ours
-    sys.excepthook = _end_quietly
+is_our_script = Path(sys.argv[0]).parent.resolve() == Path(__file__).parent.resolve()
+sys.excepthook = _end_quietly if is_our_script else sys.excepthook
 
 
 def _interrupt(number: int, _frame: object) -> None:

@@ -59,7 +59,7 @@ def test_planes_are_cut_from_arrays_of_three_axes_only(logcube):
     [
         (gzipped, Path.unlink, "no such file"),
         (Path, lambda path: path.write_bytes(b""), "zero bytes"),
-        (gzipped, lambda path: os.truncate(path, path.stat().st_size // 2), "file ended"),
+        (gzipped, lambda path: os.truncate(path, path.stat().st_size // 2), "cut short"),
         (gzipped, zeros_in, "damaged"),
         (Path, lambda path: os.truncate(path, 400_000), "cut short inside IVAR"),
         (Path, lambda path: path.write_bytes(b"this is a text file" * 1000), "not a FITS file"),

@@ -200,7 +200,7 @@ def test_truth_covers_every_spaxel_of_the_field(tmp_path):
         assert (np.isfinite(values) == seen).all() or name == "bpt", name
     assert ((truth["bpt"] >= 0) == seen).all()
     assert {"logoh_physical", "ionisation", "nitrogen", "diffuse", "density"} <= truth.keys()
-    assert attrs["schema_version"] == 3
+    assert attrs["schema_version"] == 4
 
 
 def test_metallicity_relation_has_the_correlation_asked_for():
