@@ -352,6 +352,9 @@ def atomic_path(out: Path | str) -> Iterator[Path]:
         yield part
         flush(part)
         part.replace(out)
+    except OSError as error:  # of a full disk, Python says not where
+        error.filename = error.filename or str(out)
+        raise
     finally:
         part.unlink(missing_ok=True)
         open_parts.discard(part)

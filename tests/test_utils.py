@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -278,3 +279,17 @@ def test_whatever_a_library_raises_about_a_file_is_one_line(error):
     assert "\n" not in str(refused.value)
     assert str(refused.value).startswith(f"a.json: not readable ({type(error).__name__}: ")
     assert str(refused.value).endswith("), expected a config. Mend it.")
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    out, most = tmp_path / "a.json", resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    utils.write_json(out, "old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, most))
+    try:
+        with pytest.raises(OSError, match="File too large") as full:
+            utils.write_json(out, "x" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert utils.in_one_line(full.value).startswith(f"{out}: File too large. Check that")
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_text() == '"old"\n'
