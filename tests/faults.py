@@ -65,6 +65,8 @@ class Target:
     read: Callable[[Path], Any]
     forged: list[tuple[str, Callable[[Path], None]]] = field(default_factory=list)
     has_checksum: bool = True
+    is_sum: bool = False
+    """A FITS file's DATASUM is a sum of words: it cannot notice that two change places."""
 
 
 # Bytes
@@ -328,7 +330,7 @@ def write_files(root: Path) -> list[Target]:
         (root / "sums").mkdir(exist_ok=True)
         with fits.open(path) as hdus:
             hdus.writeto(root / f"sums/{name}.fits", checksum=True)
-        targets.append(Target(f"sums/{name}.fits", read))
+        targets.append(Target(f"sums/{name}.fits", read, is_sum=True))
     (root / "gzip").mkdir()
     for name in ("LOGCUBE", "MAPS"):
         content = gzip.compress((root / f"sums/{name}.fits").read_bytes(), 1)
@@ -539,8 +541,9 @@ def campaign(n_per_target: int, seed: int, n_forged: int, only: str = "") -> tup
                 if path.read_bytes() == content:
                     continue
                 word, message = outcome_of(target.read, path.parent, expected)
-                if word == "silent" and (is_forged or not target.has_checksum):
-                    word = "other request"
+                is_unseen = is_forged or not target.has_checksum
+                is_unseen = is_unseen or (target.is_sum and name.startswith("swap"))
+                word = "other request" if word == "silent" and is_unseen else word
                 counts.update([word, "mutations"])
                 if word in OUTCOMES[3:]:
                     failures.append(f"{word}: {target.file}: {name}: {message}")
