@@ -1,4 +1,4 @@
-# make demo         the whole pipeline on simulated galaxies (minutes)
+# make demo         the whole pipeline on simulated galaxies (minutes); moves the previous results/demo aside
 # make test         all tests, MaNGA's and ImageExtractor's
 # make test-quick   MaNGA's tests without the slow ones (less than a minute)
 # make test-faults  damages files of every kind, thousands of times (minutes)
@@ -66,7 +66,7 @@ $(ready): requirements.txt requirements-dev.txt
 	$(python) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-clean:  # never an environment, data or results that make did not create
+clean:  # the environment and folders that make creates, with all that you have put into data/demo and results/demo
 	rm -rf $(if $(STAMP),$(VENV)) data/demo results/demo results/bench
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	$(MAKE) -C image-extractor clean

@@ -121,21 +121,23 @@ def split_stats(
             f"--n-components {n_components}: expected 1 to {wave.size}, the number of bands."
         )
     moments, first = Moments(wave.size), f"that of {plateifus[0]}"
+    mangaids = set[str]()
     for plateifu in tqdm(plateifus, desc="statistics", unit="galaxy", disable=None):
         path = utils.cube_path(root, plateifu)
         cube = data_io.read_cube(path)
         require_alike(cube.recipe.shared, recipe.options["cube"], path, first, data_io.REBUILD_CUBE)
         moments.add(usable_spectra(cube, min_snr))
+        mangaids.add(cube.attrs.get("mangaid") or plateifu)
     if moments.n <= n_components:
         raise DataError(
-            f"{root}: {moments.n} usable spectra in {len(plateifus)} galaxies, expected more than "
+            f"{root}: {moments.n} usable spectra in {len(mangaids)} galaxies, expected more than "
             f"the {n_components} components. Lower --n-components or --min-snr."
         )
     components, variance, ratio = principal_components(moments, n_components)
     std = np.sqrt(np.diag(moments.scatter) / (moments.n - 1))
     attrs = {
         "n_spaxels": moments.n,
-        "n_galaxies": len(plateifus),
+        "n_galaxies": len(mangaids),
         "split_dir": split_dir,
         "created_utc": utils.utc_now(),
         "code_version": utils.VERSION,
@@ -172,7 +174,7 @@ def main(config: Config) -> int:
     vis_fns.save(vis_fns.variance_figure(stats), folder / "stats_variance.png")
     data_io.write_stats(target, stats)
     shown = ", ".join(f"{100 * r:.1f}" for r in stats.explained_ratio[:5])
-    counts = f"{stats.attrs['n_spaxels']} spectra of {len(plateifus)} galaxies"
+    counts = f"{stats.attrs['n_spaxels']} spectra of {stats.attrs['n_galaxies']} galaxies"
     log.info("%s; the first components explain %s %% of the variance", counts, shown)
     log.info("Statistics and figures: %s", folder)
     return utils.EXIT_DONE

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 import data_io
+import loops
 from data_io import Recipe, digest_of
 from labels import LABEL_NONE, class_names, label_classes
 
@@ -39,6 +40,9 @@ class Config:
     """Name of the split; default hard_<label_task>."""
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
+    galaxy_list: Path | None = None
+    """File with the galaxies to split, one plateifu per line, or a CSV with a column plateifu;
+    default all that have labels."""
     fractions: tuple[float, float, float] = (0.7, 0.15, 0.15)
     """Fractions of training, validation and test."""
     min_labelled: int = 20
@@ -54,9 +58,15 @@ class Config:
 
 
 def labelled_galaxies(
-    root: Path, label_task: str, min_labelled: int, skip_critical: bool = False
+    root: Path,
+    label_task: str,
+    min_labelled: int,
+    skip_critical: bool = False,
+    galaxy_list: Path | None = None,
 ) -> pd.DataFrame:
-    """List the galaxies with enough labels, one row each, without CRITICAL ones on request.
+    """List the observed galaxies with enough labels, without CRITICAL ones on request.
+
+    One row per observation (plateifu) of all galaxies, or of those listed in a file.
 
     Returns
     -------
@@ -70,9 +80,14 @@ def labelled_galaxies(
         If there is no label map, or none with enough labels.
     """
     paths = utils.label_maps(root, label_task)
+    if galaxy_list is not None:
+        listed = set(loops.read_galaxy_list(galaxy_list))
+        paths = [path for path in paths if path.stem in listed]
     if not paths:
         raise DataError(
-            f"{root}: no label maps of {label_task}. Create them with cube_processing.py."
+            f"{root}: no label maps of {label_task}"
+            + (f" for the galaxies of {galaxy_list}" if galaxy_list else "")
+            + ". Expected some; create them with cube_processing.py."
         )
     n_classes = len(class_names(label_task))
     rows, most = [], 0
@@ -99,12 +114,13 @@ def labelled_galaxies(
         )
     if not rows:
         raise DataError(
-            f"{paths[0].parent}: none of the {len(paths)} galaxies has {min_labelled} "
+            f"{paths[0].parent}: none of {len(paths)} label maps has {min_labelled} "
             f"labelled spaxels, at most {most}. Lower --min-labelled, or look at the label maps."
         )
     if left_out := len(paths) - len(rows):
         why = " or CRITICAL" if skip_critical else ""
-        log.info(f"{left_out} galaxies left out: fewer than {min_labelled} labelled spaxels{why}")
+        share = f"{left_out} of {utils.counted(len(paths), 'observation')}"
+        log.info(f"{share} left out: fewer than {min_labelled} labelled spaxels{why}")
     return pd.DataFrame(rows)
 
 
@@ -196,7 +212,8 @@ def write_checked(
 def main(config: Config) -> int:
     """Write the split."""
     root, task = utils.data_dir(config.data_dir), config.label_task
-    galaxies = labelled_galaxies(root, task, config.min_labelled, config.skip_critical)
+    cuts = config.min_labelled, config.skip_critical, config.galaxy_list
+    galaxies = labelled_galaxies(root, task, *cuts)
     parts = split_galaxies(galaxies, config.fractions, config.seed)
     write_checked(config, "hard", galaxies, parts)
     return utils.EXIT_DONE

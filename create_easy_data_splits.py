@@ -78,7 +78,8 @@ def easy_split(
 def main(config: Config) -> int:
     """Write the split, with a warning."""
     root, task = utils.data_dir(config.data_dir), config.label_task
-    galaxies = hard.labelled_galaxies(root, task, config.min_labelled, config.skip_critical)
+    cuts = config.min_labelled, config.skip_critical, config.galaxy_list
+    galaxies = hard.labelled_galaxies(root, task, *cuts)
     spaxels = {}
     for plateifu in galaxies["plateifu"]:
         labels = data_io.read_labels(utils.label_path(root, task, plateifu))

@@ -48,6 +48,9 @@ class PatchOptions:
     """Side of a patch in spaxels."""
     split_dir: str | None = None
     """Split whose statistics the norm PCA uses, e.g. hard_logOH."""
+    max_gb: float = 10
+    """Refuse to write more patch files than this, in GB: a patch holds each spectrum P x P times.
+    Packed cubes (pack_cubes.py), which training reads by default, hold it once."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,6 @@ class Config(PatchOptions, loops.GalaxyChoice):
     """Normalisations to write patch files for (global spatial spectral PCA)."""
     label_tasks: tuple[LabelTask, ...] = LABEL_TASKS  # type: ignore[assignment]
     """Labels to cut patches for."""
-    max_gb: float = 10
-    """Refuse to write more than this, in GB: a patch holds each spectrum P x P times. Packed cubes
-    (pack_cubes.py), which training reads by default, hold it once."""
 
 
 def patch_galaxy(
@@ -91,11 +91,7 @@ def patch_galaxy(
     label_path = utils.label_path(root, label_task, plateifu)
     head = data_io.read_cube_head(cube_path)
     labels, about = data_io.read_labels(label_path), data_io.read_label_meta(label_path)
-    if labels.shape != head.measured.shape:
-        raise DataError(
-            f"label map of {labels.shape} spaxels, expected {head.measured.shape} as in the cube. "
-            "Re-run process_single_cube.py --overwrite."
-        )
+    hsi_proc_fns.check_label_shape(labels, head.measured, label_path)
     usable = hsi_proc_fns.is_usable(head.measured, head.wave.size)
     ys, xs = np.nonzero(usable & (label_classes(labels, label_task) != LABEL_NONE))
     index = pd.DataFrame({"row": np.arange(ys.size), "y": ys, "x": xs, "label": labels[ys, xs]})
@@ -172,18 +168,20 @@ def bytes_to_write(root: Path, config: Config, galaxies: Sequence[str], stats: S
     return total
 
 
-def main(config: Config) -> int:
-    """Cut the patches of all chosen galaxies."""
-    root, stats = (
-        utils.data_dir(config.data_dir),
-        stats_for(utils.data_dir(config.data_dir), config),
-    )
-    galaxies = loops.chosen_galaxies(config, [p.stem for p in utils.processed_cubes(root)])
+def cut_patches(root: Path, config: Config, galaxies: Sequence[str]) -> int:
+    """Write the patch files of galaxies, if they are not too large; return the exit code.
+
+    Raises
+    ------
+    DataError
+        If they would take more than `config.max_gb`.
+    """
+    stats = stats_for(root, config)
     needed = bytes_to_write(root, config, galaxies, stats) / 1e9
-    log.info(f"{needed:.1f} GB of patch files to write")
+    log.info(f"{needed:.2f} GB of patch files to write")
     if needed > config.max_gb:
         raise DataError(
-            f"{root}: the patch files would take {needed:.1f} GB, expected at most --max-gb "
+            f"{root}: the patch files would take {needed:.2f} GB, expected at most --max-gb "
             f"{config.max_gb:g}. Raise it, choose fewer --patch-norms or --label-tasks, or train "
             "on packed cubes, which need no patch files."
         )
@@ -192,6 +190,13 @@ def main(config: Config) -> int:
     failed_csv = loops.failed_path(folder, config.shard)
     outcome = loops.for_each_galaxy(work, galaxies, "patches", failed_csv, config.jobs)
     return loops.report(outcome, "patches", folder)
+
+
+def main(config: Config) -> int:
+    """Cut the patches of all chosen galaxies."""
+    root = utils.data_dir(config.data_dir)
+    galaxies = loops.chosen_galaxies(config, [p.stem for p in utils.processed_cubes(root)])
+    return cut_patches(root, config, galaxies)
 
 
 if __name__ == "__main__":

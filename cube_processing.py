@@ -1,4 +1,4 @@
-"""Process a whole set of galaxies: cubes, labels, patches on request, then the split CSVs.
+"""Process a whole set of galaxies: cubes, labels, the split CSVs and, on request, patches.
 
 Does the work of process_single_cube.py for every galaxy, in parallel. A galaxy that fails is listed
 in processed/failed.csv and the loop continues; running it again does only what is missing.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import utils
 from utils import DataError
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 class Config(single.GalaxyOptions, loops.GalaxyChoice):
     """Process a whole set of galaxies."""
 
+    data_dir: Path | None = None
+    """Data folder; default $MANGA_DATA_DIR, else that of the run --like-run, else ./data/manga."""
     splits: bool = True
     """At the end, create a split by whole galaxies, splits/hard_<label_task>, for each label task
     that has none (options: create_data_splits.py)."""
@@ -39,30 +42,13 @@ class Config(single.GalaxyOptions, loops.GalaxyChoice):
     """Random seed of that split."""
 
 
-def main(config: Config) -> int:
-    """Process all chosen galaxies, then split them."""
-    root = utils.data_dir(config.data_dir)
-    config = single.vetted(config)
-    kind = "MAPS" if config.labels_only else "LOGCUBE"
-    cubes = (root / "raw").glob(f"*/*/manga-*-{kind}*.fits*")
-    galaxies = loops.chosen_galaxies(config, sorted({utils.plateifu_of(path) for path in cubes}))
-    work = partial(
-        single.process_galaxy,
-        root=root,
-        options=config,
-        overwrite=config.overwrite,
-        stats=stats_for(root, config),
-    )
-    failed_csv = loops.failed_path(root / "processed", config.shard)
-    outcome = loops.for_each_galaxy(work, galaxies, "cubes", failed_csv, config.jobs)
-    code = loops.report(outcome, "cubes", root / "processed")
-    if not config.splits or config.shard:
-        return code
+def create_splits(root: Path, config: Config, code: int) -> None:
+    """Create the split of each label task that has none; none after failures (exit code `code`)."""
     if code != utils.EXIT_DONE:
         log.warning(
             "no split is created while galaxies fail: run this again, or create_data_splits.py"
         )
-        return code
+        return
     for task in config.label_tasks:
         name = utils.default_split(task)
         if all(utils.split_path(root, name, part).is_file() for part in utils.SPLIT_PARTS):
@@ -76,7 +62,24 @@ def main(config: Config) -> int:
             create_data_splits.main(replace(split, skip_critical=config.skip_critical))
         except DataError as error:  # too few galaxies are worth processing all the same
             log.warning("no split %s: %s", name, error)
-    return code
+
+
+def main(config: Config) -> int:
+    """Process all chosen galaxies, split them, and cut their patches if asked to."""
+    root, config = single.data_dir_for(config, config.data_dir), single.vetted(config)
+    kind = "MAPS" if config.labels_only else "LOGCUBE"
+    cubes = (root / "raw").glob(f"*/*/manga-*-{kind}*.fits*")
+    galaxies = loops.chosen_galaxies(config, sorted({utils.plateifu_of(path) for path in cubes}))
+    work = partial(single.process_galaxy, root=root, options=config, overwrite=config.overwrite)
+    stats_for(root, config)  # missing ones are reported before the work, not after
+    failed_csv = loops.failed_path(root / "processed", config.shard)
+    outcome = loops.for_each_galaxy(work, galaxies, "cubes", failed_csv, config.jobs)
+    code = loops.report(outcome, "cubes", root / "processed")
+    if config.splits and not config.shard:
+        create_splits(root, config, code)
+    done = [name for name, word in outcome.items() if word in ("written", "up to date")]
+    again = {"overwrite": config.overwrite, "jobs": config.jobs, "shard": config.shard}
+    return max(code, single.cut_patches(root, config, done, **again))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ import signal
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import utils
-from utils import DataError, LabelTask, PatchNorm
+from utils import DataError, LabelTask, Norm
 
 import numpy as np
 import pandas as pd
@@ -39,17 +39,17 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 import data_io
+import networks
 import pack_cubes
 from data_io import digest_of, require_alike
-from hsi_proc_fns import Stats, band_slice
+from hsi_proc_fns import Stats, band_slice, check_label_shape
 from labels import LABEL_NONE, LOGOH_SCALE, class_names, label_classes
+from networks import NetworkName
 from pack_cubes import PackedCubes, PackedType
 
 log = logging.getLogger(__name__)
 
 Source = Literal["packed", "patches"]
-CUTOUT = 5
-"""Default side of the cutouts from packed cubes, in spaxels."""
 DEVICE_SHARE = 0.6
 """Fraction of a GPU's free memory that packed cubes may take to be held there."""
 FEW_CUTOUTS = 3
@@ -69,7 +69,7 @@ class PatchSpec:
     label_task: LabelTask
     n_classes: int = 6
     """Number of metallicity classes, 6 or 8; ignored for BPT, which has 3."""
-    patch_norm: PatchNorm = "PCA"
+    patch_norm: Norm = "PCA"
     patch_size: int = 7
     bands: tuple[int, int] | None = None
     """First band (or component) and the one after the last, cut after normalising; None: all."""
@@ -92,8 +92,13 @@ class DataOptions:
     """Labels to learn."""
     n_classes: Literal[6, 8] = 6
     """Number of metallicity classes; ignored for BPT, which has 3."""
-    patch_norm: PatchNorm = "PCA"
-    """Normalisation of the spectra. PCA: principal components of the training split."""
+    network: NetworkName = "matched_filters"
+    """Network that learns. matched_filters: measures lines with learned filters and gives the
+    metallicity in dex with an interval. ssftt: the published transformer, which gives classes."""
+    patch_norm: Norm | None = None
+    """Normalisation of the spectra; default residual (continuum-subtracted, with errors) for
+    matched filters, the only one they can use, and PCA (principal components of the training
+    split) for SSFTT."""
     patch_size: int = 7
     """Side of a patch in spaxels."""
     bands: tuple[int, int] | None = None
@@ -105,14 +110,16 @@ class DataOptions:
     """Number type of packed cubes."""
     cutout: int | None = None
     """Side of the cutouts in spaxels, odd; all labelled spaxels of a cutout are learned at once,
-    with the same expectation as patch by patch, but faster. 1: patch by patch. Default 5 from
-    packed cubes; patch files only allow 1."""
-    batch_size: int = 256
-    """Labelled spaxels per step; with cutouts on average."""
+    with the same expectation as patch by patch, but faster. 1: patch by patch. Default 21 for
+    matched filters, 5 for SSFTT; patch files only allow 1."""
+    batch_size: int | None = None
+    """Labelled spaxels per step; with cutouts on average. Default 1024 for matched filters, 256 for
+    SSFTT."""
     samples_per_epoch: int | None = None
     """Labelled spaxels per epoch; default as many as there are in the training part."""
     balance: bool = True
-    """Draw all classes equally often; otherwise as often as they occur."""
+    """Draw all classes equally often; otherwise as often as they occur, like metallicities that are
+    learned in dex."""
     augment: bool = True
     """Turn and mirror patches at random (odd patch sizes only)."""
     workers: int = 0
@@ -132,18 +139,47 @@ class DataOptions:
     @property
     def spec(self) -> PatchSpec:
         """What a sample is."""
-        return PatchSpec(
-            self.label_task, self.n_classes, self.patch_norm, self.patch_size, self.bands
-        )
+        norm = self.resolved().patch_norm
+        assert norm is not None
+        return PatchSpec(self.label_task, self.n_classes, norm, self.patch_size, self.bands)
 
     @property
     def cutout_size(self) -> int:
         """Side of the cutouts; 1 for patches."""
-        return self.cutout or (CUTOUT if self.source == "packed" else 1)
+        cutout = self.resolved().cutout
+        assert cutout is not None
+        return cutout
+
+    @property
+    def learns_dex(self) -> bool:
+        """Whether metallicities are learned as values in dex, not as classes."""
+        return self.label_task == "logOH" and networks.USUAL[self.network].learns_dex
+
+    def resolved(self) -> DataOptions:
+        """Fill in the defaults that depend on other options."""
+        usual = networks.USUAL[self.network]
+        defaults: dict[str, Any] = {
+            "split_dir": utils.default_split(self.label_task),
+            "patch_norm": usual.patch_norm,
+            "cutout": usual.cutout if self.source == "packed" else 1,
+            "batch_size": usual.batch_size,
+        }
+        return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
     def check(self) -> None:
         """Raise a DataError if options contradict each other."""
-        size, cutout = self.patch_size, self.cutout_size
+        size, cutout, norm = self.patch_size, self.cutout_size, self.spec.patch_norm
+        if (norm == "residual") != (self.network == "matched_filters"):
+            choice = "residual" if self.network == "matched_filters" else "one of the others"
+            raise DataError(
+                f"--patch-norm {norm} with --network {self.network}: expected {choice}. Leave out "
+                "--patch-norm, or choose the other network."
+            )
+        if norm == "residual" and (self.bands or self.source == "patches" or size % 2 == 0):
+            raise DataError(
+                "--network matched_filters: expected packed cubes with all bands and an odd "
+                "--patch-size. Leave out --bands and --source, or use --network ssftt."
+            )
         if self.augment and size % 2 == 0:
             raise DataError(
                 f"--patch-size {size}: an even patch has no central spaxel to turn about. Choose "
@@ -399,15 +435,6 @@ def check_scale(spec: PatchSpec, options: dict[str, Any], root: Path) -> None:
         )
 
 
-def check_label_shape(labels: np.ndarray, usable: np.ndarray, path: Path) -> None:
-    """Raise a DataError unless a label map and its cube have the same spaxels."""
-    if labels.shape != usable.shape:
-        raise DataError(
-            f"{path}: label map of {labels.shape} spaxels, expected {usable.shape} as in the cube. "
-            "Re-run process_single_cube.py --overwrite."
-        )
-
-
 def patch_file(root: Path, spec: PatchSpec, plateifu: str) -> Path:
     """Path of a galaxy's patch file."""
     return utils.patch_path(root, spec.label_task, spec.patch_norm, plateifu)
@@ -425,6 +452,8 @@ class Batch(NamedTuple):
     """(N,) int64."""
     rows: Tensor
     """(N,) int64, into the dataset's `samples`."""
+    values: Tensor
+    """(N,) float32, label values as in `Samples`."""
 
 
 class CutoutBatch(NamedTuple):
@@ -447,6 +476,8 @@ class CutoutBatch(NamedTuple):
     """(N,) int64, the samples that were drawn, at [T//2, T//2]."""
     weights: Tensor
     """(N, T, T) float32, 0 where there is no sample; expected sum over a cutout: 1."""
+    values: Tensor
+    """(N, T, T) float32, label values, 0 where there is no sample."""
 
 
 class PatchDataset(Dataset, ABC):
@@ -507,6 +538,7 @@ class PatchFileDataset(PatchDataset):
             patches.view(rows.size, size, size, -1).permute(0, 3, 1, 2).unsqueeze(1),
             torch.from_numpy(self.samples.classes[rows]),
             torch.from_numpy(rows.copy()),
+            torch.from_numpy(self.samples.values[rows]),
         )
 
     def centres(self, rows: np.ndarray) -> np.ndarray:
@@ -588,12 +620,15 @@ class PackedDataset(PatchDataset):
         self._corner, self._width = torch.from_numpy(corner), torch.from_numpy(width)
         self._centre = torch.from_numpy(centre)
         self._sample_classes = torch.from_numpy(samples.classes)
+        self._sample_values = torch.from_numpy(samples.values)
         dy, dx = np.divmod(turned_positions(size), size)
         self._dy, self._dx = torch.from_numpy(dy), torch.from_numpy(dx)
         if cutout > 1:
             assert probabilities is not None, "cutouts need the probabilities of the samples"
             self._classes = torch.full(self._rows.shape, LABEL_NONE, dtype=torch.int8)
             self._classes[self._centre] = self._sample_classes.to(torch.int8)
+            self._values = torch.zeros(self._rows.shape)
+            self._values[self._centre] = self._sample_values
             self._weights = torch.zeros(self._rows.shape)
             shares = probabilities / chance_of_being_seen(samples, probabilities, cutout)
             self._weights[self._centre] = torch.from_numpy(shares.astype(np.float32))
@@ -623,11 +658,12 @@ class PackedDataset(PatchDataset):
         values = self._look_up(self._rows[flat]).view(len(rows), size, size, -1)
         patches = values.permute(0, 3, 1, 2).unsqueeze(1)
         if self.cutout == 1:
-            return Batch(patches, self._sample_classes[rows], rows)
+            return Batch(patches, self._sample_classes[rows], rows, self._sample_values[rows])
         start = self.spec.patch_size // 2
         inner = slice(start, start + self.cutout)
         seen = flat.view(len(rows), size, size)[:, inner, inner]
-        return CutoutBatch(patches, self._classes[seen].long(), rows, self._weights[seen])
+        classes, weights = self._classes[seen].long(), self._weights[seen]
+        return CutoutBatch(patches, classes, rows, weights, self._values[seen])
 
     def centres(self, rows: np.ndarray) -> np.ndarray:
         """Read the spectra of the samples themselves, (n, band) float32."""
@@ -811,8 +847,10 @@ def get_dataloaders(
     DataError
         Any problem with the options, the split, its statistics or its files.
     """
+    options = options.resolved()
     options.check()
     root, spec = options.root, options.spec
+    assert options.batch_size is not None
     tables, made = data_io.read_split(utils.split_path(root, options.split))
     task = made.options.get("label_task", options.label_task)
     if task != options.label_task:
@@ -853,7 +891,7 @@ def get_dataloaders(
             options.batch_size,
             seed,
             shuffle=train,
-            balance=train and options.balance,
+            balance=train and options.balance and not options.learns_dex,
             augment=train and options.augment,
             num_samples=options.samples_per_epoch if train else None,
         )

@@ -1,4 +1,4 @@
-"""Use trained models: prediction, evaluation, and the baselines beside them.
+"""Use trained models: prediction, and evaluation beside a baseline.
 
 Three functions are meant for notebooks, each of which returns an object that prints itself:
 
@@ -37,19 +37,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import baselines
 import data_fns
 import data_io
 import hsi_proc_fns
 import loops
 import metrics
+import networks
 import pack_cubes
 import run_folder
-import SSFTT_dense
-from data_fns import PackedDataset, PatchDataset, PatchSpec, dataset_of
+from data_fns import PackedDataset, PatchSpec, dataset_of
 from data_io import require_alike
 from hsi_proc_fns import Stats
-from HSI_SSFTT import SSFTT, get_SSFTT_model
+from intervals import LEVEL, LEVELS
 from labels import LABEL_NONE, label_classes
+from networks import Answer, Network
 from pack_cubes import NormalisedCube
 from run_folder import ModelCard
 
@@ -65,11 +67,6 @@ SHAPE_STEP = 16
 """Such fields are padded to multiples of it: cuDNN searches algorithms for every new shape."""
 PATCHES_AT_ONCE = 256
 """Patches of patch files that are classified together."""
-SOME_SPECTRA = 10_000
-"""Spectra that the spectrum-only baseline is fitted to (more do not change its accuracy), and from
-which a learned projection starts."""
-BASELINE_COMPONENTS = 50
-"""Principal components of the spectra that the baseline uses."""
 FEW_GALAXIES = 10
 """With fewer galaxies, the bootstrap underestimates how much they differ."""
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -105,7 +102,7 @@ class TrainedModel:
 
     Attributes
     ----------
-    network : SSFTT
+    network : Network
         In evaluation mode, on `device`.
     card : ModelCard
         Its description: class names, class values, recipe, best epoch, ...
@@ -116,7 +113,7 @@ class TrainedModel:
         Part of the run's split by mangaid; training for a galaxy in several (easy splits).
     """
 
-    network: SSFTT
+    network: Network
     card: ModelCard
     stats: Stats | None
     device: torch.device
@@ -127,17 +124,29 @@ class TrainedModel:
         """How its samples are made."""
         return self.card.spec
 
+    @property
+    def wave(self) -> np.ndarray | None:
+        """Wavelengths of its cubes, (band,) vacuum rest Angstrom, where its baseline needs them."""
+        if self.spec.patch_norm != "residual":
+            return None
+        return baselines.wave_of(self.card.recipe.options["cube"])
+
+    def answer(self, outputs: Tensor) -> Answer:
+        """Say what the network's outputs (..., output) mean."""
+        return networks.answer(self.network, outputs, self.card.edges, self.card.dex_values)
+
     def __repr__(self) -> str:
         """Describe the model in three lines."""
         spec, best = self.spec, self.card.best
         cube = self.card.recipe.options.get("cube", {})
         grid = f"{cube.get('wave_min')}-{cube.get('wave_max')} Angstrom"
         return (
-            f"SSFTT for {spec.label_task}: {', '.join(self.card.class_names)}\n"
+            f"{self.card.network_name} for {spec.label_task}: {', '.join(self.card.class_names)}\n"
             f"  input: patches of {spec.patch_size} x {spec.patch_size} spaxels, norm "
             f"{spec.patch_norm}, cubes of {grid}; {self.card.parameters} parameters\n"
             f"  split {self.card.split_dir}, best epoch {best.get('epoch')}, validation accuracy "
             f"{best.get('val_accuracy', float('nan')):.3f}"
+            + (f", MAE {best['val_mae_dex']:.4f} dex" if "val_mae_dex" in best else "")
         )
 
 
@@ -186,7 +195,7 @@ def load_model(run_dir: Path | str, device: str = "auto") -> TrainedModel:
     card, weights, stats, parts = run_folder.read_model(Path(run_dir))
     what = f"{run_folder.WEIGHTS_FILE} and {run_folder.MODEL_FILE} of one network"
     with utils.reading(run_dir, what, "Copy the run again, or retrain."):
-        network = get_SSFTT_model(**card.network)
+        network = networks.make_network(card.network_name, card.network)
         network.load_state_dict(weights)
     chosen = pick_device(device)
     network = network.to(chosen).eval()
@@ -216,6 +225,12 @@ class CubePrediction:
         12+log(O/H) that stands for each class, dex; None for BPT.
     part : str
         Part of the run's split that the galaxy is in; empty if in none.
+    logoh, lower, upper : (y, x) float32, or None
+        12+log(O/H), dex, and the ends of its 90 % interval (intervals.py); NaN where the spaxel is
+        not usable. None for BPT.
+    unlike : (y, x) bool, or None
+        Spaxels whose spectra are unlike those of training, so that interval and class promise
+        nothing; None if the network cannot tell.
     """
 
     plateifu: str
@@ -226,6 +241,10 @@ class CubePrediction:
     attrs: dict[str, Any]
     class_values: np.ndarray | None = None
     part: str = ""
+    logoh: np.ndarray | None = None
+    lower: np.ndarray | None = None
+    upper: np.ndarray | None = None
+    unlike: np.ndarray | None = None
 
     @property
     def usable(self) -> np.ndarray:
@@ -237,11 +256,6 @@ class CubePrediction:
         """Number of spaxels of each class, (class,) int."""
         return np.bincount(self.classes[self.usable], minlength=len(self.class_names))
 
-    @property
-    def logoh(self) -> np.ndarray | None:
-        """Mean 12+log(O/H) over the classes' probabilities, (y, x) dex; None for BPT."""
-        return None if self.class_values is None else self.probabilities @ self.class_values
-
     def __repr__(self) -> str:
         """Describe the prediction in three lines."""
         ny, nx = self.classes.shape
@@ -250,6 +264,9 @@ class CubePrediction:
         last = ""
         if self.logoh is not None and self.usable.any():
             last = f"; median 12+log(O/H) {np.nanmedian(self.logoh):.3f} dex, star-forming or not"
+            if self.upper is not None and np.isfinite(self.upper).any():
+                width = np.nanmedian(self.upper - self.logoh)
+                last += f", {LEVEL:.0%} intervals of +-{width:.3f} dex"
         return (
             f"{self.plateifu}: {ny} x {nx} spaxels, {int(self.usable.sum())} classified\n"
             f"  {', '.join(f'{name}: {count}' for name, count in counts)}\n"
@@ -316,7 +333,7 @@ def read_labels_for(model: TrainedModel, path: Path, usable: np.ndarray) -> np.n
     if made is not None and options:
         require_alike(made.shared, options, path, "the training labels", data_fns.REBUILD_LABELS)
     labels = data_io.read_labels(path)
-    data_fns.check_label_shape(labels, usable, path)
+    hsi_proc_fns.check_label_shape(labels, usable, path)
     return labels
 
 
@@ -324,28 +341,35 @@ def predict_normalised(
     model: TrainedModel, cube: NormalisedCube, plateifu: str, patch_wise: bool = False
 ) -> CubePrediction:
     """Run a trained model on a cube of `read_cube_for`; see `predict_cube`."""
-    probabilities = map_probabilities(model, cube.values, patch_wise)
-    classes = probabilities.argmax(2).astype(np.int16)
+    found = map_answer(model, cube.values, patch_wise)
+    classes = found.probabilities.argmax(2).astype(np.int16)
     classes[~cube.usable] = LABEL_NONE
-    probabilities[~cube.usable] = np.nan
+    found.probabilities[~cube.usable] = np.nan
     part = model.parts.get(str(cube.attrs.get("mangaid") or plateifu), "")
-    card = model.card
+    card, unlike, logoh, lower, upper = model.card, None, None, None, None
+    if found.value is not None and found.scale is not None:
+        logoh = np.where(cube.usable, found.value, np.nan).astype(np.float32)
+        lower, upper = card.calibration.interval(logoh, found.scale.astype(np.float32))
+    if found.unlikeness is not None and card.calibration.largest_unlikeness is not None:
+        unlike = (found.unlikeness > card.calibration.largest_unlikeness) & cube.usable
     return CubePrediction(
         plateifu,
         classes,
-        probabilities,
+        found.probabilities,
         card.class_names,
         cube.inside,
         cube.attrs,
         card.dex_values,
         part,
+        logoh,
+        lower,
+        upper,
+        unlike,
     )
 
 
-def map_probabilities(
-    model: TrainedModel, values: np.ndarray, patch_wise: bool = False
-) -> np.ndarray:
-    """Class probabilities of every spaxel of a normalised cube.
+def map_answer(model: TrainedModel, values: np.ndarray, patch_wise: bool = False) -> Answer:
+    """Answer for every spaxel of a normalised cube.
 
     Parameters
     ----------
@@ -356,91 +380,86 @@ def map_probabilities(
 
     Returns
     -------
-    (y, x, class) float32
+    Answer
+        Of (y, x) spaxels; meaningless where they are not usable.
     """
     ny, nx = values.shape[:2]
     if not patch_wise:
         with torch.inference_mode():
             cutout = torch.from_numpy(values).permute(2, 0, 1)[None, None].to(model.device)
-            logits = SSFTT_dense.dense_logits(model.network, cutout)[0].permute(1, 2, 0)
-            return logits.float().softmax(2).cpu().numpy()
+            return model.answer(networks.map_outputs(model.network, cutout)[0].permute(1, 2, 0))
     columns, out = np.arange(nx), []
     for y in range(ny):
         rows = np.full(nx, y)
         patches = hsi_proc_fns.extract_patches(values, rows, columns, model.spec.patch_size)
         patches = patches.transpose(0, 3, 1, 2)[:, None]  # (x, 1, band, P, P)
         out.append(predict(model, np.ascontiguousarray(patches)))
-    return np.stack(out)
+    return networks.join(out, np.stack)
 
 
-def predict(model: TrainedModel, patches: np.ndarray | Tensor) -> np.ndarray:
-    """Class probabilities of patches.
+def predict(model: TrainedModel, patches: np.ndarray | Tensor) -> Answer:
+    """Answer for the spaxels in the middle of patches, (N,).
 
     Parameters
     ----------
     model : TrainedModel
     patches : (N, 1, band, P, P) float32
         Normalised like the training patches; the spaxel in question is [P//2, P//2].
-
-    Returns
-    -------
-    (N, classes) float32, rows sum to 1.
     """
     with torch.inference_mode():
-        logits = model.network(torch.as_tensor(patches).to(model.device))
-    return logits.float().softmax(1).cpu().numpy()
+        return model.answer(model.network(torch.as_tensor(patches).to(model.device)))
 
 
-def sample_logits(
-    network: SSFTT, loader: DataLoader, device: torch.device, amp: Amp = "off"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Class logits of all samples of a loader of patches.
+def sample_outputs(
+    network: Network, loader: DataLoader, device: torch.device, amp: Amp = "off"
+) -> tuple[Tensor, np.ndarray]:
+    """Apply a network to all samples of a loader of patches.
 
     Whole galaxies at a time where the dataset has them (packed cubes), otherwise patch by patch:
     the same numbers.
 
     Returns
     -------
-    logits : (N, classes) float32
+    outputs : (N, output) float32, on the CPU
     rows : (N,) int64
         Into the dataset's samples.
     """
     dataset = dataset_of(loader)
     if isinstance(dataset, PackedDataset):
-        return field_logits(network, dataset, device, amp)
-    return patch_logits(network, loader, device, amp)
+        return field_outputs(network, dataset, device, amp)
+    return patch_outputs(network, loader, device, amp)
 
 
-@torch.inference_mode()
-def patch_logits(
-    network: SSFTT, loader: DataLoader, device: torch.device, amp: Amp = "off"
-) -> tuple[np.ndarray, np.ndarray]:
-    """Like `sample_logits`, always patch by patch."""
+@torch.no_grad()
+def patch_outputs(
+    network: Network, loader: DataLoader, device: torch.device, amp: Amp = "off"
+) -> tuple[Tensor, np.ndarray]:
+    """Like `sample_outputs`, always patch by patch."""
     network.eval()
-    logits, rows = [], []
+    outputs, rows = [], []
     for batch in loader:
         patches = batch.patches.to(device, non_blocking=True)
         with torch.autocast(device.type, AMP_TYPES[amp], enabled=amp != "off"):
-            logits.append(network(patches).float().cpu())
+            outputs.append(network(patches).float().cpu())
         rows.append(batch.rows)
-    return torch.cat(logits).numpy(), torch.cat(rows).cpu().numpy()
+    return torch.cat(outputs), torch.cat(rows).cpu().numpy()
 
 
-@torch.inference_mode()
-def field_logits(
-    network: SSFTT,
+@torch.no_grad()
+def field_outputs(
+    network: Network,
     dataset: PackedDataset,
     device: torch.device,
     amp: Amp = "off",
     at_once: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Like `sample_logits`, for whole galaxies.
+) -> tuple[Tensor, np.ndarray]:
+    """Like `sample_outputs`, for whole galaxies.
 
     A GPU classifies `at_once` galaxies together (default: by their number of bands), the smaller
     ones padded with zeros, as beyond any field of view; a CPU one at a time, without padding.
     """
     network.eval()
-    logits, order, chosen = [], [], dataset.samples
+    outputs, order, chosen = [], [], dataset.samples
     if at_once is None:
         at_once = max(1, BANDS_AT_ONCE // dataset.n_bands) if device.type == "cuda" else 1
     step = SHAPE_STEP if at_once > 1 else 1
@@ -451,81 +470,15 @@ def field_logits(
         padded = [F.pad(f, (0, nx - f.shape[4], 0, ny - f.shape[3])) for f in fields]
         with torch.autocast(device.type, AMP_TYPES[amp], enabled=amp != "off"):
             whole = torch.cat(padded).to(device, non_blocking=True)
-            dense = SSFTT_dense.dense_logits(network, whole)
+            dense = networks.map_outputs(network, whole)
         there = [
             (i * ny + chosen.y[rows].astype(np.int64) - y) * nx + chosen.x[rows] - x
             for i, ((_, rows), (y, x)) in enumerate(zip(some, corners, strict=True))
         ]
         spaxels = torch.from_numpy(np.concatenate(there)).to(device)
-        logits.append(dense.movedim(1, 3).flatten(0, 2)[spaxels].float())
+        outputs.append(dense.movedim(1, 3).flatten(0, 2)[spaxels].float())
         order += [rows for _, rows in some]
-    return torch.cat(logits).cpu().numpy(), np.concatenate(order)
-
-
-# Baselines
-
-
-def sample_spectra(dataset: PatchDataset, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw samples without replacement: rows (n,), ascending, and spectra (n, band) float64."""
-    n = len(dataset)
-    rng = np.random.default_rng(seed)
-    rows = np.sort(rng.choice(n, size=min(n, SOME_SPECTRA), replace=False))
-    return rows, dataset.centres(rows).astype(np.float64)
-
-
-def fit_spectrum_baseline(dataset: PatchDataset, seed: int) -> dict[str, Tensor]:
-    """Fit a logistic regression to the spectra of single spaxels, without their neighbours.
-
-    Returns
-    -------
-    dict of weight (classes, band) and bias (classes,)
-        Scaling, principal components and regression are linear, so that one matrix combines them.
-        Classes that do not occur get a bias of -inf.
-    """
-    from sklearn.decomposition import PCA
-    from sklearn.linear_model import LogisticRegression
-
-    rows, spectra = sample_spectra(dataset, seed)
-    classes = dataset.samples.classes[rows]
-    n_classes, n_bands = len(dataset.spec.class_names), spectra.shape[1]
-    weight = np.zeros((n_classes, n_bands))
-    bias = np.full(n_classes, -np.inf)
-    present = np.unique(classes)
-    if present.size == 1:
-        bias[present] = 0.0
-    else:
-        pca = PCA(min(BASELINE_COMPONENTS, n_bands, len(rows)), random_state=seed, whiten=True)
-        regression = LogisticRegression(max_iter=300).fit(pca.fit_transform(spectra), classes)
-        coefficients, intercept = regression.coef_, regression.intercept_
-        if present.size == 2:  # sklearn keeps one row for two classes
-            coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
-            intercept = np.concatenate([-intercept / 2, intercept / 2])
-        whiten = hsi_proc_fns.whitening(pca.components_, pca.explained_variance_)
-        weight[present] = coefficients @ whiten
-        bias[present] = intercept - weight[present] @ pca.mean_
-    return {
-        "weight": torch.from_numpy(weight.astype(np.float32)),
-        "bias": torch.from_numpy(bias.astype(np.float32)),
-    }
-
-
-def baseline_logits(weights: dict[str, Tensor], spectra: np.ndarray) -> np.ndarray:
-    """Apply the linear spectrum-only baseline of a run; (n, band) -> (n, classes)."""
-    return spectra @ weights["weight"].numpy().T + weights["bias"].numpy()
-
-
-def baseline_scores(
-    train: PatchDataset, val: PatchDataset, weights: dict[str, Tensor] | None
-) -> dict[str, float]:
-    """Score the majority class and the spectrum-only baseline on the validation part."""
-    truth = val.samples.classes
-    counts = train.samples.class_counts(len(train.spec.class_names))
-    scores = {"val_majority_accuracy": float((truth == counts.argmax()).mean())}
-    if weights is not None:
-        blocks = np.array_split(np.arange(len(val)), max(1, len(val) // SOME_SPECTRA))
-        guesses = [baseline_logits(weights, val.centres(rows)).argmax(1) for rows in blocks]
-        scores["val_spectrum_accuracy"] = float((truth == np.concatenate(guesses)).mean())
-    return scores
+    return torch.cat(outputs).cpu(), np.concatenate(order)
 
 
 # Splits
@@ -582,19 +535,23 @@ class Evaluation:
         names = {
             "accuracy": "accuracy",
             "majority_accuracy": "  majority class",
-            "spectrum_accuracy": "  spectrum only",
+            "baseline_accuracy": f"  {result.get('baseline')}",
             "macro_f1": "macro F1",
             "kappa": "kappa",
             "mae_dex": "MAE (dex)",
             "constant_mae_dex": "  constant",
+            "baseline_mae_dex": f"  {result.get('baseline')}",
             "rmse_dex": "RMSE (dex)",
             "constant_rmse_dex": "  constant",
         }
         for key, name in names.items():
             if result.get(key) is not None:
                 low_high = intervals.get(key)
-                spread = f"  [{low_high[0]:.3f}, {low_high[1]:.3f}]" if low_high else ""
-                lines.append(f"  {name:<18}{result[key]:.3f}{spread}")
+                n = 4 if key.endswith("dex") else 3
+                spread = f"  [{low_high[0]:.{n}f}, {low_high[1]:.{n}f}]" if low_high else ""
+                lines.append(f"  {name:<18}{result[key]:.{n}f}{spread}")
+        for level, covered in (result.get("coverage") or {}).items():
+            lines.append(f"  {float(level):.0%} intervals contain {covered:.1%} of the labels")
         if intervals:
             n = result["galaxies"]
             few = "; with so few they are too narrow" if n < FEW_GALAXIES else ""
@@ -634,9 +591,9 @@ def evaluate_split(
     model = load_model(run_dir, device)
     root = run_folder.run_data_dir(run_dir, data_dir)
     parts, split = data_io.read_split(run_dir / run_folder.SPLIT_FOLDER)
-    baseline = None
+    weights = None
     if (path := run_dir / run_folder.BASELINE_FILE).is_file():
-        baseline, _ = run_folder.read_tensors(path)
+        weights, _ = run_folder.read_tensors(path)
     cubes = [utils.cube_path(root, p) for p in parts[part]["plateifu"].unique()]
     source = model.card.recipe.options["source"]
     if source == "patches" and not any(path.is_file() for path in cubes):
@@ -645,7 +602,7 @@ def evaluate_split(
     else:
         galaxies = predict_cubes(model, root, parts[part], patch_wise)
     mangaids = dict(zip(parts[part]["plateifu"], parts[part]["mangaid"], strict=True))
-    frame = predictions_table(galaxies, mangaids, baseline)
+    frame = predictions_table(model, galaxies, mangaids, weights)
     if frame.empty:
         raise DataError(
             f"{run_dir}: no labelled spaxel in the {part} part of the split. Choose another --part."
@@ -653,7 +610,7 @@ def evaluate_split(
     add_bin_weights(frame, root, model.spec.label_task)
     card = model.card
     overall, confusion, per_class, per_galaxy = metrics.score_predictions(
-        frame, card.class_names, card.class_counts, card.dex_values, card.label_median, seed
+        frame, card.class_names, card.class_counts, card.label_median, seed
     )
     scores = {
         "part": part,
@@ -661,6 +618,7 @@ def evaluate_split(
         "split_kind": split.options["kind"],
         "label_task": model.spec.label_task,
         "best_epoch": card.best["epoch"],
+        "baseline": baselines.name_of(model.spec),
         **{k: None if v != v else v for k, v in overall.items()},  # JSON has no NaN
         "created_utc": utils.utc_now(),
     }
@@ -703,14 +661,17 @@ class Labelled(NamedTuple):
     x: np.ndarray
     value: np.ndarray
     true: np.ndarray
-    probabilities: np.ndarray
-    """(n, class) float32."""
+    answer: Answer
+    """Of (n,) spaxels."""
     spectra: np.ndarray
     """(n, band) float32, normalised."""
 
 
 def predictions_table(
-    galaxies: Iterable[Labelled], mangaids: dict[str, str], baseline: dict[str, Tensor] | None
+    model: TrainedModel,
+    galaxies: Iterable[Labelled],
+    mangaids: dict[str, str],
+    baseline: dict[str, Tensor] | None,
 ) -> pd.DataFrame:
     """Gather the predictions for the labelled spaxels of galaxies.
 
@@ -718,7 +679,8 @@ def predictions_table(
     -------
     DataFrame, one row per spaxel
         plateifu, mangaid, y, x, value (label: dex or class), true, predicted, probability (of the
-        predicted class) and, with a baseline, spectrum_only (its class).
+        predicted class); for metallicities logoh and the ends of its intervals, lower_0.9 and so
+        on, dex; with a baseline, baseline (its class) and, if it gives one, baseline_logoh.
     """
     frames = [pd.DataFrame()]
     for galaxy in galaxies:
@@ -730,12 +692,21 @@ def predictions_table(
                 "x": galaxy.x,
                 "value": galaxy.value,
                 "true": galaxy.true,
-                "predicted": galaxy.probabilities.argmax(1),
-                "probability": galaxy.probabilities.max(1),
+                "predicted": galaxy.answer.probabilities.argmax(1),
+                "probability": galaxy.answer.probabilities.max(1),
             }
         )
+        value, scale = galaxy.answer.value, galaxy.answer.scale
+        if value is not None and scale is not None:
+            frame["logoh"] = value
+            for level in LEVELS:
+                ends = model.card.calibration.interval(value, scale, level)
+                frame[f"lower_{level}"], frame[f"upper_{level}"] = ends
         if baseline is not None:
-            frame["spectrum_only"] = baseline_logits(baseline, galaxy.spectra).argmax(1)
+            guess = baselines.apply(baseline, galaxy.spectra, model.spec, model.wave)
+            frame["baseline"] = guess.classes
+            if guess.logoh is not None:
+                frame["baseline_logoh"] = guess.logoh
         frames.append(frame)
     return pd.concat(frames[1:] or frames, ignore_index=True)
 
@@ -768,7 +739,7 @@ def predict_cubes(
     for (plateifu, rows), cube in zip(bar, cubes, strict=True):
         label_path = utils.label_path(root, spec.label_task, plateifu)
         labels = read_labels_for(model, label_path, cube.usable)
-        result = predict_normalised(model, cube, plateifu, patch_wise)
+        found = map_answer(model, cube.values, patch_wise)
         classes = label_classes(labels, spec.label_task, spec.n_classes)
         wanted = (classes != LABEL_NONE) & cube.usable
         if {"y", "x"} <= set(rows.columns):
@@ -776,8 +747,8 @@ def predict_cubes(
             chosen[rows["y"], rows["x"]] = True
             wanted &= chosen
         y, x = np.nonzero(wanted)
-        maps = (labels, classes, result.probabilities, cube.values)
-        yield Labelled(plateifu, y, x, *(each[y, x] for each in maps))
+        here = found.apply(lambda part, y=y, x=x: part[y, x])  # type: ignore[misc]
+        yield Labelled(plateifu, y, x, labels[y, x], classes[y, x], here, cube.values[y, x])
 
 
 def predict_patch_files(model: TrainedModel, root: Path, table: pd.DataFrame) -> Iterator[Labelled]:
@@ -786,14 +757,14 @@ def predict_patch_files(model: TrainedModel, root: Path, table: pd.DataFrame) ->
     dataset = data_fns.PatchFileDataset(samples, model.spec, root)
     for galaxy, rows in samples.by_galaxy():
         blocks = np.split(rows, range(PATCHES_AT_ONCE, len(rows), PATCHES_AT_ONCE))
-        guesses = [predict(model, dataset.__getitems__(block).patches) for block in blocks]
+        answers = [predict(model, dataset.__getitems__(block).patches) for block in blocks]
         yield Labelled(
             samples.plateifus[galaxy],
             samples.y[rows],
             samples.x[rows],
             samples.values[rows],
             samples.classes[rows],
-            np.concatenate(guesses),
+            networks.join(answers, np.concatenate),
             dataset.centres(rows),
         )
 

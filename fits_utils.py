@@ -12,6 +12,7 @@ Line channels and HDUs are found by name, so releases DR15 to DR17 and every DAP
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import re
@@ -52,6 +53,10 @@ log = logging.getLogger(__name__)
 
 C_KMS = 299792.458
 """Speed of light, km/s (exact)."""
+
+Z_TOLERANCE = 0.005
+"""Difference between a given redshift and the survey's that is warned of: 1500 km/s, several times
+what gas moves within a galaxy."""
 
 THREADS = 2
 """Threads that resample rows of spaxels; numpy and sparse products release the interpreter."""
@@ -145,7 +150,10 @@ def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, b
     expected = named[0] if named else utils.plateifu_of(source)
     found = str(primary.get("PLATEIFU") or expected).strip()
     if found != expected:
-        raise DataError(f"{source}: holds galaxy {found}, expected {expected}. Check --plateifu.")
+        raise DataError(
+            f"{source}: holds galaxy {found}, expected {expected}. Give the file of {expected}, or "
+            f"--plateifu {found}."
+        )
     critical = [k for k in ("DRP3QUAL", "DAPQUAL") if int(primary.get(k) or 0) & CRITICAL]
     if critical:
         log.warning("%s: %s says CRITICAL", source, " and ".join(critical))
@@ -220,8 +228,7 @@ def process_cube(
         Any problem with the input; in that case nothing is written.
     """
     source, target = Path(source), Path(target)
-    if not source.is_file():
-        raise DataError(f"{source}: no such file. Fetch it with download_utils.py.")
+    _check_file(source)
     _check_grid(options)
     chosen, inputs = {**_of(options, CubeOptions), "redshift": redshift}, dict[str, str]()
     if options.remove_gas_velocity and maps is not None and maps.is_file():
@@ -234,6 +241,8 @@ def process_cube(
             inputs["catalogue"] = file_digest(catalogue) if catalogue else ""
         is_same = head.attrs.get("source_stamp") == stamp  # saves reading a whole survey again
         inputs["LOGCUBE"] = made.inputs.get("LOGCUBE", "") if is_same else file_digest(source)
+        if inputs["LOGCUBE"] != made.inputs.get("LOGCUBE"):
+            read_hdus(source, ESSENTIAL)  # says so if it is damaged, rather than another one
         today = Recipe("cube", data_io.CUBE_VERSION, chosen, inputs)
         today.require(made, target, "Replace it with --overwrite")
         return SKIPPED if skip_critical and head.attrs.get("critical") else "up to date"
@@ -258,7 +267,8 @@ def process_cube(
         if pixels.stop == pixels.start:
             raise DataError(
                 f"{source}: at redshift {z:.4f} the cube does not cover "
-                f"{options.wave_min:g}-{options.wave_max:g} Angstrom. Check --redshift."
+                f"{options.wave_min:g}-{options.wave_max:g} Angstrom. Check --redshift, --wave-min "
+                "and --wave-max."
             )
         outside = np.mean((bins[1:] > edges[-1] / (1 + z)) | (bins[:-1] < edges[0] / (1 + z)))
         if outside > 0:
@@ -299,6 +309,15 @@ def process_cube(
     return "written"
 
 
+def _check_file(source: Path) -> None:
+    """Raise a DataError unless a file exists."""
+    if not source.is_file():
+        raise DataError(
+            f"{source}: no such file. Expected a LOGCUBE or MAPS file (FITS): check the path, or "
+            "download the survey's with download_utils.py."
+        )
+
+
 def _plain(value: Any) -> Any:
     """Value of a card for an attribute; None for what is none, such as a value left out."""
     is_plain = isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 1 << 63)
@@ -328,6 +347,7 @@ def _identify(
     mangaid, cz = str(primary.get("MANGAID", "")).strip(), primary.get("SCINPVEL")
     if redshift is not None:
         z, where = redshift, "--redshift"
+        _compare_redshift(z, source, cz, plateifu, catalogue)
     elif cz is not None:
         z, where = float(cz) / C_KMS, f"{source} (SCINPVEL)"
     elif catalogue is not None:
@@ -346,6 +366,21 @@ def _identify(
             f"{where}: redshift {z}, expected a value from -0.01 to 1. Give --redshift."
         )
     return z, mangaid
+
+
+def _compare_redshift(
+    z: float, source: Path, cz: float | None, plateifu: str, catalogue: Path | None
+) -> None:
+    """Warn if a given redshift is not about that of the header, else of the catalogue, if any."""
+    known, where = None if cz is None else float(cz) / C_KMS, "its header (SCINPVEL)"
+    if cz is None and catalogue is not None:
+        with contextlib.suppress(DataError):  # it does not list the galaxy
+            known, where = catalogue_row(catalogue, plateifu)["redshift"], str(catalogue)
+    if known is not None and -0.01 < known < 1.0 and abs(z - known) > Z_TOLERANCE:
+        log.warning(
+            f"{source}: --redshift {z:g} differs from the {known:.4f} of {where}. The given one is "
+            "used; leave it out to use the other."
+        )
 
 
 def _read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Header) -> RawCube:
@@ -469,7 +504,10 @@ def galactic_correction(primary: fits.Header, path: Path) -> np.ndarray:
     ebv = primary.get("EBVGAL")
     if ebv is None:
         raise DataError(
-            f"{path}: no Galactic E(B-V) (EBVGAL) in the primary header. Use --no-deredden."
+            f"{path}: no Galactic E(B-V) in the primary header, expected the card EBVGAL (mag) to "
+            "undo the Galaxy's reddening. Add the card; or give --no-deredden, which leaves the "
+            "spectra reddened, so that no model trained on dereddened ones can map them (with "
+            "--like-run, the run's choice is used)."
         )
     return 10 ** (0.4 * O94(Rv=R_V)(_logcube_wave() * u.AA) * R_V * float(ebv))
 
@@ -580,7 +618,7 @@ def count_bins(path: Path, is_labelled: np.ndarray) -> dict[str, Any]:
     if lines.shape != is_labelled.shape:
         raise DataError(
             f"{path}: BINID has maps of {lines.shape} spaxels, expected {is_labelled.shape} as in "
-            "EMLINE_GFLUX. Fetch it again with download_utils.py --overwrite."
+            f"EMLINE_GFLUX. {FETCH_AGAIN}"
         )
     ids = lines[is_labelled]
     n_bins, n_stellar_bins = (
@@ -635,8 +673,7 @@ def process_map(
         Any problem with the input; in that case nothing is written.
     """
     source, target = Path(source), Path(target)
-    if not source.is_file():
-        raise DataError(f"{source}: no such file. Fetch it with download_utils.py.")
+    _check_file(source)
     chosen = {**_of(options, LabelOptions), "label_task": label_task}
     recipe = Recipe("labels", data_io.LABEL_VERSION, chosen, {"MAPS": file_digest(source)})
     if target.is_file() and not overwrite:
@@ -649,6 +686,8 @@ def process_map(
             raise DataError(
                 f"{target}: {missing} beside it is missing. Replace it with --overwrite."
             )
+        if recipe.inputs != made["recipe"].inputs:
+            read_line_maps(source, BPT_LINES)  # says so if it is damaged, rather than another one
         recipe.require(made["recipe"], target, "Replace it with --overwrite")
         return SKIPPED if skip_critical and made.get("critical") else "up to date"
     lines = list(BPT_LINES)

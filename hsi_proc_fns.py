@@ -12,6 +12,7 @@ the centre of a patch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from utils import PATCH_NORMS, DataError
@@ -67,6 +68,15 @@ def usable_spaxels(flux: np.ndarray) -> np.ndarray:
 def is_usable(measured: np.ndarray, n_bands: int) -> np.ndarray:
     """Say for each spectrum whether the number of its measured bins is sufficient."""
     return measured >= max(1, MIN_MEASURED * n_bands)
+
+
+def check_label_shape(labels: np.ndarray, spaxels: np.ndarray, path: Path) -> None:
+    """Raise a DataError unless a label map and a map of its cube's spaxels have one shape."""
+    if labels.shape != spaxels.shape:
+        raise DataError(
+            f"{path}: label map of {labels.shape} spaxels, expected {spaxels.shape} as in the "
+            "cube. Re-run process_single_cube.py --overwrite."
+        )
 
 
 def field_of_view(inside: np.ndarray) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""Map galaxies with a trained model: the class of every spaxel, and its 12+log(O/H).
+"""Map galaxies with a trained model: the class of every spaxel, its 12+log(O/H) and an interval.
 
 Reads   a run folder of run_SSFTT_training.py; processed/cubes/<plate>/<plateifu>.h5. No label is
         needed: these may be galaxies that nobody has labelled. For the mask,
         processed/labels/BPT/<plateifu>.npy where it exists.
-Writes  <run_dir>/maps/<plateifu>.fits, classes, probabilities, for metallicities 12+log(O/H), and
-        a bit mask, with the cube's sky coordinates; <run_dir>/maps/galaxies.csv, a row per galaxy.
+Writes  <run_dir>/maps/<plateifu>.fits, classes, probabilities, for metallicities 12+log(O/H) and
+        the ends of its 90 % interval, and a bit mask, with the cube's sky coordinates;
+        <run_dir>/maps/galaxies.csv, a row per galaxy.
 Layouts: docs/data_formats.md#maps. Every usable spaxel gets a class; the mask says which are known
 to be star-forming. Maps that this model made from today's cubes and BPT labels are left alone;
 others are made again.
@@ -27,19 +28,20 @@ import numpy as np
 import pandas as pd
 from astropy.io import fits
 
-import data_fns
 import data_io
 import eval_fns
+import hsi_proc_fns
 import loops
 import run_folder
 from data_io import Recipe, digest_of, file_digest
+from intervals import LEVEL
 from labels import LABEL_NONE, SF
 from pack_cubes import NormalisedCube
 
 log = logging.getLogger(__name__)
 
 TABLE_FILE = "galaxies.csv"
-MAP_VERSION = 2
+MAP_VERSION = 3
 
 MASK_BITS = {
     "NOSPEC": "no measured bin",
@@ -47,21 +49,32 @@ MASK_BITS = {
     "NOTSF": "composite or AGN by its BPT label",
     "NOBPT": "without a BPT label",
     "TRAINED": "in a galaxy of the training part",
+    "UNLIKE": "spectrum unlike those of training",
 }
 """Bits of the extension MASK, from bit 0 on, and their meaning."""
 
-DISTRUST = {"BPT": 0b00011, "logOH": 0b01111}
+DISTRUST = {"BPT": 0b100011, "logOH": 0b101111}
 """Bits of spaxels whose value is not to be trusted: metallicity calibrations hold for H II regions,
-and models learn from those alone unless told otherwise."""
+and models learn from those alone unless told otherwise; nor does a model know what spectra mean
+that are unlike those it learned from."""
 
 HDUCLASS = {"HDUCLASS": ("SDSS", "as in the maps of MaNGA's DAP"), "HDUCLAS1": "IMAGE"}
 DATA = {**HDUCLASS, "HDUCLAS2": "DATA", "QUALDATA": ("MASK", "extension of the bit mask")}
+ENDS = {
+    **HDUCLASS,
+    "HDUCLAS2": "ERROR",
+    "SCIDATA": ("LOGOH", "extension of the values"),
+    "BUNIT": "dex",
+    "COVERAGE": (LEVEL, "fraction of labels that intervals contain"),
+}
 CLASS_AXIS = {"CTYPE3": ("CLASS", "its number, from 0"), "CUNIT3": "", "CRPIX3": 1.0, "CRVAL3": 0.0}
 FLAGS = {f"FLAG{i:02}": bit for i, bit in enumerate(MASK_BITS.items())}
 IMAGE_CARDS: dict[str, dict[str, Any]] = {
     "CLASS": {**DATA, "BUNIT": "", "COMMENT": "-1 without a prediction"},
     "PROBABILITY": {**DATA, "HDUCLAS1": "CUBE", "BUNIT": "", **CLASS_AXIS, "CDELT3": 1.0},
-    "LOGOH": {**DATA, "BUNIT": "dex", "COMMENT": "where there is a prediction: see MASK"},
+    "LOGOH": {**DATA, "BUNIT": "dex", "COMMENT": "12+log(O/H): see MASK for what to trust"},
+    "LOGOH_LOWER": {**ENDS, "COMMENT": "lower end of the interval of LOGOH"},
+    "LOGOH_UPPER": {**ENDS, "COMMENT": "upper end of the interval of LOGOH"},
     "MASK": {**HDUCLASS, "HDUCLAS2": "QUALITY", "HDUCLAS3": "FLAG32BIT", **FLAGS},
 }
 """Header cards of the extensions."""
@@ -96,7 +109,9 @@ def spaxel_mask(result: eval_fns.CubePrediction, bpt: np.ndarray | None) -> np.n
     labels = np.full_like(result.classes, LABEL_NONE) if bpt is None else bpt
     unknown = labels == LABEL_NONE
     unmeasured, trained = ~result.inside, np.full(mask.shape, result.part == "train")
-    flags = (unmeasured, ~result.usable & ~unmeasured, (labels != SF) & ~unknown, unknown, trained)
+    unlike = np.zeros(mask.shape, bool) if result.unlike is None else result.unlike
+    unusable = ~result.usable & ~unmeasured
+    flags = (unmeasured, unusable, (labels != SF) & ~unknown, unknown, trained, unlike)
     for bit, is_set in enumerate(flags):  # in the order of MASK_BITS
         mask[is_set] |= 1 << bit
     return mask
@@ -127,7 +142,9 @@ def write_map(
     images = {"CLASS": result.classes, "PROBABILITY": np.moveaxis(result.probabilities, 2, 0)}
     median = None
     if result.logoh is not None:
-        images["LOGOH"] = result.logoh.astype(np.float32)
+        images["LOGOH"] = result.logoh
+        if result.lower is not None and result.upper is not None:
+            images |= {"LOGOH_LOWER": result.lower, "LOGOH_UPPER": result.upper}
         median = float(np.median(result.logoh[trusted])) if trusted.any() else None
     images["MASK"] = mask
     counts = map(int, result.class_counts)
@@ -139,6 +156,8 @@ def write_map(
         "MANGAID": (result.attrs.get("mangaid"), "galaxy, however often observed"),
         "REDSHIFT": (result.attrs.get("redshift"), "of the cube"),
         "TASK": (task, "label that was learned"),
+        "CALIBRAT": (trained.card.recipe.options["labels"].get("diagnostic"), "of the labels"),
+        "NCALIB": (trained.card.calibration.galaxies, "galaxies that calibrated the intervals"),
         "NEPOCH": (trained.card.best["epoch"], "training epoch of the weights"),
         **cards,
         "PART": (result.part, "of the run's split; empty if in none"),
@@ -214,7 +233,7 @@ def map_galaxies(
                 return None
             cube = eval_fns.read_cube_for(trained, path)
             if bpt is not None:
-                data_fns.check_label_shape(bpt, cube.usable, label_path)
+                hsi_proc_fns.check_label_shape(bpt, cube.usable, label_path)
             return cube, bpt
         except Exception as error:  # raised when its galaxy's turn comes
             return error
@@ -268,7 +287,8 @@ def main(config: Config) -> int:
             log.warning(
                 f"{unknown.sum()} of these galaxies ({table['plateifu'][unknown].iloc[0]}, ...) "
                 "have no spaxel that a BPT label calls star-forming: do not trust their "
-                "metallicities. process_single_cube.py --labels-only makes missing BPT labels"
+                "metallicities. Where BPT labels are missing, process_single_cube.py --labels-only "
+                "makes them"
             )
         shown = chosen & (table["part"] == "train")
         if shown.any():

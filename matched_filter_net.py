@@ -1,8 +1,10 @@
-"""A network of matched filters and local attention: one number per spaxel from spectra with errors.
+"""A network of matched filters and local attention: spectra with their errors to labels.
 
-Input   continuum-subtracted spectra and their weights (..., y, x, band), broad continuum colours;
-        `prepare_spectra` makes them from flux and inverse variance.
-Output  (..., y, x, 2): value and logarithm of its scale, standardised (`in_units`).
+Input   continuum-subtracted spectra and their weights, and broad continuum colours;
+        `prepare_spectra` makes them from flux and inverse variance, and `join` puts them side by
+        side, so that they are stored and cut like the bands of any other normalised cube.
+Output  for each spaxel either a value and the logarithm of its scale, standardised (`in_units`), or
+        the logits of classes; and how unlike the training spaxels it is (`unlikeness`).
 
 Each spaxel's spectrum is measured by a few learned filters, as an optimal extraction measures a
 line: with residual r, weights w (inverse variances) and filter f, the amplitude is
@@ -15,10 +17,10 @@ The network pads nowhere inside and looks at a neighbour only through its sums, 
 spaxel is the same on its window, a cutout or a whole map. Spaxels without weight, such as those
 beyond the field of view, are ignored.
 
-    >>> inputs = prepare_spectra(flux, ivar)               # flux, ivar: (y, x, band)
+    >>> spectra = prepare_spectra(flux, ivar)              # flux, ivar: (y, x, band)
     >>> model = MatchedFilterNet(MatchedFilterConfig(bands=flux.shape[-1]))
-    >>> model.start_filters(residual, weight)               # at the lines that vary most
-    >>> out = model(*inputs)                                # (y, x, 2)
+    >>> model.start_filters(spectra.residual[some], spectra.weight[some])
+    >>> out = model.map(*spectra)                          # (y, x, 3)
 """
 
 from __future__ import annotations
@@ -46,6 +48,14 @@ LARGEST_WEIGHT = 6e4
 LINE_SIGMA = 1.3
 """Width in bins (sigma) of the Gaussians that filters start from: 90 km/s on the default grid."""
 EPS = 1e-12
+LOG_SCALES = (-5.0, 3.0)
+"""Range of the logarithm of the scale, in units of the training labels' deviation."""
+USUAL_SHARE = 0.01
+"""Share of a training step in the running mean and covariance of features."""
+LOGISTIC_STRENGTH = 10.0
+"""Penalty of the logistic regression from which classes start."""
+ABSENT = -20.0
+"""Logit at the start of classes without a training spaxel."""
 RIDGES = tuple(10.0**k for k in range(-6, 1))
 """Strengths tried by `ridge_by_galaxy`, per sample."""
 
@@ -63,10 +73,12 @@ class Spectra(NamedTuple):
 
 @dataclass(frozen=True)
 class MatchedFilterConfig:
-    """Sizes of the network; the defaults have about 140,000 parameters."""
+    """Sizes of the network; the defaults have 86,616 parameters."""
 
     bands: int = 2040
     """Bins of a spectrum."""
+    classes: int = 0
+    """Number of classes to tell apart; 0: a value and its scale."""
     colours: int = COLOURS
     """Broad bands, and whatever else of a spaxel is given in `Spectra.colour`."""
     lines: int = 14
@@ -108,6 +120,11 @@ class MatchedFilterConfig:
     def own_features(self) -> int:
         """Features of a spaxel itself."""
         return 2 * self.filters + self.colours + 1
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the head gives for a spaxel."""
+        return self.classes or 2
 
 
 # Spectra to input
@@ -184,13 +201,30 @@ def prepare_spectra(flux: np.ndarray, ivar: np.ndarray) -> Spectra:
     share = (place - low).astype(np.float32)
     continuum = nodes[:, low] * (1 - share) + nodes[:, high] * share
     residual = np.where(good, values - continuum, 0) / scale
-    parts = np.linspace(0, nodes.shape[1], COLOURS + 1).round().astype(int)
-    pairs = zip(parts[:-1], np.maximum(parts[1:], parts[:-1] + 1), strict=True)
+    ends = np.linspace(0, nodes.shape[1], COLOURS + 1).round().astype(int)
+    starts = np.minimum(ends[:-1], nodes.shape[1] - 1)  # few blocks serve several colours
+    pairs = zip(starts, np.maximum(ends[1:], starts + 1), strict=True)
     colour = np.stack([nodes[:, a:b].mean(axis=1) for a, b in pairs], axis=1) / scale
     residual = residual.clip(-LARGEST_WEIGHT, LARGEST_WEIGHT).astype(np.float16)
     weight = np.minimum(weight * scale**2, LARGEST_WEIGHT).astype(np.float16)
     out = (residual, weight, colour.astype(np.float32))
     return Spectra(*(torch.from_numpy(part.reshape(*shape[:-1], -1)) for part in out))
+
+
+def join(spectra: Spectra) -> Tensor:
+    """Put residual, weight and colour side by side, (..., 2 * band + COLOURS) float16."""
+    return torch.cat([part.half() for part in spectra], -1)
+
+
+def joined_size(bands: int) -> int:
+    """Length of a `join`ed spectrum of so many bins."""
+    return 2 * bands + COLOURS
+
+
+def split(rows: Tensor) -> Spectra:
+    """Undo `join`."""
+    bands = (rows.shape[-1] - COLOURS) // 2
+    return Spectra(*rows.split([bands, bands, COLOURS], -1))
 
 
 # Network
@@ -256,6 +290,8 @@ class MatchedFilterNet(nn.Module):
     support: Tensor
     target_mean: Tensor
     target_std: Tensor
+    usual_mean: Tensor
+    usual_covariance: Tensor
 
     def __init__(self, config: MatchedFilterConfig) -> None:
         super().__init__()
@@ -265,6 +301,8 @@ class MatchedFilterNet(nn.Module):
         self.register_buffer("support", torch.ones(config.bands, config.filters))
         self.register_buffer("target_mean", torch.zeros(()))
         self.register_buffer("target_std", torch.ones(()))
+        self.register_buffer("usual_mean", torch.zeros(own))
+        self.register_buffer("usual_covariance", torch.eye(own))
         self.stars = nn.Linear(config.colours, config.filters)
         """Amplitude that the stars' continuum leaves in each filter."""
         nn.init.zeros_(self.stars.weight)
@@ -281,9 +319,9 @@ class MatchedFilterNet(nn.Module):
         nn.init.normal_(self.key.weight, std=0.05)
         self.norm_near = Standardise(heads * 2 * config.filters)
         total = own + heads * 2 * config.filters
-        self.linear = nn.Linear(total, 2)
+        self.linear = nn.Linear(total, config.outputs)
         drop, hidden = nn.Dropout(config.dropout), config.hidden
-        last = nn.Linear(hidden, 2)
+        last = nn.Linear(hidden, config.outputs)
         layers = (drop, nn.Linear(total, hidden), nn.GELU(), drop, nn.Linear(hidden, hidden))
         self.correction = nn.Sequential(*layers, nn.GELU(), drop, last)
         for part in (self.linear, last):
@@ -293,7 +331,7 @@ class MatchedFilterNet(nn.Module):
     def measure(self, residual: Tensor, weight: Tensor, colour: Tensor) -> SpaxelSums:
         """Apply the filters to spectra (..., band), each spaxel on its own."""
         filters = 4 * F.normalize(self.filters * self.support, dim=0)
-        residual, weight = residual.to(filters.dtype), weight.to(filters.dtype)
+        residual, weight, colour = (p.to(filters.dtype) for p in (residual, weight, colour))
         d = weight @ filters.square()
         n = (residual * weight) @ filters + 0.05 * self.stars(colour) * d
         level = torch.log(weight.mean(-1) + 1e-6)
@@ -316,52 +354,106 @@ class MatchedFilterNet(nn.Module):
         -------
         (Q, features)
         """
-        own = sums.features[centre]
+        # F.embedding: on several threads, indexing adds up gradients in an order that varies
+        own = F.embedding(centre, sums.features)
+        if self.training and len(own) > 1:
+            self.usual_mean.lerp_(own.detach().mean(0), USUAL_SHARE)
+            self.usual_covariance.lerp_(own.detach().T.cov(), USUAL_SHARE)
         heads, key = len(self.config.reaches), self.config.key
         query = self.query(own).view(-1, 1, heads, key)
-        keys = self.key(sums.features).view(-1, heads, key)[near]
-        logits = self.positions - self.brightness * sums.level[near][..., None]
+        around = near.clamp(min=0)
+        n, d, level, keys = (
+            F.embedding(around, part)
+            for part in (sums.n, sums.d, sums.level[:, None], self.key(sums.features))
+        )
+        keys = keys.view(*near.shape, heads, key)
+        logits = self.positions - self.brightness * level
         logits = logits + (query * keys).sum(-1) / key**0.5
         attention = logits.masked_fill((near < 0)[..., None], -torch.inf).softmax(1)
         attention = attention.transpose(1, 2)  # (Q, head, P*P)
-        n, d = attention @ sums.n[near], attention @ sums.d[near]  # (Q, head, filter)
-        spread = attention.square() @ sums.d[near]  # variance of n; of one spaxel it equals d
+        spread = attention.square() @ d  # variance of n; of one spaxel it equals d
+        n, d = attention @ n, attention @ d  # (Q, head, filter)
         ratio = d / (spread + EPS)
         pooled = log_amplitude(n * ratio, d * ratio).flatten(1)
         return torch.cat([own, self.norm_near(pooled)], 1)
 
     def answer(self, features: Tensor) -> Tensor:
-        """Standardised value and logarithm of its scale (Q, 2), from `features`."""
+        """Answer (Q, outputs) from `features`: standardised value and log scale, or logits."""
         return self.linear(features) + self.correction(features)
 
-    def forward(self, residual: Tensor, weight: Tensor, colour: Tensor) -> Tensor:
+    def unlikeness(self, features: Tensor) -> Tensor:
+        """How unlike the training spaxels some are, (Q,), from `features`.
+
+        The squared Mahalanobis distance of a spaxel's own features from those of training
+        (Mahalanobis 1936), over their number: 1 on average if they are alike.
+        """
+        own = features[:, : self.config.own_features] - self.usual_mean
+        identity = torch.eye(own.shape[1], dtype=own.dtype, device=own.device)
+        # _ex: without an error where weights have diverged, which the loss shows
+        root, _ = torch.linalg.cholesky_ex(self.usual_covariance + 1e-3 * identity)
+        return torch.linalg.solve_triangular(root, own.T, upper=False).square().mean(0)
+
+    def map(
+        self, residual: Tensor, weight: Tensor, colour: Tensor, wanted: Tensor | None = None
+    ) -> Tensor:
         """Answer for every spaxel of maps.
 
         Parameters
         ----------
         residual, weight, colour : (..., y, x, band or colour)
             As in `Spectra`. Weights of unusable spaxels are 0.
+        wanted : (..., y, x) bool, optional
+            Answer only for these; the others are their neighbours.
 
         Returns
         -------
-        (..., y, x, 2)
-            Value, and logarithm of its scale, both in units of the training labels' deviation
-            (`in_units`). NaN for unusable spaxels.
+        (..., y, x, outputs + 1)
+            As `answer` gives it, then `unlikeness`. NaN for spaxels that are unusable or not
+            wanted.
         """
         ny, nx = weight.shape[-3:-1]
         usable = (weight > 0).any(-1).reshape(-1, ny, nx)
-        near = neighbours(usable, self.config.window)
-        sums = self.measure(*(part.flatten(0, -2) for part in (residual, weight, colour)))
-        centre = usable.flatten().nonzero()[:, 0]
-        out = sums.n.new_full((usable.numel(), 2), torch.nan)
-        out[centre] = self.answer(self.features(sums, near[centre], centre))
-        return out.view(*weight.shape[:-1], 2)
+        rows = usable.flatten().nonzero()[:, 0]
+        # the last element stands for the neighbours that do not exist
+        place = rows.new_full((usable.numel() + 1,), -1)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        sums = self.measure(*(p.flatten(0, -2)[rows] for p in (residual, weight, colour)))
+        chosen = usable if wanted is None else usable & wanted.reshape(usable.shape)
+        centre = chosen.flatten().nonzero()[:, 0]
+        near = place[neighbours(usable, self.config.window)[centre]]
+        features = self.features(sums, near, place[centre])
+        answers = torch.cat([self.answer(features), self.unlikeness(features)[:, None]], 1)
+        out = answers.new_full((usable.numel(), answers.shape[1]), torch.nan)
+        out[centre] = answers
+        return out.view(*weight.shape[:-1], -1)
+
+    def dense(self, fields: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Answer for every spaxel of fields laid out like patches.
+
+        Parameters
+        ----------
+        fields : (N, 1, C, y, x)
+            `join`ed spectra.
+        wanted : (N, y, x) bool, optional
+
+        Returns
+        -------
+        (N, outputs + 1, y, x), as `map`.
+        """
+        return self.map(*split(fields[:, 0].movedim(1, -1)), wanted).movedim(-1, 1)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Answer for the middle of patches (N, 1, C, P, P): (N, outputs + 1)."""
+        middle = patches.shape[-1] // 2
+        wanted = patches.new_zeros(len(patches), *patches.shape[3:], dtype=torch.bool)
+        wanted[:, middle, middle] = True
+        return self.dense(patches, wanted)[:, :, middle, middle]
 
     def in_units(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and scale (mean absolute deviation) in the labels' unit, from (..., 2)."""
+        """Value and scale (mean absolute deviation) in the labels' unit, from (..., outputs)."""
         return (
             out[..., 0] * self.target_std + self.target_mean,
-            out[..., 1].exp() * self.target_std,
+            out[..., 1].clamp(*LOG_SCALES).exp() * self.target_std,
         )
 
     # Starting values
@@ -387,7 +479,7 @@ class MatchedFilterNet(nn.Module):
         list of float
             The bins; the first ones are repeated if there are fewer than `lines`.
         """
-        config, bins = self.config, torch.arange(self.config.bands, dtype=torch.float32)
+        config, bins = self.config, torch.arange(self.config.bands, dtype=torch.float64)
         if centres is None:
             excess = (weight.float() * residual.float().square()).mean(0) - 1
             excess = F.avg_pool1d(excess[None], 5, 1, 2, count_include_pad=False)[0]
@@ -407,7 +499,7 @@ class MatchedFilterNet(nn.Module):
                 nuisance = torch.stack([torch.ones_like(bins), bins - centre, *others], 1)
                 nuisance = nuisance * seen[:, None]
                 line = line - nuisance @ torch.linalg.lstsq(nuisance, line[:, None]).solution[:, 0]
-            self.filters[:, k], self.support[:, k] = line, seen.float()
+            self.filters[:, k], self.support[:, k] = line.float(), seen.float()
         return centres
 
     @torch.no_grad()
@@ -416,7 +508,8 @@ class MatchedFilterNet(nn.Module):
     ) -> float:
         """Fit the normalisation and the linear part of the head in closed form.
 
-        From here, training improves on a ridge regression of the features (`ridge_by_galaxy`).
+        From here, training improves on a ridge regression of the features (`ridge_by_galaxy`), or
+        for classes on a logistic regression.
 
         Parameters
         ----------
@@ -424,7 +517,7 @@ class MatchedFilterNet(nn.Module):
             Spectra (N, band) and, as in `features`, the spaxels to learn from; the normalisation
             is that of the first batch.
         target : (Q,)
-            Labels of all these spaxels.
+            Labels of all these spaxels: values, or classes (int64), at least two of them.
         galaxy : (Q,) int64
             Galaxy of each.
 
@@ -434,20 +527,40 @@ class MatchedFilterNet(nn.Module):
             Strength of the ridge.
         """
         self.eval()
-        self.target_mean.copy_(target.mean())
-        self.target_std.copy_(target.std())
         rows = []
         for i, (spectra, near, centre) in enumerate(batches):
             self.norm.is_fitting = self.norm_near.is_fitting = i == 0
             rows.append(self.features(self.measure(*spectra), near, centre))
         self.norm.is_fitting = self.norm_near.is_fitting = False
-        features = torch.cat(rows).double()
+        features = torch.cat(rows).cpu()
+        own = features[:, : self.config.own_features]
+        self.usual_mean.copy_(own.mean(0))
+        self.usual_covariance.copy_(own.T.cov())
+        features = features.double()
+        if self.config.classes:
+            return self._start_classes(features, target)
+        self.target_mean.copy_(target.mean())
+        self.target_std.copy_(target.std())
         wanted = ((target - self.target_mean) / self.target_std).double()
         coefficients, strength = ridge_by_galaxy(features, wanted, galaxy)
         error = (features @ coefficients[1:] + coefficients[0] - wanted).abs().mean()
         self.linear.weight[0] = coefficients[1:].float()
         self.linear.bias.copy_(torch.stack([coefficients[0], error.log()]))
         return strength
+
+    def _start_classes(self, features: Tensor, classes: Tensor) -> float:
+        """Start the linear part of the head as a logistic regression; return its strength."""
+        from sklearn.linear_model import LogisticRegression
+
+        model = LogisticRegression(C=1 / LOGISTIC_STRENGTH, max_iter=500)
+        model.fit(features.cpu().numpy(), classes.cpu().numpy())
+        weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
+        if len(model.classes_) == 2:  # sklearn keeps one row for two classes
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+        self.linear.bias.fill_(ABSENT)
+        self.linear.weight[model.classes_] = weight.to(self.linear.weight)
+        self.linear.bias[model.classes_] = bias.to(self.linear.bias)
+        return LOGISTIC_STRENGTH
 
 
 def ridge_by_galaxy(
@@ -492,14 +605,14 @@ def ridge_by_galaxy(
     return solve(grams.sum(0), rights.sum(0), best), best
 
 
-def laplace_loss(out: Tensor, target: Tensor) -> Tensor:
-    """Mean negative log likelihood of standardised targets (Q,) under Laplace distributions.
+def laplace_losses(out: Tensor, target: Tensor) -> Tensor:
+    """Negative log likelihood of standardised targets (Q, ...) under Laplace distributions.
 
-    Its centre is the median, so it minimises the mean absolute error, and its scale is learned
-    for every spaxel. out (Q, 2) as the network gives it.
+    Their centre is the median, so it minimises the mean absolute error, and their scale is learned
+    for every spaxel. out (Q, 2 or more, ...) as the network gives it.
     """
-    scale = out[:, 1].clamp(-5, 3)
-    return ((out[:, 0] - target).abs() * (-scale).exp() + scale).mean()
+    scale = out[:, 1].clamp(*LOG_SCALES)
+    return (out[:, 0] - target).abs() * (-scale).exp() + scale
 
 
 def neighbours(usable: Tensor, window: int) -> Tensor:

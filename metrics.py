@@ -87,7 +87,6 @@ def score_predictions(
     frame: pd.DataFrame,
     class_names: Sequence[str],
     class_counts: Sequence[int],
-    class_values: np.ndarray | None,
     label_median: float,
     seed: int = 0,
 ) -> tuple[dict[str, Any], np.ndarray, pd.DataFrame, pd.DataFrame]:
@@ -96,13 +95,12 @@ def score_predictions(
     Parameters
     ----------
     frame : DataFrame
-        One row per spaxel: plateifu, mangaid, value, true, predicted and, optionally,
-        spectrum_only, and weight (of `bin_weights`) in all scores and counts but `spaxels`.
+        One row per spaxel: plateifu, mangaid, value, true, predicted; for metallicities logoh and
+        optionally the ends of intervals (lower_0.9, upper_0.9, ...), dex; optionally baseline,
+        baseline_logoh, and weight (of `bin_weights`) in all scores and counts but `spaxels`.
     class_names : sequence of str
     class_counts : sequence of int
         Training samples of each class.
-    class_values : (class,) dex, or None
-        12+log(O/H) that each class stands for; None for BPT.
     label_median : float
         Median label of the training samples.
     seed : int
@@ -112,19 +110,22 @@ def score_predictions(
     -------
     overall : dict
         accuracy, macro_f1, kappa; majority_accuracy (of the training's majority class) and
-        spectrum_accuracy; for metallicities mae_dex and rmse_dex of the predicted class's value
-        against the label, and constant_mae_dex and constant_rmse_dex of the training median;
+        baseline_accuracy; for metallicities mae_dex and rmse_dex of logoh against the label, the
+        same of the baseline and of the training median (constant_mae_dex, ...), and coverage, the
+        fraction of labels in the intervals of each level;
         `intervals`: 95 % of the bootstrap over galaxies, since the spaxels of one galaxy are not
         independent (a galaxy is a mangaid); `bins`, the sum of the weights, if there are any.
     confusion : (true class, predicted class) int
     per_class, per_galaxy : DataFrame
     """
-    n, majority, values = len(class_names), int(np.argmax(class_counts)), class_values
+    n, majority = len(class_names), int(np.argmax(class_counts))
     frame = frame.assign(majority=frame["true"] == majority)
-    is_dex = values is not None
-    if values is not None:
-        frame["error"] = values[frame["predicted"]] - frame["value"]
+    is_dex = "logoh" in frame
+    if is_dex:
+        frame["error"] = frame["logoh"] - frame["value"]
         frame["constant_error"] = label_median - frame["value"]
+    if "baseline_logoh" in frame:
+        frame["baseline_error"] = frame["baseline_logoh"] - frame["value"]
 
     galaxies = {k: g for k, g in frame.groupby("plateifu", sort=False)}
     rows = []
@@ -144,10 +145,16 @@ def score_predictions(
         **{k: float(v) for k, v in overall_metrics(confusion).items()},
         "majority_accuracy": _mean(frame, frame["majority"]),
     }
-    if "spectrum_only" in frame:
-        overall["spectrum_accuracy"] = _mean(frame, frame["true"] == frame["spectrum_only"])
+    if "baseline" in frame:
+        overall["baseline_accuracy"] = _mean(frame, frame["true"] == frame["baseline"])
     if is_dex:
         overall |= _dex_errors(frame)
+        levels = [name.removeprefix("lower_") for name in frame if name.startswith("lower_")]
+        overall["coverage"] = {
+            k: _mean(frame, frame["value"].between(frame[f"lower_{k}"], frame[f"upper_{k}"]))
+            for k in levels
+            if np.isfinite(frame[f"lower_{k}"]).all()
+        }
     overall["intervals"] = bootstrap_intervals(frame, n, seed)
     per_class = pd.DataFrame(class_metrics(confusion)).round({"support": 0})
     per_class = per_class.astype({"support": int})
@@ -169,10 +176,12 @@ def _mean(frame: pd.DataFrame, values: Any) -> float:
 
 
 def _dex_errors(frame: pd.DataFrame) -> dict[str, float]:
-    """Mean absolute and root mean square error of the model and of the constant, dex."""
+    """Mean absolute and root mean square error of model, constant and any baseline, dex."""
     out = {}
-    for prefix, name in (("", "error"), ("constant_", "constant_error")):
-        error = frame[name].to_numpy(float)
+    for prefix in ("", "constant_", "baseline_"):
+        if f"{prefix}error" not in frame:
+            continue
+        error = frame[f"{prefix}error"].to_numpy(float)
         out[f"{prefix}mae_dex"] = _mean(frame, np.abs(error))
         out[f"{prefix}rmse_dex"] = float(np.sqrt(_mean(frame, error**2)))
     return out

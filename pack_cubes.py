@@ -7,7 +7,7 @@ Reads   splits/<split_dir>/{train,val,test}.csv, processed/cubes; for the norm P
 Writes  processed/packed/<split_dir>/<patch_norm>_<dtype>.h5: the usable spectra of the training and
         validation galaxies, one per row. Layout: docs/data_formats.md#packed-cubes.
 
-    python pack_cubes.py --split-dir hard_logOH --patch-norm PCA --jobs 16
+    python pack_cubes.py --split-dir hard_logOH --jobs 16
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import utils
-from utils import DataError, PatchNorm
+from utils import DataError, Norm
 
 import numpy as np
 from isal import isal_zlib
@@ -39,13 +39,15 @@ PACKED_SCHEMA, PACKED_VERSION = "manga-packed", 3
 CHECKED_AT_ONCE = 1 << 24
 """Bytes of spectra that are compared with their checksum at a time."""
 PackedType = Literal["float16", "float32"]
+PACKED_AXES = {"PCA": "component", "residual": "residual+weight+colour"}
 
 
 class NormalisedCube(NamedTuple):
     """A normalised cube."""
 
     values: np.ndarray
-    """(y, x, C) float32, zeros at unusable spaxels; C bands, or components with the norm PCA."""
+    """(y, x, C) float32, zeros at unusable spaxels; C bands, with the norm PCA components, and with
+    the norm residual what `matched_filter_net.join` gives."""
     usable: np.ndarray
     """(y, x) bool."""
     inside: np.ndarray
@@ -94,7 +96,7 @@ class PackedCubes:
 
 
 def read_normalised(
-    path: Path, patch_norm: PatchNorm, stats: Stats | None, bands: tuple[int, int] | None = None
+    path: Path, patch_norm: Norm, stats: Stats | None, bands: tuple[int, int] | None = None
 ) -> NormalisedCube:
     """Read a cube, normalise it and cut out bands.
 
@@ -103,28 +105,48 @@ def read_normalised(
     path : Path
         H5 cube.
     patch_norm, stats
-        As in `hsi_proc_fns.normalise`.
+        residual: as in `matched_filter_net.prepare_spectra`; others: as in
+        `hsi_proc_fns.normalise`.
     bands : (first, last), optional
         Keep only these, from the first to the one before the last.
 
     Raises
     ------
     DataError
-        If the file is not a readable cube, or was made with other options than the cubes of the
-        statistics.
+        If the file is not a readable cube, was made with other options than the cubes of the
+        statistics, or lacks the errors that the norm residual needs.
     """
-    cube = data_io.read_cube(path, with_errors=False)
+    cube = data_io.read_cube(path, with_errors=patch_norm == "residual")
     if stats is not None:
         options = stats.recipe.options["cube"]
         require_alike(
             cube.recipe.shared, options, path, "those of the statistics", data_io.REBUILD_CUBE
         )
     usable = hsi_proc_fns.usable_spaxels(cube.flux)
-    values = hsi_proc_fns.normalise(cube.flux, patch_norm, stats, usable)
+    if patch_norm == "residual":
+        values = residual_rows(cube, usable, path)
+    else:
+        values = hsi_proc_fns.normalise(cube.flux, patch_norm, stats, usable)
     kept = hsi_proc_fns.band_slice(bands, values.shape[2], path)
     inside = np.isfinite(cube.flux).any(axis=2)
     values = np.ascontiguousarray(values[..., kept])
     return NormalisedCube(values, usable, inside, cube.recipe, cube.attrs)
+
+
+def residual_rows(cube: data_io.Cube, usable: np.ndarray, path: Path) -> np.ndarray:
+    """Spectra of a cube as matched filters need them, (y, x, C) float32; see `NormalisedCube`."""
+    if cube.ivar is None:
+        raise DataError(
+            f"{path}: holds no ivar, expected the inverse variance of the flux. Re-run "
+            "process_single_cube.py --overwrite, or train with --network ssftt."
+        )
+    import matched_filter_net  # here, since it needs torch, which takes seconds to load
+
+    spectra = matched_filter_net.prepare_spectra(cube.flux[usable], cube.ivar[usable])
+    joined = matched_filter_net.join(spectra).numpy()
+    values = np.zeros((*usable.shape, joined.shape[1]), np.float32)
+    values[usable] = joined
+    return values
 
 
 # The file
@@ -156,8 +178,8 @@ def write_packed(path: Path, packed: PackedCubes, cubes: Iterable[np.ndarray]) -
         f["shape"] = np.array([r.shape for r in packed.rows.values()], np.int32)
         f["rows"] = np.concatenate([r.ravel() for r in packed.rows.values()])
         spectra = f.create_dataset("spectra", packed.spectra.shape, packed.spectra.dtype)
-        is_pca = packed.recipe.options["patch_norm"] == "PCA"
-        spectra.attrs.update(axes="row,component" if is_pca else "row,band")
+        axis = PACKED_AXES.get(packed.recipe.options["patch_norm"], "band")
+        spectra.attrs.update(axes=f"row,{axis}")
         spectra[0] = 0
         crc, row = isal_zlib.crc32(np.zeros(spectra.shape[1:], spectra.dtype)), 1
         for values in cubes:
@@ -194,7 +216,7 @@ def read_packed(path: Path, is_checked: bool = True) -> PackedCubes:
 def open_packed(
     root: Path,
     split_dir: str,
-    patch_norm: PatchNorm,
+    patch_norm: Norm,
     plateifus: Sequence[str],
     dtype: PackedType = "float16",
     jobs: int = 1,
@@ -207,7 +229,7 @@ def open_packed(
     root : Path
         Data folder.
     split_dir : str
-    patch_norm : PatchNorm
+    patch_norm : Norm
     plateifus : sequence of str
         Galaxies that are needed.
     dtype : {"float16", "float32"}
@@ -274,7 +296,7 @@ def pack(
     path: Path,
     root: Path,
     plateifus: Sequence[str],
-    patch_norm: PatchNorm,
+    patch_norm: Norm,
     stats: Stats | None = None,
     dtype: PackedType = "float16",
     jobs: int = 1,
@@ -296,6 +318,10 @@ def pack(
         digests[plateifu] = head.recipe.digest
         n_rows += count
     n_columns = n_bands if stats is None else len(stats.components)
+    if patch_norm == "residual":
+        import matched_filter_net
+
+        n_columns = matched_filter_net.joined_size(n_bands)
     spectra = np.broadcast_to(np.zeros(1, dtype), (n_rows, n_columns))
     recipe = packed_recipe(patch_norm, dtype, stats, options)
     packed = PackedCubes(path, spectra, rows, digests, recipe)
@@ -310,7 +336,7 @@ def pack(
 
 
 def usable_spectra(
-    root: Path, patch_norm: PatchNorm, stats: Stats | None, dtype: str, plateifu: str
+    root: Path, patch_norm: Norm, stats: Stats | None, dtype: str, plateifu: str
 ) -> np.ndarray:
     """Normalised spectra of a cube's usable spaxels, (n, C) of the given type."""
     path = utils.cube_path(root, plateifu)
@@ -337,8 +363,8 @@ class Config:
     """Split whose galaxies are packed, e.g. hard_logOH."""
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
-    patch_norm: PatchNorm = "PCA"
-    """Normalisation of the spectra."""
+    patch_norm: Norm = "residual"
+    """Normalisation of the spectra: residual for matched filters, others for SSFTT."""
     packed_type: PackedType = "float16"
     """Number type in the file."""
     jobs: int = 0

@@ -8,21 +8,22 @@ Layouts: docs/data_formats.md. Outputs that are up to date are skipped.
 
     python process_single_cube.py --plateifu 8485-1901
     python process_single_cube.py --fits manga-8485-1901-LOGCUBE-SPX-MILESHC-MASTARSSP.fits.gz
+    python process_single_cube.py --plateifu 8485-1901 --like-run runs/a     # for runs/a to map it
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import utils
 from utils import LABEL_TASKS, DataError, LabelTask
 
 import cube_patch_processing as patches
 import fits_utils
-from hsi_proc_fns import Stats
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,10 @@ class Config(GalaxyOptions):
     maps: Path | None = None
     """MAPS to read; default the one beside the LOGCUBE, else the galaxy's in <data-dir>/raw/."""
     redshift: float | None = None
-    """Redshift to use instead of the header's or the catalogue's."""
+    """Redshift to use instead of the header's or the catalogue's; a difference of more than 0.005
+    is warned of."""
     data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
+    """Data folder; default $MANGA_DATA_DIR, else that of the run --like-run, else ./data/manga."""
     overwrite: bool = False
     """Replace existing outputs."""
     debug: bool = False
@@ -77,9 +79,8 @@ def process_galaxy(
     maps: Path | None = None,
     redshift: float | None = None,
     overwrite: bool = False,
-    stats: Stats | None = None,
 ) -> str:
-    """Make the cube, the labels and the patches of one galaxy.
+    """Make the cube and the labels of one galaxy.
 
     Parameters
     ----------
@@ -87,8 +88,6 @@ def process_galaxy(
         Data folder.
     logcube, maps : Path, optional
         Default: the galaxy's files in the raw folder; MAPS first beside the LOGCUBE.
-    stats : Stats, optional
-        Needed for patches with the norm PCA: `cube_patch_processing.stats_for`.
 
     Returns
     -------
@@ -130,9 +129,33 @@ def process_galaxy(
         target = utils.label_path(root, task, plateifu)
         word = fits_utils.process_map(maps, target, task, options, options.skip_critical, overwrite)
         words.append(word)
-        if options.patch_norms and not word.startswith("skipped"):
-            words.append(patches.patch_galaxy(root, plateifu, task, options, stats, overwrite))
     return "written" if "written" in words else words[-1]
+
+
+def cut_patches(root: Path, options: GalaxyOptions, plateifus: Sequence[str], **config: Any) -> int:
+    """Write the patch files of galaxies that are processed, if any were asked for.
+
+    `config`: further options of `cube_patch_processing`. Returns the exit code.
+    """
+    labelled = [
+        plateifu
+        for plateifu in plateifus
+        if all(utils.label_path(root, t, plateifu).is_file() for t in options.label_tasks)
+    ]
+    if not (options.patch_norms and labelled):
+        return utils.EXIT_DONE
+    names = (*(f.name for f in fields(patches.PatchOptions)), "label_tasks")
+    config |= {name: getattr(options, name) for name in names}
+    return patches.cut_patches(root, patches.Config(**config), labelled)
+
+
+def data_dir_for(options: GalaxyOptions, flag: Path | None) -> Path:
+    """Choose the data folder: the flag, else $MANGA_DATA_DIR, else that of the run --like-run."""
+    if options.like_run is None:
+        return utils.data_dir(flag)
+    from run_folder import run_data_dir  # here: it needs torch
+
+    return run_data_dir(options.like_run, flag)
 
 
 Chosen = TypeVar("Chosen", bound=GalaxyOptions)
@@ -167,24 +190,26 @@ def vetted(options: Chosen) -> Chosen:
 
 def main(config: Config) -> int:
     """Process the galaxy and log where the outputs are."""
-    root, config = utils.data_dir(config.data_dir), vetted(config)
+    root, config = data_dir_for(config, config.data_dir), vetted(config)
     if config.plateifu is None and config.fits is None and config.maps is None:
         raise DataError("no galaxy given. Expected --plateifu, e.g. 8485-1901, or --fits FILE.")
     for flag, kind, other in (("fits", "LOGCUBE", "MAPS"), ("maps", "MAPS", "LOGCUBE")):
         path: Path | None = getattr(config, flag)
         if path is not None and not path.is_file():
-            raise DataError(f"{path}: no such file. Check --{flag}.")
+            found = "a folder" if path.is_dir() else "no such file"
+            raise DataError(f"{path}: {found}. Expected a {kind} file (FITS). Check --{flag}.")
         if path is not None and f"-{other}" in path.name:
             raise DataError(f"{path}: a {other} file by its name, expected a {kind} file.")
     plateifu = config.plateifu or utils.plateifu_of(config.fits or config.maps)  # type: ignore[arg-type]
     utils.split_plateifu(plateifu)
     files = config.fits, config.maps, config.redshift
-    stats = patches.stats_for(root, config)
-    word = process_galaxy(plateifu, root, config, *files, config.overwrite, stats)
+    patches.stats_for(root, config)  # missing ones are reported before the work, not after
+    word = process_galaxy(plateifu, root, config, *files, config.overwrite)
     task = config.label_tasks[0] if config.labels_only else ""
     where = utils.label_path(root, task, plateifu) if task else utils.cube_path(root, plateifu)
     log.info(f"{plateifu}: {word}. {'Labels' if task else 'Cube'}: {where}")
-    return utils.EXIT_DONE
+    done = [] if word.startswith("skipped") else [plateifu]
+    return cut_patches(root, config, done, overwrite=config.overwrite, jobs=1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Train an SSFTT on the labelled spaxels of a split.
+"""Train a network on the labelled spaxels of a split.
 
-Without further options this is the recommended recipe: principal components of packed cubes,
-learned on cutouts. Statistics and packed cubes that do not exist yet are created first.
+Without further options this is the recommended recipe: matched filters on packed cubes, which give
+metallicities in dex with an interval. --network ssftt trains the published transformer. Statistics
+and packed cubes that do not exist yet are created first.
 
 Reads   splits/<split_dir>/, processed/labels, and processed/cubes (through processed/packed) or,
         with --source patches, the files of cube_patch_processing.py.
@@ -11,6 +12,7 @@ Ctrl-C, SIGUSR1 and SIGTERM end the run after the current step: last.pt is saved
 75, and the same command with --resume auto continues as if nothing had happened.
 
     python run_SSFTT_training.py --label-task logOH
+    python run_SSFTT_training.py --label-task logOH --network ssftt
     python run_SSFTT_training.py --config configs/published.json --resume auto
     python run_SSFTT_training.py --config runs/20260101T120000_logOH_PCA --seed 1
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,18 +32,25 @@ from utils import DataError
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+import baselines
 import calc_data_stats
 import data_fns
 import eval_fns
 import hsi_proc_fns
+import line_fits
+import matched_filter_net
+import networks
 import run_folder
-import SSFTT_dense
-from data_fns import DataOptions, PatchDataset, PatchSpec, Samples, dataset_of
+from data_fns import DataOptions, PackedDataset, PatchDataset, PatchSpec, Samples, dataset_of
 from data_io import Recipe, digest_of
-from HSI_SSFTT import SSFTT, count_parameters, get_SSFTT_model
+from HSI_SSFTT import SSFTT, count_parameters
 from labels import class_middles
+from matched_filter_net import MatchedFilterNet, Spectra
+from networks import USUAL, Network
 from run_folder import ModelCard
 from training import OptimisationOptions, Stopper, Training, in_words, restore, train
 
@@ -49,18 +58,24 @@ log = logging.getLogger(__name__)
 
 FINAL_LR = 0.01
 """Learning rate at the end of the cosine, as a fraction of the peak."""
+START_SPECTRA = 6_000
+"""Spectra that show where matched filters start if no known line is in range."""
+START_SPAXELS = 50_000
+"""Labelled spaxels, at most, of whole galaxies, that the head of matched filters starts from."""
+START_GALAXIES = 12
+"""Galaxies measured together there; the first ones decide the normalisation of the features."""
 MAY_CHANGE = ("data_dir", "workers", "epochs", "patience", "device")
 """Options that may differ when a run is resumed."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Size of the network."""
+    """Size of the network; all but dropout for SSFTT only."""
 
+    dropout: float = 0.1
+    """Dropout of tokens and transformer, or of hidden layers."""
     n_tokens: int = 4
     """Tokens that summarise a patch's features."""
-    dropout: float = 0.1
-    """Dropout of tokens and transformer."""
     spectral_kernel: int = 3
     """Width of the first convolution along the bands."""
     spectral_stride: int = 1
@@ -95,19 +110,29 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train an SSFTT on the labelled spaxels of a split."""
+    """Train a network on the labelled spaxels of a split."""
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
+    def __post_init__(self) -> None:
+        """Fill in the defaults that depend on other options."""
+        data, optimisation = self.data.resolved(), self.optimisation
+        defaults: dict[str, Any] = {
+            "lr": USUAL[data.network].lr,
+            "monitor": "mae_dex" if data.learns_dex else "accuracy",
+        }
+        given = {k: v for k, v in defaults.items() if getattr(optimisation, k) is None}
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "optimisation", replace(optimisation, **given))
+
     @property
     def deciding(self) -> dict[str, Any]:
-        """Options that decide what is learned, defaults resolved."""
+        """Options that decide what is learned."""
         left_out = {*MAY_CHANGE, "run_dir", "resume", "overwrite", "debug"}
-        options = {k: v for k, v in utils.config_dict(self).items() if k not in left_out}
-        return {**options, "split_dir": self.data.split, "cutout": self.data.cutout_size}
+        return {k: v for k, v in utils.config_dict(self).items() if k not in left_out}
 
 
 def train_config(**options: Any) -> TrainConfig:
@@ -134,7 +159,7 @@ def check_options(config: TrainConfig) -> None:
     data, model, optimisation = config.data, config.model, config.optimisation
     infinity = math.inf
     ranges: dict[str, tuple[float, float, float]] = {  # low <= value < high
-        "lr": (optimisation.lr, 0, infinity),
+        "lr": (optimisation.lr or 0, 0, infinity),
         "weight_decay": (optimisation.weight_decay, 0, infinity),
         "dropout": (model.dropout, 0, 1),
         "label_smoothing": (optimisation.label_smoothing, 0, 1),
@@ -143,7 +168,7 @@ def check_options(config: TrainConfig) -> None:
         "spectral_kernel": (model.spectral_kernel, 1, infinity),
         "spectral_stride": (model.spectral_stride, 1, infinity),
         "epochs": (optimisation.epochs, 1, infinity),
-        "batch_size": (data.batch_size, 1, infinity),
+        "batch_size": (data.batch_size or 0, 1, infinity),
         "samples_per_epoch": (data.samples_per_epoch or 1, 1, infinity),
         "patience": (optimisation.patience, 0, infinity),
         "workers": (data.workers, 0, infinity),
@@ -154,6 +179,22 @@ def check_options(config: TrainConfig) -> None:
             limit = f"{low} or more" if high == infinity else f"at least {low} and below {high}"
             raise DataError(f"--{name.replace('_', '-')} {value:g}: expected {limit}.")
     data.check()
+    is_ssftt = data.network == "ssftt"
+    if optimisation.monitor == "mae_dex" and data.label_task != "logOH":
+        raise DataError(
+            f"--monitor mae_dex with --label-task {data.label_task}: expected metallicities. "
+            "Choose --monitor accuracy."
+        )
+    plain = (
+        optimisation.amp == "off",
+        not config.run.compile,
+        model == ModelOptions(model.dropout),
+    )
+    if not is_ssftt and not all(plain):
+        raise DataError(
+            "--amp, --compile and the sizes of SSFTT with --network matched_filters: expected "
+            "their defaults. Leave them out, or choose --network ssftt."
+        )
 
 
 def create_statistics(data: DataOptions) -> None:
@@ -171,6 +212,8 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
     sampler_seed, weight_seed = (
         int(s.generate_state(1)[0]) for s in np.random.SeedSequence(config.run.seed).spawn(2)
     )
+    assert data.batch_size is not None
+    assert optimisation.lr is not None
     create_statistics(data)
     loaders = data_fns.get_dataloaders(data, sampler_seed, ("train", "val"), device)
     dataset = dataset_of(loaders["train"])
@@ -180,22 +223,23 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
             "patches per step, for batch statistics. Choose a larger --batch-size or split."
         )
     torch.manual_seed(weight_seed)
-    model = get_SSFTT_model(
-        n_classes=len(data.spec.class_names),
-        patch_size=data.patch_size,
-        bands=dataset.n_bands,
-        **asdict(config.model),
-    ).to(device)
-    if config.model.projection:
+    model = networks.make_network(data.network, network_sizes(config, dataset)).to(device)
+    card = describe_model(config, loaders, model)
+    if isinstance(model, MatchedFilterNet):
+        start_filters(model, dataset, card, weight_seed)
+    elif config.model.projection:
         start_projection(model, dataset, weight_seed)
+    usual, average = USUAL[data.network], None
+    if usual.average is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(usual.average))
     optimiser = torch.optim.AdamW(
-        model.parameters(),
-        lr=optimisation.lr,
+        networks.parameter_groups(model, optimisation.lr),
         weight_decay=optimisation.weight_decay,
         fused=True,
     )
     steps = len(loaders["train"].batch_sampler)  # type: ignore[arg-type]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, learning_rate(optimisation, steps))
+    rate = learning_rate(optimisation, steps, usual.warm_up)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     scaler = torch.amp.GradScaler(device.type, enabled=optimisation.amp == "fp16")
     training = Training(
         data=data,
@@ -207,13 +251,84 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
         optimiser=optimiser,
         scheduler=scheduler,
         scaler=scaler,
-        card=describe_model(config, loaders, model),
+        card=card,
         config=utils.config_dict(config),
+        average=average,
     )
     if config.run.compile:  # training only: maps come in too many sizes
         model.forward = torch.compile(model.forward, dynamic=False)  # type: ignore[method-assign]
-        training.cutout_logits = torch.compile(SSFTT_dense.cutout_logits, dynamic=False)
+        training.cutout_outputs = torch.compile(networks.cutout_outputs, dynamic=False)
     return training
+
+
+def network_sizes(config: TrainConfig, dataset: PatchDataset) -> dict[str, Any]:
+    """Fields of the network's config: see `networks.make_network`."""
+    data, n_classes = config.data, len(config.data.spec.class_names)
+    if data.network == "ssftt":
+        sizes = {"n_classes": n_classes, "patch_size": data.patch_size, "bands": dataset.n_bands}
+        return {**sizes, **asdict(config.model)}
+    bands = matched_filter_net.split(torch.empty(dataset.n_bands)).residual.numel()
+    return {
+        "bands": bands,
+        "classes": 0 if data.learns_dex else n_classes,
+        "window": data.patch_size,
+        "dropout": config.model.dropout,
+    }
+
+
+def start_filters(
+    model: MatchedFilterNet, dataset: PatchDataset, card: ModelCard, seed: int
+) -> None:
+    """Start matched filters at the known lines, and their head as a regression (`start_head`).
+
+    Without a line in range, they start where the training spectra vary most.
+    """
+    assert isinstance(dataset, PackedDataset)
+    samples, rng = dataset.samples, np.random.default_rng(seed)
+    _, some = baselines.sample_spectra(dataset, seed, START_SPECTRA)
+    spectra = matched_filter_net.split(torch.from_numpy(some))
+    centres = line_fits.line_bins(baselines.wave_of(card.recipe.options["cube"]))
+    model.start_filters(spectra.residual, spectra.weight, centres or None)
+    groups = list(samples.by_galaxy())
+    order = [groups[i] for i in rng.permutation(len(groups))]
+    counted = np.cumsum([len(rows) for _, rows in order])
+    order = order[: int(np.searchsorted(counted, START_SPAXELS)) + 1]
+    rows = np.concatenate([rows for _, rows in order])
+    target = samples.classes if model.config.classes else samples.values
+    chosen = torch.from_numpy(target[rows]), torch.from_numpy(samples.galaxy[rows].astype(np.int64))
+    if model.config.classes and len(np.unique(target[rows])) < 2:
+        raise DataError(
+            f"{card.split_dir}: all training spaxels are of one class, expected at least two. "
+            "Choose another split or --label-task."
+        )
+    strength = model.start_head(together(dataset, order, model.config.window), *chosen)
+    log.info(
+        "matched filters start at %d places, their head from %d spaxels of %d galaxies "
+        "(regression of strength %g)", len(centres), rows.size, len(order), strength,
+    )  # fmt: skip
+
+
+def together(
+    dataset: PackedDataset, galaxies: list[tuple[int, np.ndarray]], window: int
+) -> Iterator[tuple[Spectra, Tensor, Tensor]]:
+    """Yield some galaxies' spectra at a time, as `MatchedFilterNet.start_head` needs them."""
+    for i in range(0, len(galaxies), START_GALAXIES):
+        fields, nears, centres, n = [], [], [], 0
+        for galaxy, rows in galaxies[i : i + START_GALAXIES]:
+            field, (y, x) = dataset.field(galaxy)
+            values = field[0, 0].movedim(0, -1)
+            nx = values.shape[1]
+            usable = (matched_filter_net.split(values).weight > 0).any(-1)
+            near = matched_filter_net.neighbours(usable[None], window)
+            here = (dataset.samples.y[rows] - y) * nx + dataset.samples.x[rows] - x
+            centre = torch.from_numpy(here.astype(np.int64)).to(near.device)
+            near = near[centre]
+            fields.append(values.flatten(0, 1))
+            nears.append(torch.where(near < 0, near, near + n))
+            centres.append(centre + n)
+            n += usable.numel()
+        spectra = matched_filter_net.split(torch.cat(fields))
+        yield spectra, torch.cat(nears), torch.cat(centres)
 
 
 def start_projection(model: SSFTT, dataset: PatchDataset, seed: int) -> None:
@@ -228,33 +343,38 @@ def start_projection(model: SSFTT, dataset: PatchDataset, seed: int) -> None:
     """
     from sklearn.decomposition import PCA
 
-    _, spectra = eval_fns.sample_spectra(dataset, seed)
+    _, spectra = baselines.sample_spectra(dataset, seed)
     k = model.config.projection
     assert k is not None
     if len(spectra) <= k:
         raise DataError(
             f"--projection {k}: expected fewer components than the {len(spectra)} training samples."
         )
-    pca = PCA(k, svd_solver="covariance_eigh").fit(spectra)
+    pca = PCA(k, svd_solver="covariance_eigh").fit(spectra.astype(np.float64))
     parts = (hsi_proc_fns.whitening(pca.components_, pca.explained_variance_), pca.mean_)
     device = next(model.parameters()).device
     model.start_projection(*(torch.from_numpy(p.astype(np.float32)).to(device) for p in parts))
 
 
-def learning_rate(options: OptimisationOptions, steps_per_epoch: int) -> Callable[[int], float]:
+def learning_rate(
+    options: OptimisationOptions, steps_per_epoch: int, warm_up: int = 0
+) -> Callable[[int], float]:
     """Make the function from a step to its learning rate, as a fraction of the peak."""
     total = max(1, options.epochs * steps_per_epoch)
 
     def fraction(step: int) -> float:
+        rise = min(1.0, (step + 1) / warm_up) if warm_up else 1.0
         if options.schedule == "constant":
-            return 1.0
+            return rise
         phase = math.pi * min(step, total) / total
-        return FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(phase)) / 2
+        return rise * (FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(phase)) / 2)
 
     return fraction
 
 
-def describe_model(config: TrainConfig, loaders: dict[str, DataLoader], model: SSFTT) -> ModelCard:
+def describe_model(
+    config: TrainConfig, loaders: dict[str, DataLoader], model: Network
+) -> ModelCard:
     """Describe the model and what decides it."""
     data, spec = config.data, config.data.spec
     train, val = (dataset_of(loaders[part]).samples for part in ("train", "val"))
@@ -265,6 +385,7 @@ def describe_model(config: TrainConfig, loaders: dict[str, DataLoader], model: S
         class_counts=train.class_counts(len(spec.class_names)).tolist(),
         class_values=class_values(train.values, train.classes, spec),
         label_median=float(np.median(train.values)),
+        network_name=data.network,
         network=asdict(model.config),
         parameters=count_parameters(model),
         split_dir=data.split,
@@ -365,13 +486,14 @@ def describe_data(training: Training) -> None:
             )
     bands, size = training.model.config.bands, training.data.patch_size
     log.info(
-        "model: %d parameters, patches of %d bands x %d x %d spaxels",
+        "network %s: %d parameters, patches of %d bands x %d x %d spaxels",
+        card.network_name,
         card.parameters,
         bands,
         size,
         size,
     )
-    is_global = training.data.patch_norm == "global" and not training.model.config.projection
+    is_global = training.data.patch_norm == "global" and not card.network.get("projection")
     if training.data.cutout_size > 1 and is_global:
         log.warning(
             "with --patch-norm global, training on cutouts hardly progresses: choose --patch-norm "
@@ -382,11 +504,14 @@ def describe_data(training: Training) -> None:
 def score_baselines(training: Training) -> None:
     """Score what needs no network, and write the model's description."""
     train, val = (dataset_of(training.loaders[part]) for part in ("train", "val"))
-    weights = None
+    weights, wave = None, None
+    if training.data.patch_norm == "residual":
+        wave = baselines.wave_of(training.card.recipe.options["cube"])
     if training.options.baselines:
-        weights = eval_fns.fit_spectrum_baseline(train, training.config["seed"])
+        seed, learns_dex = training.config["seed"], training.data.learns_dex
+        weights = baselines.fit(train, seed, wave, learns_dex)
         run_folder.write_tensors(training.run_dir / run_folder.BASELINE_FILE, weights)
-    training.card.baselines = eval_fns.baseline_scores(train, val, weights)
+    training.card.baselines = baselines.scores(train, val, weights, wave)
     log.info("without a network: %s", in_words(training.card.baselines))
     training.card.write(training.run_dir)
 

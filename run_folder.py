@@ -2,7 +2,7 @@
 
 Writes  <run_dir>/: config.json, environment.json, split/ (a copy), log.txt, metrics.csv (a row per
         epoch), last.pt (all that resuming needs), and all that using the model needs: model.json,
-        best.safetensors, stats.h5 (norm PCA), baseline.safetensors (spectrum-only baseline).
+        best.safetensors, stats.h5 (norm PCA), baseline.safetensors (baselines.py).
 
 `ModelCard` is the content of model.json. Layouts: docs/data_formats.md#runs.
 """
@@ -40,11 +40,14 @@ import data_io
 from data_fns import PatchSpec
 from data_io import Recipe, option_differences
 from hsi_proc_fns import Stats
+from intervals import Calibration
+from labels import logoh_edges
+from networks import NetworkName
 
 log = logging.getLogger(__name__)
 
 RUNS_FOLDER = Path("runs")
-MODEL_SCHEMA, MODEL_VERSION = "ssftt-model", 3
+MODEL_SCHEMA, MODEL_VERSION = "manga-model", 4
 CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE = "config.json", "environment.json", "log.txt"
 MODEL_FILE, WEIGHTS_FILE, STATS_FILE = "model.json", "best.safetensors", "stats.h5"
 BASELINE_FILE, METRICS_FILE = "baseline.safetensors", "metrics.csv"
@@ -90,8 +93,10 @@ class ModelCard:
         without any, its middle). None for BPT.
     label_median : float
         Median label of the training samples: dex, or class.
+    network_name : str
+        One of networks.USUAL.
     network : dict
-        Arguments of the network.
+        Its sizes.
     parameters : int
         Number of trainable parameters.
     split_dir, data_dir : str
@@ -99,7 +104,9 @@ class ModelCard:
     best : dict
         Row of metrics.csv of the best epoch, and the monitored value's name; empty before it.
     baselines : dict of str -> float
-        Validation accuracy without a network.
+        Validation accuracy (and mean absolute error, dex) without a network.
+    calibration : Calibration
+        How wide intervals have to be, from the validation galaxies.
     code_version : str
     """
 
@@ -109,13 +116,20 @@ class ModelCard:
     class_counts: list[int]
     class_values: list[float] | None
     label_median: float
+    network_name: NetworkName
     network: dict[str, Any]
     parameters: int
     split_dir: str
     data_dir: str
     best: dict[str, Any] = field(default_factory=dict)
     baselines: dict[str, float] = field(default_factory=dict)
+    calibration: Calibration = field(default_factory=Calibration)
     code_version: str = utils.VERSION
+
+    @property
+    def edges(self) -> np.ndarray | None:
+        """Limits between metallicity classes, (class - 1,) dex; None for BPT."""
+        return None if self.class_values is None else np.array(logoh_edges(len(self.class_names)))
 
     @property
     def dex_values(self) -> np.ndarray | None:
@@ -152,8 +166,10 @@ class ModelCard:
                 bands = content["spec"]["bands"]
                 spec = PatchSpec(**{**content["spec"], "bands": bands and tuple(bands)})
                 recipe = Recipe.from_json(content["recipe"], path)
+                calibration = Calibration(**content["calibration"])
                 del content["schema"], content["schema_version"]
-                return cls(**{**content, "spec": spec, "recipe": recipe})
+                parts = {"spec": spec, "recipe": recipe, "calibration": calibration}
+                return cls(**{**content, **parts})
         raise DataError(
             f"{path}: schema {found[0]} version {found[1]}, this code needs {MODEL_SCHEMA} version "
             f"{MODEL_VERSION}. Retrain the model."
@@ -350,7 +366,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def write_best(run_dir: Path, card: ModelCard, weights: dict[str, Tensor]) -> None:
     """Write the weights of the best epoch, then the card that describes them."""
     content = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    write_tensors(run_dir / WEIGHTS_FILE, content, {"best": json.dumps(card.best)})
+    about = {"best": json.dumps(card.best), "calibration": json.dumps(asdict(card.calibration))}
+    write_tensors(run_dir / WEIGHTS_FILE, content, about)
     card.write(run_dir)
 
 
@@ -405,8 +422,15 @@ def read_model(
             "epoch (python run_SSFTT_training.py --run-dir ...)."
         )
     weights, about = read_tensors(run_dir / WEIGHTS_FILE)
+    odd = [name for name, value in weights.items() if not value.isfinite().all()]
+    if odd:
+        raise DataError(
+            f"{run_dir / WEIGHTS_FILE}: {odd[0]} holds values that are not finite, expected a "
+            "trained network. Copy the run again, or retrain with a lower --lr."
+        )
     if "best" in about:  # a stop may have come between writing weights and card
-        card = replace(card, best=json.loads(about["best"]))
+        calibration = Calibration(**json.loads(about["calibration"]))
+        card = replace(card, best=json.loads(about["best"]), calibration=calibration)
     needed = [STATS_FILE] if card.spec.patch_norm == "PCA" else []
     has_split = (run_dir / SPLIT_FOLDER).is_dir()  # a model that was given away may have none
     needed += [f"{SPLIT_FOLDER}/{part}.csv" for part in utils.SPLIT_PARTS if has_split]

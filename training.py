@@ -15,28 +15,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import utils
 from utils import DataError
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import eval_fns
+import intervals
 import metrics
+import networks
 import run_folder
-import SSFTT_dense
 from data_fns import Batch, CutoutBatch, DataOptions, SpaxelBatchSampler, dataset_of, patch_file
-from HSI_SSFTT import SSFTT
-from labels import LABEL_NONE
+from networks import Network
 from run_folder import ModelCard
 
 log = logging.getLogger(__name__)
 
+SHOWN = ("accuracy", "macro_f1", "mae_dex")
+"""Validation scores that are logged."""
 CHECK_STEPS = 50
 """Steps between two checks of the losses, for each of which a GPU has to wait."""
 
@@ -47,21 +50,22 @@ class OptimisationOptions:
 
     epochs: int = 30
     """Passes over the training samples."""
-    lr: float = 1e-3
-    """Peak learning rate of Adam; 3e-4 where full spectra or a projection are learned on
-    cutouts."""
+    lr: float | None = None
+    """Peak learning rate of Adam; default 1.5e-3 for matched filters, 1e-3 for SSFTT (where that
+    learns full spectra or a projection on cutouts, 3e-4 is better)."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate over the epochs."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW)."""
     label_smoothing: float = 0.0
     """Fraction of the target spread evenly over the classes."""
-    monitor: Literal["accuracy", "macro_f1", "loss"] = "accuracy"
-    """Validation score that selects the best epoch."""
+    monitor: Literal["accuracy", "macro_f1", "loss", "mae_dex"] | None = None
+    """Validation score that selects the best epoch; default mae_dex where metallicities are learned
+    in dex, else accuracy."""
     patience: int = 8
     """Stop after this number of epochs without a better one; 0: never."""
     baselines: bool = True
-    """Also fit the spectrum-only baseline."""
+    """Also fit a baseline to single spectra: line ratios, or for SSFTT principal components."""
     amp: eval_fns.Amp = "off"
     """Mixed precision."""
 
@@ -99,16 +103,23 @@ class Training:
     run_dir: Path
     device: torch.device
     loaders: dict[str, DataLoader]
-    model: SSFTT
+    model: Network
     optimiser: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LambdaLR
     scaler: torch.amp.GradScaler
     card: ModelCard
     config: dict[str, Any]
     """All options as plain values, for the record."""
-    cutout_logits: Callable[..., Tensor] = SSFTT_dense.cutout_logits
+    cutout_outputs: Callable[..., Tensor] = networks.cutout_outputs
     """Of cutouts; compiled with --compile."""
+    average: AveragedModel | None = None
+    """Running mean of the weights, for networks that are evaluated with it."""
     progress: Progress = field(default_factory=Progress)
+
+    @property
+    def evaluated(self) -> Network:
+        """Network that is validated and saved."""
+        return self.model if self.average is None else cast(Network, self.average.module)
 
     @property
     def sampler(self) -> SpaxelBatchSampler:
@@ -153,6 +164,7 @@ def train_epoch(training: Training, stopper: Stopper) -> bool:
     torch.backends.cudnn.benchmark = True  # shapes repeat: choose convolutions by trial
     options, progress = training.options, training.progress
     device, scaler = training.device, training.scaler
+    largest = networks.USUAL[training.data.network].largest_gradient
     training.model.train()
     training.sampler.set_epoch(progress.epoch, skip=progress.step)
     start, seconds_before = time.monotonic(), progress.seconds
@@ -175,9 +187,14 @@ def train_epoch(training: Training, stopper: Stopper) -> bool:
             loss, booked = batch_loss(training, batch)
         training.optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        if largest is not None:
+            scaler.unscale_(training.optimiser)
+            torch.nn.utils.clip_grad_norm_(training.model.parameters(), largest)
         scaler.step(training.optimiser)
         scaler.update()
         training.scheduler.step()
+        if training.average is not None:
+            training.average.update_parameters(training.model)
         sums += booked
         progress.step += 1
         unchecked.append((loss.detach(), batch.rows))
@@ -196,7 +213,7 @@ def train_epoch(training: Training, stopper: Stopper) -> bool:
 
 
 def batch_loss(training: Training, batch: Batch | CutoutBatch) -> tuple[Tensor, Tensor]:
-    """Cross entropy of a batch of patches or cutouts.
+    """Loss of a batch of patches or cutouts.
 
     Returns
     -------
@@ -206,25 +223,21 @@ def batch_loss(training: Training, batch: Batch | CutoutBatch) -> tuple[Tensor, 
     booked : (4,) float64
         Weighted sums of losses and hits, sum of weights, number of labelled spaxels.
     """
-    device = training.device
-    patches = batch.patches.to(device, non_blocking=True)
-    classes = batch.classes.to(device, non_blocking=True)
+    device, model = training.device, training.model
+    patches, classes, values = (
+        part.to(device, non_blocking=True) for part in (batch.patches, batch.classes, batch.values)
+    )
     if isinstance(batch, CutoutBatch):
         weights = batch.weights.to(device, non_blocking=True)
-        logits = training.cutout_logits(training.model, patches, weights)
+        outputs = training.cutout_outputs(model, patches, weights)
     else:
         weights = torch.ones_like(classes, dtype=torch.float32)
-        logits = training.model(patches)
-    each = F.cross_entropy(
-        logits.float(),
-        classes,
-        reduction="none",
-        ignore_index=LABEL_NONE,
-        label_smoothing=training.options.label_smoothing,
-    )
+        outputs = model(patches)
+    each = networks.losses(model, outputs, classes, values, training.options.label_smoothing)
     loss = (each * weights).sum() / len(classes)
     with torch.no_grad():
-        hits = (logits.argmax(1) == classes) * weights
+        found = networks.classes_of(model, outputs, training.card.edges)
+        hits = (found == classes) * weights
         parts = (loss * len(classes), hits.sum(), weights.sum(), (weights > 0).sum())
         return loss, torch.stack([part.double() for part in parts])
 
@@ -275,21 +288,37 @@ def refuse_loss(training: Training, loss: float, rows: Tensor) -> NoReturn:
 
 
 def validate(training: Training) -> dict[str, float]:
-    """Loss and scores over the validation part."""
+    """Loss and scores over the validation part; calibrates intervals with it."""
     torch.backends.cudnn.benchmark = False  # many shapes, each once per epoch
-    loader, model = training.loaders["val"], training.model
-    logits, rows = eval_fns.sample_logits(model, loader, training.device, training.options.amp)
-    classes = dataset_of(loader).samples.classes[rows]
-    loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(classes))
-    n_classes = len(training.card.class_names)
-    confusion = metrics.confusion_matrix(classes, logits.argmax(1), n_classes)
-    scores = metrics.overall_metrics(confusion)
-    return {"loss": float(loss), **{k: float(v) for k, v in scores.items()}}
+    loader, model, card = training.loaders["val"], training.evaluated, training.card
+    outputs, rows = eval_fns.sample_outputs(model, loader, training.device, training.options.amp)
+    samples = dataset_of(loader).samples
+    classes, values = samples.classes[rows], samples.values[rows]
+    truth = [torch.from_numpy(part).to(training.device) for part in (classes, values)]
+    losses = networks.losses(model, outputs.to(training.device), truth[0], truth[1])
+    found = networks.answer(model, outputs, card.edges, card.dex_values)
+    confusion = metrics.confusion_matrix(
+        classes, found.probabilities.argmax(1), len(card.class_names)
+    )
+    scores = {"loss": losses.mean(), **metrics.overall_metrics(confusion)}
+    error = None
+    if found.value is not None:
+        error = found.value - values
+        scores["mae_dex"] = np.abs(error).mean()
+    sizes = (np.unique(samples.galaxy).size, len(samples))
+    card.calibration = intervals.calibrate(error, found.scale, found.unlikeness, *sizes)
+    return {k: float(v) for k, v in scores.items()}  # type: ignore[arg-type]
 
 
 def finish_epoch(training: Training, scores: dict[str, float]) -> None:
     """Record an epoch: history, best weights, early stopping."""
     options, progress = training.options, training.progress
+    if not math.isfinite(scores["loss"]):
+        raise DataError(
+            f"{training.run_dir}: the validation loss is {scores['loss']} in epoch "
+            f"{progress.epoch + 1}, expected a finite number; the best epoch so far is kept. Lower "
+            f"--lr ({options.lr:g})."
+        )
     row = {
         "epoch": progress.epoch + 1,
         "train_loss": progress.loss_sum / progress.weight,
@@ -300,22 +329,22 @@ def finish_epoch(training: Training, scores: dict[str, float]) -> None:
         "spaxels_per_s": round(progress.seen / max(progress.seconds, 1e-9), 1),
     }
     progress.history.append(row)
-    score = -scores["loss"] if options.monitor == "loss" else scores[options.monitor]
+    assert options.monitor is not None
+    score = scores[options.monitor] * (-1 if options.monitor in ("loss", "mae_dex") else 1)
     better = score > progress.best
     if better:
         progress.best, progress.best_epoch = score, progress.epoch + 1
         training.card.best = {**row, "monitor": options.monitor}
-        run_folder.write_best(training.run_dir, training.card, training.model.state_dict())
+        run_folder.write_best(training.run_dir, training.card, training.evaluated.state_dict())
     log.info(
-        "epoch %d/%d: loss %.4f, accuracy %.3f; validation loss %.4f, accuracy %.3f, macro F1 %.3f"
-        "%s; %.0f spaxels/s, %.1f min left",
+        "epoch %d/%d: loss %.4f, accuracy %.3f; validation loss %.4f, %s%s; %.0f spaxels/s, "
+        "%.1f min left",
         progress.epoch + 1,
         options.epochs,
         row["train_loss"],
         row["train_accuracy"],
         scores["loss"],
-        scores["accuracy"],
-        scores["macro_f1"],
+        in_words({k: v for k, v in scores.items() if k in SHOWN}),
         " (best)" if better else "",
         row["spaxels_per_s"],
         (options.epochs - progress.epoch - 1) * progress.seconds / 60,
@@ -342,6 +371,7 @@ def save_checkpoint(training: Training) -> None:
     on_gpu = training.device.type == "cuda"
     content = {
         "model": training.model.state_dict(),
+        "average": training.average.state_dict() if training.average is not None else None,
         "optimiser": training.optimiser.state_dict(),
         "scheduler": training.scheduler.state_dict(),
         "scaler": training.scaler.state_dict(),
@@ -372,6 +402,8 @@ def restore(training: Training) -> None:
     path = run_dir / run_folder.CHECKPOINT_FILE
     with utils.reading(path, "the checkpoint of this run", "Start again with --overwrite."):
         training.model.load_state_dict(saved["model"])
+        if training.average is not None:
+            training.average.load_state_dict(saved["average"])
         training.optimiser.load_state_dict(saved["optimiser"])
         training.scheduler.load_state_dict(saved["scheduler"])
         training.scaler.load_state_dict(saved["scaler"])
@@ -397,8 +429,11 @@ def restore(training: Training) -> None:
 
 
 def in_words(scores: dict[str, float]) -> str:
-    """List scores with three decimals."""
-    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
+    """List scores with three decimals, errors in dex with four."""
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:.{4 if name.endswith('dex') else 3}f}"
+        for name, value in scores.items()
+    )
 
 
 def train(training: Training, stopper: Stopper) -> int:
@@ -421,11 +456,19 @@ def train(training: Training, stopper: Stopper) -> int:
             return utils.EXIT_AGAIN
     best = training.card.best
     log.info(
-        "best epoch %d: validation accuracy %.3f, macro F1 %.3f; without a network: %s",
+        "best epoch %d: %s; without a network: %s",
         best.get("epoch", 0),
-        best.get("val_accuracy", math.nan),
-        best.get("val_macro_f1", math.nan),
+        in_words({f"val_{k}": best[f"val_{k}"] for k in SHOWN if f"val_{k}" in best}),
         in_words(training.card.baselines),
     )
+    calibration = training.card.calibration
+    if calibration.quantiles and calibration.galaxies < intervals.ENOUGH_GALAXIES:
+        log.warning(
+            "intervals are calibrated on %d validation galaxies only: with fewer than %d their "
+            "coverage of further galaxies is not assured. Use more galaxies, or a larger "
+            "validation part (create_data_splits.py)",
+            calibration.galaxies,
+            intervals.ENOUGH_GALAXIES,
+        )
     log.info("results in %s; next: python eval_fns.py --run-dir %s", run_dir, run_dir)
     return utils.EXIT_DONE

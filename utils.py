@@ -21,9 +21,10 @@ import sys
 
 if sys.version_info < (3, 11) or not importlib.util.find_spec("tyro"):  # before anything fails
     sys.exit(
-        f"error: {sys.executable} is Python {sys.version.split()[0]}, without the packages of this "
-        "project or too old. Expected Python 3.11 or newer with the packages of requirements.txt: "
-        "activate the environment (. .venv/bin/activate), or create it with make setup."
+        f"error: {sys.executable} (Python {sys.version.split()[0]}) "
+        f"{'is too old' if sys.version_info < (3, 11) else 'has no package tyro'}. Expected Python "
+        "3.11 or newer with the packages of requirements.txt: activate the environment "
+        "(. .venv/bin/activate), or create it with make setup."
     )
 
 import contextlib
@@ -52,6 +53,8 @@ VERSION = "0.1.0"
 
 LabelTask = Literal["BPT", "logOH"]
 PatchNorm = Literal["global", "spatial", "spectral", "PCA"]
+Norm = Literal["residual", "global", "spatial", "spectral", "PCA"]
+"""Normalisation of packed cubes; residual: matched_filter_net.prepare_spectra."""
 LABEL_TASKS: tuple[str, ...] = get_args(LabelTask)
 PATCH_NORMS: tuple[str, ...] = get_args(PatchNorm)
 SPLIT_PARTS = ("train", "val", "test")
@@ -126,9 +129,20 @@ def data_dir(flag: Path | None = None, of_run: str = "") -> Path:
     flag : Path, optional
     of_run : str
         Data folder that a run learned from; ignored if it no longer exists.
+
+    Raises
+    ------
+    DataError
+        If it is a file.
     """
     saved = of_run if of_run and Path(of_run).is_dir() else None
-    return Path(flag or os.environ.get("MANGA_DATA_DIR") or saved or "data/manga")
+    folder = Path(flag or os.environ.get("MANGA_DATA_DIR") or saved or "data/manga")
+    if folder.is_file():
+        raise DataError(
+            f"{folder}: a file, expected a data folder (with raw/ or processed/ in it). Check "
+            "--data-dir and $MANGA_DATA_DIR."
+        )
+    return folder
 
 
 def split_plateifu(plateifu: str) -> tuple[str, str]:
@@ -185,12 +199,16 @@ def find_raw(root: Path, plateifu: str, kind: str, daptype: str | None = None) -
         )
     if not found:
         wanted = f"manga-{plateifu}-{kind}-{daptype or '*'}.fits.gz"
-        remedy = f"Download the file with python download_utils.py --plateifu {plateifu}."
+        remedy = (
+            f"Download it with python download_utils.py --plateifu {plateifu}, or give files of "
+            "your own to process_single_cube.py (--fits, --maps)."
+        )
         if split_plateifu(plateifu)[1] not in IFUS:
             remedy = f"MaNGA has no such IFU; expected one of {', '.join(IFUS)}."
         raise DataError(
-            f"{plateifu}: no {wanted} in {raw_dir(root, plateifu)}. The data folder comes from "
-            f"--data-dir, $MANGA_DATA_DIR or ./data/manga. {remedy}"
+            f"{plateifu}: no {wanted} in {raw_dir(root, plateifu)}, expected it in this data "
+            "folder (--data-dir, else $MANGA_DATA_DIR, else that of the run, else ./data/manga). "
+            f"{remedy}"
         )
     return found[0]
 
@@ -271,7 +289,10 @@ def plateifu_of(path: Path | str) -> str:
     """
     match = PLATEIFU.search(Path(path).name)
     if not match:
-        raise DataError(f"{path}: expected a file name with <plate>-<ifu>, e.g. 8485-1901.")
+        raise DataError(
+            f"{path}: expected a file name with <plate>-<ifu>, e.g. 8485-1901. Rename the file, or "
+            "give --plateifu."
+        )
     return match[0]
 
 
@@ -559,18 +580,6 @@ def _reader_has_left() -> bool:
     return has_left
 
 
-def _end_quietly(kind: Any, error: BaseException, trace: Any) -> None:
-    """Say one line, not a traceback, if Ctrl-C comes while a script still imports its packages."""
-    if kind is KeyboardInterrupt:
-        print("stopped before anything was done.", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-is_our_script = Path(sys.argv[0]).parent.resolve() == Path(__file__).parent.resolve()
-sys.excepthook = _end_quietly if is_our_script else sys.excepthook
-
-
 def _interrupt(number: int, _frame: object) -> None:
     """Stop like Ctrl-C, with this signal's exit code."""
     raise KeyboardInterrupt(128 + number)
@@ -609,3 +618,12 @@ def cpu_count() -> int:
     if slurm:
         return int(slurm)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _no_traceback_of_ctrl_c(kind: Any, error: Any, trace: Any, usual: Any = sys.excepthook) -> None:
+    """Leave out the traceback of a Ctrl-C outside of `run_command`: while packages are imported."""
+    if kind is not KeyboardInterrupt:
+        usual(kind, error, trace)
+
+
+sys.excepthook = _no_traceback_of_ctrl_c

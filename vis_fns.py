@@ -38,6 +38,7 @@ from matplotlib.ticker import MaxNLocator
 
 import data_io
 from hsi_proc_fns import Stats, field_of_view
+from intervals import LEVEL
 from labels import (
     AGN,
     BPT_LINES,
@@ -52,6 +53,7 @@ from labels import (
     label_classes,
     log_ratio,
 )
+from line_fits import LINES
 
 if TYPE_CHECKING:
     import eval_fns
@@ -72,21 +74,21 @@ SPAXEL_ARCSEC = 0.5
 """Side of a MaNGA spaxel (Law et al. 2016, AJ 152, 83), for cubes without a WCS."""
 SCALE_BAR_ARCSEC = 5.0
 SCALE_BAR_TEXT = "scale bar"
+LOGOH_TITLE = "12+log(O/H) (dex)"
 
 EMISSION_LINES: dict[str, float] = {
-    r"H$\beta$ 4862": 4862.69,
-    "[OIII] 4960": 4960.295,
-    "[OIII] 5008": 5008.240,
-    "HeI 5877": 5877.25,
-    "[OI] 6302": 6302.046,
-    "[NII] 6549": 6549.86,
-    r"H$\alpha$ 6564": 6564.61,
-    "[NII] 6585": 6585.27,
-    "[SII] 6718": 6718.29,
-    "[SII] 6732": 6732.67,
+    r"H$\beta$ 4862": LINES["Hb-4862"],
+    "[OIII] 4960": LINES["OIII-4960"],
+    "[OIII] 5008": LINES["OIII-5008"],
+    "HeI 5877": LINES["HeI-5877"],
+    "[OI] 6302": LINES["OI-6302"],
+    "[NII] 6549": LINES["NII-6549"],
+    r"H$\alpha$ 6564": LINES["Ha-6564"],
+    "[NII] 6585": LINES["NII-6585"],
+    "[SII] 6718": LINES["SII-6718"],
+    "[SII] 6732": LINES["SII-6732"],
 }
-"""Vacuum wavelengths, Angstrom: NIST Atomic Spectra Database, version 5 (Ritz values). The names
-contain them truncated to whole Angstrom, as in the DAP."""
+"""Lines that figures mark: name and vacuum wavelength, Angstrom."""
 
 
 @dataclass(frozen=True)
@@ -312,6 +314,7 @@ def plot_value_map(
     title: str = "",
     wcs_header: str | None = None,
     limit: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> Axes:
     """Draw a map of numbers with its colour bar; other arguments as in `plot_class_map`.
 
@@ -322,14 +325,20 @@ def plot_value_map(
     label : str
         Of the colour bar, with unit.
     limit : float, optional
-        Diverging colours from -limit to limit; the ends of the bar are pointed if values lie
-        beyond them. Default: sequential colours over the range of the data.
+        Diverging colours from -limit to limit.
+    limits : (low, high), optional
+        Sequential colours over this range; default: over that of the data. The ends of the bar are
+        pointed where values lie beyond them.
     """
     shown = np.ma.masked_invalid(values)
     colours: dict[str, Any] = {"cmap": "cividis"}
     if limit is not None:
-        colours = {"cmap": "PuOr", "vmin": -limit, "vmax": limit}
-    extend = "both" if limit is not None and (np.abs(shown) > limit).any() else "neither"
+        colours, limits = {"cmap": "PuOr"}, (-limit, limit)
+    ends = (False, False)
+    if limits is not None and shown.count():
+        colours |= {"vmin": limits[0], "vmax": limits[1]}
+        ends = bool(shown.min() < limits[0]), bool(shown.max() > limits[1])
+    extend = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(ends, "neither")
     drawn, _ = _draw_map(ax, shown, usable, inside, wcs_header, title, **colours)
     bar = ax.figure.colorbar(drawn, cax=ax.inset_axes((1.04, 0.0, 0.05, 1.0)), extend=extend)
     bar.set_label(label, fontsize=8)
@@ -346,33 +355,84 @@ def plot_comparison(
 ) -> Sequence[Axes]:
     """Draw label (as `data_io.read_labels` gives it), prediction and their difference in 3 axes.
 
-    For metallicities, the difference is the value of the predicted class (CubePrediction) minus the
-    label in dex, with steps of a class width where the label varies smoothly; for BPT it shows
-    whether the two classes agree. Its title gives the score over the labelled spaxels.
+    Metallicities are shown in dex; for BPT the third map shows whether the two classes agree. Its
+    title gives the score over the labelled spaxels.
     """
     wcs = prediction.attrs.get("wcs_header")
     true = label_classes(labels, label_task, n_classes)
     inside, usable = prediction.inside, prediction.usable
     both = usable & (true != LABEL_NONE)
     shared = (label_task, n_classes, usable, inside)
-    plot_class_map(axes[0], true, *shared, f"{prediction.plateifu}: label", wcs)
-    plot_class_map(axes[1], prediction.classes, *shared, title_of(prediction), wcs)
     agree = (prediction.classes == true)[both].mean() if both.any() else np.nan
     score = f"accuracy {agree:.0%}" if both.any() else "no label"
-    if (values := prediction.class_values) is not None:
-        difference = np.where(both, values[prediction.classes] - labels, np.nan)
-        limit = 0.1
-        if both.any():
-            limit = max(0.02, float(np.nanquantile(np.abs(difference), 0.98)))
-            score = f"MAE {np.nanmean(np.abs(difference)):.3f} dex, {score}"
-        label = "value of predicted class - label (dex)"
-        plot_value_map(axes[2], difference, usable, inside, label, score, wcs, limit)
+    titles = f"{prediction.plateifu}: label", title_of(prediction)
+    if prediction.logoh is not None:
+        shown = np.where(both, labels, np.nan)
+        for ax, values, title in zip(axes[:2], (shown, prediction.logoh), titles, strict=True):
+            limits = dex_limits(prediction)
+            plot_value_map(ax, values, usable, inside, LOGOH_TITLE, title, wcs, limits=limits)
+        mark_unlike(axes[1], prediction)
+        plot_error_map(axes[2], prediction, shown, "label", f", {score}" if both.any() else "")
     else:
+        plot_class_map(axes[0], true, *shared, titles[0], wcs)
+        plot_class_map(axes[1], prediction.classes, *shared, titles[1], wcs)
         agrees = np.ma.masked_where(~both, prediction.classes == true)
         plot_agreement_map(axes[2], agrees, usable, inside, score, wcs)
     for ax in axes:
         mark_scale(ax, prediction.attrs)
     return axes
+
+
+def dex_limits(prediction: eval_fns.CubePrediction) -> tuple[float, float]:
+    """Range of the colours of a galaxy's metallicities, 12+log(O/H) in dex."""
+    assert prediction.logoh is not None
+    values = prediction.logoh[prediction.usable]
+    low, high = np.quantile(values, (0.01, 0.99)) if values.size else (8.0, 9.0)
+    return float(low), float(max(high, low + 0.05))
+
+
+def plot_error_map(
+    ax: Axes, prediction: eval_fns.CubePrediction, wanted: np.ndarray, name: str, more: str = ""
+) -> Axes:
+    """Draw predicted minus wanted metallicities (y, x) in dex; NaN where there is none."""
+    assert prediction.logoh is not None
+    difference, limit, title = prediction.logoh - wanted, 0.1, f"no {name}"
+    if np.isfinite(difference).any():
+        limit = max(0.02, float(np.nanquantile(np.abs(difference), 0.98)))
+        title = f"MAE {np.nanmean(np.abs(difference)):.3f} dex{more}"
+    sky = (prediction.usable, prediction.inside)
+    wcs = prediction.attrs.get("wcs_header")
+    return plot_value_map(
+        ax, difference, *sky, f"prediction - {name} (dex)", title, wcs, limit=limit
+    )
+
+
+def plot_interval_map(
+    ax: Axes, prediction: eval_fns.CubePrediction, labels: np.ndarray | None = None
+) -> Axes:
+    """Draw half the width of the 90 % intervals; the title says how many labels they hold."""
+    lower, upper = prediction.lower, prediction.upper
+    assert lower is not None
+    assert upper is not None
+    title = f"{LEVEL:.0%} interval"
+    if labels is not None and (known := np.isfinite(labels) & prediction.usable).any():
+        held = ((labels >= lower) & (labels <= upper))[known].mean()
+        title += f": holds {held:.0%} of the labels"
+    sky = (prediction.usable, prediction.inside)
+    wcs = prediction.attrs.get("wcs_header")
+    return plot_value_map(ax, (upper - lower) / 2, *sky, "half-width (dex)", title, wcs)
+
+
+def mark_unlike(ax: Axes, prediction: eval_fns.CubePrediction) -> Axes:
+    """Cross out the spaxels whose spectra are unlike those of training."""
+    if prediction.unlike is None or not prediction.unlike.any():
+        return ax
+    east, north = sky_edges(prediction.unlike.shape, prediction.attrs.get("wcs_header"))
+    centres = [(e[:-1, :-1] + e[1:, 1:]) / 2 for e in (east, north)]
+    x, y = (centre[prediction.unlike] for centre in centres)
+    ax.plot(x, y, "x", color="white", ms=2.5, mew=0.6, label="unlike the training spectra")
+    ax.legend(loc="upper left", fontsize=6, framealpha=1, facecolor="0.5", labelcolor="white")
+    return ax
 
 
 def title_of(prediction: eval_fns.CubePrediction) -> str:
@@ -481,10 +541,14 @@ def plot_training_curves(
         if card is not None and (best := card.best):
             label = f"best epoch: {best['epoch']}"
             ax.axvline(best["epoch"], color="k", lw=0.8, ls=":", label=label)
-        ax.set(xlabel="epoch", ylabel=name if name == "accuracy" else "cross entropy (nat)")
+        ax.set(xlabel="epoch", ylabel=name if name == "accuracy" else "loss (nat)")
         ax.set(xlim=(1 - 0.03 * last, 1.03 * last), xticks=ticks)
     baselines = card.baselines if card is not None else {}
-    lines = {"spectrum": ("linear model", "-."), "majority": ("majority class", "--")}
+    lines = {
+        "line_ratios": ("line ratios", "-."),
+        "spectrum_only": ("linear model", "-."),
+        "majority": ("majority class", "--"),
+    }
     for key, (name, line) in lines.items():
         if (value := baselines.get(f"val_{key}_accuracy")) is not None:
             label = f"validation, {name}"
@@ -650,22 +714,39 @@ def galaxy_figure(
     if label_file.is_file():
         labels = eval_fns.read_labels_for(trained, label_file, prediction.usable)
         truth = true_labels(root, plateifu, task)
-        n = 3 if truth is None else 4
-        figure, axes = _figure(4.7 * n, 4.1, columns=n)
+        title, sky = "truth (simulated, no noise)", (prediction.usable, prediction.inside)
+        wcs = prediction.attrs.get("wcs_header")
+        if prediction.logoh is None:
+            n = 3 if truth is None else 4
+            figure, axes = _figure(4.7 * n, 4.1, columns=n)
+            if truth is not None:
+                classes = label_classes(truth, task, n_classes)
+                plot_class_map(axes[3], classes, task, n_classes, *sky, title, wcs)
+        else:
+            rows, columns = (1, 4) if truth is None else (2, 3)
+            figure, axes = _figure(4.9 * columns, 4.1 * rows, rows, columns)
+            plot_interval_map(axes[3], prediction, labels)
+            if truth is not None:
+                limits = dex_limits(prediction)
+                plot_value_map(axes[4], truth, *sky, LOGOH_TITLE, title, wcs, limits=limits)
+                plot_error_map(axes[5], prediction, truth, "truth")
         plot_comparison(axes[:3], prediction, labels, task, n_classes)
-        if truth is not None:
-            classes = (label_classes(truth, task, n_classes), task, n_classes)
-            title, wcs = "truth (simulated, no noise)", prediction.attrs.get("wcs_header")
-            plot_class_map(axes[3], *classes, prediction.usable, prediction.inside, title, wcs)
-            mark_scale(axes[3], prediction.attrs)
+        for ax in axes[3:]:
+            mark_scale(ax, prediction.attrs)
         return figure, prediction
     figure, (left, right) = _figure(10, 4.3, columns=2)
     wcs, sky = prediction.attrs.get("wcs_header"), (prediction.usable, prediction.inside)
     title = f"{plateifu}: {title_of(prediction)}"
-    plot_class_map(left, prediction.classes, task, n_classes, *sky, title, wcs)
-    highest = prediction.probabilities.max(axis=2)
-    title = "probability of the predicted class"
-    plot_value_map(right, highest, *sky, "probability", title, wcs)
+    if prediction.logoh is None:
+        plot_class_map(left, prediction.classes, task, n_classes, *sky, title, wcs)
+        highest = prediction.probabilities.max(axis=2)
+        title = "probability of the predicted class"
+        plot_value_map(right, highest, *sky, "probability", title, wcs)
+    else:
+        limits = dex_limits(prediction)
+        plot_value_map(left, prediction.logoh, *sky, LOGOH_TITLE, title, wcs, limits=limits)
+        mark_unlike(left, prediction)
+        plot_interval_map(right, prediction)
     for ax in (left, right):
         mark_scale(ax, prediction.attrs)
     return figure, prediction

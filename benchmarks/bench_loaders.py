@@ -69,6 +69,7 @@ def make_data(root: Path, config: Config) -> dict[str, float]:
     options = single.GalaxyOptions(label_tasks=(TASK,), patch_norms=(NORM,), patch_size=PATCH_SIZE)
     for name in names:
         single.process_galaxy(name, root, options)
+    assert single.cut_patches(root, options, names) == utils.EXIT_DONE
     table = pd.DataFrame({"plateifu": names, "mangaid": names})
     parts = {"train": table, "val": table[:0], "test": table[:0]}
     recipe = Recipe("split", data_io.SPLIT_VERSION, {"kind": "hard", "seed": 0})
@@ -82,6 +83,7 @@ def make_data(root: Path, config: Config) -> dict[str, float]:
 def make_loader(root: Path, config: Config, **options: Any) -> DataLoader:
     """Make a training loader of the split; augmented, as training does by default."""
     data = DataOptions(
+        network="ssftt",
         data_dir=root,
         split_dir=SPLIT,
         label_task=TASK,

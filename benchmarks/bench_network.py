@@ -46,6 +46,7 @@ import data_fns
 import data_io
 import eval_fns
 import hsi_proc_fns
+import networks
 import pack_cubes
 import SSFTT_dense
 from data_fns import (
@@ -60,6 +61,7 @@ from data_fns import (
 from data_io import Recipe
 from hsi_proc_fns import Stats
 from HSI_SSFTT import SSFTT, SSFTTConfig, count_parameters, get_SSFTT_model
+from matched_filter_net import MatchedFilterConfig, MatchedFilterNet, joined_size
 from pack_cubes import PackedCubes
 from run_folder import MODEL_VERSION, ModelCard
 from training import OptimisationOptions, Progress, Stopper, Training, batch_loss, train_epoch
@@ -205,9 +207,10 @@ def make_batch(bench: Bench, of: SSFTTConfig, dense: bool, n: int) -> Batch | Cu
     labels = torch.randint(of.n_classes, (n, side, side), generator=generator)
     batch: Batch | CutoutBatch
     if dense:
-        batch = CutoutBatch(spectra, labels, rows, torch.full(labels.shape, 1 / side**2))
+        weights, values = torch.full(labels.shape, 1 / side**2), torch.zeros(labels.shape)
+        batch = CutoutBatch(spectra, labels, rows, weights, values)
     else:
-        batch = Batch(spectra, labels.flatten(), rows)
+        batch = Batch(spectra, labels.flatten(), rows, torch.zeros(n))
     return type(batch)(*(part.to(bench.device) for part in batch))
 
 
@@ -221,6 +224,7 @@ def describe_model(bench: Bench, model: SSFTT, patch_norm: PatchNorm = "global")
         class_counts=[0] * len(spec.class_names),
         class_values=None,
         label_median=0.0,
+        network_name="ssftt",
         network=asdict(model.config),
         parameters=count_parameters(model),
         split_dir="",
@@ -239,7 +243,7 @@ class Step:
         self.model = make_model(bench, variant).train()
         optimiser = torch.optim.AdamW(self.model.parameters(), 1e-3, fused=True)
         self.training = Training(
-            data=DataOptions(patch_size=bench.config.patch_size),
+            data=DataOptions(network="ssftt", patch_size=bench.config.patch_size),
             options=OptimisationOptions(amp=bench.amp),
             run_dir=bench.config.results,
             device=bench.device,
@@ -256,8 +260,7 @@ class Step:
     def compile(self) -> Step:
         """Compile training on cutouts as run_SSFTT_training.py does."""
         torch._dynamo.reset()
-        compiled = torch.compile(SSFTT_dense.cutout_logits, dynamic=False)
-        self.training.cutout_logits = compiled
+        self.training.cutout_outputs = torch.compile(networks.cutout_outputs, dynamic=False)
         return self
 
     def learn(self, batch: Batch | CutoutBatch) -> Tensor:
@@ -413,6 +416,39 @@ def training_rows(bench: Bench, steps: Steps) -> tuple[list[Row], list[dict[str,
     return rows, table
 
 
+def matched_filters_rows(bench: Bench, steps: Steps) -> list[Row]:
+    """Compare a training step of matched filters on their usual cutouts with SSFTT's."""
+    torch.manual_seed(0)
+    usual, window = networks.USUAL["matched_filters"], bench.config.patch_size
+    network = MatchedFilterNet(MatchedFilterConfig(bench.config.bands, window=window))
+    network = network.to(bench.device).train()
+    optimiser = torch.optim.AdamW(networks.parameter_groups(network, usual.lr), fused=True)
+    n, side = max(1, usual.batch_size // usual.cutout**2), usual.cutout + window - 1
+    spectra = random_spectra(n, side, side, joined_size(bench.config.bands))
+    spectra[:, :, bench.config.bands :].abs_()  # weights, and colours
+    spectra = spectra.to(bench.device)
+    weights = torch.full((n, usual.cutout, usual.cutout), 1 / usual.cutout**2, device=bench.device)
+
+    def learn() -> int:
+        for _ in range(bench.steps):
+            outputs = networks.cutout_outputs(network, spectra, weights)
+            each = networks.losses(network, outputs, weights.long(), weights)
+            optimiser.zero_grad(set_to_none=True)
+            (each * weights).sum().backward()
+            optimiser.step()
+        bench.synchronise()
+        return bench.steps * weights.numel()
+
+    learn()
+    rates = rates_of(bench, {"ours": learn, **{k: steps[k] for k in (BASE, RECOMMENDED)}})
+    more: dict[str, Any] = {"variant": "matched filters", "cutout": usual.cutout}
+    name, against = "matched_filters_training", f"{RECOMMENDED} on cutouts"
+    return [
+        rate_row(name, rates["ours"], rates[BASE], **more),
+        rate_row(f"{name}_vs_{RECOMMENDED}", rates["ours"], rates[RECOMMENDED], against, **more),
+    ]
+
+
 def compiled_rows(bench: Bench, steps: Steps, variant: str) -> list[Row]:
     """Compare a dense step under torch.compile with itself."""
     eager = steps[variant]
@@ -509,9 +545,10 @@ def map_rows(bench: Bench) -> list[Row]:
     def class_map(variant: str, patch_wise: bool = False) -> None:
         model = trained[variant]
         values = hsi_proc_fns.normalise(flux, model.spec.patch_norm, model.stats)
-        eval_fns.map_probabilities(model, values, patch_wise).argmax(2)
+        eval_fns.map_answer(model, values, patch_wise).probabilities.argmax(2)
 
     network, stats = trained[RECOMMENDED].network, trained[RECOMMENDED].stats
+    assert isinstance(network, SSFTT)
     assert stats is not None
     whitened = hsi_proc_fns.whitening(stats.components, stats.explained_variance)
     held, mean, components = (
@@ -685,6 +722,7 @@ def main(config: Config) -> int:
             report.part(f"{variant}, small cutouts", make_small, variant)
         report.more["per_step"] = {name: step.n for name, step in steps.items()}
         report.part("training", training)
+        report.part("matched filters", matched_filters_rows, steps)
         for variant in SHOWN if config.compile else ():
             report.part(f"torch.compile, {variant}", compiled_rows, steps, variant)
         report.part("pipeline", pipeline_rows, Path(folder), steps)

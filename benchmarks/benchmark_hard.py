@@ -46,15 +46,16 @@ import hsi_proc_fns
 from create_data_splits import labelled_galaxies, split_galaxies
 from HSI_SSFTT import count_parameters, get_SSFTT_model
 from labels import LOGOH_EDGES
+from line_fits import RATIOS, fit_lines, line_bins, log_ratios
 from matched_filter_net import (
     MatchedFilterConfig,
     MatchedFilterNet,
     Spectra,
-    laplace_loss,
+    laplace_losses,
     neighbours,
     prepare_spectra,
 )
-from mock.physics import EMLINES, NOISE_KERNEL_SPAXELS, blur_matrix
+from mock.physics import NOISE_KERNEL_SPAXELS, blur_matrix
 from mock.truth import read_truth, truth_path
 
 log = logging.getLogger(__name__)
@@ -64,19 +65,6 @@ FRACTIONS = (0.58, 0.12, 0.30)
 WINDOW = 7
 COMPONENTS = 30
 N_BOOTSTRAP = 1000
-LINE_SIGMA_KMS = 85.0
-"""Width of the fitted Gaussians: the simulated lines after the instrument."""
-GROUPS: tuple[dict[str, dict[str, float]], ...] = (
-    {"Hb": {"Hb-4862": 1}},
-    {"OIII": {"OIII-5008": 1, "OIII-4960": 0.340}},
-    {"Ha": {"Ha-6564": 1}, "NII": {"NII-6585": 1, "NII-6549": 0.327}},
-    {"SIIa": {"SII-6718": 1}, "SIIb": {"SII-6732": 1}},
-    {"OI": {"OI-6302": 1, "OI-6365": 0.328}},
-    {"HeI": {"HeI-5877": 1}},
-)
-"""Lines fitted together, on a linear continuum within 60 Angstrom; doublets as one line."""
-MAIN = ("Hb", "OIII", "Ha", "NII", "SII")
-"""Lines of the classical ratios, where in range."""
 
 
 @dataclass(frozen=True)
@@ -242,52 +230,7 @@ def realise(survey: Survey, flux: np.ndarray, ivar: np.ndarray) -> Noisy:
     return Noisy(joined, fitted, np.concatenate(normalised))
 
 
-def fit_lines(flux: np.ndarray, ivar: np.ndarray, wave: np.ndarray) -> dict[str, np.ndarray]:
-    """Weighted least squares of Gaussians of known width on a linear continuum.
-
-    Returns
-    -------
-    dict of line -> (3, N): flux, its variance, continuum at the middle of the group
-    """
-    out = {}
-    for group in GROUPS:
-        waves = [EMLINES[n] for parts in group.values() for n in parts]
-        if not any(wave[0] + 4 < w < wave[-1] - 4 for w in waves):
-            continue
-        seen = (wave > min(waves) - 60) & (wave < max(waves) + 60)
-        good = np.isfinite(flux[:, seen]) & (ivar[:, seen] > 0)
-        f, w = np.where(good, flux[:, seen], 0.0), np.where(good, ivar[:, seen], 0.0)
-        grid = wave[seen]
-        columns = []
-        for parts in group.values():
-            profile = np.zeros(grid.size)
-            for name, ratio in parts.items():
-                sigma = EMLINES[name] * LINE_SIGMA_KMS / 299792.458
-                gauss = np.exp(-0.5 * ((grid - EMLINES[name]) / sigma) ** 2)
-                profile += ratio * gauss / (sigma * np.sqrt(2 * np.pi))
-            columns.append(profile)
-        a = np.stack([*columns, np.ones(grid.size), (grid - grid.mean()) / 50], 1)
-        normal = np.einsum("bi,nb,bj->nij", a, w, a, optimize=True)
-        normal += 1e-9 * np.trace(normal, axis1=1, axis2=2)[:, None, None] * np.eye(a.shape[1])
-        normal += 1e-12 * np.eye(a.shape[1])
-        inverse = np.linalg.inv(normal)
-        fitted = np.einsum("nij,bj,nb->ni", inverse, a, w * f, optimize=True)
-        for k, name in enumerate(group):
-            out[name] = np.stack([fitted[:, k], inverse[:, k, k], fitted[:, -2]])
-    out["SII"] = out["SIIa"] + out["SIIb"] * [[1], [1], [0]]
-    return out
-
-
 # Features of the simple methods
-
-
-def log_ratios(lines: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
-    """Logarithms of fluxes over Ha's, linear in the noise (asinh magnitudes), (N, line - 1)."""
-    logs = {}
-    for name in names:
-        flux, error = lines[name][0], np.sqrt(lines[name][1])
-        logs[name] = np.arcsinh(flux / error / 2) + np.log(error)
-    return np.stack([logs[n] - logs["Ha"] for n in names if n != "Ha"], 1)
 
 
 def line_features(survey: Survey, noisy: Noisy, kind: str) -> np.ndarray:
@@ -303,7 +246,7 @@ def line_features(survey: Survey, noisy: Noisy, kind: str) -> np.ndarray:
     """
     lines = noisy.lines
     if kind == "ratios":
-        return log_ratios(lines, [n for n in MAIN if n in lines])
+        return log_ratios(lines, [n for n in RATIOS if n in lines])
     names = [n for n in lines if n != "SII"]
     snr = np.stack([np.arcsinh(lines[n][0] / np.sqrt(lines[n][1])) for n in names], 1)
     width = np.stack([lines[n][0] / np.maximum(np.abs(lines[n][2]), 1e-3) for n in names], 1)
@@ -499,7 +442,7 @@ def train_network(
         noisy = survey.real[rng.integers(len(survey.real))]
         spectra, near, centre, rows = galaxy_batch(survey, chosen, noisy, turned.ravel())
         out = model.answer(model.features(model.measure(*spectra), near, centre))
-        loss = laplace_loss(out, (target[rows] - model.target_mean) / model.target_std)
+        loss = laplace_losses(out, (target[rows] - model.target_mean) / model.target_std).mean()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -509,14 +452,6 @@ def train_network(
             average[name].lerp_(value, 1 - min(0.98, (step + 1) / (step + 10)))
     model.load_state_dict(average)
     return model.eval()
-
-
-def line_bins(wave: np.ndarray) -> list[float]:
-    """Bins of the fitted lines."""
-    waves = [EMLINES[n] for group in GROUPS for parts in group.values() for n in parts]
-    waves += [5891.6, 5175.0, 7137.76, 7067.144]  # Na D, Mg b, [Ar III], He I
-    bins = np.arange(wave.size)
-    return [float(np.interp(w, wave, bins)) for w in waves if wave[0] < w < wave[-1]]
 
 
 def ours_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:

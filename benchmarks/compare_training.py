@@ -95,6 +95,7 @@ def train_entry(config: Config, root: Path, entry: str, seed: int) -> dict[str, 
         )
     run_dir = config.work_dir / "runs" / f"{name}_{cutout}_{config.epochs}epochs_{seed}"
     options = run_SSFTT_training.train_config(
+        network="ssftt",
         data_dir=root,
         split_dir=SPLIT,
         run_dir=run_dir,

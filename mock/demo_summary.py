@@ -1,6 +1,7 @@
 """Summarise the demo's evaluations in one table and one JSON file.
 
-Reads   results/demo/{logOH_hard,logOH_easy,BPT_hard}/test/metrics.json (written by eval_fns.py).
+Reads   results/demo/{logOH_hard,logOH_easy,BPT_hard,logOH_ssftt}/test/metrics.json (written by
+        eval_fns.py) and results/demo/logOH_hard/maps/galaxies.csv (by map_galaxies.py).
 Writes  results/demo/summary.json with flat keys such as logOH.hard_accuracy; prints the table.
 
     python -m mock.demo_summary --results results/demo --seconds 120
@@ -17,8 +18,10 @@ import utils
 from utils import DataError
 
 import numpy as np
+import pandas as pd
 
 import data_io
+from intervals import LEVEL
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,6 @@ class Config:
 
     results: Path = Path("results/demo")
     """Folder that holds the demo's runs."""
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     seconds: float | None = None
     """Wall time of the demo so far in seconds, to be recorded."""
     debug: bool = False
@@ -46,23 +47,30 @@ def read_metrics(run_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def summarise(root: Path, results: Path, seconds: float | None) -> dict[str, Any]:
+def summarise(results: Path, seconds: float | None) -> dict[str, Any]:
     """Flat summary of the demo: amount of data, and scores of the runs."""
     hard = {task: read_metrics(results / f"{task}_hard") for task in ("logOH", "BPT")}
-    easy = read_metrics(results / "logOH_easy")
+    easy, ssftt = (read_metrics(results / f"logOH_{name}") for name in ("easy", "ssftt"))
     parts, _ = data_io.read_split(results / "logOH_hard" / "split")
+    observed = pd.read_csv(results / "logOH_hard" / "maps" / "galaxies.csv")
     summary = {
-        "galaxies": len(utils.label_maps(root, "logOH")),
+        "galaxies": observed["mangaid"].nunique(),
+        "observations": len(observed),
         "patches": sum(int(table["n_labelled"].sum()) for table in parts.values()),
         "test_galaxies": hard["logOH"]["galaxies"],
         "logOH.easy_accuracy": easy["accuracy"],
-        "logOH.mae_dex": hard["logOH"]["mae_dex"],
-        "logOH.constant_mae_dex": hard["logOH"]["constant_mae_dex"],
+        "logOH.easy_mae_dex": easy["mae_dex"],
+        "logOH.mae_dex_interval": hard["logOH"]["intervals"]["mae_dex"],
+        "logOH.coverage": hard["logOH"]["coverage"][str(LEVEL)],
+        "logOH.ssftt_accuracy": ssftt["accuracy"],
+        "logOH.ssftt_mae_dex": ssftt["mae_dex"],
     }
+    for name in ("mae_dex", "baseline_mae_dex", "constant_mae_dex"):
+        summary[f"logOH.{name}"] = hard["logOH"][name]
     for task, found in hard.items():
         summary[f"{task}.hard_accuracy"] = found["accuracy"]
         summary[f"{task}.hard_accuracy_interval"] = found["intervals"]["accuracy"]
-        for baseline in ("majority_accuracy", "spectrum_accuracy"):
+        for baseline in ("majority_accuracy", "baseline_accuracy"):
             summary[f"{task}.{baseline}"] = found[baseline]
     made = {"version": utils.VERSION, "created_utc": utils.utc_now()}
     return {**summary, "seconds": seconds, **made}
@@ -78,7 +86,7 @@ def table(summary: dict[str, Any]) -> str:
         return "-".join(f"{v:.3f}" for v in np.atleast_1d(value))
 
     def row(name: str, *keys: str) -> str:
-        return f"{name:<34}" + "".join(f"{cell(key):>14}" for key in keys)
+        return f"{name:<36}" + "".join(f"{cell(key):>14}" for key in keys)
 
     def both(name: str, key: str) -> str:
         return row(name, f"logOH.{key}", f"BPT.{key}")
@@ -86,27 +94,35 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(
         [
             row("held-out galaxies (hard split)", "metallicity", "BPT class"),
-            both("  SSFTT accuracy", "hard_accuracy"),
+            both("  accuracy", "hard_accuracy"),
             both("    95 % interval over galaxies", "hard_accuracy_interval"),
-            both("  majority-class accuracy", "majority_accuracy"),
-            both("  linear model of one spectrum", "spectrum_accuracy"),
+            both("    of line ratios of one spectrum", "baseline_accuracy"),
+            both("    of the majority class", "majority_accuracy"),
+            row("    of SSFTT", "logOH.ssftt_accuracy", "-"),
             row("  mean absolute error (dex)", "logOH.mae_dex", "-"),
+            row("    95 % interval over galaxies", "logOH.mae_dex_interval", "-"),
+            row("    of line ratios of one spectrum", "logOH.baseline_mae_dex", "-"),
             row("    of a constant prediction", "logOH.constant_mae_dex", "-"),
+            row("    of SSFTT", "logOH.ssftt_mae_dex", "-"),
+            row(f"  labels in {LEVEL:.0%} intervals", "logOH.coverage", "-"),
             row("held-out spaxels (easy split)"),
-            row("  SSFTT accuracy", "logOH.easy_accuracy", "-"),
+            row("  accuracy", "logOH.easy_accuracy", "-"),
+            row("  mean absolute error (dex)", "logOH.easy_mae_dex", "-"),
         ]
     )
 
 
 def main(config: Config) -> int:
     """Write the summary as JSON, print it as a table; return the exit code."""
-    summary = summarise(utils.data_dir(config.data_dir), config.results, config.seconds)
+    summary = summarise(config.results, config.seconds)
     path = config.results / "summary.json"
     utils.write_json(path, summary)
-    print(f"\n{summary['galaxies']} galaxies, {summary['patches']} labelled patches\n")
+    count = f"{summary['observations']} observations of {summary['galaxies']} galaxies"
+    print(f"\n{count}, {summary['patches']} spaxels with a metallicity\n")
     print(table(summary))
     figures = utils.files_in(config.results, "*/figures/*.png")
     print("\nLook at:", *(f"  {p}" for p in [*figures, path]), sep="\n")
+    print('\nNext: a galaxy of your own, see "Your first galaxy" in README.md.')
     return utils.EXIT_DONE
 
 

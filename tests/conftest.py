@@ -116,7 +116,13 @@ def train(root: Path, run_dir: Path, **options) -> Path:
     """Train briefly, on patches of 5 x 5 spaxels one by one; return the run's folder."""
     import run_SSFTT_training as script
 
-    usual = {"split_dir": "hard", "patch_size": 5, "cutout": 1, "packed_type": "float32"}
+    usual = {
+        "network": "ssftt",
+        "split_dir": "hard",
+        "patch_size": 5,
+        "cutout": 1,
+        "packed_type": "float32",
+    }
     usual |= {"batch_size": 64, "epochs": 3, "device": "cpu"}
     config = script.train_config(data_dir=root, run_dir=run_dir, **{**usual, **options})
     assert script.main(config) == 0

@@ -411,7 +411,7 @@ def run_targets(root: Path, data: Path) -> list[Target]:
         found = pack_cubes.read_packed(folder / packed_file.name)
         return np.asarray(found.spectra), found.rows, found.cubes, found.recipe
 
-    packed_file = pack_cubes.packed_path(data, "hard", "PCA", "float32")
+    packed_file = pack_cubes.packed_path(data, "hard", "residual", "float32")
     card, reseal = run / run_folder.MODEL_FILE, data_io.sealed
     return [
         Target("run/model.json", model, list(json_forgeries(card, reseal))),
@@ -573,7 +573,7 @@ def stages() -> dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]]:
         return [(data_io.read_labels(p), data_io.read_label_error(p)) for p in paths]
 
     def packed(data: Path) -> Any:
-        found = pack_cubes.read_packed(pack_cubes.packed_path(data, "hard", "PCA", "float32"))
+        found = pack_cubes.read_packed(pack_cubes.packed_path(data, "hard", "residual", "float32"))
         return np.asarray(found.spectra), found.rows, found.cubes, found.recipe
 
     def trained(data: Path) -> Any:

@@ -144,7 +144,8 @@ def make_data_dir(
         flux = make_cube(labels["logOH"], labels["BPT"], rng, n_band)
         attrs = {"plateifu": plateifu, "mangaid": f"1-{i}", "redshift": 0.03}
         recipe = cube_recipe(n_band, f"{plateifu} {seed}")
-        cube = data_io.Cube(flux, wave_grid(n_band), recipe, attrs=attrs)
+        ivar = np.isfinite(flux).astype(np.float32) / 0.02**2
+        cube = data_io.Cube(flux, wave_grid(n_band), recipe, ivar, attrs=attrs)
         data_io.write_cube(utils.cube_path(root, plateifu), cube)
         for task, values in labels.items():
             write_labels(root, task, plateifu, values)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from astropy.io import fits
@@ -28,6 +29,7 @@ import bench_network
 import bench_process
 import bench_storage
 import compare_training
+import interval_coverage
 import roofline
 import run_all
 from mock_cubes import cube_recipe, make_data_dir, write_patch_files
@@ -224,6 +226,7 @@ def tiny_run(tmp_path_factory):
 def test_network_rows_cover_every_front_end(tiny_run):
     front_ends = {f"front_end_{v}" for v in bench_network.VARIANTS if v != "published"}
     names = {"dense_forward", "dense_training", "recommended_training", "map_latency"}
+    names |= {"matched_filters_training", "matched_filters_training_vs_pca30"}
     assert set(ratios(tiny_run["rows"])) >= front_ends | names | {"training_memory"}
     assert [row["variant"] for row in tiny_run["roofline"]] == list(bench_network.VARIANTS)
     for row in tiny_run["roofline"]:
@@ -275,7 +278,7 @@ def test_epochs_of_training_itself_are_timed_by_batch_size(tmp_path, monkeypatch
     assert list(ratios(rows)) == [f"run_{n}_{w}" for n in (16, 64) for w in ("eager", "compiled")]
     for i, n in enumerate((16, 64)):
         eager, compiled = seen[5 * i : 5 * i + 2], seen[5 * i + 2 : 5 * i + 5]
-        assert compiled == ["cutout_logits", *eager]
+        assert compiled == ["cutout_outputs", *eager]
         assert all(0.5 < spaxels / (3 * n) < 2 for spaxels in eager)
 
 
@@ -347,3 +350,23 @@ def test_the_gpu_benchmark_runs_or_says_that_there_is_no_gpu(tmp_path):
     else:
         with pytest.raises(utils.DataError, match="no GPU"):
             bench_network.main(config)
+
+
+def test_coverage_of_intervals_is_that_of_galaxies_left_out():
+    rng = np.random.default_rng(0)
+    n, each = 60, 200
+    ratio = rng.exponential(size=n * each)
+    frame = pd.DataFrame(
+        {
+            "plateifu": np.repeat([f"1-{k}" for k in range(n)], each),
+            "ratio": ratio, "snr": rng.normal(size=ratio.size), "radius": rng.random(ratio.size),
+            "true": rng.integers(6, size=ratio.size),
+        }
+    )  # fmt: skip
+    rows = {(r["name"], r["bin"]): r for r in interval_coverage.coverage(frame, 30, 0)}
+    assert len(rows) == 1 + 3 + 3 + 6 + 1
+    assert all(r["mean"] == pytest.approx(0.9, abs=0.02) for r in rows.values())
+    frame["ratio"] += 10 * (frame["true"] == 5)  # one class that no interval holds
+    rows = {(r["name"], r["bin"]): r for r in interval_coverage.coverage(frame, 30, 0)}
+    assert rows["all", 0]["mean"] == pytest.approx(0.9, abs=0.02)
+    assert rows["class", 5]["mean"] < 0.5 < 0.9 < rows["class", 0]["mean"]

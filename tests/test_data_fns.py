@@ -28,7 +28,7 @@ def files(root, tmp_path_factory):
 
 def loader_of(root, part="train", seed=0, **options):
     usual = {"split_dir": "hard", "patch_norm": "global", "cutout": 1, "packed_type": "float32"}
-    chosen = DataOptions(**{"data_dir": root, **usual, **options})
+    chosen = DataOptions(**{"data_dir": root, "network": "ssftt", **usual, **options})
     return data_fns.get_dataloaders(chosen, seed, (part,))[part]
 
 
@@ -230,7 +230,9 @@ def test_pickled_datasets_leave_their_spectra_behind(files, source):
 
 
 def test_parts_of_a_split_share_the_spectra_and_only_training_is_shuffled(root):
-    loaders = data_fns.get_dataloaders(DataOptions(root, "hard"), parts=utils.SPLIT_PARTS)
+    loaders = data_fns.get_dataloaders(
+        DataOptions(root, "hard", network="ssftt"), parts=utils.SPLIT_PARTS
+    )
     stores = {loader.dataset.spectra.data_ptr() for loader in loaders.values()}
     assert len(stores) == 1
     batches = [type(next(iter(loader))).__name__ for loader in loaders.values()]

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ def fits_file(plateifu="8485-1901", checksum=True) -> bytes:
 
 
 PLAIN = fits_file(None)
-CONTENT = gzip.compress(fits_file())
+CONTENT = gzip.compress(fits_file(), mtime=0)
 HTML = b"<html>Please sign in</html>"
 
 
@@ -179,12 +180,14 @@ def test_whole_file_arrives_whatever_there_is_of_it(archive, tmp_path, part, cut
     ("content", "expected"),
     [
         (b"", "empty file"), (CONTENT[:-9], "damaged"), (HTML, "expected to begin with SIMPLE"),
-        (gzip.compress(HTML), "expected to begin with SIMPLE"), (None, "not in the archive"),
+        (gzip.compress(HTML, mtime=0), "expected to begin with SIMPLE"),
+        (None, "not in the archive"),
         (PLAIN[:-5760], "cut short inside FLUX"), (PLAIN[:500_000], "cut short inside FLUX"),
         (fits_file(checksum=False) + PLAIN[900_000:], "no header where one should be"),
         (PLAIN[:400_000] + PLAIN[500_000:600_000] + PLAIN[500_000:], "FLUX is damaged"),
         (fits_file("8485-1902"), "the server sent the file of 8485-1902, expected 8485-1901"),
     ],
+    ids=itertools.count(),
 )  # fmt: skip
 def test_missing_or_damaged_file_is_requested_once_and_never_kept(
     archive, tmp_path, content, expected

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -232,6 +233,9 @@ def test_existing_cube_is_kept_refused_or_replaced(tmp_path, plain_arrays, monke
     write_logcube(path, *plain_arrays, EBVGAL=0.3)
     with pytest.raises(DataError, match="made with another LOGCUBE"):
         process(path, tmp_path, other)
+    os.truncate(path, path.stat().st_size // 4)
+    with pytest.raises(DataError, match=r"8485-1901\.fits: cut short inside IVAR"):
+        process(path, tmp_path, other)
 
 
 @pytest.mark.parametrize(
@@ -348,6 +352,29 @@ def test_redshift_from_the_catalogue(tmp_path, plain_arrays):
         os.truncate(catalogue, n_bytes)
         with pytest.raises(DataError, match=r"drpall\.fits: .* Fetch it"):
             catalogue_row(catalogue, "8485-1901")
+
+
+@pytest.mark.parametrize(
+    ("given", "cards", "said"),
+    [
+        (0.0349, {}, ""),
+        (0.036, {}, r"--redshift 0\.036 differs from the 0\.0300 of its header \(SCINPVEL\)"),
+        (0.036, {"SCINPVEL": -9999 * fu.C_KMS}, ""),  # unknown
+        (0.0549, {"SCINPVEL": None}, ""),
+        (0.03, {"SCINPVEL": None}, r"--redshift 0\.03 differs from the 0\.0500 of .*drpall\.fits"),
+        (0.03, {"SCINPVEL": None, "PLATEIFU": "7000-1901"}, ""),  # not in the catalogue
+    ],
+)
+def test_redshift_far_from_the_surveys_is_used_with_a_warning(
+    tmp_path, plain_arrays, caplog, given, cards, said
+):
+    catalogue = write_catalogue(tmp_path / "drpall.fits", ("8485-1901", "1-7", 0.05, 0.06))
+    path = write_logcube(tmp_path / "cube.fits", *plain_arrays, **cards)
+    target = tmp_path / f"{cards.get('PLATEIFU', '8485-1901')}.h5"
+    fu.process_cube(path, target, OPTIONS, given, catalogue=catalogue)
+    assert data_io.read_cube_head(target).attrs["redshift"] == given
+    assert bool(caplog.text) == bool(said)
+    assert re.search(said, caplog.text)
 
 
 def test_real_maps_give_the_known_bpt_map(real_maps, tmp_path):

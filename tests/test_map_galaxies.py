@@ -50,8 +50,12 @@ def own_map(own_run, tmp_path):
         if gap:
             inside[0], classes[:2], probabilities[:2] = False, LABEL_NONE, np.nan
         names, values = list(class_names("logOH", 6)), class_middles(6)
+        logoh = (probabilities @ values).astype(np.float32)
+        ends = logoh - np.float32(0.02), logoh + np.float32(0.02)
+        attrs, unlike = {"wcs_header": header}, np.zeros((7, 8), bool)
+        unlike[6, 7] = True
         shown = eval_fns.CubePrediction(
-            "1-1", classes, probabilities, names, inside, {"wcs_header": header}, values, part
+            "1-1", classes, probabilities, names, inside, attrs, values, part, logoh, *ends, unlike
         )
         model = eval_fns.load_model(own_run, "cpu")
         map_galaxies.write_map(tmp_path / "x.fits", shown, model, {}, bpt)
@@ -110,7 +114,9 @@ def test_map_is_a_standard_file_that_describes_itself(own_map):
         warnings.simplefilter("error")
         with fits.open(path, checksum=True) as hdus:
             hdus.verify("exception")
-            assert [hdu.name for hdu in hdus[1:]] == ["CLASS", "PROBABILITY", "LOGOH", "MASK"]
+            ends = ["LOGOH_LOWER", "LOGOH_UPPER"]
+            names = ["CLASS", "PROBABILITY", "LOGOH", *ends, "MASK"]
+            assert [hdu.name for hdu in hdus[1:]] == names
             for hdu in hdus:
                 assert hdu.verify_checksum() == hdu.verify_datasum() == 1  # 2: has none
                 assert not {"EPOCH", "BLOCKED"} & {*hdu.header}  # words that FITS deprecates
@@ -118,11 +124,12 @@ def test_map_is_a_standard_file_that_describes_itself(own_map):
             assert all(cards[k] for k in ("ORIGIN", "CREATOR", "DATE", "PLATEIFU"))
             for hdu in hdus[1:]:
                 header, is_cube = hdu.header, hdu.name == "PROBABILITY"
-                kind = "QUALITY" if hdu.name == "MASK" else "DATA"
+                kind = {"MASK": "QUALITY"} | dict.fromkeys(ends, "ERROR")
+                kind = kind.get(hdu.name, "DATA")
                 assert header["HDUCLAS1"] == ("CUBE" if is_cube else "IMAGE")
                 assert (header["HDUCLASS"], header["HDUCLAS2"]) == ("SDSS", kind)
-                assert header["SCIDATA" if hdu.name == "MASK" else "QUALDATA"] in hdus
-                assert header.get("BUNIT", "") == ("dex" if hdu.name == "LOGOH" else "")
+                assert header["QUALDATA" if kind == "DATA" else "SCIDATA"] in hdus
+                assert header.get("BUNIT", "") == ("dex" if "LOGOH" in hdu.name else "")
             cube = hdus["PROBABILITY"].header
             assert (cube["CTYPE3"], cube["CUNIT3"]) == ("CLASS", "")
             channels = [cube[f"C{k}"] for k in range(1, cube["NAXIS3"] + 1)]
@@ -140,7 +147,7 @@ def test_damaged_map_is_noticed_by_its_checksum(own_map):
         pytest.warns(UserWarning, match="Checksum verification failed"),
         fits.open(path, checksum=True) as hdus,
     ):
-        assert [hdu.verify_datasum() for hdu in hdus] == [1, 1, 1, 0, 1]
+        assert [hdu.verify_datasum() for hdu in hdus] == [1, 1, 1, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -155,10 +162,11 @@ def test_mask_bits_are_those_that_its_header_names(own_map, part):
     expected[0], expected[1] = bit["NOSPEC"], bit["FEWBINS"]
     expected[3], expected[4], expected[5] = bit["NOTSF"], bit["NOTSF"], bit["NOBPT"]
     expected += bit["TRAINED"] if part == "train" else 0
+    expected[6, 7] += bit["UNLIKE"]
     np.testing.assert_array_equal(mask, expected)
     trusted = (mask & header["DISTRUST"]) == 0
-    np.testing.assert_array_equal(np.flatnonzero(trusted.all(axis=1)), [2, 6])
-    assert primary["TRUSTED"] == trusted.sum() == 16
+    np.testing.assert_array_equal(np.flatnonzero(trusted[:, :7].all(axis=1)), [2, 6])
+    assert primary["TRUSTED"] == trusted.sum() == 15
 
 
 def test_without_bpt_labels_no_metallicity_is_trusted(own_data, own_run, caplog):

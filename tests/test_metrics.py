@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 import metrics
-from labels import class_middles
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,7 +58,7 @@ def test_a_bin_counts_once_however_many_its_spaxels(seed):
         }
     )
     spaxels = each.loc[rng.permutation(np.repeat(each.index, rng.integers(1, 6, n)))]
-    model = list("abcdef"), [1, 2, 3, 4, 5, 6], class_middles(6), 8.46
+    model = list("abcdef"), [1, 2, 3, 4, 5, 6], 8.46
     wanted, confusion, per_class, per_galaxy = metrics.score_predictions(each, *model)
     spaxels = spaxels.assign(weight=metrics.bin_weights(spaxels))
     got = metrics.score_predictions(spaxels, *model)
@@ -92,9 +91,9 @@ def test_weighted_scores_equal_scikit_learns():
 
 def test_undefined_scores_are_nan_not_zero():
     rows = {"plateifu": ["1-1", "1-1", "1-2"], "mangaid": ["a", "a", "b"]}
-    frame = pd.DataFrame({**rows, "true": 2, "predicted": 2, "value": 8.46})
+    frame = pd.DataFrame({**rows, "true": 2, "predicted": 2, "value": 8.46, "logoh": 8.46})
     overall, _, per_class, per_galaxy = metrics.score_predictions(
-        frame, list("abcdef"), [1] * 6, class_middles(6), 8.46
+        frame, list("abcdef"), [1] * 6, 8.46
     )
     assert overall["accuracy"] == 1
     assert np.isnan(overall["kappa"])

@@ -37,7 +37,11 @@ def execute(name: str, folder: Path, monkeypatch, **environment: str) -> str:
 def test_demo_notebook_runs_from_a_clean_clone(clean_clone, monkeypatch):
     monkeypatch.delenv("MANGA_DATA_DIR", raising=False)
     printed = execute("demo.ipynb", clean_clone, monkeypatch)
-    for words in ("SSFTT for logOH: < 8.40", "in the run's test part", "  majority class"):
+    for words in (
+        "matched_filters for logOH: < 8.40",
+        "in the run's test part",
+        "  majority class",
+    ):
         assert words in printed
     assert "figures: 4" in printed
     assert (clean_clone / "results/demo/logOH_hard/test/metrics.json").is_file()

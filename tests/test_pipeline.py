@@ -105,13 +105,14 @@ def test_default_commands_lead_from_cubes_to_figures(survey, tmp_path, monkeypat
     scores = json.loads((run_dir / "test" / "metrics.json").read_text())
     assert 0 <= scores["accuracy"] <= 1
     assert len(list((run_dir / "maps").glob("*.fits"))) == 5
-    assert len(list((run_dir / "figures").glob("*.png"))) >= 6
+    assert len(list((run_dir / "figures").glob("*.png"))) >= 5
     plateifu = galaxies_of(survey)[0]
     config = process_single_cube.Config(
         fits=utils.find_raw(survey, plateifu, "LOGCUBE"), data_dir=tmp_path, like_run=run_dir
     )
     assert config.remove_gas_velocity  # unlike the training cubes
     assert process_single_cube.main(config) == 0
+    assert process_single_cube.main(replace(config, data_dir=None)) == 0  # the run's, up to date
     eval_fns.predict_cube(run_dir, utils.cube_path(tmp_path, plateifu))
     readme = (ROOT / "README.md").read_text().partition("## In Python\n\n")[2].partition("\n\n")[0]
     lines = textwrap.dedent(readme).replace("results/demo/logOH_hard", str(run_dir))
@@ -252,13 +253,29 @@ def test_patch_files_larger_than_allowed_are_refused_and_the_estimate_holds(surv
     config = partial(patching.Config, data_dir=survey, plateifu=(galaxy,), patch_norms=norms)
     config = partial(config, label_tasks=("BPT",), patch_size=3)
     estimate = patching.bytes_to_write(survey, config(), [galaxy], None)
-    with pytest.raises(DataError, match=r"would take 0\.\d GB, expected at most --max-gb 0\.001"):
+    with pytest.raises(DataError, match=r"would take 0\.\d\d GB, expected at most --max-gb 0\.001"):
         patching.main(config(max_gb=0.001))
     assert patching.main(config()) == 0
     written = [utils.patch_path(survey, "BPT", norm, galaxy).stat().st_size for norm in norms]
     assert 0.9 * estimate < sum(written) < 1.01 * estimate  # unusable spaxels; headers
     assert patching.bytes_to_write(survey, config(), [galaxy], None) == 0
     shutil.rmtree(survey / "processed" / "patches")
+    shared = {"data_dir": survey, "label_tasks": ("BPT",), "patch_norms": norms, "patch_size": 3}
+    shared |= AS_PLANTED
+    another = galaxies_of(survey)[1]
+    one = process_single_cube.Config(plateifu=galaxy, **shared)
+    many = cube_processing.Config(plateifu=(another,), jobs=1, splits=False, **shared)
+    for script, options, name in (
+        (process_single_cube, one, galaxy),
+        (cube_processing, many, another),
+    ):
+        with pytest.raises(DataError, match=r"expected at most --max-gb 0\.001"):
+            script.main(replace(options, max_gb=0.001))
+        assert not (survey / "processed" / "patches").exists()
+        assert script.main(options) == 0
+        found = sorted(p.name for p in (survey / "processed" / "patches").glob("BPT/*/*"))
+        assert found == [name, name]
+        shutil.rmtree(survey / "processed" / "patches")
 
 
 def test_loop_over_galaxies_continues_past_bad_files(survey, tmp_path):

@@ -21,6 +21,7 @@ CARD = ModelCard(
     class_counts=[1, 2, 3, 4, 5, 6],
     class_values=[8.3, 8.4, 8.5, 8.6, 8.7, 8.8],
     label_median=8.5,
+    network_name="ssftt",
     network={"bands": 5},
     parameters=7,
     split_dir="hard",
@@ -62,7 +63,7 @@ def half(path):
     ("name", "damage", "message"),
     [
         ("model.json", os.unlink, r"no model\.json\. Expected the folder of a training run"),
-        ("model.json", edited(schema_version=1), "ssftt-model version 1, this code needs .* 3"),
+        ("model.json", edited(schema_version=1), "manga-model version 1, this code needs .* 4"),
         ("model.json", edited(spec="gone"), r"model\.json: not readable"),
         ("model.json", edited(colour="red"), r"model\.json: not readable"),
         ("model.json", edited(recipe=[]), r"model\.json: its recipe is damaged"),

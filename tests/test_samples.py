@@ -219,7 +219,9 @@ def test_data_that_do_not_belong_together_are_refused_in_one_line(own_data, case
         change(own_data)
     with pytest.raises(DataError, match=message) as caught:
         data_fns.get_dataloaders(
-            DataOptions(**{"data_dir": own_data, "split_dir": "hard", **options})
+            DataOptions(
+                **{"data_dir": own_data, "network": "ssftt", "split_dir": "hard", **options}
+            )
         )
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -231,5 +233,5 @@ def test_statistics_computed_again_with_the_same_recipe_serve(own_data, source):
     stats = data_io.read_stats(path)
     stats.attrs["created_utc"] = "2026-01-02T00:00:00Z"
     data_io.write_stats(path, stats)
-    options = DataOptions(own_data, "hard", source=source)
+    options = DataOptions(own_data, "hard", network="ssftt", source=source)
     assert next(iter(data_fns.get_dataloaders(options)["val"])).patches.shape[2] == 6

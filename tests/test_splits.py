@@ -1,6 +1,7 @@
 """Splits: whole galaxies by mangaid, stratified, seeded; easy ones say what they are."""
 
 import logging
+from functools import partial
 
 import utils
 from utils import DataError
@@ -120,6 +121,25 @@ def test_critical_galaxies_can_be_left_out(labelled):
     for skip, n in ((False, 11), (True, 10)):
         found = set(cds.labelled_galaxies(labelled, "logOH", 20, skip)["plateifu"])
         assert (len(found), ONE in found) == (n, not skip)
+
+
+@pytest.mark.parametrize("script", [cds, easy])
+def test_galaxies_outside_a_list_do_not_change_the_split(labelled, script, tmp_path):
+    config = partial(script.Config, "logOH", data_dir=labelled, split_dir="some")
+    names = [path.stem for path in utils.label_maps(labelled, "logOH")]
+    listed = tmp_path / "galaxies.txt"
+    listed.write_text("\n".join(names[:-4]))
+    assert script.main(config(galaxy_list=listed)) == 0
+    parts, _ = data_io.read_split(utils.split_path(labelled, "some"))
+    assert set().union(*(t["plateifu"] for t in parts.values())) == set(names[:-4])
+    with pytest.raises(DataError, match="another set of label maps"):
+        script.main(config())
+    for name in names[-4:]:
+        utils.label_path(labelled, "logOH", name).unlink()
+    assert script.main(config()) == 0  # the same split: up to date
+    listed.write_text("9999-1901")
+    with pytest.raises(DataError, match=r"no label maps of logOH for the galaxies of .*galaxies"):
+        script.main(config(galaxy_list=listed))
 
 
 @pytest.mark.parametrize("script", [cds, easy])

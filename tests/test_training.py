@@ -24,8 +24,10 @@ from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
+import baselines
 import data_io
 import eval_fns
+import networks
 import run_folder
 import run_SSFTT_training as script
 import training
@@ -36,6 +38,7 @@ from run_SSFTT_training import TrainConfig, train_config
 REPO = Path(script.__file__).parent
 TRAIN, VAL = mock_cubes.PLATEIFUS[:4], mock_cubes.PLATEIFUS[4:6]
 USUAL = {
+    "network": "ssftt",
     "split_dir": "hard", "patch_size": 5, "packed_type": "float32", "batch_size": 64, "epochs": 4,
     "baselines": False, "device": "cpu",
 }  # fmt: skip
@@ -44,6 +47,7 @@ KINDS = {
     "cutouts": {"schedule": "constant"},
     "half precision": {"amp": "bf16", "schedule": "constant"},
     "cosine": {"cutout": 1},
+    "matched filters": {"network": "matched_filters", "cutout": 7, "schedule": "constant"},
 }
 
 
@@ -106,16 +110,16 @@ def assert_same_run(one, other):
 
 def at_step(monkeypatch, n_steps, act):
     """Act during the n-th training step."""
-    real, seen = training.F.cross_entropy, []
+    real, seen = networks.losses, []
 
-    def cross_entropy(*args, **options):
-        if args[0].requires_grad:
+    def losses(network, outputs, *args, **options):
+        if outputs.requires_grad:
             seen.append(1)
             if len(seen) == n_steps:
                 act()
-        return real(*args, **options)
+        return real(network, outputs, *args, **options)
 
-    monkeypatch.setattr(training.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(networks, "losses", losses)
 
 
 def sends(number):
@@ -126,7 +130,9 @@ def crashes():
     raise RuntimeError("power cut")
 
 
-@pytest.mark.parametrize("whole", ["patches", "cutouts", "half precision"], indirect=True)
+@pytest.mark.parametrize(
+    "whole", ["patches", "cutouts", "half precision", "matched filters"], indirect=True
+)
 def test_four_epochs_equal_two_and_two(whole, tmp_path):
     parted = {**whole, "run_dir": tmp_path / "parted", "resume": "auto"}
     assert train(parted, epochs=2) == 0
@@ -145,6 +151,7 @@ def test_four_epochs_equal_two_and_two(whole, tmp_path):
         ("cutouts", None),
         ("half precision", signal.SIGUSR1),
         ("cosine", signal.SIGTERM),
+        ("matched filters", signal.SIGTERM),
     ],
     indirect=["whole"],
     ids=str,
@@ -413,11 +420,21 @@ def test_command_alone_creates_statistics_and_packed_cubes_and_trains(
     monkeypatch.setenv("MANGA_DATA_DIR", str(root))
     monkeypatch.chdir(tmp_path)
     assert run_script("--label-task", "logOH", "--epochs", 1, "--device", "cpu")[0] == 0
+    assert (root / "processed/packed/hard_logOH/residual_float16.h5").is_file()
+    (run,) = Path("runs").iterdir()
+    card = run_folder.ModelCard.read(run)
+    assert (card.network_name, card.spec.patch_norm, card.spec.patch_size) == (
+        "matched_filters",
+        "residual",
+        7,
+    )
+    assert card.best["monitor"] == "mae_dex"
+    ssftt = ("--label-task", "logOH", "--network", "ssftt", "--run-dir", "ssftt")
+    assert run_script(*ssftt, "--epochs", 1, "--device", "cpu")[0] == 0
     assert len(data_io.read_split_stats(root, "hard_logOH").components) == 30
     assert (root / "processed/packed/hard_logOH/PCA_float16.h5").is_file()
-    (run,) = Path("runs").iterdir()
-    spec = run_folder.ModelCard.read(run).spec
-    assert (spec.patch_norm, spec.patch_size, spec.bands) == ("PCA", 7, None)
+    card = run_folder.ModelCard.read(Path("ssftt"))
+    assert (card.network_name, card.spec.patch_norm, card.spec.bands) == ("ssftt", "PCA", None)
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.json")), ids=lambda p: p.stem)
@@ -470,12 +487,12 @@ def test_class_that_never_occurs_and_slow_recipe_are_warned_of(options, caplog):
 def test_validation_by_maps_is_validation_by_patches(options, split, packed_type):
     ready = set_up(options, split_dir=split, packed_type=packed_type)
     network, loader, device = like_trained(ready.model), ready.loaders["val"], ready.device
-    maps, by_map = eval_fns.sample_logits(network, loader, device)
+    maps, by_map = eval_fns.sample_outputs(network, loader, device)
     for at_once in (2, 3, 99):
-        together, order = eval_fns.field_logits(network, loader.dataset, device, "off", at_once)
+        together, order = eval_fns.field_outputs(network, loader.dataset, device, "off", at_once)
         np.testing.assert_array_equal(order, by_map)
         np.testing.assert_allclose(together, maps, rtol=1e-4, atol=1e-5)
-    patches, by_patch = eval_fns.patch_logits(network, loader, device)
+    patches, by_patch = eval_fns.patch_outputs(network, loader, device)
     np.testing.assert_array_equal(np.sort(by_map), by_patch)
     np.testing.assert_allclose(maps[np.argsort(by_map)], patches, rtol=1e-4, atol=1e-5)
 
@@ -532,7 +549,7 @@ def test_network_learns_to_beat_the_majority_class(options, cutout):
     assert train(options, epochs=12, baselines=True) == 0
     card = run_folder.ModelCard.read(options["run_dir"])
     assert card.best["val_accuracy"] > card.baselines["val_majority_accuracy"] + 0.25
-    assert card.baselines["val_spectrum_accuracy"] > 0.5
+    assert card.baselines["val_spectrum_only_accuracy"] > 0.5
 
 
 def test_loss_that_is_not_finite_stops_the_run_within_the_epoch_and_names_its_files(
@@ -578,7 +595,7 @@ def test_projection_starts_as_whitened_principal_components(options, monkeypatch
         values = ready.model.projection(spectra[:, :, None, None])[..., 0, 0].numpy()
     np.testing.assert_allclose(values.mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(np.cov(values.T), np.eye(5), atol=1e-3)
-    monkeypatch.setattr(eval_fns, "SOME_SPECTRA", 5)
+    monkeypatch.setattr(baselines.sample_spectra, "__defaults__", (5,))
     with pytest.raises(DataError, match=r"--projection 5: .* than the 5 training samples"):
         set_up(options, patch_norm="spectral", projection=5)
 
@@ -598,8 +615,8 @@ def test_spectrum_baseline_is_sklearns_logistic_regression(n_classes):
         def centres(self, rows):
             return spectra[rows]
 
-    weights = eval_fns.fit_spectrum_baseline(Spectra(), seed=0)
-    ours = eval_fns.baseline_logits(weights, spectra).argmax(1)
+    weights = baselines.fit(Spectra(), 0, None, learns_dex=False)
+    ours = baselines.apply(weights, spectra, Spectra.spec, None).classes
     if n_classes == 1:
         assert (ours == 0).all()
         return
@@ -620,7 +637,7 @@ def test_compiling_reaches_what_training_calls(options, monkeypatch):
     assert train(options, cutout=1) == 0
     assert seen == ["forward"] * 3
     assert train(options, overwrite=True) == 0
-    assert set(seen[3:]) == {"cutout_logits"}
+    assert set(seen[3:]) == {"cutout_outputs"}
     assert eval_fns.load_model(options["run_dir"], "cpu").network.config.n_classes == 6
 
 
@@ -647,3 +664,20 @@ def test_class_values_are_means_of_training_labels_or_middles_of_classes_without
     found = script.class_values(labels, classes, PatchSpec("logOH"))
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert script.class_values(labels, classes, PatchSpec("BPT")) is None
+
+
+@pytest.mark.parametrize("network", ["ssftt", "matched_filters"])
+def test_a_run_that_diverges_is_never_a_best_model(options, network):
+    with pytest.raises(DataError, match=r"not finite|expected a finite number.*--lr"):
+        train(options, network=network, lr=1e30, cutout=7, epochs=3)
+    with pytest.raises(DataError):
+        eval_fns.load_model(options["run_dir"], "cpu")
+
+
+def test_weights_that_are_not_finite_are_no_model(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    weights, about = run_folder.read_tensors(run / "best.safetensors")
+    weights["head.weight"][0, 0] = float("nan")
+    run_folder.write_tensors(run / "best.safetensors", weights, about)
+    with pytest.raises(DataError, match=r"head\.weight holds values that are not finite"):
+        eval_fns.load_model(run, "cpu")

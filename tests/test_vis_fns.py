@@ -182,17 +182,36 @@ def test_difference_map_shows_value_minus_label():
     axes = Figure().subplots(1, 3)
     labels, classes = np.full((6, 6), np.nan, np.float32), np.zeros((6, 6), np.int16)
     labels[2, 3], labels[4, 1] = 8.50, 8.41
-    classes[2, 3], classes[4, 1] = 5, 1  # values 8.58 and 8.42
-    vis_fns.plot_comparison(axes, prediction_of(classes, 6), labels, "logOH", 6)
+    classes[2, 3], classes[4, 1] = 5, 1
+    logoh = np.full((6, 6), 8.3)
+    logoh[2, 3], logoh[4, 1] = 8.58, 8.42
+    prediction = replace(prediction_of(classes, 6), logoh=logoh)
+    vis_fns.plot_comparison(axes, prediction, labels, "logOH", 6)
     shown = mesh_of(axes[2]).get_array()
     assert (~shown.mask).sum() == 2
     assert [shown[2, 3], shown[4, 1]] == pytest.approx([0.08, 0.01], abs=1e-5)
     assert axes[2].get_title() == "MAE 0.045 dex, accuracy 50%"
-    assert axes[2].child_axes[0].get_ylabel() == "value of predicted class - label (dex)"
-    assert ["no label" in legend_of(ax) for ax in axes[:2]] == [True, False]
+    assert axes[2].child_axes[0].get_ylabel() == "prediction - label (dex)"
+    assert mesh_of(axes[0]).get_clim() == mesh_of(axes[1]).get_clim()
     axes = Figure().subplots(1, 3)
-    vis_fns.plot_comparison(axes, prediction_of(classes, 6), labels * np.nan, "logOH", 6)
+    vis_fns.plot_comparison(axes, prediction, labels * np.nan, "logOH", 6)
     assert axes[2].get_title() == "no label"
+
+
+def test_interval_map_counts_the_labels_inside_and_strange_spaxels_are_crossed_out(ax):
+    logoh, labels = np.full((6, 6), 8.5), np.full((6, 6), np.nan)
+    labels[1, :4] = 8.45, 8.49, 8.51, 8.60
+    unlike = np.zeros((6, 6), bool)
+    unlike[0, 5] = True
+    prediction = replace(
+        prediction_of(np.zeros((6, 6), np.int16), 6),
+        logoh=logoh, lower=logoh - 0.02, upper=logoh + 0.02, unlike=unlike,
+    )  # fmt: skip
+    vis_fns.plot_interval_map(ax, prediction, labels)
+    assert ax.get_title() == "90% interval: holds 50% of the labels"
+    np.testing.assert_allclose(mesh_of(ax).get_array(), 0.02)
+    other = vis_fns.mark_unlike(Figure().subplots(), prediction)
+    assert [line.get_xdata().size for line in other.lines] == [1]
 
 
 @pytest.mark.parametrize(("limit", "extend"), [(0.1, "both"), (0.5, "neither"), (None, "neither")])
@@ -324,7 +343,7 @@ def test_only_lines_inside_the_spectrum_are_marked(ax):
 def test_training_curves_show_every_epoch_the_best_and_the_baselines(card, epochs, ticks):
     names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy")
     metrics = pd.DataFrame({"epoch": range(1, epochs + 1), **{n: 0.5 for n in names}})
-    baselines = {"val_majority_accuracy": 0.2, "val_spectrum_accuracy": 0.6}
+    baselines = {"val_majority_accuracy": 0.2, "val_spectrum_only_accuracy": 0.6}
     card = replace(card, best={"epoch": 1}, baselines=baselines)
     axes = vis_fns.plot_training_curves(Figure().subplots(1, 2), metrics, card)
     for ax in axes:

@@ -3,7 +3,10 @@
     image_extractor.py "/data/*.simtel.gz" out.h5 settings.config bins.pkl --shuffle --split
     image-extractor inspect out.h5
     image-extractor plot out.h5 --event 3 --output event.png
+    image-extractor gallery out.h5 --output gallery.png
     image-extractor validate out.h5
+    image-extractor merge a.h5 b.h5 --output all.h5
+    image-extractor export out.h5 --output out.dl1.h5
     image-extractor config settings.config --mode config
 
 Exit codes: 0 done; 1 a problem with the data (everything usable has been written); 2 wrong usage or
@@ -30,11 +33,15 @@ from typing import Any
 from . import __version__
 from .errors import DataError, UsageError
 
+DEFAULT_FRACTIONS = {"Training": 0.9, "Validation": 0.1, "Test": 0.0}
 COMMANDS = {
     "extract": "extract images from simtel files (the same as image_extractor.py)",
     "inspect": "describe a data set",
     "plot": "draw the images of an event",
+    "gallery": "draw random images of each class and telescope type, and distributions",
     "validate": "check a data set",
+    "merge": "merge data sets, or split one",
+    "export": "export a data set to ctapipe's DL1 format",
     "config": "write a configuration, or check one",
 }
 
@@ -67,14 +74,16 @@ def main(argv: list[str] | None = None) -> int:
         from . import config
 
         return config.main(rest, "image-extractor config")
-    run = {"extract": _extract, "inspect": _inspect, "plot": _plot, "validate": _validate}[command]
-    parser = {
-        "extract": _extract_parser,
-        "inspect": _inspect_parser,
-        "plot": _plot_parser,
-        "validate": _validate_parser,
-    }[command]()
-    args = parser.parse_args(rest)
+    make_parser, run = {
+        "extract": (_extract_parser, _extract),
+        "inspect": (_inspect_parser, _inspect),
+        "plot": (_plot_parser, _plot),
+        "gallery": (_gallery_parser, _gallery),
+        "validate": (_validate_parser, _validate),
+        "merge": (_merge_parser, _merge),
+        "export": (_export_parser, _export),
+    }[command]
+    args = make_parser().parse_args(rest)
     logging.basicConfig(
         level=logging.DEBUG if args.debug else logging.INFO,
         format="%(message)s",
@@ -160,6 +169,29 @@ def _extract_parser() -> argparse.ArgumentParser:
         type=_whole_number(1),
         help="maximum number of events taken from each file, including those already in the output",
     )
+    _add_arrangement(parser)
+    add(
+        "--jobs",
+        type=_whole_number(1),
+        default=1,
+        help="number of processes, each extracting whole files (default: 1; at most one less than "
+        "there are cores, because each uses more than one)",
+    )
+    add("--overwrite", action="store_true", help="replace the output instead of appending to it")
+    add(
+        "--compression",
+        choices=("gzip", "none", "blosc-lz4", "blosc-zstd"),
+        default="gzip",
+        help="compression of the output (default: gzip, which every HDF5 reader can open)",
+    )
+    add("--summary", type=Path, help="JSON file to which the summary is written as well")
+    add("--debug", action="store_true", help="print more messages, and tracebacks of errors")
+    return parser
+
+
+def _add_arrangement(parser: argparse.ArgumentParser) -> None:
+    """Add the options of shuffling and splitting."""
+    add = parser.add_argument
     add("--shuffle", action="store_true", help="put the events in random order")
     add(
         "--split",
@@ -193,23 +225,6 @@ def _extract_parser() -> argparse.ArgumentParser:
         default=0,
         help="random seed of --shuffle and --split (default: 0)",
     )
-    add(
-        "--jobs",
-        type=_whole_number(1),
-        default=1,
-        help="number of processes, each extracting whole files (default: 1; at most one less than "
-        "there are cores, because each uses more than one)",
-    )
-    add("--overwrite", action="store_true", help="replace the output instead of appending to it")
-    add(
-        "--compression",
-        choices=("gzip", "none", "blosc-lz4", "blosc-zstd"),
-        default="gzip",
-        help="compression of the output (default: gzip, which every HDF5 reader can open)",
-    )
-    add("--summary", type=Path, help="JSON file to which the summary is written as well")
-    add("--debug", action="store_true", help="print more messages, and tracebacks of errors")
-    return parser
 
 
 def _whole_number(low: int) -> Callable[[str], int]:
@@ -247,10 +262,7 @@ def _extract(args: argparse.Namespace) -> int:
     log = logging.getLogger(__name__)
     started = time.perf_counter()
     settings = load_config(args.config_file)
-    if args.split_fractions and not args.split:
-        raise UsageError("--split-fractions needs --split. Add --split.")
-    if args.stratify and not args.split:
-        raise UsageError("--stratify needs --split. Add --split.")
+    arrangement = _arrangement(args)
     given = [p for p in (args.bins_cuts_dict, args.bins_cuts_dict_option) if p is not None]
     if len(set(given)) > 1:
         raise UsageError(
@@ -309,19 +321,14 @@ def _extract(args: argparse.Namespace) -> int:
             jobs,
             _cores(),
         )
-    fractions = (args.split_fractions or image_extractor.DEFAULT_FRACTIONS) if args.split else None
     extractor = image_extractor.ImageExtractor(
         args.output_file,
         cuts,
         settings=settings,
         overwrite=args.overwrite,
         compression=args.compression,
-        shuffle=args.shuffle,
-        split=fractions,
-        split_by=args.split_by,
-        stratify=args.stratify,
-        seed=args.seed,
         command=" ".join(sys.argv),
+        **arrangement,
     )
 
     def count(events: int) -> None:
@@ -349,6 +356,17 @@ def _extract(args: argparse.Namespace) -> int:
         log.warning("No event was written, because none passed: %s.", counts)
     is_bad = summary["files_failed"] or summary["files_incomplete"] or not summary["events_passed"]
     return 1 if is_bad else 0
+
+
+def _arrangement(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of `finishing.finish` from the command line."""
+    if args.split_fractions and not args.split:
+        raise UsageError("--split-fractions needs --split. Add --split.")
+    if args.stratify and not args.split:
+        raise UsageError("--stratify needs --split. Add --split.")
+    fractions = (args.split_fractions or DEFAULT_FRACTIONS) if args.split else None
+    options = {name: getattr(args, name) for name in ("shuffle", "split_by", "stratify", "seed")}
+    return {"split": fractions, **options}
 
 
 def _cores() -> int:
@@ -457,6 +475,108 @@ def _validate(args: argparse.Namespace) -> int:
 
 def _plot(args: argparse.Namespace) -> int:
     print(_look(args, args.file, "plot", args.output, args.event, args.run, args.max_images))
+    return 0
+
+
+def _gallery_parser() -> argparse.ArgumentParser:
+    parser = _look_parser(
+        "gallery", "Draw random images of each class and telescope type, above distributions."
+    )
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("gallery.png"), help="(default: gallery.png)")
+    add("--part", help="part of a split data set, e.g. Training (default: all events)")
+    add("--columns", type=_whole_number(1), default=6, help="images per row (default: 6)")
+    add("--seed", type=_whole_number(0), default=0, help="which images (default: 0)")
+    return parser
+
+
+def _gallery(args: argparse.Namespace) -> int:
+    print(_look(args, args.file, "draw_gallery", args.output, args.part, args.columns, args.seed))
+    return 0
+
+
+def _merge_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="image-extractor merge",
+        description="Merge data sets with equal array and configuration, e.g. of parallel jobs; "
+        "each event is kept once. With one data set: shuffle or split it.",
+    )
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, help="HDF5 files written by image_extractor.py, not split")
+    add("--output", type=Path, required=True, help="HDF5 file to write")
+    add("--overwrite", action="store_true", help="replace the output if it exists")
+    _add_arrangement(parser)
+    add("--debug", action="store_true", help="print tracebacks of errors")
+    return parser
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from . import merging
+
+    arrangement = _arrangement(args)
+    for path in args.files:
+        damage = _look(args, path, "damaged_nodes")
+        if damage:
+            raise DataError(
+                f"{path}: cannot be merged, because of damage: {damage[0]}. Extract it again."
+            )
+
+    def count(events: int) -> None:
+        _go_on()
+        bar.update(events)
+
+    with tqdm(unit=" events", disable=None) as bar:
+        command = " ".join(sys.argv)
+        counts = merging.merge(
+            args.files, args.output, args.overwrite, command, count, **arrangement
+        )
+    for path, (n, repeated, same) in zip(args.files, counts, strict=True):
+        also = f", {same} kept beside others with their numbers" if same else ""
+        print(f"{path}: {n} events, {repeated} of them in an earlier file and left out{also}")
+    total = sum(n - repeated for n, repeated, _ in counts)
+    print(f"{args.output}: {total} events, {args.output.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = _look_parser("export", "Export a data set to ctapipe's DL1 format.")
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="HDF5 file to write")
+    add("--part", help="part of a split data set, e.g. Training (default: all events)")
+    add(
+        "--parameters",
+        action="store_true",
+        help="also clean the images, and write ctapipe's image parameters and cleaning masks",
+    )
+    add("--picture", type=float, default=10.0, help="cleaning threshold, p.e. (default: 10)")
+    add("--boundary", type=float, default=5.0, help="of neighbours, p.e. (default: 5)")
+    add("--overwrite", action="store_true", help="replace the output if it exists")
+    return parser
+
+
+def _export(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from . import exporting
+
+    def count(events: int) -> None:
+        _go_on()
+        bar.update(events)
+
+    with tqdm(unit=" events", disable=None) as bar:
+        n = exporting.export(
+            args.file,
+            args.output,
+            args.part,
+            args.parameters,
+            args.picture,
+            args.boundary,
+            args.overwrite,
+            count,
+        )
+    print(f"{args.output}: {n} events, {args.output.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

@@ -37,18 +37,17 @@ from isal import isal_zlib
 from . import config, layout
 from .cuts import CutsTable
 from .errors import DataError, UsageError
+from .finishing import finish
 from .images import SelectedArray
-from .rearrangement import rearrange
 from .report import FileReport, runs_row
 from .settings import Settings
 from .simtel import Corrupt, Event, SimtelFile
 from .transaction import OutputTransaction
-from .writer import Writer, verify
+from .writer import Writer
 
 log = logging.getLogger(__name__)
 
 GAMMA_ID = 0  # particle id in simtel files; a proton has 101
-DEFAULT_FRACTIONS = {"Training": 0.9, "Validation": 0.1, "Test": 0.0}
 
 
 class ImageExtractor:
@@ -316,26 +315,15 @@ class ImageExtractor:
         try:
             if commit and writer is not None and (writer.is_changed or self.shuffle or self.split):
                 with self._naming_output():
-                    writer.close()
-                    if self.shuffle or self.split:
-                        rearrange(
-                            transaction.path,
-                            transaction.part("sorted"),
-                            self.seed,
-                            self.shuffle,
-                            self.split,
-                            self.split_by,
-                            self.stratify,
-                        )
-                    with tables.open_file(str(transaction.path), "a") as h5:
-                        layout.seal(h5)
-                    try:
-                        verify(transaction.path, writer.written)
-                    except DataError as error:
-                        raise DataError(
-                            f"{self.output_path}: could not be written: {error}"
-                        ) from error
-                    transaction.commit()
+                    finish(
+                        writer,
+                        transaction,
+                        self.shuffle,
+                        self.split,
+                        self.split_by,
+                        self.stratify,
+                        self.seed,
+                    )
                     self._has_committed = True
         finally:
             if writer is not None:

@@ -452,6 +452,7 @@ def _write_camera(
     attrs.mirror_area_m2, attrs.sampling_rate_ghz = camera.mirror_area_m2, camera.sampling_rate_ghz
     attrs.n_pixels, attrs.n_samples = camera.n_pixels, camera.n_samples
     attrs.pixel_type = str(camera.geometry.pix_type.value)
+    attrs.pixel_rotation_deg = float(camera.geometry.pix_rotation.deg)  # of the derotated ones
     attrs.mapping, attrs.image_shape = mapping.method, json.dumps(mapping.shape)
     attrs.conserves_charge = mapping.method in CONSERVING
     geometry = camera.geometry

@@ -386,6 +386,8 @@ def plot(
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
+    from .gallery import BRIGHT_SIGMA, noise_rms
+
     with layout.open_layout(path) as h5:
         attrs = layout.check_schema(h5)
         table, row = _find(h5, path, event, run)
@@ -413,7 +415,7 @@ def plot(
         _camera_axes(line[0], pixels, in_pixels[tel_id], norm, f"{name}: camera")
         _picture_axes(line[1], charge, norm, f"stored image ({camera['mapping']})", "charge (p.e.)")
         if has_time:
-            bright = charge > max(2.0, 0.15 * float(charge.max()))
+            bright = charge > BRIGHT_SIGMA * noise_rms(in_pixels[tel_id])
             samples = images[tel_id][1] * float(attrs["time_unit_samples"])
             time = np.where(bright, samples, np.nan)
             shown = _picture_axes(
@@ -440,6 +442,13 @@ def plot(
     figure.savefig(drawn, format=Path(output).suffix[1:] or "png", dpi=90)
     write_whole(Path(output), drawn.getvalue())
     return f"{title}; {len(chosen)} of them drawn to {output}"
+
+
+def draw_gallery(path: str | Path, *arguments: Any) -> str:
+    """Call `gallery.gallery`, for the commands, which reach files through this module."""
+    from .gallery import gallery
+
+    return gallery(path, *arguments)
 
 
 def _channels_first(image: np.ndarray, attrs: dict[str, Any]) -> np.ndarray:

@@ -255,9 +255,13 @@ class Images(_Reader):
         }
         return self._finished(sample)
 
+    def events_of_images(self) -> np.ndarray:
+        """Return the number in `events` of every image, (n_images,) int64."""
+        return self._images["event"].astype(np.int64)
+
     def particles(self) -> np.ndarray:
         """Return `particle` of every image, (n_images,) int64, without reading images."""
-        return (self.events["primary_id"] == GAMMA_ID)[self._images["event"]].astype(np.int64)
+        return (self.events["primary_id"] == GAMMA_ID)[self.events_of_images()].astype(np.int64)
 
 
 class Events(_Reader):

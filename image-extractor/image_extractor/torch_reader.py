@@ -76,7 +76,7 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     batch["images"] = torch.zeros((len(samples), n_tel, *shapes.max(axis=0).tolist()))
     batch["mask"] = torch.zeros((len(samples), n_tel), dtype=torch.bool)
     batch["tel_ids"] = torch.zeros((len(samples), n_tel), dtype=torch.int64)
-    batch["positions"] = torch.zeros((len(samples), n_tel, 3))
+    batch["positions"] = torch.zeros((len(samples), n_tel, samples[0]["positions"].shape[1]))
     for i, sample in enumerate(samples):
         n = len(sample["images"])
         batch["mask"][i, :n] = True

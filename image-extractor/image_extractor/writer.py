@@ -129,19 +129,10 @@ class Writer:
         direction: tuple[float, float],
         attributes: dict[str, Any],
     ) -> None:
-        self.settings, self.telescopes = settings, telescopes
+        self.settings = settings
         self.dtype = layout.events_dtype(telescopes, mappings, settings)
-        self.slots = {t.tel_id: i for i, t in enumerate(telescopes)}
-        self.is_mapped = settings.storage_mode == "mapped"
-        self.identity = layout.array_identity(telescopes)
-        self._seen = SeenEvents()
-        self._looked_up = SeenEvents()  # those of this run that were chosen by a dictionary
+        self._set_up([t.tel_id for t in telescopes], layout.array_identity(telescopes))
         self._has_dictionary = attributes["energy_bin_source"] == "dictionary"
-        self.written = 0  # events in the file, including those from earlier runs
-        self._blank = np.zeros(1, self.dtype)
-        self._index: list[np.ndarray] = []
-        self._listed: set[tuple[bytes, int, bytes]] = set()  # file, run, sha256 of Runs
-        self.incomplete: set[int] = set()  # runs with an incomplete input file
         is_new = not path.exists()
         self.is_changed = is_new  # whether anything was added
         self.compression = compression
@@ -159,14 +150,46 @@ class Writer:
                 )
             else:
                 self._check_existing(attributes)
-            self._n_runs = int(self._h5.get_node(layout.RUNS).nrows)
-            self.groups = [self._open_group(p) for p in layout.group_paths(settings)]
+                self._take_over()
+            self._open_groups()
         except BaseException:
             self._h5.close()
             raise
 
+    @classmethod
+    def of_file(cls, path: Path) -> Writer:
+        """Append to a data set as it is, without a description of its telescopes."""
+        self = cls.__new__(cls)
+        self._h5 = tables.open_file(str(path), "a")
+        attrs = layout.check_schema(self._h5)
+        self.settings = parse_config(str(attrs["config"]), f"{path}: attribute config")
+        self.dtype = next(layout.event_tables(self._h5)).dtype
+        tel_ids = layout.tel_table(self._h5)["tel_id"].tolist()
+        self._set_up(tel_ids, json.loads(str(attrs["array"])))
+        self._has_dictionary, self.is_changed = False, True
+        self._take_over()
+        self._open_groups()
+        return self
+
+    def _set_up(self, tel_ids: list[int], identity: list[list[Any]]) -> None:
+        """Begin with no event."""
+        self.slots = {tel_id: slot for slot, tel_id in enumerate(tel_ids)}
+        self.is_mapped = self.settings.storage_mode == "mapped"
+        self.identity = identity
+        self._seen = SeenEvents()
+        self._looked_up = SeenEvents()  # those of this run that were chosen by a dictionary
+        self.written = 0  # events in the file, including those from earlier runs
+        self._blank = np.zeros(1, self.dtype)
+        self._index: list[np.ndarray] = []
+        self._listed: set[tuple[bytes, int, bytes]] = set()  # file, run, sha256 of Runs
+        self.incomplete: set[int] = set()  # runs with an incomplete input file
+
+    def _open_groups(self) -> None:
+        self._n_runs = int(self._h5.get_node(layout.RUNS).nrows)
+        self.groups = [self._open_group(p) for p in layout.group_paths(self.settings)]
+
     def _check_existing(self, attributes: dict[str, Any]) -> None:
-        """Refuse a file whose events would not fit; take over which events and runs it has."""
+        """Refuse a file whose events would not fit."""
         h5 = self._h5
         attrs = layout.check_schema(h5)
         if "split" in attrs:
@@ -193,7 +216,11 @@ class Writer:
                 f"{layout.BIN_SOURCES[then]}, these by {layout.BIN_SOURCES[now]}. "
                 "Give another output, or --overwrite."
             )
-        self.compression = str(attrs["compression"])
+
+    def _take_over(self) -> None:
+        """Note which events and runs the file has, and its compression."""
+        h5 = self._h5
+        self.compression = str(layout.check_schema(h5)["compression"])
         for row in h5.get_node(layout.INDEX).iterrows():
             self._seen.add(int(row["run_number"]), int(row["event_number"]), int(row["identity"]))
             self.written += 1
@@ -205,9 +232,9 @@ class Writer:
         events = self._h5.get_node(f"{prefix}/{layout.EVENTS}")
         group = _Group(path, events, int(events.nrows))
         if self.is_mapped:
-            for telescope in self.telescopes:
-                node = self._h5.get_node(f"{prefix}/T{telescope.tel_id}")
-                group.images[telescope.tel_id] = _ImageArray(node, int(node.nrows))
+            for tel_id in self.slots:
+                node = self._h5.get_node(f"{prefix}/T{tel_id}")
+                group.images[tel_id] = _ImageArray(node, int(node.nrows))
         return group
 
     def _is_new(self, run_number: int, event_number: int, identity: int) -> tuple[bool, bool]:
@@ -327,10 +354,15 @@ class Writer:
             self.incomplete.add(key[1])
         return was_listed
 
-    def merge(self, part: Path) -> np.ndarray:
-        """Append the new events of a part file written with the same settings.
+    def note_merge(self, names: list[str], command: str) -> None:
+        """State in the attributes which data sets were merged, and how."""
+        attrs = self._h5.root._v_attrs
+        attrs.merged_from, attrs.merge_command = json.dumps(names), command
 
-        Images are copied as compressed chunks.
+    def merge(self, part: Path) -> np.ndarray:
+        """Append the new events of another data set, with the same settings and compression.
+
+        Images are copied as compressed chunks. Each of its input files gets a row of Runs here.
 
         Returns
         -------
@@ -354,12 +386,14 @@ class Writer:
                         self._grow(group)
                         group.events.write_chunk((group.rows,), events.read_chunk((int(i),)))
                         group.rows += 1
-            index["source"] = self._n_runs
-            self._note(index[keep])
-            runs = layout.runs_table(source)
-        runs["duplicates"] += np.uint32((~keep).sum())
-        runs["events_written"] = keep.sum()
-        self.add_run(runs)
+            runs, sources = layout.runs_table(source), index["source"].copy()
+        for number in range(len(runs)):
+            run, mine = runs[number : number + 1], sources == number
+            index["source"][mine] = self._n_runs
+            run["duplicates"] += np.uint32((mine & ~keep).sum())
+            run["events_written"] = (mine & keep).sum()
+            self.add_run(run)
+        self._note(index[keep])
         return found
 
     def _merge_mapped(

@@ -1,21 +1,26 @@
 """Real files, ctapipe's results for them, and helpers for all tests."""
 
-import gzip
+import fcntl
+import os
 import struct
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
 from hypothesis import settings as hypothesis_settings
+from isal import igzip
 
-from image_extractor.simtel import MC_SHOWER, SYNC_MARKER
+from image_extractor.simtel import ARRAY_EVENT, EVENT_TYPES, MC_EVENT, MC_SHOWER
+from image_extractor.transaction import write_whole
 
 hypothesis_settings.register_profile("no wall-clock limit", deadline=None)
 hypothesis_settings.load_profile("no wall-clock limit")
 PACKAGE = Path(__file__).resolve().parents[1]
-SHARED = PACKAGE.parent.parent / "shared"
-FOLDERS = (SHARED / "data" / "cta", PACKAGE / "build" / "demo-data")
+SHARED = PACKAGE.parent.parent / "shared" / "data" / "cta"
+SAMPLES = PACKAGE / "build" / "sample-files"  # written by scripts/sample_files.py
 NAMES = {
     "gamma": "gamma_test.simtel.gz",
     "sst": "gamma_20deg_0deg_run102___cta-prod4-sst-1m_desert-2150m-Paranal-sst-1m.simtel.gz",
@@ -23,32 +28,101 @@ NAMES = {
     "proton": "proton_run202_za20deg_azm0deg_North_test_layout_test-prod.simtel.zst",
     "header": "header_only_gamma_diffuse_run000010_North_alpha_6.0.2.simtel.zst",
 }
+# Files from which the last two are made where they are absent; see stand_in.
+SOURCES = {
+    "proton": "gamma_test_large_truncated.simtel.gz",
+    "header": "camsettings_v6.simtel.zst",
+}
+MC_PE_SUM = 2026
+# What is added to the numbers of these objects in each copy of the events.
+NUMBERED = {MC_SHOWER: 10_000, MC_EVENT: 10**6, MC_PE_SUM: 10**6, ARRAY_EVENT: 10**6}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in one line per cause what was not tested."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    causes = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    if causes:
+        terminalreporter.section("not tested")
+    for cause, n in causes.most_common():
+        terminalreporter.line(f"{n} test{'s' if n > 1 else ''}: {cause}")
 
 
 def real_file(key: str) -> Path:
     """Path of a real simtel file; skip the test if it is absent."""
-    for folder in FOLDERS:
+    for folder in (SHARED, SAMPLES):
         if (folder / NAMES[key]).is_file():
             return folder / NAMES[key]
-    pytest.skip(f"{NAMES[key]} is absent: neither ../shared/data/cta nor build/demo-data has it")
+    if key in SOURCES and (SAMPLES / SOURCES[key]).is_file():
+        return stand_in(key)
+    pytest.skip("the sample files are absent: python scripts/sample_files.py downloads them")
+
+
+def stand_in(key: str) -> Path:
+    """Make a file that takes the place of one that is not in eventio's source distribution.
+
+    proton: 6 gammas of 3 showers, seen by LSTs, MSTs and SSTs, with the primary of protons. header:
+    what comes before the first event of a file.
+    """
+    path = SAMPLES / f"stand_in_{NAMES[key]}"
+    if not path.is_file():
+        raw = decompressed(SAMPLES / SOURCES[key])
+        if key == "proton":
+            *_, (_, _, _, end) = objects(raw)
+        else:
+            end = next(begin for kind, begin, _, _ in objects(raw) if kind in EVENT_TYPES)
+        write_whole(path, zstandard.compress(other_production(raw[:end], primary=101)))
+    return path
 
 
 def decompressed(path: Path) -> bytes:
-    """Content of a compressed file."""
+    """Content of a compressed file, as far as it can be read."""
     raw = path.read_bytes()
     if path.suffix == ".zst":
         return zstandard.ZstdDecompressor().stream_reader(raw).read()
-    return gzip.decompress(raw)
+    return zlib.decompressobj(31).decompress(raw)
+
+
+def objects(raw: bytes):
+    """Complete top-level objects of a simtel file: type, begin, begin of the content, end."""
+    begin = 0
+    while begin + 20 <= len(raw):
+        kind, _, size, extension = struct.unpack_from("<4I", raw, begin + 4)
+        is_extended = bool(kind >> 17 & 1)
+        start = begin + 16 + 4 * is_extended
+        end = start + (size & 0x3FFFFFFF) + ((extension & 0xFFF) << 30) * is_extended
+        if end > len(raw):
+            return
+        yield kind & 0xFFFF, begin, start, end
+        begin = end
+
+
+def repeated(raw: bytes, times: int) -> bytes:
+    """Repeat the events of a simtel file, with numbers of their own."""
+    spans = list(objects(raw))
+    first = next(i for i, span in enumerate(spans) if span[0] in NUMBERED)
+    last = max(i for i, span in enumerate(spans) if span[0] == ARRAY_EVENT)
+    copies = bytearray(raw[: spans[first][1]])
+    for k in range(times):
+        for kind, begin, start, end in spans[first : last + 1]:
+            block = bytearray(raw[begin:end])
+            # An array event begins with its trigger, which has the same number.
+            at = [8, start - begin + 4] if kind == ARRAY_EVENT else [8] if kind in NUMBERED else []
+            for place in at:
+                (number,) = struct.unpack_from("<I", block, place)
+                struct.pack_into("<I", block, place, number + k * NUMBERED[kind])
+            copies += block
+    return bytes(copies + raw[spans[last][3] : spans[-1][3]])
 
 
 def other_production(raw: bytes, primary: int | None = None, energy: float = 1.0) -> bytes:
     """Change the primary of every simulated shower, and multiply its energy, in a simtel file."""
-    changed, pos = bytearray(raw), 0
-    while (pos := raw.find(SYNC_MARKER + struct.pack("<H", MC_SHOWER), pos)) >= 0:
-        start = pos + (20 if raw[pos + 6] & 2 else 16)  # an extended header has 4 more bytes
-        old, tev = struct.unpack_from("<if", raw, start)
-        struct.pack_into("<if", changed, start, old if primary is None else primary, tev * energy)
-        pos = start
+    changed = bytearray(raw)
+    for kind, _, start, _ in objects(raw):
+        if kind == MC_SHOWER:
+            old, tev = struct.unpack_from("<if", raw, start)
+            number = old if primary is None else primary
+            struct.pack_into("<if", changed, start, number, tev * energy)
     return bytes(changed)
 
 
@@ -78,6 +152,21 @@ def dl1():
         return cache[key]
 
     return reference
+
+
+@pytest.fixture(scope="session")
+def long_file(tmp_path_factory):
+    """The protons repeated 60 times (360 events); made once for all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    path = folder / "long_proton.simtel.gz"
+    with (folder / "long_proton.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            raw = repeated(decompressed(real_file("proton")), 60)
+            path.write_bytes(igzip.compress(raw, 1))
+    return path
 
 
 def settings(**options):

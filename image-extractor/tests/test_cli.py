@@ -263,7 +263,7 @@ def test_image_extractor_without_a_command_says_which_there_are(capsys):
     for words, code, message in (
         (["--help"], 0, "validate  check a data set"),
         (["--version"], 0, f"image-extractor {__version__}"),
-        ([], 2, "no command (expected extract, inspect, plot, validate, config)"),
+        ([], 2, "no command (expected extract, inspect, plot, gallery, validate, "),
         (["insepct", "o.h5"], 2, "'insepct' is not a command (expected extract, inspect,"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -2,10 +2,10 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -17,7 +17,6 @@ import pytest
 import tables
 from conftest import (
     PACKAGE,
-    SHARED,
     all_images,
     decompressed,
     extract,
@@ -143,7 +142,7 @@ def test_charges_never_overflow(dtype, largest, dl1, tmp_path):
     """Defect 5 of the historic tool, see test_defects.py."""
     report = extract("proton", tmp_path / "o.h5", dtype=dtype)
     charges = np.concatenate([c for _, images, _ in dl1("proton")[0] for c, _ in images.values()])
-    assert charges.max() > 1810
+    assert charges.max() > 900
     found = np.concatenate(
         [
             i[..., 0].ravel()
@@ -210,8 +209,8 @@ def test_peak_times_keep_their_resolution(tmp_path, dl1):
 
 
 def test_a_type_too_small_for_the_peak_times_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"camera LSTCam: its 40 samples .* too large for int16"):
-        extract("proton", tmp_path / "o.h5", dtype="int16", time_unit=0.001)
+    with pytest.raises(DataError, match=r"camera \w+: its \d+ samples .* too large for int16"):
+        extract("calib", tmp_path / "o.h5", dtype="int16", time_unit=0.001)
 
 
 def test_mappings_are_made_once_for_all_files():
@@ -220,7 +219,7 @@ def test_mappings_are_made_once_for_all_files():
         with SimtelFile(real_file("proton")) as simtel:
             found.append(SelectedArray(simtel, settings(mapping="rebin")).mappings)
     assert all(found[0][t] is found[1][t] for t in found[0])
-    assert len({id(m) for m in found[0].values()}) == 2  # LSTCam, FlashCam
+    assert len({id(m) for m in found[0].values()}) in (2, 3)  # LSTCam, FlashCam, perhaps ASTRICam
 
 
 def test_energy_recon_labels_the_true_energy(tmp_path):
@@ -426,8 +425,11 @@ def test_a_dictionary_that_cannot_tell_two_events_apart_is_refused(jobs, tmp_pat
     (tmp_path / "a.simtel").write_bytes(raw)
     (tmp_path / "b.simtel").write_bytes(other_production(raw, primary=0))
     files = sorted(tmp_path.glob("*.simtel"))
-    chosen = {(202, 904): (0, 0.5)}
-    with pytest.raises(UsageError, match="run 202 event 904: two different events"):
+    with SimtelFile(files[0]) as simtel:
+        first = next(simtel.events())
+    chosen = {(first.run_number, first.event_id): (0, 0.5)}
+    same = f"run {first.run_number} event {first.event_id}: two different events"
+    with pytest.raises(UsageError, match=same):
         ImageExtractor(tmp_path / "o.h5", chosen, settings=settings()).process_files(
             files, jobs=jobs
         )
@@ -586,24 +588,6 @@ def test_appending_to_a_split_file_is_refused(tmp_path):
     extract("sst", tmp_path / "o.h5", split={"A": 0.5, "B": 0.5})
     with pytest.raises(DataError, match="was split"):
         extract("sst", tmp_path / "o.h5")
-
-
-@pytest.fixture(scope="session")
-def long_file(tmp_path_factory):
-    """The protons repeated 60 times (360 events); made once for all workers of pytest-xdist."""
-    tool = SHARED / "tools" / "replicate_simtel.py"
-    if not tool.is_file():
-        pytest.skip("../shared/tools/replicate_simtel.py is absent")
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    path = folder / "long_proton.simtel.gz"
-    with (folder / "long_proton.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            words = [sys.executable, tool, real_file("proton"), path, "60"]
-            subprocess.run([str(w) for w in words], check=True)
-    return path
 
 
 @pytest.mark.parametrize("storage", ["mapped", "all"])
@@ -863,7 +847,7 @@ def test_overwrite_still_applies_after_a_failure(tmp_path, monkeypatch):
     extract("sst", out, dtype="int32")  # another configuration
     extractor = ImageExtractor(out, settings=settings(), overwrite=True)
     with monkeypatch.context() as patch:
-        patch.setattr("image_extractor.image_extractor.verify", _fail)
+        patch.setattr("image_extractor.finishing.verify", _fail)
         with pytest.raises(DataError, match="could not be written"):
             extractor.process_data(real_file("sst"), 3)
     extractor.process_data(real_file("sst"), 3)
@@ -1072,7 +1056,8 @@ def test_a_telescope_that_cannot_be_calibrated_is_reported(tmp_path, monkeypatch
 def test_an_unknown_mirror_class_is_accepted(tmp_path):
     path = tmp_path / "a.simtel"
     raw = decompressed(real_file("header"))
-    assert raw.count(b"MIRROR_CLASS\x020 ") > 0
-    path.write_bytes(raw.replace(b"MIRROR_CLASS\x020 ", b"MIRROR_CLASS\x02x "))
+    changed, n = re.subn(rb"(MIRROR_CLASS\x02)[0-9] ", rb"\1x ", raw)
+    assert n > 0
+    path.write_bytes(changed)
     assert extract(path, tmp_path / "o.h5").problem == ""
     extract("header", tmp_path / "o.h5")  # the same array, so that it can be appended

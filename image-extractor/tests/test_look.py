@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tables
-from conftest import all_images, extract, real_file
+from conftest import all_images, decompressed, extract, other_production, real_file
 
 from image_extractor import cli, look
 from image_extractor.errors import DataError
+from image_extractor.gallery import BRIGHT_SIGMA, noise_rms
 from image_extractor.settings import EnergyBins
 
 
@@ -30,10 +31,10 @@ def test_inspect_describes_a_data_set(data_set, capsys):
     assert cli.main(["inspect", str(data_set)]) == 0
     text = capsys.readouterr().out
     for words in (
-        "run 202",
+        "run ",
         "6 of 6 events",
         "4 LST LSTCam: 1855 pixels, mapped by axial to 55 x 55; ids 1-4",
-        "15 MST FlashCam",
+        " MST FlashCam: 1764 pixels, mapped by axial to ",
         "label 101:",
         "ctapipe_version",
         "type_mode = ALL",
@@ -52,8 +53,9 @@ def test_inspect_counts_the_images_of_each_part(tmp_path, caplog):
             table = h5.get_node(f"/E0/Events_{part}")
             counts[part] = int((table.col("tel_map") >= 0).sum())
             after = text.partition(f"/E0/Events_{part}: ")[2].splitlines()[1]
-            assert sum(map(int, re.findall(r"(\d+) (?:LST|MST)", after))) == counts[part]
-    assert sum(counts.values()) == 36
+            assert sum(map(int, re.findall(r"(\d+) (?:LST|MST|SST)", after))) == counts[part]
+    with tables.open_file(str(tmp_path / "o.h5")) as h5:
+        assert sum(counts.values()) == sum(int(node.nrows) for node in h5.walk_nodes("/", "EArray"))
     assert counts["C"] == 0
     assert "Events_C has no event: there are only 6 events, of 3 showers." in caplog.text
 
@@ -288,3 +290,31 @@ def test_the_camera_panel_shows_the_true_charges(tmp_path, dl1):
     for tel_id, (charge, _) in images.items():
         read_back = look._per_pixel(found[tel_id][..., 0] / 100, matrix, 1296)
         np.testing.assert_allclose(read_back, np.clip(charge, 0, None), atol=0.021)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_bright_pixels_are_told_by_the_noise(cut):
+    rng = np.random.default_rng(0)
+    for rms in (0.3, 2.0):
+        charge = rng.normal(0, rms, 4000)
+        charge[:150] += 50 * rms
+        noise = noise_rms(np.clip(charge, 0, None) if cut else charge)
+        assert 0.9 < noise / rms < 1.25
+        bright = charge > BRIGHT_SIGMA * noise
+        assert bright[:150].all()
+        assert not bright[150:].any()
+
+
+def test_a_gallery_has_a_row_of_each_class_and_type(tmp_path, capsys):
+    (tmp_path / "g.simtel").write_bytes(other_production(decompressed(real_file("proton")), 0))
+    extract("proton", tmp_path / "o.h5")
+    extract(tmp_path / "g.simtel", tmp_path / "o.h5")
+    with tables.open_file(str(tmp_path / "o.h5")) as h5:
+        n_types = len(h5.root.Metadata.Cameras._v_children)
+    words = ["gallery", str(tmp_path / "o.h5"), "--output", str(tmp_path / "g.png")]
+    assert cli.main([*words, "--columns", "2"]) == 0
+    n = 2 * n_types
+    assert f"{2 * n} images of {n} classes and types drawn to" in capsys.readouterr().out
+    assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*words, "--part", "Test"]) == 1
+    assert "has no part 'Test'" in capsys.readouterr().err

@@ -1,0 +1,179 @@
+"""Toy showers and the training on them: geometry, labels, whole data sets, scores."""
+
+import csv
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import PACKAGE, all_images, real_file
+
+from image_extractor import layout
+from image_extractor.ctapipe_source import DatasetSource
+from image_extractor.look import validate
+from image_extractor.reader import Images
+
+sys.path.append(str(PACKAGE / "scripts"))
+import mock_showers
+
+ABSENT = "torch is absent: pip install '.[torch]'"
+torch = pytest.importorskip("torch", reason=ABSENT)
+torch_reader = pytest.importorskip("image_extractor.torch_reader", reason=ABSENT)
+train_cta = pytest.importorskip("train_cta", reason=ABSENT)
+SPLIT = {"Training": 0.5, "Validation": 0.2, "Test": 0.3}
+
+
+@pytest.fixture(scope="module")
+def camera():
+    return mock_showers.camera_named("FlashCam", real_file("calib"))
+
+
+@pytest.fixture(scope="module")
+def mock(camera, tmp_path_factory):
+    """Ten showers of each primary, used six times."""
+    path = tmp_path_factory.mktemp("mock") / "mock.h5"
+    mock_showers.write(path, camera, 10, 6, seed=3, jobs=2, split=SPLIT)
+    return path
+
+
+def test_a_mock_data_set_is_valid_and_its_showers_are_used_again(mock):
+    assert validate(mock) == []
+    with layout.open_layout(mock) as h5:
+        index, runs = layout.index_table(h5), layout.runs_table(h5)
+    assert runs["shower_reuse"].tolist() == [6, 6]
+    assert runs["events_written"].sum() == len(index) > 40
+    for run, primary in ((1, 0), (2, 101)):
+        mine = index[index["run_number"] == run]
+        assert set(mine["primary_id"]) == {primary}
+        assert np.unique(mine["shower"]).size <= 10 < len(mine)
+        low, high = mock_showers.ENERGY_TEV[primary]
+        assert low <= mine["mc_energy"].min() < mine["mc_energy"].max() <= high
+
+
+def test_the_seed_determines_a_mock_data_set_whatever_the_processes(camera, tmp_path):
+    for name, seed, jobs in (("a", 1, 1), ("b", 1, 2), ("c", 2, 1)):
+        mock_showers.write(tmp_path / f"{name}.h5", camera, 2, 3, seed=seed, jobs=jobs)
+    sums = []
+    for name in "abc":
+        with layout.open_layout(tmp_path / f"{name}.h5") as h5:
+            sums.append(layout.index_table(h5)["checksum"].tolist())
+    assert sums[0] == sums[1] != sums[2]
+
+
+def test_ctapipe_reconstructs_the_true_directions_and_cores_of_mock_gammas(mock):
+    """Images lie where geometry puts them: HillasReconstructor is the independent reference."""
+    from ctapipe.image import ImageProcessor
+    from ctapipe.reco import ShowerProcessor
+
+    off = []
+    with DatasetSource(mock) as source:
+        process, reconstruct = ImageProcessor(source.subarray), ShowerProcessor(source.subarray)
+        for event in source:
+            shower = event.simulation.shower
+            process(event)
+            reconstruct(event)
+            found = event.dl2.stereo.geometry["HillasReconstructor"]
+            if found.is_valid and shower.shower_primary_id == 0:
+                truth = (shower.alt.to_value("deg"), shower.az.to_value("deg"))
+                alt, az = found.alt.to_value("deg"), found.az.to_value("deg")
+                side = ((az - truth[1] + 180) % 360 - 180) * np.cos(np.radians(alt))
+                x, y = found.core_x - shower.core_x, found.core_y - shower.core_y
+                off.append((np.hypot(alt - truth[0], side), np.hypot(x, y).to_value("m")))
+    assert len(off) > 20
+    angle, distance = np.median(off, axis=0)
+    assert angle < 0.15  # deg; a sign or axis that is wrong gives more than 1
+    assert distance < 20  # m
+
+
+def test_light_time_and_impact_follow_from_the_shower(mock, camera):
+    rng = np.random.default_rng(0)
+    toy = mock_showers.ToyTelescope(mock_showers.array_of(camera)[0])
+    shower = mock_showers.simulate(1, mock_showers.GAMMA, rng)
+    (part,) = shower.cascades
+    views = [
+        toy._view(shower, replace(part, light_tev=k * part.light_tev), np.zeros(3)) for k in (1, 2)
+    ]
+    assert views[1].intensity == pytest.approx(2 * views[0].intensity)
+    assert views[0].length > views[0].width
+    protons = [mock_showers.simulate(i, mock_showers.PROTON, rng) for i in range(50)]
+    assert 2 < np.mean([len(p.cascades) for p in protons]) < 6
+    data = Images(mock)
+    assert max(s["impact"] for s in data) < mock_showers.CORE_RADIUS_M + mock_showers.SPACING_M
+    assert len(data) == sum(len(images) for _, images in all_images(mock).values())
+
+
+def test_training_writes_a_run_and_scores_the_test_events(mock, tmp_path, caplog):
+    words = [str(mock), "--run-dir", str(tmp_path / "run"), "--epochs", "1", "--threads", "1"]
+    summary = train_cta.main(train_cta.parsed(words))
+    run = tmp_path / "run"
+    for name in ("config.json", "environment.json", "log.txt", "metrics.csv", "network.pt"):
+        assert (run / name).stat().st_size > 0
+    for name in ("roc.png", "energy.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "summary.json").read_text())["events"] == summary["events"]
+    rows = list(csv.DictReader((run / "events.csv").open()))
+    assert len(rows) == summary["events"]["Test"] == len(train_cta.Events(mock, "Test"))
+    for name in ("network", "Hillas, boosted"):
+        value, low, high = summary[name]["auc"]
+        truth = np.array([int(r["particle"]) for r in rows])
+        logit = np.array([float(r[f"{name} logit".replace(", ", " ")]) for r in rows])
+        order = logit[truth == 1][:, None] - logit[truth == 0]  # AUC: pairs in the right order
+        assert value == pytest.approx(np.mean(order > 0) + np.mean(order == 0) / 2, abs=1e-6)
+        assert low <= value <= high
+    assert summary["test_events_with_shower_in_training"] == 0
+    assert "have their shower in Training" not in caplog.text
+
+
+def test_a_split_by_event_is_reported_as_a_leak(camera, tmp_path, caplog):
+    path = tmp_path / "leaky.h5"
+    mock_showers.write(path, camera, 4, 6, seed=3, jobs=2, split=SPLIT, split_by="event")
+    words = [str(path), "--run-dir", str(tmp_path / "run"), "--epochs", "1", "--no-baseline"]
+    summary = train_cta.main(train_cta.parsed([*words, "--threads", "1"]))
+    assert summary["test_events_with_shower_in_training"] > 0
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "test events have their shower in Training, too: the scores are too good" in log
+
+
+def test_the_network_ignores_padding(mock):
+    data = train_cta.Events(mock, transform=train_cta.prepare)
+    network = train_cta.ShowerNetwork().eval()
+    few = min(range(len(data)), key=lambda i: len(data[i]["images"]))
+    many = max(range(len(data)), key=lambda i: len(data[i]["images"]))
+    assert len(data[few]["images"]) < len(data[many]["images"])
+    alone, beside = (torch_reader.collate([data[i] for i in n]) for n in ([few], [few, many]))
+    with torch.no_grad():
+        found = [network(b["images"], b["mask"], b["positions"])[0][0] for b in (alone, beside)]
+    assert torch.allclose(*found, atol=1e-5)
+
+
+def test_a_varied_batch_keeps_an_image_of_each_event_and_turns_whole_events(mock):
+    data = train_cta.Events(mock, transform=train_cta.prepare)
+    batch = torch_reader.collate([data[i] for i in range(40)])
+    found = train_cta.varied(batch, torch.Generator().manual_seed(0))
+    assert found["mask"].any(1).all()
+    assert not (found["mask"] & ~batch["mask"]).any()
+    assert 0.1 < 1 - found["mask"].sum() / batch["mask"].sum() < 0.3
+    turned = (found["positions"] != batch["positions"]).flatten(1).any(1)
+    assert 10 < turned.sum() < 30
+    assert torch.equal(found["images"][~turned], batch["images"][~turned])
+    assert torch.equal(found["images"][turned], batch["images"][turned].flip(-1, -2))
+    twice = -found["positions"][turned][..., :4]
+    assert torch.equal(twice, batch["positions"][turned][..., :4])
+    assert torch.equal(found["positions"][..., 4], batch["positions"][..., 4])
+
+
+def test_scores_of_known_results():
+    rng = np.random.default_rng(0)
+    bias, width = train_cta.bias_and_resolution(1.1 + 0.2 * rng.standard_normal(100_000))
+    assert (bias, width) == pytest.approx((0.1, 0.2), abs=0.003)  # 68 % of a normal: one sigma
+    logit = rng.normal(0, 2, 50_000)
+    truth = (rng.random(logit.size) < 1 / (1 + np.exp(-logit))).astype(int)
+    assert train_cta.temperature(3 * logit, truth) == pytest.approx(3, rel=0.05)
+    showers = np.repeat(np.arange(50), 20)  # the uses of a shower are equal: 50, not 1000, values
+    values = np.repeat(rng.normal(0, 1, 50), 20)
+    mean, low, high = train_cta.interval(
+        lambda weights: np.average(values, weights=weights), showers, 0
+    )
+    assert mean == pytest.approx(values.mean())
+    assert (high - low) / 4 == pytest.approx(values.std() / np.sqrt(50), rel=0.2)

@@ -1,0 +1,111 @@
+"""Emission lines measured as of old: Gaussians of known width, fitted to one spectrum at a time.
+
+The classical method beside which a network has to prove itself (baselines.py), and the places where
+the filters of matched_filter_net.py start.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+C_KMS = 299_792.458
+
+LINES: dict[str, float] = {
+    "Hb-4862": 4862.69,
+    "OIII-4960": 4960.295,
+    "OIII-5008": 5008.240,
+    "HeI-5877": 5877.25,
+    "OI-6302": 6302.046,
+    "OI-6365": 6365.536,
+    "NII-6549": 6549.86,
+    "Ha-6564": 6564.61,
+    "NII-6585": 6585.27,
+    "SII-6718": 6718.29,
+    "SII-6732": 6732.67,
+}
+"""Vacuum wavelengths, Angstrom: NIST Atomic Spectra Database, version 5 (Ritz values). The names
+contain them truncated to whole Angstrom, as in the DAP."""
+
+OTHER_FEATURES = (5175.0, 5891.6, 7067.14, 7137.76)
+"""Mg b, Na D, He I and [Ar III], vacuum Angstrom: further places where spectra differ."""
+
+LINE_SIGMA_KMS = 85.0
+"""Width of the fitted Gaussians: gas of 35 km/s, the instrument and the bins."""
+
+GROUPS: tuple[dict[str, dict[str, float]], ...] = (
+    {"Hb": {"Hb-4862": 1}},
+    {"OIII": {"OIII-5008": 1, "OIII-4960": 0.340}},
+    {"Ha": {"Ha-6564": 1}, "NII": {"NII-6585": 1, "NII-6549": 0.327}},
+    {"SIIa": {"SII-6718": 1}, "SIIb": {"SII-6732": 1}},
+    {"OI": {"OI-6302": 1, "OI-6365": 0.328}},
+    {"HeI": {"HeI-5877": 1}},
+)
+"""Lines fitted together, on a linear continuum within 60 Angstrom; doublets as one line, with the
+ratios that the DAP keeps fixed."""
+
+RATIOS = ("Hb", "OIII", "Ha", "NII", "SII")
+"""Lines of the classical ratios, where in range."""
+
+
+def fit_lines(flux: np.ndarray, ivar: np.ndarray, wave: np.ndarray) -> dict[str, np.ndarray]:
+    """Weighted least squares of Gaussians of known width on a linear continuum.
+
+    Parameters
+    ----------
+    flux, ivar : (N, band) array
+        Of any unit; ivar 0 in gaps.
+    wave : (band,) array
+        Vacuum rest wavelengths, Angstrom.
+
+    Returns
+    -------
+    dict of line -> (3, N)
+        Flux, its variance, continuum at the middle of the group, for each line of GROUPS in range;
+        "SII" is the sum of the doublet.
+    """
+    out = {}
+    for group in GROUPS:
+        waves = [LINES[n] for parts in group.values() for n in parts]
+        if not any(wave[0] + 4 < w < wave[-1] - 4 for w in waves):
+            continue
+        seen = (wave > min(waves) - 60) & (wave < max(waves) + 60)
+        good = np.isfinite(flux[:, seen]) & (ivar[:, seen] > 0)
+        f, w = np.where(good, flux[:, seen], 0.0), np.where(good, ivar[:, seen], 0.0)
+        grid = wave[seen]
+        columns = []
+        for parts in group.values():
+            profile = np.zeros(grid.size)
+            for name, ratio in parts.items():
+                sigma = LINES[name] * LINE_SIGMA_KMS / C_KMS
+                gauss = np.exp(-0.5 * ((grid - LINES[name]) / sigma) ** 2)
+                profile += ratio * gauss / (sigma * np.sqrt(2 * np.pi))
+            columns.append(profile)
+        a = np.stack([*columns, np.ones(grid.size), (grid - grid.mean()) / 50], 1)
+        normal = np.einsum("bi,nb,bj->nij", a, w, a, optimize=True)
+        normal += 1e-9 * np.trace(normal, axis1=1, axis2=2)[:, None, None] * np.eye(a.shape[1])
+        normal += 1e-12 * np.eye(a.shape[1])
+        inverse = np.linalg.inv(normal)
+        fitted = np.einsum("nij,bj,nb->ni", inverse, a, w * f, optimize=True)
+        for k, name in enumerate(group):
+            out[name] = np.stack([fitted[:, k], inverse[:, k, k], fitted[:, -2]])
+    if {"SIIa", "SIIb"} <= set(out):
+        out["SII"] = out["SIIa"] + out["SIIb"] * [[1], [1], [0]]
+    return out
+
+
+def log_ratios(lines: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
+    """Logarithms of fluxes over Ha's, linear in the noise, (N, line - 1).
+
+    asinh magnitudes (Lupton, Gunn & Szalay 1999, AJ 118, 1406) with the error as softening.
+    """
+    logs = {}
+    for name in names:
+        flux, error = lines[name][0], np.sqrt(lines[name][1])
+        logs[name] = np.arcsinh(flux / error / 2) + np.log(error)
+    return np.stack([logs[n] - logs["Ha"] for n in names if n != "Ha"], 1)
+
+
+def line_bins(wave: np.ndarray) -> list[float]:
+    """Bins of the lines and other features in a range of wavelengths."""
+    waves = [w for w in (*LINES.values(), *OTHER_FEATURES) if wave[0] < w < wave[-1]]
+    return np.interp(waves, wave, np.arange(wave.size)).tolist()
