@@ -411,7 +411,7 @@ def run_targets(root: Path, data: Path) -> list[Target]:
         found = pack_cubes.read_packed(folder / packed_file.name)
         return np.asarray(found.spectra), found.rows, found.cubes, found.recipe
 
-    packed_file = pack_cubes.packed_path(data, "hard", "residual", "float32")
+    packed_file = next((data / "processed/packed/hard").glob("*.h5"))
     card, reseal = run / run_folder.MODEL_FILE, data_io.sealed
     return [
         Target("run/model.json", model, list(json_forgeries(card, reseal))),
