@@ -196,14 +196,10 @@ def load_model(run_dir: Path | str, device: str = "auto") -> TrainedModel:
         If the folder holds no trained model, a damaged one, or one of another version.
     """
     card, weights, stats, parts = run_folder.read_model(Path(run_dir))
-    network = networks.make_network(card.network_name, card.network)
-    try:
+    what = f"{run_folder.WEIGHTS_FILE} and {run_folder.MODEL_FILE} of one network"
+    with utils.reading(run_dir, what, "Copy the run again, or retrain."):
+        network = networks.make_network(card.network_name, card.network)
         network.load_state_dict(weights)
-    except RuntimeError:
-        raise DataError(
-            f"{run_dir}: {run_folder.WEIGHTS_FILE} does not fit the network described in "
-            f"{run_folder.MODEL_FILE}. Copy the run again, or retrain."
-        ) from None
     chosen = pick_device(device)
     network = network.to(chosen).eval()
     return TrainedModel(network, card, stats, chosen, parts)

@@ -24,6 +24,7 @@ import utils
 from utils import DataError, Norm
 
 import numpy as np
+from isal import isal_zlib
 from tqdm import tqdm
 
 import data_io
@@ -34,7 +35,9 @@ from hsi_proc_fns import Stats
 
 log = logging.getLogger(__name__)
 
-PACKED_SCHEMA, PACKED_VERSION = "manga-packed", 2
+PACKED_SCHEMA, PACKED_VERSION = "manga-packed", 3
+CHECKED_AT_ONCE = 1 << 24
+"""Bytes of spectra that are compared with their checksum at a time."""
 PackedType = Literal["float16", "float32"]
 PACKED_AXES = {"PCA": "component", "residual": "residual+weight+colour"}
 
@@ -79,7 +82,7 @@ class PackedCubes:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the path alone: a worker maps the file again."""
-        return read_packed, (self.path,)
+        return read_packed, (self.path, False)
 
     @property
     def size(self) -> str:
@@ -170,34 +173,40 @@ def write_packed(path: Path, packed: PackedCubes, cubes: Iterable[np.ndarray]) -
         f.attrs.update(schema=PACKED_SCHEMA, schema_version=PACKED_VERSION)
         f.attrs.update(recipe=packed.recipe.to_json(), code_version=utils.VERSION)
         f.attrs["created_utc"] = utils.utc_now()
-        f["plateifu"] = list(packed.rows)
-        f["cube"] = [packed.cubes[p] for p in packed.rows]
+        f["plateifu"] = np.array(list(packed.rows), "S")
+        f["cube"] = np.array([packed.cubes[p] for p in packed.rows], "S")
         f["shape"] = np.array([r.shape for r in packed.rows.values()], np.int32)
         f["rows"] = np.concatenate([r.ravel() for r in packed.rows.values()])
         spectra = f.create_dataset("spectra", packed.spectra.shape, packed.spectra.dtype)
         axis = PACKED_AXES.get(packed.recipe.options["patch_norm"], "band")
         spectra.attrs.update(axes=f"row,{axis}")
         spectra[0] = 0
-        row = 1
+        crc, row = isal_zlib.crc32(np.zeros(spectra.shape[1:], spectra.dtype)), 1
         for values in cubes:
-            spectra[row : row + len(values)] = values
-            row += len(values)
+            stored = np.ascontiguousarray(values, spectra.dtype)
+            spectra[row : row + len(values)] = stored
+            crc, row = isal_zlib.crc32(stored, crc), row + len(values)
+        spectra.attrs["crc32"] = crc
         assert row == len(spectra), "the number of spectra differs from that in the maps of rows"
 
 
-def read_packed(path: Path) -> PackedCubes:
-    """Open packed cubes; the spectra stay on disk, memory-mapped."""
+def read_packed(path: Path, is_checked: bool = True) -> PackedCubes:
+    """Open packed cubes; the spectra stay on disk, memory-mapped, checked or not."""
     maker = "pack_cubes.py --overwrite"
     with data_io.open_h5(path, PACKED_SCHEMA, PACKED_VERSION, maker) as f:
-        names, cubes = (f[name].asstr()[...].tolist() for name in ("plateifu", "cube"))
-        shapes = f["shape"][...]
-        parts = np.split(f["rows"][...], np.cumsum(shapes.prod(1))[:-1])
+        texts = (data_io.read_dataset(f, name) for name in ("plateifu", "cube"))
+        names, cubes = ([word.decode() for word in text] for text in texts)
+        shapes, flat = (data_io.read_dataset(f, name) for name in ("shape", "rows"))
+        parts = np.split(flat, np.cumsum(shapes.prod(1))[:-1])
         rows = {p: r.reshape(s) for p, r, s in zip(names, parts, shapes, strict=True)}
-        recipe = Recipe.from_json(f.attrs["recipe"], path)
+        recipe = Recipe.from_json(f.checked_attrs["recipe"], path)
         spectra = f["spectra"]
-        layout = (spectra.dtype, spectra.id.get_offset(), spectra.shape)
-    dtype, offset, shape = layout
-    mapped = np.memmap(path, dtype, "r", offset, shape)
+        mapped = np.memmap(path, spectra.dtype, "r", spectra.id.get_offset(), spectra.shape)
+        crc, n_rows = 0, max(1, CHECKED_AT_ONCE // max(mapped[:1].nbytes, 1))
+        for row in range(0, len(mapped), n_rows):  # once in a run: the workers map it unchecked
+            crc = isal_zlib.crc32(mapped[row : row + n_rows], crc) if is_checked else crc
+        if is_checked and crc != spectra.attrs["crc32"]:
+            raise ValueError("the checksum of spectra differs")
     return PackedCubes(Path(path), mapped, rows, dict(zip(names, cubes, strict=True)), recipe)
 
 

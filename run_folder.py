@@ -10,6 +10,7 @@ Writes  <run_dir>/: config.json, environment.json, split/ (a copy), log.txt, met
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +31,8 @@ from utils import DataError
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from isal import isal_zlib
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -44,7 +47,7 @@ from networks import NetworkName
 log = logging.getLogger(__name__)
 
 RUNS_FOLDER = Path("runs")
-MODEL_SCHEMA, MODEL_VERSION = "manga-model", 3
+MODEL_SCHEMA, MODEL_VERSION = "manga-model", 4
 CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE = "config.json", "environment.json", "log.txt"
 MODEL_FILE, WEIGHTS_FILE, STATS_FILE = "model.json", "best.safetensors", "stats.h5"
 BASELINE_FILE, METRICS_FILE = "baseline.safetensors", "metrics.csv"
@@ -136,7 +139,7 @@ class ModelCard:
     def write(self, run_dir: Path) -> None:
         """Write model.json, whole or not at all."""
         head = {"schema": MODEL_SCHEMA, "schema_version": MODEL_VERSION}
-        utils.write_json(run_dir / MODEL_FILE, {**head, **asdict(self)})
+        utils.write_json(run_dir / MODEL_FILE, data_io.sealed({**head, **asdict(self)}))
 
     @classmethod
     def read(cls, run_dir: Path) -> ModelCard:
@@ -148,25 +151,25 @@ class ModelCard:
             If it is missing, damaged or of another version.
         """
         path = run_dir / MODEL_FILE
-        try:
-            content = json.loads(path.read_text())
-            found = (content.pop("schema", None), content.pop("schema_version", None))
-            if found == (MODEL_SCHEMA, MODEL_VERSION):
-                bands = content["spec"]["bands"]
-                spec = {**content["spec"], "bands": bands and tuple(bands)}
-                parts = {
-                    "spec": PatchSpec(**spec),
-                    "recipe": Recipe.from_json(content["recipe"], path),
-                    "calibration": Calibration(**content["calibration"]),
-                }
-                return cls(**{**content, **parts})
-        except (FileNotFoundError, NotADirectoryError):
+        if not path.is_file():
             raise DataError(
                 f"{run_dir}: no {MODEL_FILE}. Expected the folder of a training run "
                 "(python run_SSFTT_training.py --run-dir ...)."
-            ) from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{path}: damaged ({error!r}). Copy it again, or retrain.") from None
+            )
+        with utils.reading(path, "the description of a model", "Copy it again, or retrain."):
+            content = dict(json.loads(path.read_text()))
+            checksum = content.pop("checksum", None)
+            found = (content.get("schema"), content.get("schema_version"))
+            if found == (MODEL_SCHEMA, MODEL_VERSION):
+                if checksum != data_io.sealed(content)["checksum"]:
+                    raise ValueError("its checksum differs")
+                bands = content["spec"]["bands"]
+                spec = PatchSpec(**{**content["spec"], "bands": bands and tuple(bands)})
+                recipe = Recipe.from_json(content["recipe"], path)
+                calibration = Calibration(**content["calibration"])
+                del content["schema"], content["schema_version"]
+                parts = {"spec": spec, "recipe": recipe, "calibration": calibration}
+                return cls(**{**content, **parts})
         raise DataError(
             f"{path}: schema {found[0]} version {found[1]}, this code needs {MODEL_SCHEMA} version "
             f"{MODEL_VERSION}. Retrain the model."
@@ -330,7 +333,18 @@ def write_tensors(
 ) -> None:
     """Write a .safetensors file with the usual permissions (its own writer makes it private)."""
     with utils.atomic_path(path) as part:
-        part.write_bytes(save(tensors, metadata))
+        about = {**(metadata or {}), "crc32": str(_crc(tensors, metadata or {}))}
+        part.write_bytes(save(tensors, about))
+
+
+def _crc(tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
+    """CRC-32 of tensors and metadata."""
+    crc = isal_zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().contiguous()
+        crc = isal_zlib.crc32(f"{name} {values.dtype} {tuple(values.shape)}".encode(), crc)
+        crc = isal_zlib.crc32(values.reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -341,14 +355,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     DataError
         If it is missing or damaged.
     """
-    try:
-        with safe_open(path, "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise DataError(
-            f"{path}: not readable ({error}). Expected the weights of a training run: copy the run "
-            "again, or retrain."
-        ) from None
+    remedy = "Copy the run again, or retrain."
+    with utils.reading(path, "the weights of a training run", remedy), safe_open(path, "pt") as f:
+        tensors, about = {name: f.get_tensor(name) for name in f.keys()}, dict(f.metadata() or {})
+        if about.pop("crc32", None) != str(_crc(tensors, about)):
+            raise ValueError("its checksum differs, or it has none")
+        return tensors, about
 
 
 def write_best(run_dir: Path, card: ModelCard, weights: dict[str, Tensor]) -> None:
@@ -361,8 +373,9 @@ def write_best(run_dir: Path, card: ModelCard, weights: dict[str, Tensor]) -> No
 
 def write_checkpoint(run_dir: Path, content: dict[str, Any], history: list[dict]) -> None:
     """Write last.pt (tensors and plain values only) and metrics.csv."""
-    with utils.atomic_path(run_dir / CHECKPOINT_FILE) as part:
-        torch.save(content, part)
+    with io.BytesIO() as buffer, utils.atomic_path(run_dir / CHECKPOINT_FILE) as part:
+        torch.save(content, buffer)  # to a full disk, it would raise what says nothing
+        part.write_bytes(buffer.getbuffer())
     if history:
         with utils.atomic_path(run_dir / METRICS_FILE) as part:
             pd.DataFrame(history).to_csv(part, index=False)
@@ -371,12 +384,12 @@ def write_checkpoint(run_dir: Path, content: dict[str, Any], history: list[dict]
 def read_checkpoint(run_dir: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read last.pt; no code in it is executed."""
     path = run_dir / CHECKPOINT_FILE
-    try:
+    remedy = "Start the run again with --overwrite."
+    with utils.reading(path, "the checkpoint of a training run", remedy):
+        with zipfile.ZipFile(path) as archive:  # torch itself compares no checksum
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} differs")
         return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise DataError(
-            f"{path}: not a readable checkpoint ({error}). Start the run again with --overwrite."
-        ) from None
 
 
 # Using a run

@@ -400,16 +400,18 @@ def restore(training: Training) -> None:
     training.card.recipe.require(card.recipe, run_dir, remedy)
     training.card = card
     saved = run_folder.read_checkpoint(run_dir, training.device)
-    training.model.load_state_dict(saved["model"])
-    if training.average is not None:
-        training.average.load_state_dict(saved["average"])
-    training.optimiser.load_state_dict(saved["optimiser"])
-    training.scheduler.load_state_dict(saved["scheduler"])
-    training.scaler.load_state_dict(saved["scaler"])
-    training.progress = progress = Progress(**saved["progress"])
-    torch.set_rng_state(saved["rng"]["torch"].cpu())
-    if training.device.type == "cuda" and saved["rng"]["cuda"] is not None:  # None: was on a CPU
-        torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
+    path = run_dir / run_folder.CHECKPOINT_FILE
+    with utils.reading(path, "the checkpoint of this run", "Start again with --overwrite."):
+        training.model.load_state_dict(saved["model"])
+        if training.average is not None:
+            training.average.load_state_dict(saved["average"])
+        training.optimiser.load_state_dict(saved["optimiser"])
+        training.scheduler.load_state_dict(saved["scheduler"])
+        training.scaler.load_state_dict(saved["scaler"])
+        training.progress = progress = Progress(**saved["progress"])
+        torch.set_rng_state(saved["rng"]["torch"].cpu())
+        if training.device.type == "cuda" and saved["rng"]["cuda"] is not None:  # None: of a CPU
+            torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu())
     if progress.epoch > epochs:
         log.warning(
             "%s: has %d epochs already, more than --epochs %d", run_dir, progress.epoch, epochs

@@ -390,7 +390,37 @@ def write_files(root: Path) -> list[Target]:
     (root / "failed").mkdir()
     (root / "failed/failed.csv").write_text(f"plateifu,stage,reason\n{GALAXY},cubes,a reason\n")
     targets.append(Target("failed/failed.csv", failures_content, [], False))
-    return targets
+    return targets + run_targets(root, data)
+
+
+def run_targets(root: Path, data: Path) -> list[Target]:
+    """The files of a short training run, and packed cubes."""
+    from conftest import train
+
+    import eval_fns
+    import pack_cubes
+    import run_folder
+
+    run = train(data, root / "run", epochs=1)
+
+    def model(folder: Path) -> Any:
+        loaded = eval_fns.load_model(folder, "cpu")
+        return vars(loaded.card), loaded.network.state_dict(), loaded.stats, loaded.parts
+
+    def packed(folder: Path) -> Any:
+        found = pack_cubes.read_packed(folder / packed_file.name)
+        return np.asarray(found.spectra), found.rows, found.cubes, found.recipe
+
+    packed_file = next((data / "processed/packed/hard").glob("*.h5"))
+    card, reseal = run / run_folder.MODEL_FILE, data_io.sealed
+    return [
+        Target("run/model.json", model, list(json_forgeries(card, reseal))),
+        Target("run/best.safetensors", model),
+        Target("run/baseline.safetensors",
+               lambda folder: run_folder.read_tensors(folder / "baseline.safetensors")),
+        Target("run/last.pt", run_folder.read_checkpoint),
+        Target(str(packed_file.relative_to(root)), packed, list(h5_forgeries(packed_file))),
+    ]  # fmt: skip
 
 
 def split_forgeries() -> list[tuple[str, Callable]]:

@@ -251,7 +251,7 @@ def without_test_part(run, data):
             of_another_calibration,
             f"{TEST_GALAXY}.npy: made with diagnostic=N2-M13, the training labels with .*O3N2-M13",
         ),
-        (of_another_network, r"best\.safetensors does not fit the network .*retrain"),
+        (of_another_network, r"expected best\.safetensors and model\.json of one network.*retrain"),
         (without_test_part, "no labelled spaxel in the test part"),
     ],
 )

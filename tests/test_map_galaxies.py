@@ -12,7 +12,6 @@ import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
 from conftest import train
-from safetensors.torch import load_file, save_file
 
 import data_io
 import eval_fns
@@ -274,9 +273,9 @@ def test_map_of_another_cube_or_model_is_made_again(own_data, own_run):
     first = recipe()
     mock_cubes.rebuild_cube(own_data, TEST_GALAXY, "another LOGCUBE")
     second = recipe()
-    weights = load_file(own_run / run_folder.WEIGHTS_FILE)
+    weights, about = run_folder.read_tensors(own_run / run_folder.WEIGHTS_FILE)
     next(iter(weights.values())).add_(1)
-    save_file(weights, own_run / run_folder.WEIGHTS_FILE)
+    run_folder.write_tensors(own_run / run_folder.WEIGHTS_FILE, weights, about)
     third = recipe()
     assert len({first, second, third}) == 3
     made.write_bytes(b"")  # not a FITS file any more

@@ -8,6 +8,7 @@ from utils import DataError
 import pytest
 import torch
 
+import data_io
 import run_folder
 from data_fns import PatchSpec
 from data_io import Recipe
@@ -42,9 +43,16 @@ def run_dir(root, tmp_path):
 def edited(**changes):
     def edit(path):
         content = json.loads(path.read_text()) | changes
-        utils.write_json(path, {k: v for k, v in content.items() if v != "gone"})
+        kept = {k: v for k, v in content.items() if v != "gone" and k != "checksum"}
+        utils.write_json(path, data_io.sealed(kept))
 
     return edit
+
+
+def other_bytes(path):
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1  # of the last weights; a text stays one
+    path.write_bytes(content)
 
 
 def half(path):
@@ -55,17 +63,19 @@ def half(path):
     ("name", "damage", "message"),
     [
         ("model.json", os.unlink, r"no model\.json\. Expected the folder of a training run"),
-        ("model.json", edited(schema_version=1), "manga-model version 1, this code needs .* 3"),
-        ("model.json", edited(spec="gone"), r"model\.json: damaged"),
-        ("model.json", edited(colour="red"), r"model\.json: damaged"),
+        ("model.json", edited(schema_version=1), "manga-model version 1, this code needs .* 4"),
+        ("model.json", edited(spec="gone"), r"model\.json: not readable"),
+        ("model.json", edited(colour="red"), r"model\.json: not readable"),
         ("model.json", edited(recipe=[]), r"model\.json: its recipe is damaged"),
-        ("model.json", half, r"model\.json: damaged"),
+        ("model.json", half, r"model\.json: not readable"),
         ("best.safetensors", os.unlink, r"no best\.safetensors\. Expected .* a finished epoch"),
         (
             "best.safetensors",
             half,
             r"best\.safetensors: not readable",
         ),
+        ("best.safetensors", other_bytes, r"best\.safetensors: not readable .*checksum"),
+        ("model.json", other_bytes, r"model\.json: not readable"),
         ("stats.h5", os.unlink, r"stats\.h5 is missing"),
         ("split/val.csv", os.unlink, r"split/val\.csv is missing"),
     ],
@@ -82,6 +92,15 @@ def test_model_survives_its_files_and_damaged_ones_are_refused(run_dir, name, da
     assert "\n" not in str(caught.value)
 
 
+def changed_tensor(path):
+    """Change one bit in a tensor of a checkpoint, which torch itself does not notice."""
+    torch.save({"model": torch.full((1000,), 1.5)}, path)
+    content = path.read_bytes()
+    at = content.index(torch.full((100,), 1.5).numpy().tobytes())
+    path.write_bytes(content[:at] + b"\1" + content[at + 1 :])
+    assert torch.load(path)["model"][0] != 1.5
+
+
 def test_damaged_checkpoint_is_refused_and_no_code_in_one_is_executed(run_dir, tmp_path):
     class Harmful:
         def __reduce__(self):
@@ -90,11 +109,12 @@ def test_damaged_checkpoint_is_refused_and_no_code_in_one_is_executed(run_dir, t
     assert run_folder.read_checkpoint(run_dir) == {"model": {}}
     for damage in (
         half,
+        changed_tensor,
         lambda path: torch.save(Harmful(), path),
         os.unlink,
     ):
         damage(run_dir / "last.pt")
-        with pytest.raises(DataError, match=r"last\.pt: not a readable checkpoint"):
+        with pytest.raises(DataError, match=r"last\.pt: not readable"):
             run_folder.read_checkpoint(run_dir)
     assert not (tmp_path / "executed").exists()
 

@@ -313,7 +313,7 @@ REFUSED = {
         {}, r"made with cube\.deredden=True \(now False\), another set of cubes",
     ),
     "damaged checkpoint": (
-        lambda _: os.truncate("old/last.pt", 50), {}, r"last\.pt: not a readable checkpoint"
+        lambda _: os.truncate("old/last.pt", 50), {}, r"last\.pt: not readable"
     ),
     "neither resume nor overwrite": (None, {"resume": "no"}, "old: holds a run. .*--overwrite"),
     "folder of other origin": (foreign, {}, r"holds config\.json, test, but not a training run"),
