@@ -241,8 +241,8 @@ def open_packed(
 
     Notes
     -----
-    A packed file is up to date if it holds the galaxies, made from the cubes and statistics of
-    today. Where a cube itself no longer exists, its packed spectra are used.
+    A packed file is up to date if it is readable and holds the galaxies, made from the cubes and
+    statistics of today. Where a cube itself no longer exists, its packed spectra are used.
 
     Raises
     ------
@@ -253,8 +253,11 @@ def open_packed(
     path = packed_path(root, split_dir, patch_norm, dtype)
     reason = "--overwrite" if path.is_file() else "there is no such file yet"
     if path.is_file() and not overwrite:
-        packed = read_packed(path)
-        reason = why_outdated(packed, root, plateifus, patch_norm, dtype, stats)
+        try:
+            packed = read_packed(path)
+            reason = why_outdated(packed, root, plateifus, patch_norm, dtype, stats)
+        except DataError as error:  # damaged, or of an older version
+            reason = str(error)
         if not reason:
             return packed
     log.info("%s: packing %d cubes (%s)", path, len(plateifus), reason)

@@ -116,10 +116,16 @@ def test_packed_file_is_whole_or_absent(root, monkeypatch, at, message):
     assert list((root / "processed").glob("packed/*/*")) == []
 
 
-def test_damaged_packed_file_is_refused_with_what_to_do(root):
-    open_packed(root, "hard", "PCA", GALAXIES).path.write_bytes(b"half a file")
+def test_damaged_packed_file_is_packed_again_and_the_log_says_why(root, caplog):
+    caplog.set_level("INFO")
+    packed = open_packed(root, "hard", "PCA", GALAXIES)
+    whole = np.array(packed.spectra)
+    packed.path.write_bytes(b"half a file")
     with pytest.raises(DataError, match=r"PCA_float16\.h5: .*pack_cubes\.py --overwrite"):
-        open_packed(root, "hard", "PCA", GALAXIES)
+        read_packed(packed.path)
+    np.testing.assert_array_equal(open_packed(root, "hard", "PCA", GALAXIES).spectra, whole)
+    assert "packing 3 cubes" in caplog.text.splitlines()[-2]
+    assert "PCA_float16.h5: not readable" in caplog.text
 
 
 def test_command_line_reports_what_it_packed_and_what_is_missing(root, command):
