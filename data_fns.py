@@ -173,7 +173,7 @@ class DataOptions:
             choice = "residual" if self.network == "matched_filters" else "one of the others"
             raise DataError(
                 f"--patch-norm {norm} with --network {self.network}: expected {choice}. Leave out "
-                "--patch-norm, or choose the other network."
+                "--patch-norm, choose the other network, or give --config a file made for this one."
             )
         if norm == "residual" and (self.bands or self.source == "patches" or size % 2 == 0):
             raise DataError(
