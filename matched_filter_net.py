@@ -219,7 +219,7 @@ def join(spectra: Spectra) -> Tensor:
 
 
 def joined_size(bands: int) -> int:
-    """Length of a `join`ed spectrum of so many bins."""
+    """Length of the row that `join` makes of a spectrum with this number of bins."""
     return 2 * bands + COLOURS
 
 

@@ -22,7 +22,7 @@ from .transaction import write_whole
 
 NAMES = {0: "gamma", 101: "proton"}
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-BRIGHT_SIGMA = 5  # cells above so many rms of the noise count as signal
+BRIGHT_SIGMA = 5  # signal is brighter than 5 times the rms of the noise
 LOOKED_AT = 500  # images per class and type whose charges are in the distributions
 
 
