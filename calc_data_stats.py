@@ -25,8 +25,8 @@ from scipy.linalg import eigh
 
 import data_io
 import hsi_proc_fns
-from data_io import Recipe, require_alike
 from hsi_proc_fns import Stats
+from recipe import Recipe, require_alike
 
 log = logging.getLogger(__name__)
 

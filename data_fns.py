@@ -41,11 +41,11 @@ from tqdm import tqdm
 import data_io
 import networks
 import pack_cubes
-from data_io import digest_of, require_alike
 from hsi_proc_fns import Stats, band_slice, check_label_shape
 from labels import LABEL_NONE, LOGOH_SCALE, class_names, label_classes
 from networks import NetworkName
 from pack_cubes import PackedCubes, PackedType
+from recipe import DIGEST_LENGTH, digest_of, require_alike
 
 log = logging.getLogger(__name__)
 
@@ -406,7 +406,7 @@ def warn_of_changes(
     """Warn if label maps have changed since the split was made, or spaxels of it are unusable."""
     if "label_digest" in table:
         split_maps = table.drop_duplicates("plateifu").set_index("plateifu")["label_digest"]
-        length = data_io.DIGEST_LENGTH
+        length = DIGEST_LENGTH
         changed = [p for p, digest in label_maps.items() if digest[:length] != split_maps.get(p)]
         if changed:
             log.warning(

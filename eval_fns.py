@@ -47,12 +47,12 @@ import networks
 import pack_cubes
 import run_folder
 from data_fns import PackedDataset, PatchSpec, dataset_of
-from data_io import require_alike
 from hsi_proc_fns import Stats
 from intervals import LEVEL, LEVELS
 from labels import LABEL_NONE, label_classes
 from networks import Answer, Network
 from pack_cubes import NormalisedCube
+from recipe import require_alike
 from run_folder import ModelCard
 
 log = logging.getLogger(__name__)

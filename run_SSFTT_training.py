@@ -46,11 +46,11 @@ import matched_filter_net
 import networks
 import run_folder
 from data_fns import DataOptions, PackedDataset, PatchDataset, PatchSpec, Samples, dataset_of
-from data_io import Recipe, digest_of
 from HSI_SSFTT import SSFTT, count_parameters
 from labels import class_middles
 from matched_filter_net import MatchedFilterNet, Spectra
 from networks import USUAL, Network
+from recipe import Recipe, digest_of
 from run_folder import ModelCard
 from training import OptimisationOptions, Stopper, Training, in_words, restore, train
 

@@ -15,9 +15,10 @@ import utils
 
 import numpy as np
 
-from data_io import Recipe, new_h5, open_h5, read_dataset
+from h5_files import new_h5, open_h5, read_dataset
 from labels import LABEL_NONE
 from mock.physics import Galaxy, bpt_class, logoh_n2, logoh_o3n2, to_image, wave_grid
+from recipe import Recipe
 
 TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 4
 

@@ -45,6 +45,7 @@ from astropy.io import fits
 import catalogue
 import data_io
 import fits_utils
+import h5_files
 import loops
 
 TIME_LIMIT_S, MEMORY_LIMIT = 10, 2 << 30
@@ -153,7 +154,7 @@ def h5_forgeries(path: Path) -> Iterator[tuple[str, Callable]]:
     def change(path: Path, act: Callable[[h5py.File], None]) -> None:
         with h5py.File(path, "a") as f:
             act(f)
-            data_io.seal(f)
+            h5_files.seal(f)
 
     def put(f: h5py.File, name: str, value: Any, **options: Any) -> None:
         del f[name]

@@ -16,8 +16,9 @@ import pandas as pd
 import pytest
 
 import data_io
-from data_io import Recipe
+import h5_files
 from hsi_proc_fns import Stats
+from recipe import Recipe
 
 GALAXY = "8485-1901"
 RECIPE = Recipe("cube", data_io.CUBE_VERSION, {"n_band": 30}, {"LOGCUBE": "of a file"})
@@ -150,7 +151,7 @@ def attribute(*, sealed=True, **attributes):
         with h5py.File(path, "a") as f:
             f.attrs.update(attributes)
             if sealed:
-                data_io.seal(f)
+                h5_files.seal(f)
 
     return change
 
@@ -229,7 +230,7 @@ REFUSED = {
     ),
     "statistics": (CUBE, attribute(schema="manga-stats"), "schema manga-stats .* needs manga-cube"),
     "cube of another galaxy": (
-        CUBE, attribute(plateifu="8485-1902"), f"the cube of 8485-1902, expected {GALAXY} as in its"
+        CUBE, attribute(plateifu="8485-1902"), f"the cube of 8485-1902, expected that of {GALAXY}"
     ),
     "cube without recipe": (CUBE, attribute(recipe="{"), "its recipe is damaged .* Rebuild the"),
     "no labels": (LABEL, Path.unlink, "no such file"),
@@ -358,7 +359,7 @@ def test_writing_that_fails_anywhere_is_one_clear_line_and_the_old_file_stays(
     old, (_, most) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.raises(DataError, match=r"0\.3 MB are needed, 0\.2 MB are free \(or allowed"):
         limited(200_000, most, data_io.write_cube, path, cube, compression)
-    monkeypatch.setattr(data_io.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, most))
+    monkeypatch.setattr(h5_files.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, most))
     for limit in np.geomspace(10, len(old) - 1, 40).astype(int).tolist():
         with pytest.raises(DataError, match=r"1-1\.h5: could not be written \(File too large\)"):
             limited(limit, most, data_io.write_cube, path, cube, compression)

@@ -249,7 +249,7 @@ def without_test_part(run, data):
         (of_another_grid, r"wave_min=5003.0, .* wave_min=5000.0\. Re-run process_single_cube\.py"),
         (
             of_another_calibration,
-            f"{TEST_GALAXY}.npy: made with diagnostic=N2-M13, the training labels with .*O3N2-M13",
+            f"{TEST_GALAXY}.npy: made with diagnostic=N2-M13 .the training labels: O3N2-M13",
         ),
         (of_another_network, r"expected best\.safetensors and model\.json of one network.*retrain"),
         (without_test_part, "no labelled spaxel in the test part"),

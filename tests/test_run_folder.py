@@ -11,7 +11,7 @@ import torch
 import data_io
 import run_folder
 from data_fns import PatchSpec
-from data_io import Recipe
+from recipe import Recipe
 from run_folder import ModelCard
 
 CARD = ModelCard(
