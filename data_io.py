@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 from isal import isal_zlib
 
-from h5_files import new_h5, open_h5, read_dataset
+from h5_files import OpenFile, new_h5, open_h5, read_dataset
 from hsi_proc_fns import Stats, measured_bins
 from recipe import Recipe, checksum, digest_of, sealed, sealed_text
 
@@ -142,9 +142,8 @@ def write_cube_rows(
     )
     measured = np.zeros(shape[:2], np.uint16)
     n_bytes = 8 * int(np.prod(shape, dtype=np.int64))  # flux and ivar, corners included
-    with new_h5(path, n_bytes, libver=("earliest", "v110")) as f:
-        f.attrs.update({k: v for k, v in attrs.items() if v is not None})
-        f.attrs.update(schema=CUBE_SCHEMA, schema_version=CUBE_VERSION, recipe=recipe.to_json())
+    about = CUBE_SCHEMA, CUBE_VERSION, recipe, attrs
+    with new_h5(path, *about, n_bytes, libver=("earliest", "v110")) as f:
         dataset = f.create_dataset("wave", data=wave.astype("f8"))
         dataset.attrs.update(unit="Angstrom (vacuum, rest frame)", axes="band")
         y, datasets = 0, dict[str, h5py.Dataset]()
@@ -183,20 +182,19 @@ def read_cube(path: Path, with_errors: bool = True) -> Cube:
         If the file is missing, not a cube, of another schema version or of another galaxy than
         its name says.
     """
-    with _open_cube(path) as f:
-        errors = [k if with_errors and k in f else "" for k in ("ivar", "good_fraction")]
-        ivar, good = (read_dataset(f, name) if name else None for name in errors)
-        recipe, wave = Recipe.from_json(f.checked_attrs["recipe"], path), read_dataset(f, "wave")
-        return Cube(read_dataset(f, "cube"), wave, recipe, ivar, good, f.checked_attrs)
+    with _open_cube(path) as (f, recipe, attrs):
+        flux, wave = read_dataset(f, "cube"), read_dataset(f, "wave")
+        ivar, good = (
+            read_dataset(f, name) if with_errors and name in f else None
+            for name in ("ivar", "good_fraction")
+        )
+        return Cube(flux, wave, recipe, ivar, good, attrs)
 
 
 def read_cube_head(path: Path) -> CubeHead:
     """Read what a cube's file holds besides its spectra; raises the errors of `read_cube`."""
-    with _open_cube(path) as f:
-        recipe = Recipe.from_json(f.checked_attrs["recipe"], path)
-        return CubeHead(
-            read_dataset(f, "measured"), read_dataset(f, "wave"), recipe, f.checked_attrs
-        )
+    with _open_cube(path) as (f, recipe, attrs):
+        return CubeHead(read_dataset(f, "measured"), read_dataset(f, "wave"), recipe, attrs)
 
 
 def cube_digests(root: Path, plateifus: Iterable[str]) -> dict[str, str]:
@@ -206,16 +204,16 @@ def cube_digests(root: Path, plateifus: Iterable[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _open_cube(path: Path) -> Iterator[h5py.File]:
+def _open_cube(path: Path) -> Iterator[OpenFile]:
     """Open a cube after checking that it is one, and of the galaxy that its name says."""
-    with open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as f:
-        named, found = utils.PLATEIFU.search(Path(path).name), f.checked_attrs.get("plateifu")
+    with open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as opened:
+        named, found = utils.PLATEIFU.search(Path(path).name), opened.attrs.get("plateifu")
         if named and found and found != named[0]:
             raise DataError(
                 f"{path}: the cube of {found}, expected that of {named[0]}, as its name says. "
                 "Rename the file, or re-run process_single_cube.py --overwrite."
             )
-        yield f
+        yield opened
 
 
 # Labels
@@ -255,10 +253,7 @@ def write_labels(
 def read_labels(path: Path) -> np.ndarray:
     """Read a label map (y, x): int16 BPT classes or float32 12+log(O/H).
 
-    Raises
-    ------
-    DataError
-        If it is missing or unreadable, or its values are not those that its .json describes.
+    If there is a .json beside it, the values must be those that it describes.
     """
     return _read_label_array(Path(path), Path(path), "digest")
 
@@ -410,9 +405,6 @@ def _save_npy(path: Path, array: np.ndarray) -> None:
 
 def _load_npy(path: Path, maker: str, ndim: int) -> np.ndarray:
     """Map an array of `ndim` axes of numbers into memory; nothing is allocated."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Create it with {maker}.")
     with utils.reading(path, f"a .npy file of {ndim} axes", f"Re-run {maker} --overwrite."):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if array.ndim != ndim or array.dtype.kind not in "iuf":
@@ -478,10 +470,7 @@ def _read_part(path: Path) -> tuple[pd.DataFrame, Recipe]:
     """Read one file of a split."""
     import pandas as pd
 
-    maker = "create_data_splits.py"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Create the split with {maker}.")
-    remedy = f"Rebuild the split with {maker} --overwrite."
+    remedy = "Create the split with create_data_splits.py --overwrite."
     with utils.reading(path, "a table of a split", remedy):
         text = path.read_bytes().decode()
         content = text.partition("\n")[2]
@@ -492,12 +481,10 @@ def _read_part(path: Path) -> tuple[pd.DataFrame, Recipe]:
         table = pd.read_csv(io.StringIO(content), comment="#", dtype=ids)
         keys = {"hard": ["mangaid"], "easy": ["mangaid", "y", "x"]}[recipe.options["kind"]]
         table[["plateifu", *keys]]  # a KeyError names what is missing
-    for plateifu in table["plateifu"].unique():
-        try:
-            utils.split_plateifu(str(plateifu))
-        except DataError as error:
-            raise DataError(f"{path}: {error} Rebuild the split with {maker}.") from None
-    return table, recipe
+        for plateifu in table["plateifu"].unique():
+            if not utils.PLATEIFU.fullmatch(str(plateifu)):
+                raise ValueError(f"{plateifu!r} is not a valid plateifu")
+        return table, recipe
 
 
 def split_digest(parts: Mapping[str, pd.DataFrame]) -> str:
@@ -530,20 +517,17 @@ STATS_FIELDS = ("wave", "mean", "std", "components", "explained_variance", "expl
 def write_stats(path: Path, stats: Stats) -> None:
     """Write the statistics of a training split, whole or not at all."""
     n_bytes = 2 * stats.components.nbytes  # and a few spectra
-    with new_h5(path, n_bytes) as f:
-        f.attrs.update({k: v for k, v in stats.attrs.items() if v is not None})
-        f.attrs.update(schema=STATS_SCHEMA, schema_version=STATS_VERSION)
-        f.attrs["recipe"] = stats.recipe.to_json()
+    with new_h5(path, STATS_SCHEMA, STATS_VERSION, stats.recipe, stats.attrs, n_bytes) as f:
         for name in STATS_FIELDS:
             f[name] = getattr(stats, name)
 
 
 def read_stats(path: Path) -> Stats:
     """Read the statistics of a training split."""
-    with open_h5(path, STATS_SCHEMA, STATS_VERSION, "calc_data_stats.py --overwrite") as f:
-        recipe = Recipe.from_json(f.checked_attrs["recipe"], path)
+    maker = "calc_data_stats.py --overwrite"
+    with open_h5(path, STATS_SCHEMA, STATS_VERSION, maker) as (f, recipe, attrs):
         arrays = {name: read_dataset(f, name) for name in STATS_FIELDS}
-        return Stats(**arrays, recipe=recipe, attrs=f.checked_attrs)
+        return Stats(**arrays, recipe=recipe, attrs=attrs)
 
 
 def stats_inputs(cubes: Mapping[str, str]) -> dict[str, str]:

@@ -12,9 +12,9 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import utils
 from utils import DataError
@@ -23,23 +23,40 @@ import h5py
 import numpy as np
 from isal import isal_zlib
 
+from recipe import Recipe
+
+
+class OpenFile(NamedTuple):
+    """An H5 file of this project, open for reading."""
+
+    f: h5py.File
+    recipe: Recipe
+    attrs: dict[str, Any]
+    """Attributes of the file, text as str."""
+
 
 @contextlib.contextmanager
-def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
+def new_h5(
+    path: Path,
+    schema: str,
+    version: int,
+    recipe: Recipe,
+    attrs: Mapping[str, Any],
+    n_bytes: int,
+    **options: Any,
+) -> Iterator[h5py.File]:
     """Create an H5 file, whole or not at all.
 
     Parameters
     ----------
     path : Path
+    schema, version, recipe, attrs
+        Attributes of the file; None values are left out.
     n_bytes : int
-        Upper limit of what will be written.
+        Upper limit of what will be written: a `DataError` if the disk has not enough space, now or
+        later.
     **options
         Passed on to h5py.File.
-
-    Raises
-    ------
-    DataError
-        If the disk has not enough space, before writing or meanwhile.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +72,8 @@ def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
         try:
             with h5py.File(sink, "w", **options) as f:
                 try:
+                    f.attrs.update({k: v for k, v in attrs.items() if v is not None})
+                    f.attrs.update(schema=schema, schema_version=version, recipe=recipe.to_json())
                     yield f
                     seal(f, sink.fileno())
                 except BaseException as error:  # also a stop: the rest need not be written
@@ -179,18 +198,14 @@ def _attributes_crc(attrs: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def open_h5(path: Path, schema: str, version: int, maker: str) -> Iterator[h5py.File]:
-    """Open an H5 file of this project after checking its schema and attributes.
+def open_h5(path: Path, schema: str, version: int, maker: str) -> Iterator[OpenFile]:
+    """Open an H5 file after checking its schema and attributes.
 
     `maker` is the command that rebuilds it; whatever fails inside of the `with` is taken for damage
     of the file.
     """
-    path = Path(path)
-    if not path.is_file():
-        command = maker.replace(" --overwrite", "")
-        raise DataError(f"{path}: no such file. Create it with {command}.")
     with utils.reading(path, f"an HDF5 file ({schema})", f"Re-run {maker}."), h5py.File(path) as f:
-        f.checked_attrs = attrs = _attributes(f)  # each is slow to read
+        attrs = _attributes(f)
         found = (attrs.get("schema"), attrs.get("schema_version"))
         if found != (schema, version):
             raise DataError(
@@ -199,7 +214,7 @@ def open_h5(path: Path, schema: str, version: int, maker: str) -> Iterator[h5py.
             )
         if attrs["crc32"] != _attributes_crc(attrs):
             raise ValueError("the checksum of its attributes differs")
-        yield f
+        yield OpenFile(f, Recipe.from_json(attrs["recipe"], path), attrs)
 
 
 def read_dataset(f: h5py.File, name: str) -> np.ndarray:

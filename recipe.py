@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import utils
 from utils import DataError
 
 import numpy as np
@@ -181,11 +182,12 @@ def sealed_text(text: str) -> str:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
-    with Path(path).open("rb") as f:
+    with utils.reading(path, "a file to read", "Check the path."), Path(path).open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def file_stamp(path: Path) -> str:
     """Size and time of a file: while they stay, it is not read again to see what is in it."""
-    stat = Path(path).stat()
-    return f"{stat.st_size} {stat.st_mtime_ns}"
+    with utils.reading(path, "a file to read", "Check the path."):
+        stat = Path(path).stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
