@@ -45,13 +45,15 @@ import line_fits
 import matched_filter_net
 import networks
 import run_folder
-from data_fns import DataOptions, PackedDataset, PatchDataset, PatchSpec, Samples, dataset_of
+from batches import PackedDataset, PatchDataset, dataset_of
+from data_fns import DataOptions
 from data_io import Recipe, digest_of
 from HSI_SSFTT import SSFTT, count_parameters
 from labels import class_middles
 from matched_filter_net import MatchedFilterNet, Spectra
 from networks import USUAL, Network
 from run_folder import ModelCard
+from samples import PatchSpec, Samples
 from training import OptimisationOptions, Stopper, Training, in_words, restore, train
 
 log = logging.getLogger(__name__)
