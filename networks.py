@@ -45,10 +45,12 @@ class Usual:
     """Norm at which gradients are clipped."""
     average: float | None = None
     """Decay per step of the running mean of the weights that is evaluated; None: the weights."""
+    start_counts: bool = False
+    """Whether the start is a model already, kept if training does not improve on it."""
 
 
 USUAL: dict[NetworkName, Usual] = {
-    "matched_filters": Usual("residual", 21, 1024, 1.5e-3, True, 50, 1.0, 0.98),
+    "matched_filters": Usual("residual", 21, 1024, 1.5e-3, True, 50, 1.0, 0.98, True),
     "ssftt": Usual("PCA", 5, 256, 1e-3, False),
 }
 FILTER_LR = 0.1
