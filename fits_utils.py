@@ -28,7 +28,6 @@ import hsi_proc_fns
 import label_picture
 import loops
 import resample
-from data_io import Recipe, file_digest, file_stamp
 from fits_stream import FETCH_AGAIN, read_hdus
 from labels import (
     BPT_LINES,
@@ -39,6 +38,7 @@ from labels import (
     lines_needed,
     metallicity,
 )
+from recipe import Recipe, file_digest, file_stamp
 
 log = logging.getLogger(__name__)
 

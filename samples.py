@@ -27,10 +27,10 @@ import pandas as pd
 from tqdm import tqdm
 
 import data_io
-from data_io import digest_of, require_alike
 from hsi_proc_fns import Stats, check_label_shape
 from labels import LABEL_NONE, LOGOH_SCALE, class_names, label_classes
 from pack_cubes import PackedCubes
+from recipe import DIGEST_LENGTH, digest_of, require_alike
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +279,7 @@ def warn_of_changed_labels(table: pd.DataFrame, label_maps: dict[str, str]) -> N
     if "label_digest" not in table:
         return
     split_maps = table.drop_duplicates("plateifu").set_index("plateifu")["label_digest"]
-    length = data_io.DIGEST_LENGTH
+    length = DIGEST_LENGTH
     changed = [p for p, digest in label_maps.items() if digest[:length] != split_maps.get(p)]
     if changed:
         log.warning(

@@ -88,6 +88,8 @@ def reading(path: Path | str, expected: str, remedy: str) -> Iterator[None]:
         yield
     except DataError:
         raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file, expected {expected}. {remedy}") from None
     except Exception as error:
         raise DataError(
             f"{path}: not readable ({first_line(error)}), expected {expected}. {remedy}"

@@ -23,7 +23,6 @@ import numpy as np
 
 import archive_files
 import fits_stream
-from data_io import file_digest
 from mock.dr17_files import PRIMARY, logcube_hdus, raw_file, write_gzipped_fits
 from mock.physics import (
     C_KMS,
@@ -45,6 +44,7 @@ from mock.physics import (
     wave_grid,
 )
 from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
+from recipe import file_digest
 
 log = logging.getLogger(__name__)
 

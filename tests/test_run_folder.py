@@ -8,9 +8,8 @@ from utils import DataError
 import pytest
 import torch
 
-import data_io
 import run_folder
-from data_io import Recipe
+from recipe import Recipe, sealed
 from run_folder import ModelCard
 from samples import PatchSpec
 
@@ -44,7 +43,7 @@ def edited(**changes):
     def edit(path):
         content = json.loads(path.read_text()) | changes
         kept = {k: v for k, v in content.items() if v != "gone" and k != "checksum"}
-        utils.write_json(path, data_io.sealed(kept))
+        utils.write_json(path, sealed(kept))
 
     return edit
 

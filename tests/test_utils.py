@@ -178,7 +178,7 @@ def test_config_file_or_run_folder_becomes_flags_and_the_users_flags_win(config_
         (b"\xff\xfe\x00", "not readable .*, expected a JSON file"),
         (b'{"rte": 3}', "unknown key 'rte'; did you mean 'rate'"),
         (b'["rate", 3]', "expected a JSON object of options, found list"),
-        (None, "not readable .No such file.*or the folder of a run"),
+        (None, "no such file, expected .*or the folder of a run"),
     ],
 )
 def test_unreadable_config_file_is_one_clear_line(config_file, content, message):
