@@ -655,8 +655,8 @@ def process_map(
 
     Parameters
     ----------
-    source : Path
-        DAP MAPS, plain or gzipped.
+    source : Path or marvin.tools.Maps
+        DAP MAPS, plain or gzipped; of a Maps, the file that it was opened from.
     target : Path
         `.npy` label map; beside it the uncertainty (`_err.npy`), provenance (`.json`) and a
         picture (`.png`). Layout in docs/data_formats.md#labels.
@@ -672,7 +672,7 @@ def process_map(
     DataError
         Any problem with the input; in that case nothing is written.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(getattr(source, "filename", source)), Path(target)
     _check_file(source)
     chosen = {**_of(options, LabelOptions), "label_task": label_task}
     recipe = Recipe("labels", data_io.LABEL_VERSION, chosen, {"MAPS": file_digest(source)})

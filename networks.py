@@ -46,10 +46,12 @@ class Usual:
     """Norm at which gradients are clipped."""
     average: float | None = None
     """Decay per step of the running mean of the weights that is evaluated; None: the weights."""
+    start_counts: bool = False
+    """Whether the start is a model already, kept if training does not improve on it."""
 
 
 USUAL: dict[NetworkName, Usual] = {
-    "matched_filters": Usual("residual", 21, 1024, 1.5e-3, True, 50, 1.0, 0.98),
+    "matched_filters": Usual("residual", 21, 1024, 1.5e-3, True, 50, 1.0, 0.98, True),
     "ssftt": Usual("PCA", 5, 256, 1e-3, False),
 }
 FILTER_LR = 0.1
@@ -115,7 +117,7 @@ def cutout_outputs(network: Network, cutouts: Tensor, weights: Tensor) -> Tensor
     network : Network
     cutouts : (N, 1, band, T + P - 1, T + P - 1)
     weights : (N, T, T)
-        Of the spaxels, as in `data_fns.CutoutBatch`. Outputs where they are 0 have no meaning, but
+        Of the spaxels, as in `batches.CutoutBatch`. Outputs where they are 0 have no meaning, but
         are finite.
     """
     if isinstance(network, SSFTT):

@@ -8,6 +8,7 @@ import utils
 
 import mock_cubes
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import train
@@ -17,6 +18,7 @@ import baselines
 import data_io
 import eval_fns
 import networks
+import run_folder
 from HSI_SSFTT import get_SSFTT_model
 from labels import LABEL_NONE, logoh_edges
 from matched_filter_net import MatchedFilterConfig, MatchedFilterNet, join, prepare_spectra, split
@@ -175,6 +177,16 @@ def test_a_run_is_mapped_and_evaluated_with_intervals(root, run):
 def test_the_network_beats_the_constant_on_a_galaxy_never_seen(run):
     scores = eval_fns.evaluate_split(run, "test", device="cpu").scores
     assert scores["mae_dex"] < 0.7 * scores["constant_mae_dex"]
+
+
+def test_the_start_is_kept_if_training_makes_it_worse(root, tmp_path):
+    train(root, tmp_path / "run", network="matched_filters", cutout=7, lr=3.0, epochs=2)
+    card = run_folder.ModelCard.read(tmp_path / "run")
+    assert card.best["epoch"] == 0
+    scores = eval_fns.evaluate_split(tmp_path / "run", "val", device="cpu").scores
+    assert scores["mae_dex"] == pytest.approx(card.best["val_mae_dex"], rel=1e-5)
+    later = pd.read_csv(tmp_path / "run" / run_folder.METRICS_FILE)
+    assert (later["val_mae_dex"] > card.best["val_mae_dex"]).all()
 
 
 def test_a_strange_spectrum_is_flagged(own_data, run):
