@@ -302,11 +302,11 @@ def validate(training: Training) -> dict[str, float]:
     scores = {"loss": losses.mean(), **metrics.overall_metrics(confusion)}
     if found.value is not None:
         scores["mae_dex"] = np.abs(found.value - values).mean()
-    learned = dataset_of(training.loaders["train"]).samples.plateifus
-    is_new = ~np.isin(samples.plateifus, learned)  # in an easy split, galaxies are in both
-    galaxy = samples.galaxy[rows]
+    learned = list(dataset_of(training.loaders["train"]).samples.mangaids.values())
+    galaxy = np.array([samples.mangaids[p] for p in samples.plateifus])[samples.galaxy[rows]]
+    is_new = ~np.isin(galaxy, learned)  # in an easy split, galaxies are in both
     card.calibration = intervals.calibrate(
-        found.value, values, found.scale, found.unlikeness, galaxy, is_new[galaxy]
+        found.value, values, found.scale, found.unlikeness, galaxy, is_new
     )
     return {k: float(v) for k, v in scores.items()}  # type: ignore[arg-type]
 
