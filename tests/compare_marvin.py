@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np
 from astropy.io import fits
 
+import archive_files
 import data_io
 import fits_utils
 import labels
@@ -48,7 +49,7 @@ def compare(maps: Maps, folder: Path) -> list[str]:
     fits_utils.process_map(maps, target, "BPT", fits_utils.LabelOptions())
     ours = data_io.read_labels(target)
     masks = maps.get_bpt(snr_min=MIN_SNR, show_plot=False, return_figure=False)
-    line_maps, _, _ = fits_utils.read_line_maps(Path(maps.filename), labels.BPT_LINES)
+    line_maps, _, _ = archive_files.read_line_maps(Path(maps.filename), labels.BPT_LINES)
     marvins = {}
     for name, above, below in (("N2", "nii_6585", "ha_6564"), ("O3", "oiii_5008", "hb_4862")):
         flux = [maps[f"emline_gflux_{line}"].value for line in (above, below)]
