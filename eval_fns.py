@@ -134,7 +134,7 @@ class TrainedModel:
     def answer(self, outputs: Tensor) -> Answer:
         """Decode the network's outputs (..., output)."""
         card = self.card
-        values = (card.edges, card.dex_values, card.calibration.widening)
+        values = (card.edges, card.dex_values, card.calibration)
         return networks.answer(self.network, outputs, *values)
 
     def __repr__(self) -> str:

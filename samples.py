@@ -78,6 +78,8 @@ class Samples:
         How all the cubes ("cube") and labels ("labels") were made; an empty dict if nothing says.
     cubes, label_maps : dict of plateifu -> str
         Digests of the cubes (of their recipes) and of the label maps (of their values).
+    mangaids : dict of plateifu -> str
+        The galaxy that each is an observation of.
     inputs : dict of str -> str
         Digests of the split and, with the norm PCA, of its statistics.
     """
@@ -92,6 +94,7 @@ class Samples:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     cubes: dict[str, str] = field(default_factory=dict)
     label_maps: dict[str, str] = field(default_factory=dict)
+    mangaids: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -136,7 +139,7 @@ def get_samples(
     Parameters
     ----------
     table : DataFrame
-        The part's CSV: plateifu, and y and x where the split is by spaxel.
+        The part's CSV: plateifu, mangaid, and y and x where the split is by spaxel.
     spec : PatchSpec
     root : Path
         Data folder.
@@ -217,6 +220,7 @@ def get_samples(
         options=options,
         cubes={p: spaxels.cube for p, spaxels in found.items()},
         label_maps=label_maps,
+        mangaids=dict(zip(table["plateifu"], table["mangaid"], strict=True)),
     )
 
 
