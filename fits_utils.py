@@ -298,8 +298,8 @@ def process_map(
 
     Parameters
     ----------
-    source : Path
-        DAP MAPS, plain or gzipped.
+    source : Path or marvin.tools.Maps
+        DAP MAPS, plain or gzipped; of a Maps, the file that it was opened from.
     target : Path
         `.npy` label map; beside it the uncertainty (`_err.npy`), provenance (`.json`) and a
         picture (`.png`). Layout in docs/data_formats.md#labels.
@@ -308,7 +308,7 @@ def process_map(
     cube : Path, optional
         The galaxy's H5 cube: if there is one, the maps must have as many spaxels.
     """
-    source, target = Path(source), Path(target)
+    source, target = Path(getattr(source, "filename", source)), Path(target)
     chosen = {**_of(options, LabelOptions), "label_task": label_task}
     recipe = Recipe("labels", data_io.LABEL_VERSION, chosen, {"MAPS": file_digest(source)})
     if target.is_file() and not overwrite:

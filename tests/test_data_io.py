@@ -18,7 +18,7 @@ import pytest
 import data_io
 import h5_files
 from hsi_proc_fns import Stats
-from recipe import Recipe
+from recipe import Recipe, sealed, sealed_text
 
 GALAXY = "8485-1901"
 RECIPE = Recipe("cube", data_io.CUBE_VERSION, {"n_band": 30}, {"LOGCUBE": "of a file"})
@@ -184,7 +184,7 @@ def key(**changes):
     def change(path: Path) -> None:
         found = {**json.loads(path.read_text()), **changes}
         found = {k: v for k, v in found.items() if v is not None and k != "checksum"}
-        path.write_text(json.dumps(data_io.sealed(found)))
+        path.write_text(json.dumps(sealed(found)))
 
     return change
 
@@ -195,7 +195,7 @@ def replaced(old, new, sealed=True):
     def change(path: Path) -> None:
         head, _, text = path.read_text().partition("\n")
         text = text.replace(old, new)
-        path.write_text(data_io.sealed_text(text) if sealed else f"{head}\n{text}")
+        path.write_text(sealed_text(text) if sealed else f"{head}\n{text}")
 
     return change
 

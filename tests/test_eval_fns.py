@@ -24,6 +24,7 @@ from data_fns import DataOptions
 from hsi_proc_fns import MIN_MEASURED
 from HSI_SSFTT import get_SSFTT_model
 from labels import LABEL_NONE
+from recipe import sealed
 
 TEST_GALAXY = mock_cubes.PLATEIFUS[-1]
 CLOCK = ["seconds", "spaxels_per_s"]
@@ -169,7 +170,7 @@ def test_bins_of_labels_count_once(own_run, own_data):
     side = path.with_suffix(".json")
     n = int(np.isfinite(data_io.read_labels(path)).sum())
     about = json.loads(side.read_text()) | {"bins": [i // 4 for i in range(n)]}
-    utils.write_json(side, data_io.sealed({k: v for k, v in about.items() if k != "checksum"}))
+    utils.write_json(side, sealed({k: v for k, v in about.items() if k != "checksum"}))
     binned = eval_fns.evaluate_split(own_run, data_dir=own_data)
     frame, scores = binned.predictions, binned.scores
     pd.testing.assert_frame_equal(frame.drop(columns="weight"), plain.predictions)

@@ -13,8 +13,9 @@ import cube_patch_processing as patching
 import data_fns
 import data_io
 import pack_cubes
-from data_fns import DataOptions, PatchSpec, Samples
-from recipe import DIGEST_LENGTH
+from data_fns import DataOptions
+from recipe import DIGEST_LENGTH, digest_of
+from samples import PatchSpec, Samples, get_samples
 
 TRAIN, VAL, GALAXIES = mock_cubes.PLATEIFUS[:2], mock_cubes.PLATEIFUS[2], mock_cubes.PLATEIFUS[:4]
 
@@ -30,7 +31,7 @@ def samples_of(root, spec, part="train", split="hard"):
     table = data_io.read_split(utils.split_path(root, split))[0][part]
     galaxies = table["plateifu"].unique()
     packed = pack_cubes.open_packed(root, split, spec.patch_norm, galaxies)
-    return data_fns.get_samples(table, spec, root, packed)
+    return get_samples(table, spec, root, packed)
 
 
 def spaxels_of(found):
@@ -70,7 +71,7 @@ def test_classes_and_values_are_those_of_the_label_maps(root):
 def test_samples_come_in_the_order_of_the_split_then_of_the_map(root):
     table = pd.DataFrame({"plateifu": list(GALAXIES[::-1]), "mangaid": "1-0"})
     packed = pack_cubes.open_packed(root, "hard", "global", GALAXIES)
-    found = data_fns.get_samples(table, PatchSpec("BPT", patch_norm="global"), root, packed)
+    found = get_samples(table, PatchSpec("BPT", patch_norm="global"), root, packed)
     assert found.plateifus == list(table["plateifu"])
     assert (np.diff(found.galaxy.astype(int) * 10_000 + found.y * 100 + found.x) > 0).all()
     assert found.cubes == data_io.cube_digests(root, GALAXIES)
@@ -96,7 +97,7 @@ def test_samples_by_galaxy_in_any_order():
 
 def test_label_maps_that_changed_since_the_split_are_warned_of(own_data, caplog):
     parts, recipe = data_io.read_split(utils.split_path(own_data, "hard"))
-    digests = {p: data_io.digest_of(data_io.read_labels(label_file(own_data, p))) for p in GALAXIES}
+    digests = {p: digest_of(data_io.read_labels(label_file(own_data, p))) for p in GALAXIES}
     for name, table in parts.items():
         short = table["plateifu"].map(digests).str[:DIGEST_LENGTH]
         parts[name] = table.assign(label_digest=short)
