@@ -25,11 +25,9 @@ from astropy.io import fits
 from catalogue import catalogue_row
 from fits_stream import FETCH_AGAIN, Hdu, iterate_hdus, read_hdus, shape_of
 from labels import HA, R_V, LineMaps
+from line_fits import C_KMS
 
 log = logging.getLogger(__name__)
-
-C_KMS = 299792.458
-"""Speed of light, km/s (exact)."""
 
 Z_TOLERANCE = 0.005
 """Difference between a given redshift and the survey's that is warned of: 1500 km/s, several times

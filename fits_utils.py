@@ -154,9 +154,7 @@ def process_cube(
         is_same = head.attrs.get("source_stamp") == stamp  # saves reading a whole survey again
         inputs["LOGCUBE"] = made.inputs.get("LOGCUBE", "") if is_same else file_digest(source)
         if inputs["LOGCUBE"] != made.inputs.get("LOGCUBE"):
-            read_hdus(
-                source, archive.ESSENTIAL
-            )  # says so if it is damaged, rather than another one
+            read_hdus(source, archive.ESSENTIAL)  # if it is damaged, says that
         today = Recipe("cube", data_io.CUBE_VERSION, chosen, inputs)
         today.require(made, target, "Replace it with --overwrite")
         return SKIPPED if skip_critical and head.attrs.get("critical") else "up to date"
@@ -322,9 +320,7 @@ def process_map(
                 f"{target}: {missing} beside it is missing. Replace it with --overwrite."
             )
         if recipe.inputs != made["recipe"].inputs:
-            archive.read_line_maps(
-                source, BPT_LINES
-            )  # says so if it is damaged, rather than another one
+            archive.read_line_maps(source, BPT_LINES)  # if it is damaged, says that
         recipe.require(made["recipe"], target, "Replace it with --overwrite")
         return SKIPPED if skip_critical and made.get("critical") else "up to date"
     lines = list(BPT_LINES)

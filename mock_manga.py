@@ -32,22 +32,15 @@ seeing. Spectral indices are not measured: all their values are masked NOVALUE|D
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import utils
 from utils import DataError
 
 import loops
-from mock.galaxy import BUNDLES, DAPTYPE, GalaxyParams, draw_params, simulate_galaxy
-from mock.physics import Galaxy
-from mock.survey import DAPALL as DAPALL  # for callers, like the next ones with "as"
-from mock.survey import DAPTYPES as DAPTYPES
-from mock.survey import check_folder, simulated_galaxies, write_catalogue
-from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
-from mock.truth import read_truth as read_truth  # the reader of the truth files, for callers
+from mock.galaxy import BUNDLES, draw_params
+from mock.survey import simulate
 
 log = logging.getLogger(__name__)
 
@@ -80,34 +73,6 @@ class MockConfig:
     """Show the traceback of an error."""
 
 
-def write_galaxy(data_dir: Path, galaxy: Galaxy) -> list[Path]:
-    """Write LOGCUBE, MAPS and, last, the truth file of a galaxy; return their paths."""
-    import mock.dr17_files as dr17
-
-    plateifu, daptype = galaxy.scene.plateifu, galaxy.scene.cards["DAPTYPE"]
-    hdus = {"LOGCUBE": dr17.logcube_hdus(galaxy), "MAPS": dr17.maps_hdus(galaxy.deep or galaxy)}
-    paths = [dr17.raw_file(data_dir, plateifu, form, daptype) for form in hdus]
-    for path, of_file in zip(paths, hdus.values(), strict=True):
-        dr17.write_gzipped_fits(path, of_file)
-    truth = truth_path(data_dir, plateifu)
-    write_truth(truth, galaxy)
-    return [*paths, truth]
-
-
-def _simulate_one(
-    plateifu: str, root: Path, params: Mapping[str, GalaxyParams], overwrite: bool
-) -> str:
-    """Simulate and write one galaxy unless its files exist."""
-    wanted, truth = params[plateifu], truth_path(root, plateifu)
-    if truth.is_file() and not overwrite:
-        today = truth_recipe({"params": asdict(wanted)})
-        today.require(read_recipe(truth), truth, "Use --overwrite, or another --data-dir")
-        if all(utils.raw_paths(root, plateifu, form, DAPTYPE) for form in ("LOGCUBE", "MAPS")):
-            return "up to date"
-    write_galaxy(root, simulate_galaxy(wanted))
-    return "written"
-
-
 def _check_depth(depth: float) -> None:
     """Raise a DataError unless a depth is positive."""
     if not depth > 0:
@@ -117,14 +82,7 @@ def _check_depth(depth: float) -> None:
 def simulate_survey(config: MockConfig) -> dict[str, str]:
     """Simulate the galaxies of a survey that are missing, then write the catalogue.
 
-    Returns
-    -------
-    dict of plateifu -> {"written", "up to date", "failed"}
-
-    Raises
-    ------
-    DataError
-        Unknown bundle size, no galaxies, or a folder with real galaxies or other bundles.
+    Returns "written", "up to date" or "failed" by plateifu.
     """
     _check_depth(config.depth)
     if config.n_galaxies < 1:
@@ -144,18 +102,7 @@ def simulate_survey(config: MockConfig) -> dict[str, str]:
         for i in range(config.n_galaxies)
     )
     galaxies = [replace(p, depth=config.depth, deep_labels=config.deep_labels) for p in drawn]
-    check_folder(root, galaxies)
-    work = partial(
-        _simulate_one,
-        root=root,
-        params={p.plateifu: p for p in galaxies},
-        overwrite=config.overwrite,
-    )
-    outcome = loops.for_each_galaxy(
-        work, [p.plateifu for p in galaxies], "simulate", root / "failed_mock.csv", config.jobs
-    )
-    write_catalogue(root, simulated_galaxies(root))
-    return outcome
+    return simulate(root, galaxies, config.jobs, config.overwrite)
 
 
 def main(config: MockConfig) -> int:
