@@ -46,11 +46,9 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class MockConfig:
+class MockConfig(utils.CommandOptions):
     """Simulate MaNGA galaxies in the DR17 file format, with the truth beside them."""
 
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     n_galaxies: int = 24
     """Number of plateifus; the 12th, and every 72nd after it, repeats an earlier galaxy."""
     seed: int = 1
@@ -59,8 +57,6 @@ class MockConfig:
     """Bundle sizes to draw from (19 37 61 91 127); default all five, as often as in DR17."""
     jobs: int = 1
     """Number of processes; 0 starts one per CPU."""
-    overwrite: bool = False
-    """Simulate galaxies again whose files exist already."""
     depth: float = 1.0
     """Exposure time relative to the survey's; noise is proportional to 1/sqrt(depth)."""
     deep_labels: bool = False
@@ -69,8 +65,6 @@ class MockConfig:
     """Correlation (-1 to 1) of metallicity with surface brightness and rotation; 0 for none."""
     from_maps: Path | None = None
     """Real MAPS file (22 or 35 channels) whose LOGCUBE to re-synthesise, instead of a survey."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def _check_depth(depth: float) -> None:

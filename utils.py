@@ -42,7 +42,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -407,6 +407,18 @@ def with_config_file(args: Sequence[str], config_class: Any) -> list[str]:
     parser.add_argument("--config", metavar="FILE.json")
     found, words = parser.parse_known_args(args)
     return config_args(found.config, config_class) + words if found.config else words
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """Options of every command that works in a data folder."""
+
+    data_dir: Path | None = None
+    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
+    overwrite: bool = False
+    """Replace existing outputs, also those made with other options."""
+    debug: bool = False
+    """Show tracebacks."""
 
 
 Config = TypeVar("Config")

@@ -510,7 +510,10 @@ def main(config: Config) -> int:
         if data_dir is None:
             data_dir = Path(temporary)
             survey = mock_manga.MockConfig(
-                data_dir, n_galaxies=config.n_galaxies, seed=config.seed, bundles=(config.bundle,)
+                data_dir=data_dir,
+                n_galaxies=config.n_galaxies,
+                seed=config.seed,
+                bundles=(config.bundle,),
             )
             run: Callable[[], object] = lambda: mock_manga.simulate_survey(survey)  # noqa: E731
             seconds = measuring.timed(run) / config.n_galaxies

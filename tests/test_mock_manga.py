@@ -521,7 +521,7 @@ def test_what_is_not_a_maps_file_is_refused_and_nothing_written(
     path = Path(shutil.copy(utils.find_raw(survey, "13001-1901", kind), tmp_path))
     change(path)
     with pytest.raises(DataError, match=message):
-        mock_manga.main(mock_manga.MockConfig(tmp_path / "out", from_maps=path))
+        mock_manga.main(mock_manga.MockConfig(data_dir=tmp_path / "out", from_maps=path))
     assert not (tmp_path / "out").exists()
 
 

@@ -159,7 +159,7 @@ def test_galaxies_differ_in_their_stars_and_repeats_do_not():
 
 
 def survey(folder: Path, **settings) -> dict[str, str]:
-    config = mock_manga.MockConfig(folder, n_galaxies=1, bundles=(19,), **settings)
+    config = mock_manga.MockConfig(data_dir=folder, n_galaxies=1, bundles=(19,), **settings)
     return mock_manga.simulate_survey(config)
 
 
@@ -232,7 +232,9 @@ def test_settings_out_of_range_are_refused(tmp_path, words):
 def test_a_resynthesised_cube_can_be_shallower(real_maps, tmp_path):
     ivars = []
     for depth in (1.0, 0.25):
-        config = mock_manga.MockConfig(tmp_path / str(depth), from_maps=real_maps, depth=depth)
+        config = mock_manga.MockConfig(
+            data_dir=tmp_path / str(depth), from_maps=real_maps, depth=depth
+        )
         mock_manga.main(config)
         cube = utils.find_raw(tmp_path / str(depth), "7815-3702", "LOGCUBE")
         ivars.append(fits.getdata(cube, "IVAR"))
