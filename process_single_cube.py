@@ -164,14 +164,7 @@ Chosen = TypeVar("Chosen", bound=GalaxyOptions)
 
 
 def vetted(options: Chosen) -> Chosen:
-    """Check options; replace those of cube and labels by those of the run --like-run, if given.
-
-    Raises
-    ------
-    DataError
-        If the folder holds no trained model, the catalogue is none, or options contradict each
-        other.
-    """
+    """Check options; replace those of cube and labels by those of the run --like-run, if given."""
     if options.catalogue is not None:
         from catalogue import catalogue_rows  # here: it needs astropy
 
