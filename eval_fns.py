@@ -38,7 +38,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import baselines
-import data_fns
 import data_io
 import hsi_proc_fns
 import loops
@@ -46,7 +45,7 @@ import metrics
 import networks
 import pack_cubes
 import run_folder
-from data_fns import PackedDataset, PatchSpec, dataset_of
+from batches import PackedDataset, PatchFileDataset, dataset_of
 from data_io import require_alike
 from hsi_proc_fns import Stats
 from intervals import LEVEL, LEVELS
@@ -54,6 +53,7 @@ from labels import LABEL_NONE, label_classes
 from networks import Answer, Network
 from pack_cubes import NormalisedCube
 from run_folder import ModelCard
+from samples import REBUILD_LABELS, PatchSpec, get_samples
 
 log = logging.getLogger(__name__)
 
@@ -334,7 +334,7 @@ def read_labels_for(model: TrainedModel, path: Path, usable: np.ndarray) -> np.n
     """
     made, options = data_io.read_label_meta(path).get("recipe"), model.card.recipe.options["labels"]
     if made is not None and options:
-        require_alike(made.shared, options, path, "the training labels", data_fns.REBUILD_LABELS)
+        require_alike(made.shared, options, path, "the training labels", REBUILD_LABELS)
     labels = data_io.read_labels(path)
     hsi_proc_fns.check_label_shape(labels, usable, path)
     return labels
@@ -762,8 +762,8 @@ def predict_cubes(
 
 def predict_patch_files(model: TrainedModel, root: Path, table: pd.DataFrame) -> Iterator[Labelled]:
     """Like `predict_cubes`, but from patch files."""
-    samples = data_fns.get_samples(table, model.spec, root, None, model.stats)
-    dataset = data_fns.PatchFileDataset(samples, model.spec, root)
+    samples = get_samples(table, model.spec, root, None, model.stats)
+    dataset = PatchFileDataset(samples, model.spec, root)
     for galaxy, rows in samples.by_galaxy():
         blocks = np.split(rows, range(PATCHES_AT_ONCE, len(rows), PATCHES_AT_ONCE))
         answers = [predict(model, dataset.__getitems__(block).patches) for block in blocks]

@@ -115,7 +115,7 @@ def cutout_outputs(network: Network, cutouts: Tensor, weights: Tensor) -> Tensor
     network : Network
     cutouts : (N, 1, band, T + P - 1, T + P - 1)
     weights : (N, T, T)
-        Of the spaxels, as in `data_fns.CutoutBatch`. Outputs where they are 0 have no meaning, but
+        Of the spaxels, as in `batches.CutoutBatch`. Outputs where they are 0 have no meaning, but
         are finite.
     """
     if isinstance(network, SSFTT):

@@ -44,13 +44,15 @@ import matched_filter_net
 import network_start
 import networks
 import run_folder
-from data_fns import DataOptions, PatchDataset, PatchSpec, Samples, dataset_of
+from batches import PatchDataset, dataset_of
+from data_fns import DataOptions
 from data_io import Recipe, digest_of
 from HSI_SSFTT import count_parameters
 from labels import class_middles
 from matched_filter_net import MatchedFilterNet
 from networks import USUAL, Network
 from run_folder import ModelCard
+from samples import PatchSpec, Samples
 from training import OptimisationOptions, Stopper, Training, in_words, restore, train
 
 log = logging.getLogger(__name__)

@@ -37,12 +37,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 import data_io
-from data_fns import PatchSpec
 from data_io import Recipe, option_differences
 from hsi_proc_fns import Stats
 from intervals import Calibration
 from labels import logoh_edges
 from networks import NetworkName
+from samples import PatchSpec
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,8 @@ import intervals
 import metrics
 import networks
 import run_folder
-from data_fns import Batch, CutoutBatch, DataOptions, SpaxelBatchSampler, dataset_of, patch_file
+from batches import Batch, CutoutBatch, SpaxelBatchSampler, dataset_of
+from data_fns import DataOptions
 from networks import Network
 from run_folder import ModelCard
 
@@ -273,7 +274,7 @@ def refuse_loss(training: Training, loss: float, rows: Tensor) -> NoReturn:
     utils.write_json(out, content)
     files = [
         str(
-            patch_file(data.root, data.spec, p)
+            data.spec.patch_file(data.root, p)
             if data.source == "patches"
             else utils.cube_path(data.root, p)
         )

@@ -42,28 +42,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import data_fns
+import batches
 import data_io
 import eval_fns
 import hsi_proc_fns
 import networks
 import pack_cubes
 import SSFTT_dense
-from data_fns import (
-    Batch,
-    CutoutBatch,
-    DataOptions,
-    PackedDataset,
-    PatchSpec,
-    Samples,
-    SpaxelBatchSampler,
-)
+from batches import Batch, CutoutBatch, PackedDataset, SpaxelBatchSampler
+from data_fns import DataOptions
 from data_io import Recipe
 from hsi_proc_fns import Stats
 from HSI_SSFTT import SSFTT, SSFTTConfig, count_parameters, get_SSFTT_model
 from matched_filter_net import MatchedFilterConfig, MatchedFilterNet, joined_size
 from pack_cubes import PackedCubes
 from run_folder import MODEL_VERSION, ModelCard
+from samples import PatchSpec, Samples
 from training import OptimisationOptions, Progress, Stopper, Training, batch_loss, train_epoch
 
 log = logging.getLogger(__name__)
@@ -486,8 +480,8 @@ def run_rows(
         loader = packed_loader(small, folder / f"run_{bands}.h5", bands, RUN_CUTOUT, 1)
         step = Step(small, RECOMMENDED, dense=True, n=1)
         step.training.loaders["train"] = loader
-        sampler, dataset = step.training.sampler, eval_fns.dataset_of(loader)
-        each = data_fns.labelled_in_a_cutout(dataset.samples, sampler.probabilities, RUN_CUTOUT)
+        sampler, dataset = step.training.sampler, batches.dataset_of(loader)
+        each = batches.labelled_in_a_cutout(dataset.samples, sampler.probabilities, RUN_CUTOUT)
         sampler.batch_size = max(1, round(size / each))
         sampler.num_samples = sampler.batch_size * n_steps
         if way == "compiled":
@@ -531,9 +525,9 @@ def packed_loader(bench: Bench, path: Path, bands: int, cutout: int, n: int) -> 
     )
     spec = PatchSpec("logOH", patch_size=bench.config.patch_size)
     packed = pack_cubes.read_packed(path)
-    spectra = data_fns.as_tensor(packed).to(bench.device)
+    spectra = batches.as_tensor(packed).to(bench.device)
     dataset = PackedDataset(samples, spec, packed, spectra, cutout, sampler.probabilities)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=data_fns.collate)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=batches.collate)
 
 
 def map_rows(bench: Bench) -> list[Row]:

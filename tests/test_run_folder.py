@@ -10,9 +10,9 @@ import torch
 
 import data_io
 import run_folder
-from data_fns import PatchSpec
 from data_io import Recipe
 from run_folder import ModelCard
+from samples import PatchSpec
 
 CARD = ModelCard(
     recipe=Recipe("run", 2, {"seed": 0, "bands": [0, 5], "cube": {}}, {"split": "aa"}),

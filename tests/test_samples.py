@@ -13,7 +13,8 @@ import cube_patch_processing as patching
 import data_fns
 import data_io
 import pack_cubes
-from data_fns import DataOptions, PatchSpec, Samples
+from data_fns import DataOptions
+from samples import PatchSpec, Samples, get_samples
 
 TRAIN, VAL, GALAXIES = mock_cubes.PLATEIFUS[:2], mock_cubes.PLATEIFUS[2], mock_cubes.PLATEIFUS[:4]
 
@@ -29,7 +30,7 @@ def samples_of(root, spec, part="train", split="hard"):
     table = data_io.read_split(utils.split_path(root, split))[0][part]
     galaxies = table["plateifu"].unique()
     packed = pack_cubes.open_packed(root, split, spec.patch_norm, galaxies)
-    return data_fns.get_samples(table, spec, root, packed)
+    return get_samples(table, spec, root, packed)
 
 
 def spaxels_of(found):
@@ -69,7 +70,7 @@ def test_classes_and_values_are_those_of_the_label_maps(root):
 def test_samples_come_in_the_order_of_the_split_then_of_the_map(root):
     table = pd.DataFrame({"plateifu": list(GALAXIES[::-1]), "mangaid": "1-0"})
     packed = pack_cubes.open_packed(root, "hard", "global", GALAXIES)
-    found = data_fns.get_samples(table, PatchSpec("BPT", patch_norm="global"), root, packed)
+    found = get_samples(table, PatchSpec("BPT", patch_norm="global"), root, packed)
     assert found.plateifus == list(table["plateifu"])
     assert (np.diff(found.galaxy.astype(int) * 10_000 + found.y * 100 + found.x) > 0).all()
     assert found.cubes == data_io.cube_digests(root, GALAXIES)

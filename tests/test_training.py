@@ -31,9 +31,9 @@ import networks
 import run_folder
 import run_SSFTT_training as script
 import training
-from data_fns import PatchSpec
 from labels import class_middles, class_names
 from run_SSFTT_training import TrainConfig, train_config
+from samples import PatchSpec
 
 REPO = Path(script.__file__).parent
 TRAIN, VAL = mock_cubes.PLATEIFUS[:4], mock_cubes.PLATEIFUS[4:6]
