@@ -2,6 +2,7 @@
 # make test         all tests, MaNGA's and ImageExtractor's
 # make test-quick   MaNGA's tests without the slow ones (less than a minute)
 # make test-faults  damages files of every kind, thousands of times (minutes)
+# make test-slurm   the batch scripts on a real Slurm of one node (minutes); as root, installs it if missing
 # make test-marvin  compares label maps with marvin, the survey's own tool, in an environment of its own
 # make bench        speed, memory and disk space, as ratios (minutes)
 # make benchmark-hard  metallicity on galaxies never seen, beside simple methods (half an hour)
@@ -22,7 +23,7 @@ endif
 endif
 STAMP = $(if $(filter no,$(SETUP)),,$(ready))
 
-.PHONY: demo test test-manga test-quick test-faults test-marvin lint bench bench-gpu benchmark-hard setup demo-cta test-cta bench-cta clean
+.PHONY: demo test test-manga test-quick test-faults test-slurm test-marvin lint bench bench-gpu benchmark-hard setup demo-cta test-cta bench-cta clean
 
 demo: $(STAMP)
 	PYTHON=$(python) bash demo.sh
@@ -37,6 +38,9 @@ test-quick: $(STAMP)
 
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(python) tests/faults.py
+
+test-slurm: $(STAMP)
+	PYTHONPATH=.:tests $(python) tests/slurm_cluster.py
 
 test-marvin: $(STAMP) .venv-marvin/.ready
 	$(python) mock_manga.py --n-galaxies 4 --bundles 19 37 --data-dir results/marvin/data
