@@ -133,8 +133,7 @@ def split_stats(
         "n_spaxels": moments.n,
         "n_galaxies": len(mangaids),
         "split_dir": split_dir,
-        "created_utc": utils.utc_now(),
-        "code_version": utils.VERSION,
+        **utils.made_now(),
     }
     return Stats(wave, moments.mean, std, components, variance, ratio, recipe, attrs)
 

@@ -141,7 +141,7 @@ def process_cube(
         Any problem with the input; in that case nothing is written.
     """
     source, target = Path(source), Path(target)
-    _check_grid(options)
+    wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
     chosen, inputs = {**_of(options, CubeOptions), "redshift": redshift}, dict[str, str]()
     if options.remove_gas_velocity and maps is not None and maps.is_file():
         inputs["MAPS"] = file_digest(maps)
@@ -170,7 +170,6 @@ def process_cube(
             z, mangaid = archive.identify(source, primary, plateifu, redshift, catalogue)
             copied = {name: archive.plain(primary.get(card)) for name, card in COPIED_CARDS.items()}
         edges = resample.log_edges(*archive.WAVE_GRID)
-        wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
         stretch = None
         if options.remove_gas_velocity:
             stretch = archive.gas_stretch(maps, source, plateifu)
@@ -206,8 +205,7 @@ def process_cube(
             "wcs_header": archive.celestial(raw.header),
             "source_file": source.name,
             "source_stamp": stamp,
-            "code_version": utils.VERSION,
-            "created_utc": utils.utc_now(),
+            **utils.made_now(),
         }
         inputs["LOGCUBE"] = hashing.result()
     recipe = Recipe("cube", data_io.CUBE_VERSION, chosen, inputs)
@@ -221,15 +219,6 @@ def process_cube(
             f"the redshift {z:.4f} right?"
         )
     return "written"
-
-
-def _check_grid(options: CubeOptions) -> None:
-    """Raise a DataError unless the target grid is valid."""
-    if not (0 < options.wave_min < options.wave_max and options.n_band > 0):
-        raise DataError(
-            f"wavelength grid of {options.n_band} bins from {options.wave_min:g} to "
-            f"{options.wave_max:g} Angstrom: expected 0 < --wave-min < --wave-max and --n-band > 0."
-        )
 
 
 def _resampled_rows(
@@ -371,8 +360,7 @@ def process_map(
         "dap_version": version["VERSDAP"],
         "source_file": source.name,
         "wcs_header": archive.celestial(flux_hdu.header),
-        "code_version": utils.VERSION,
-        "created_utc": utils.utc_now(),
+        **utils.made_now(),
     }
     if label_task == "logOH":
         calibration = CALIBRATIONS[options.diagnostic]

@@ -358,6 +358,11 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def made_now() -> dict[str, str]:
+    """When, and with which version of this code, something was made."""
+    return {"code_version": VERSION, "created_utc": utc_now()}
+
+
 def config_dict(config: Any) -> dict[str, Any]:
     """Fields of a config dataclass as flat JSON values; `--config` reads them back."""
     values = json.loads(json.dumps(asdict(config), default=str))
