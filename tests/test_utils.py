@@ -44,7 +44,7 @@ def touch(root, kind, daptype="SPX-MILESHC-MASTARSSP"):
     return path
 
 
-WRONG = "8485 8485_1901 8485-1901-1 abc 84-19 ../../x 8485-1901/../.. \0 \u0668\u0664\u0668\u0665-1901".split()
+WRONG = "8485 8485_1901 8485-1901-1 abc 84-19 ../../x 8485-1901/../.. \0 ٨٤٨٥-1901".split()
 """No plateifus; the last one has digits of another script."""
 
 
