@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,10 +81,14 @@ def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, b
     return found, bool(critical)
 
 
-def plain(value: Any) -> Any:
-    """Value of a card for an attribute; None for what is none, such as a value left out."""
-    is_plain = isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 1 << 63)
-    return value if is_plain else None
+def plain_cards(header: fits.Header, cards: Mapping[str, str]) -> dict[str, Any]:
+    """Values of cards by another name; None for what is none, such as a value left out."""
+
+    def is_plain(value: Any) -> bool:
+        return isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 1 << 63)
+
+    values = {name: header.get(card) for name, card in cards.items()}
+    return {name: value if is_plain(value) else None for name, value in values.items()}
 
 
 def identify(
