@@ -24,8 +24,8 @@ import pandas as pd
 
 import data_io
 import loops
-from data_io import Recipe, digest_of
 from labels import LABEL_NONE, class_names, label_classes
+from recipe import DIGEST_LENGTH, Recipe, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +73,6 @@ def labelled_galaxies(
     DataFrame
         plateifu, mangaid, n_labelled, mean_label (12+log(O/H), or the mean BPT class), and
         class_<k> counts (6-class scale for logOH) and label_digest, sorted by plateifu.
-
-    Raises
-    ------
-    DataError
-        If there is no label map, or none with enough labels.
     """
     paths = utils.label_maps(root, label_task)
     if galaxy_list is not None:
@@ -109,7 +104,7 @@ def labelled_galaxies(
                 "n_labelled": count,
                 "mean_label": round(float(labels[has_label].mean(dtype=float)), 4),
                 **{f"class_{k}": int(c) for k, c in enumerate(counts)},
-                "label_digest": digest_of(labels)[: data_io.DIGEST_LENGTH],
+                "label_digest": digest_of(labels)[:DIGEST_LENGTH],
             }
         )
     if not rows:
@@ -139,11 +134,6 @@ def split_galaxies(
     -------
     dict of part -> DataFrame
         Disjoint in mangaid. Each part's number of galaxies is within one of its share.
-
-    Raises
-    ------
-    DataError
-        If the fractions are invalid, or there are too few galaxies for three parts.
     """
     check_fractions(fractions)
     rng = np.random.default_rng(seed)
@@ -185,11 +175,7 @@ def write_checked(
     """Write a "hard" or "easy" split unless it is there already; log what each part holds.
 
     The recipe holds the options and the label maps of `galaxies` (from `labelled_galaxies`).
-
-    Raises
-    ------
-    DataError
-        If another split of this name exists, without --overwrite.
+    Another split of this name is replaced only with --overwrite.
     """
     split_dir = config.split_dir or f"{kind}_{config.label_task}"
     folder = utils.split_path(utils.data_dir(config.data_dir), split_dir)

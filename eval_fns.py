@@ -78,26 +78,18 @@ class EvalConfig:
 
 @dataclass(repr=False)
 class Evaluation:
-    """How well a model does on a part of its split.
-
-    Attributes
-    ----------
-    scores : dict
-        Content of metrics.json: see `metrics.score_predictions`; also part, split, split_kind,
-        label_task, best_epoch.
-    class_names : list of str
-    confusion : (true class, predicted class) int
-    per_class, per_galaxy : DataFrame
-    predictions : DataFrame
-        One row per spaxel: see `predictions_table`.
-    """
+    """How well a model does on a part of its split."""
 
     scores: dict[str, Any]
+    """Content of metrics.json: see `metrics.score_predictions`; also part, split, split_kind,
+    label_task, best_epoch."""
     class_names: list[str]
     confusion: np.ndarray
+    """(true class, predicted class) int."""
     per_class: pd.DataFrame
     per_galaxy: pd.DataFrame
     predictions: pd.DataFrame
+    """One row per spaxel: see `predictions_table`."""
 
     def write(self, folder: Path) -> None:
         """Write the results into a folder."""

@@ -30,12 +30,12 @@ import networks
 import pack_cubes
 import run_folder
 from batches import PackedDataset, dataset_of
-from data_io import require_alike
 from hsi_proc_fns import Stats
 from intervals import LEVEL
 from labels import LABEL_NONE
 from networks import Answer, Network
 from pack_cubes import NormalisedCube
+from recipe import require_alike
 from run_folder import ModelCard
 from samples import REBUILD_LABELS, PatchSpec
 
@@ -56,26 +56,17 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 @dataclass
 class TrainedModel:
-    """A model and all that using it requires.
-
-    Attributes
-    ----------
-    network : Network
-        In evaluation mode, on `device`.
-    card : ModelCard
-        Its description: class names, class values, recipe, best epoch, ...
-    stats : Stats or None
-        For the norm PCA.
-    device : torch.device
-    parts : dict
-        Part of the run's split by mangaid; training for a galaxy in several (easy splits).
-    """
+    """A model and all that using it requires."""
 
     network: Network
+    """In evaluation mode, on `device`."""
     card: ModelCard
+    """Its description: class names, class values, recipe, best epoch, ..."""
     stats: Stats | None
+    """For the norm PCA."""
     device: torch.device
     parts: dict[str, str] = field(default_factory=dict)
+    """Part of the run's split by mangaid; training for a galaxy in several (easy splits)."""
 
     @property
     def spec(self) -> PatchSpec:
@@ -85,7 +76,7 @@ class TrainedModel:
     def answer(self, outputs: Tensor) -> Answer:
         """Decode the network's outputs (..., output)."""
         card = self.card
-        values = (card.edges, card.dex_values, card.calibration.widening)
+        values = (card.edges, card.dex_values, card.calibration)
         return networks.answer(self.network, outputs, *values)
 
     def __repr__(self) -> str:
@@ -136,10 +127,7 @@ def keep_freed_memory() -> None:
 def load_model(run_dir: Path | str, device: str = "auto") -> TrainedModel:
     """Load the best model of a training run; its folder is all that is needed.
 
-    Parameters
-    ----------
-    run_dir : Path
-    device : {"auto", "cpu", "cuda"}
+    `device` is auto, cpu or cuda.
 
     Raises
     ------
@@ -161,44 +149,30 @@ def load_model(run_dir: Path | str, device: str = "auto") -> TrainedModel:
 
 @dataclass(repr=False)
 class CubePrediction:
-    """A model's prediction for every spaxel of a cube.
-
-    Attributes
-    ----------
-    plateifu : str
-    classes : (y, x) int16
-        LABEL_NONE where the spaxel is not usable.
-    probabilities : (y, x, class) float32
-        NaN where the spaxel is not usable.
-    class_names : list of str
-    inside : (y, x) bool
-        Spaxels with any measured bin.
-    attrs : dict
-        Of the cube: redshift, wcs_header, ...
-    class_values : (class,) array or None
-        12+log(O/H) that stands for each class, dex; None for BPT.
-    part : str
-        Part of the run's split that the galaxy is in; empty if in none.
-    logoh, lower, upper : (y, x) float32, or None
-        12+log(O/H), dex, and the ends of its 90 % interval (intervals.py); NaN where the spaxel is
-        not usable. None for BPT.
-    unlike : (y, x) bool, or None
-        Spaxels whose spectra are unlike those of training, so that interval and class promise
-        nothing; None if the network cannot tell.
-    """
+    """A model's prediction for every spaxel of a cube; NaN or LABEL_NONE where not usable."""
 
     plateifu: str
     classes: np.ndarray
+    """(y, x) int16."""
     probabilities: np.ndarray
+    """(y, x, class) float32."""
     class_names: list[str]
     inside: np.ndarray
+    """(y, x) bool: spaxels with any measured bin."""
     attrs: dict[str, Any]
+    """Of the cube: redshift, wcs_header, ..."""
     class_values: np.ndarray | None = None
+    """(class,) 12+log(O/H) that stands for each class, dex; None for BPT."""
     part: str = ""
+    """Part of the run's split that the galaxy is in; empty if in none."""
     logoh: np.ndarray | None = None
     lower: np.ndarray | None = None
     upper: np.ndarray | None = None
+    """(y, x) float32: 12+log(O/H), dex, and the ends of its 90 % interval (intervals.py); None for
+    BPT."""
     unlike: np.ndarray | None = None
+    """(y, x) bool: spaxels whose spectra are unlike those of training, so that interval and class
+    promise nothing; None if the network cannot tell."""
 
     @property
     def usable(self) -> np.ndarray:
@@ -295,19 +269,10 @@ def predict_normalised(model: TrainedModel, cube: NormalisedCube, plateifu: str)
 
 @torch.inference_mode()
 def map_answer(model: TrainedModel, values: np.ndarray, patch_wise: bool = False) -> Answer:
-    """Answer for every spaxel of a normalised cube.
+    """Answer for every spaxel (y, x) of a normalised cube, (y, x, band) float32.
 
-    Parameters
-    ----------
-    model : TrainedModel
-    values : (y, x, band) float32
-    patch_wise : bool
-        Run the network on every spaxel's patch instead of once over the map: the same numbers.
-
-    Returns
-    -------
-    Answer
-        Of (y, x) spaxels; meaningless where they are not usable.
+    Meaningless where spaxels are not usable. `patch_wise` runs the network on every spaxel's patch
+    instead of once over the map: the same numbers.
     """
     if not patch_wise:
         field = torch.from_numpy(values).permute(2, 0, 1)[None, None].to(model.device)

@@ -28,10 +28,11 @@ from isal import isal_zlib
 from tqdm import tqdm
 
 import data_io
+import h5_files
 import hsi_proc_fns
 import loops
-from data_io import Recipe, require_alike
 from hsi_proc_fns import Stats
+from recipe import Recipe, require_alike
 
 log = logging.getLogger(__name__)
 
@@ -59,26 +60,18 @@ class NormalisedCube(NamedTuple):
 
 @dataclass
 class PackedCubes:
-    """Normalised spectra of many cubes in one table.
-
-    Attributes
-    ----------
-    path : Path
-    spectra : (row, C) float32 or float16 array
-        Memory-mapped. Row 0 is all zeros and stands for every unusable spaxel.
-    rows : dict of plateifu -> (y, x) int32
-        Row of each spaxel's spectrum.
-    cubes : dict of plateifu -> str
-        Digest of the recipe of each cube.
-    recipe : Recipe
-        Options of the cubes under "cube".
-    """
+    """Normalised spectra of many cubes in one table."""
 
     path: Path
     spectra: np.ndarray
+    """(row, C) float32 or float16, memory-mapped; row 0 is all zeros and stands for every unusable
+    spaxel."""
     rows: dict[str, np.ndarray]
+    """By plateifu, the row of each spaxel's spectrum, (y, x) int32."""
     cubes: dict[str, str]
+    """By plateifu, the digest of the cube's recipe."""
     recipe: Recipe
+    """Options of the cubes under "cube"."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the path alone: a worker maps the file again."""
@@ -96,17 +89,9 @@ class PackedCubes:
 def read_normalised(
     path: Path, patch_norm: Norm, stats: Stats | None, bands: tuple[int, int] | None = None
 ) -> NormalisedCube:
-    """Read a cube, normalise it and cut out bands.
+    """Read a cube, normalise it and keep some bands, from the first to the one before the last.
 
-    Parameters
-    ----------
-    path : Path
-        H5 cube.
-    patch_norm, stats
-        residual: as in `matched_filter_net.prepare_spectra`; others: as in
-        `hsi_proc_fns.normalise`.
-    bands : (first, last), optional
-        Keep only these, from the first to the one before the last.
+    Norm residual: see `matched_filter_net.prepare_spectra`; others: `hsi_proc_fns.normalise`.
 
     Raises
     ------
@@ -153,19 +138,13 @@ def packed_path(root: Path, split_dir: str, patch_norm: str, dtype: str) -> Path
 def write_packed(path: Path, packed: PackedCubes, cubes: Iterable[np.ndarray]) -> None:
     """Write packed cubes, whole or not at all.
 
-    Parameters
-    ----------
-    path : Path
-    packed : PackedCubes
-        Of `spectra`, only shape and type are used.
-    cubes : iterable of (n, C) arrays
-        The spectra of each galaxy of `packed.rows` in turn, in the order of their rows.
+    Of `packed.spectra`, only shape and type are used; `cubes` are the spectra (n, C) of each cube
+    of `packed.rows` in turn, in the order of their rows.
     """
     n_bytes = packed.spectra.dtype.itemsize * int(np.prod(packed.spectra.shape, dtype=np.int64))
-    with data_io.new_h5(path, n_bytes) as f:
-        f.attrs.update(schema=PACKED_SCHEMA, schema_version=PACKED_VERSION)
-        f.attrs.update(recipe=packed.recipe.to_json(), code_version=utils.VERSION)
-        f.attrs["created_utc"] = utils.utc_now()
+    made = {"code_version": utils.VERSION, "created_utc": utils.utc_now()}
+    about = PACKED_SCHEMA, PACKED_VERSION, packed.recipe, made
+    with h5_files.new_h5(path, *about, n_bytes) as f:
         f["plateifu"] = np.array(list(packed.rows), "S")
         f["cube"] = np.array([packed.cubes[p] for p in packed.rows], "S")
         f["shape"] = np.array([r.shape for r in packed.rows.values()], np.int32)
@@ -186,13 +165,12 @@ def write_packed(path: Path, packed: PackedCubes, cubes: Iterable[np.ndarray]) -
 def read_packed(path: Path, is_checked: bool = True) -> PackedCubes:
     """Open packed cubes; the spectra stay on disk, memory-mapped, checked or not."""
     maker = "pack_cubes.py --overwrite"
-    with data_io.open_h5(path, PACKED_SCHEMA, PACKED_VERSION, maker) as f:
-        texts = (data_io.read_dataset(f, name) for name in ("plateifu", "cube"))
+    with h5_files.open_h5(path, PACKED_SCHEMA, PACKED_VERSION, maker) as (f, recipe, _):
+        texts = (h5_files.read_dataset(f, name) for name in ("plateifu", "cube"))
         names, cubes = ([word.decode() for word in text] for text in texts)
-        shapes, flat = (data_io.read_dataset(f, name) for name in ("shape", "rows"))
+        shapes, flat = (h5_files.read_dataset(f, name) for name in ("shape", "rows"))
         parts = np.split(flat, np.cumsum(shapes.prod(1))[:-1])
         rows = {p: r.reshape(s) for p, r, s in zip(names, parts, shapes, strict=True)}
-        recipe = Recipe.from_json(f.checked_attrs["recipe"], path)
         spectra = f["spectra"]
         mapped = np.memmap(path, spectra.dtype, "r", spectra.id.get_offset(), spectra.shape)
         crc, n_rows = 0, max(1, CHECKED_AT_ONCE // max(mapped[:1].nbytes, 1))
@@ -219,10 +197,6 @@ def open_packed(
 
     Parameters
     ----------
-    root : Path
-        Data folder.
-    split_dir : str
-    patch_norm : Norm
     plateifus : sequence of str
         Observations that are needed.
     dtype : {"float16", "float32"}

@@ -22,7 +22,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,26 +32,25 @@ from utils import DataError
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 import baselines
 import calc_data_stats
 import data_fns
-import hsi_proc_fns
 import line_fits
 import matched_filter_net
+import network_start
 import networks
 import run_folder
-from batches import PackedDataset, PatchDataset, dataset_of
+from batches import PatchDataset, dataset_of
 from data_fns import DataOptions
-from data_io import Recipe, digest_of
-from HSI_SSFTT import SSFTT, count_parameters
+from HSI_SSFTT import count_parameters
 from inference import pick_device
 from labels import class_middles
-from matched_filter_net import MatchedFilterNet, Spectra
+from matched_filter_net import MatchedFilterNet
 from networks import USUAL, Network
+from recipe import Recipe, digest_of
 from run_folder import ModelCard
 from samples import PatchSpec, Samples
 from training import OptimisationOptions, Stopper, Training, in_words, restore, train
@@ -60,12 +59,6 @@ log = logging.getLogger(__name__)
 
 FINAL_LR = 0.01
 """Learning rate at the end of the cosine, as a fraction of the peak."""
-START_SPECTRA = 6_000
-"""Spectra that show where matched filters start if no known line is in range."""
-START_SPAXELS = 50_000
-"""Labelled spaxels, at most, of whole galaxies, that the head of matched filters starts from."""
-START_GALAXIES = 12
-"""Galaxies measured together there; the first ones decide the normalisation of the features."""
 MAY_CHANGE = ("data_dir", "workers", "epochs", "patience", "device")
 """Options that may differ when a run is resumed."""
 
@@ -233,9 +226,9 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
     model = networks.make_network(data.network, network_sizes(config, dataset)).to(device)
     card = describe_model(config, loaders, model)
     if isinstance(model, MatchedFilterNet):
-        start_filters(model, dataset, card, weight_seed)
+        network_start.start_filters(model, dataset, card, weight_seed)
     elif config.model.projection:
-        start_projection(model, dataset, weight_seed)
+        network_start.start_projection(model, dataset, weight_seed)
     usual, average = USUAL[data.network], None
     if usual.average is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(usual.average))
@@ -281,97 +274,6 @@ def network_sizes(config: TrainConfig, dataset: PatchDataset) -> dict[str, Any]:
         "window": data.patch_size,
         "dropout": config.model.dropout,
     }
-
-
-def start_filters(
-    model: MatchedFilterNet, dataset: PatchDataset, card: ModelCard, seed: int
-) -> None:
-    """Start matched filters at the known lines, and their head as a regression (`start_head`).
-
-    Without a line in range, they start where the training spectra vary most.
-    """
-    assert isinstance(dataset, PackedDataset)
-    samples, rng = dataset.samples, np.random.default_rng(seed)
-    _, some = baselines.sample_spectra(dataset, seed, START_SPECTRA)
-    spectra = matched_filter_net.split(torch.from_numpy(some))
-    centres = line_fits.line_bins(baselines.wave_of(card.recipe.options["cube"]))
-    centres = model.start_filters(spectra.residual, spectra.weight, centres or None)
-    groups = list(samples.by_galaxy())
-    order = [groups[i] for i in rng.permutation(len(groups))]
-    counted = np.cumsum([len(rows) for _, rows in order])
-    order = order[: int(np.searchsorted(counted, START_SPAXELS)) + 1]
-    rows = np.concatenate([rows for _, rows in order])
-    target = samples.classes if model.config.classes else samples.values
-    chosen = torch.from_numpy(target[rows]), torch.from_numpy(samples.galaxy[rows].astype(np.int64))
-    if len(order) < 2:
-        raise DataError(
-            f"{card.split_dir}: spaxels of one training galaxy, expected at least two galaxies. "
-            "Use more galaxies, or --network ssftt."
-        )
-    if model.config.classes and len(np.unique(target[rows])) < 2:
-        raise DataError(
-            f"{card.split_dir}: all training spaxels are of one class, expected at least two. "
-            "Choose another split or --label-task."
-        )
-    strength = model.start_head(together(dataset, order, model.config.window), *chosen)
-    log.info(
-        "matched filters start at %d places, their head from %d spaxels of %d galaxies "
-        "(regression of strength %g)",
-        min(len(centres), model.config.lines),
-        rows.size,
-        len(order),
-        strength,
-    )
-
-
-def together(
-    dataset: PackedDataset, galaxies: list[tuple[int, np.ndarray]], window: int
-) -> Iterator[tuple[Spectra, Tensor, Tensor]]:
-    """Yield some galaxies' spectra at a time, as `MatchedFilterNet.start_head` needs them."""
-    for i in range(0, len(galaxies), START_GALAXIES):
-        fields, nears, centres, n = [], [], [], 0
-        for galaxy, rows in galaxies[i : i + START_GALAXIES]:
-            field, (y, x) = dataset.field(galaxy)
-            values = field[0, 0].movedim(0, -1)
-            nx = values.shape[1]
-            usable = (matched_filter_net.split(values).weight > 0).any(-1)
-            near = matched_filter_net.neighbours(usable[None], window)
-            here = (dataset.samples.y[rows] - y) * nx + dataset.samples.x[rows] - x
-            centre = torch.from_numpy(here.astype(np.int64)).to(near.device)
-            # only usable spaxels, since they decide the normalisation of the features
-            place = usable.flatten().cumsum(0) - 1 + n
-            near = near[centre]
-            fields.append(values[usable])
-            nears.append(torch.where(near < 0, near, place[near]))
-            centres.append(place[centre])
-            n += int(usable.sum())
-        spectra = matched_filter_net.split(torch.cat(fields))
-        yield spectra, torch.cat(nears), torch.cat(centres)
-
-
-def start_projection(model: SSFTT, dataset: PatchDataset, seed: int) -> None:
-    """Start a learned projection as the whitened principal components of training spectra.
-
-    From random weights, training on cutouts hardly progresses (docs/science_choices.md).
-
-    Raises
-    ------
-    DataError
-        If there are fewer samples than components.
-    """
-    from sklearn.decomposition import PCA
-
-    _, spectra = baselines.sample_spectra(dataset, seed)
-    k = model.config.projection
-    assert k is not None
-    if len(spectra) <= k:
-        raise DataError(
-            f"--projection {k}: expected fewer components than the {len(spectra)} training samples."
-        )
-    pca = PCA(k, svd_solver="covariance_eigh").fit(spectra.astype(np.float64))
-    parts = (hsi_proc_fns.whitening(pca.components_, pca.explained_variance_), pca.mean_)
-    device = next(model.parameters()).device
-    model.start_projection(*(torch.from_numpy(p.astype(np.float32)).to(device) for p in parts))
 
 
 def learning_rate(

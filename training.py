@@ -298,14 +298,13 @@ def validate(training: Training) -> dict[str, float]:
     found = networks.answer(model, outputs, card.edges, card.dex_values)
     confusion = metrics.confusion_matrix(classes, found.classes, len(card.class_names))
     scores = {"loss": losses.mean(), **metrics.overall_metrics(confusion)}
-    error = None
     if found.value is not None:
-        error = found.value - values
-        scores["mae_dex"] = np.abs(error).mean()
-    learned = dataset_of(training.loaders["train"]).samples.plateifus
-    is_new = ~np.isin(samples.plateifus, learned)  # in an easy split, galaxies are in both
+        scores["mae_dex"] = np.abs(found.value - values).mean()
+    learned = list(dataset_of(training.loaders["train"]).samples.mangaids.values())
+    galaxy = np.array([samples.mangaids[p] for p in samples.plateifus])[samples.galaxy[rows]]
+    is_new = ~np.isin(galaxy, learned)  # in an easy split, galaxies are in both
     card.calibration = intervals.calibrate(
-        error, found.scale, found.unlikeness, samples.galaxy[rows], is_new[samples.galaxy[rows]]
+        found.value, values, found.scale, found.unlikeness, galaxy, is_new
     )
     return {k: float(v) for k, v in scores.items()}  # type: ignore[arg-type]
 
@@ -329,13 +328,7 @@ def finish_epoch(training: Training, scores: dict[str, float]) -> None:
         "spaxels_per_s": round(progress.seen / max(progress.seconds, 1e-9), 1),
     }
     progress.history.append(row)
-    assert options.monitor is not None
-    score = scores[options.monitor] * (-1 if options.monitor in ("loss", "mae_dex") else 1)
-    better = score > progress.best
-    if better:
-        progress.best, progress.best_epoch = score, progress.epoch + 1
-        training.card.best = {**row, "monitor": options.monitor}
-        run_folder.write_best(training.run_dir, training.card, training.evaluated.state_dict())
+    better = keep_if_best(training, row)
     log.info(
         "epoch %d/%d: loss %.4f, accuracy %.3f; validation loss %.4f, %s%s; %.0f spaxels/s, "
         "%.1f min left",
@@ -355,6 +348,29 @@ def finish_epoch(training: Training, scores: dict[str, float]) -> None:
     if out_of_patience(training):
         log.info("stopping early: no better epoch in %d", progress.epoch - progress.best_epoch)
     progress.finished = out_of_patience(training) or progress.epoch >= options.epochs
+
+
+def keep_if_best(training: Training, row: dict[str, float]) -> bool:
+    """Write the weights if they are the best so far; `row` as in metrics.csv. Say whether."""
+    monitor, progress = training.options.monitor, training.progress
+    assert monitor is not None
+    score = row[f"val_{monitor}"] * (-1 if monitor in ("loss", "mae_dex") else 1)
+    better = score > progress.best
+    if better:
+        progress.best, progress.best_epoch = score, int(row["epoch"])
+        training.card.best = {**row, "monitor": monitor}
+        run_folder.write_best(training.run_dir, training.card, training.evaluated.state_dict())
+    return better
+
+
+def keep_start(training: Training) -> None:
+    """Count a start in closed form as epoch 0: it is kept if training does not improve on it."""
+    scores = {f"val_{k}": v for k, v in validate(training).items()}
+    keep_if_best(training, {"epoch": 0, **scores})
+    log.info(
+        "start: %s",
+        in_words({f"val_{k}": scores[f"val_{k}"] for k in SHOWN if f"val_{k}" in scores}),
+    )
 
 
 def out_of_patience(training: Training) -> bool:
@@ -442,6 +458,8 @@ def train(training: Training, stopper: Stopper) -> int:
     if progress.finished:
         log.info("%s: the run is finished; nothing to do", run_dir)
         return utils.EXIT_DONE
+    if networks.USUAL[training.data.network].start_counts and progress.best_epoch < 0:
+        keep_start(training)
     while not progress.finished:
         if train_epoch(training, stopper):
             finish_epoch(training, validate(training))

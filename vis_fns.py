@@ -145,6 +145,7 @@ def bpt_figure(root: Path, prediction: CubePrediction, label_task: str) -> Figur
     DataError
         If the MAPS file is not in the data folder.
     """
+    import archive_files
     import fits_utils
 
     plateifu, n_classes = prediction.plateifu, prediction.probabilities.shape[2]
@@ -159,7 +160,7 @@ def bpt_figure(root: Path, prediction: CubePrediction, label_task: str) -> Figur
             )
     else:
         maps_file = utils.find_raw(root, plateifu, "MAPS")
-    maps = fits_utils.read_line_maps(maps_file, BPT_LINES)[0]
+    maps = archive_files.read_line_maps(maps_file, BPT_LINES)[0]
     made = meta["recipe"].options if "recipe" in meta else {}
     snr = made.get("min_snr", fits_utils.LabelOptions.min_snr)
     shown = detected(maps, BPT_LINES, snr) & prediction.usable

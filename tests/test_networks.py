@@ -8,6 +8,7 @@ import utils
 
 import mock_cubes
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import train
@@ -18,8 +19,8 @@ import data_io
 import eval_fns
 import inference
 import networks
+import run_folder
 from HSI_SSFTT import get_SSFTT_model
-from intervals import Calibration, calibrate
 from labels import LABEL_NONE, logoh_edges
 from matched_filter_net import MatchedFilterConfig, MatchedFilterNet, join, prepare_spectra, split
 
@@ -116,25 +117,6 @@ def test_joined_spectra_come_apart_again():
         torch.testing.assert_close(one.half(), other, rtol=0, atol=0)
 
 
-# Intervals
-
-
-@pytest.mark.parametrize("level", ["0.68", "0.9", "0.95"])
-def test_intervals_hold_as_many_new_labels_as_they_say(level):
-    rng = np.random.default_rng(0)
-    scale = rng.lognormal(size=(2, 20_000))
-    error = rng.laplace(size=scale.shape) * 3 * scale  # the network takes its error for a third
-    one = np.ones(20_000, bool)
-    made = calibrate(error[0], scale[0], None, one.astype(int), one)
-    assert made.quantiles[level] == pytest.approx(-3 * np.log(1 - float(level)), rel=0.05)
-    lower, upper = made.interval(-error[1], scale[1], float(level))
-    assert ((lower <= 0) & (upper >= 0)).mean() == pytest.approx(float(level), abs=0.01)
-
-
-def test_without_a_calibration_there_is_no_interval():
-    assert np.isnan(Calibration().interval(np.ones(3), np.ones(3))).all()
-
-
 # Baselines
 
 
@@ -203,6 +185,16 @@ def test_a_run_is_mapped_and_evaluated_with_intervals(root, run):
 def test_the_network_beats_the_constant_on_a_galaxy_never_seen(run):
     scores = eval_fns.evaluate_split(run, "test", device="cpu").scores
     assert scores["mae_dex"] < 0.7 * scores["constant_mae_dex"]
+
+
+def test_the_start_is_kept_if_training_makes_it_worse(root, tmp_path):
+    train(root, tmp_path / "run", network="matched_filters", cutout=7, lr=3.0, epochs=2)
+    card = run_folder.ModelCard.read(tmp_path / "run")
+    assert card.best["epoch"] == 0
+    scores = eval_fns.evaluate_split(tmp_path / "run", "val", device="cpu").scores
+    assert scores["mae_dex"] == pytest.approx(card.best["val_mae_dex"], rel=1e-5)
+    later = pd.read_csv(tmp_path / "run" / run_folder.METRICS_FILE)
+    assert (later["val_mae_dex"] > card.best["val_mae_dex"]).all()
 
 
 def test_a_strange_spectrum_is_flagged(own_data, run):

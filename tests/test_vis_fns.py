@@ -25,7 +25,6 @@ import eval_fns
 import inference
 import sky_maps
 import vis_fns
-from data_io import Recipe
 from labels import (
     BPT_CLASSES,
     BPT_LINES,
@@ -35,6 +34,7 @@ from labels import (
     class_names,
     demarcate,
 )
+from recipe import Recipe
 from run_folder import ModelCard
 from sky_maps import Sky
 from vis_fns import VisConfig
