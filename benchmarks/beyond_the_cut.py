@@ -230,11 +230,11 @@ def main(config: Config) -> int:
         error = np.abs(ratios["O3N2"] - survey.truth)[known]
         reliability = float((error[np.isfinite(error)] < CLOSE_DEX).mean())
         limit = limit_of_equal_reliability((value - survey.truth)[known], width[known], reliability)
-        equal = f"network, half-width < {limit:.3f} dex"
+        equal = f"network, half-width to {limit:.3f} dex"
         given = {
             "O3N2, every line S/N > 3": ratios["O3N2"],
             "N2, both lines S/N > 3": ratios["N2"],
-            equal: np.where(width < limit, value, np.nan),
+            equal: np.where(width <= limit, value, np.nan),
             "network, everywhere": value,
         }
         rows = compare(survey, given, star_forming)
