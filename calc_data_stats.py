@@ -25,8 +25,8 @@ from scipy.linalg import eigh
 
 import data_io
 import hsi_proc_fns
-from data_io import Recipe, require_alike
 from hsi_proc_fns import Stats
+from recipe import Recipe, require_alike
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def split_stats(
         )
     moments, first = Moments(wave.size), f"that of {plateifus[0]}"
     mangaids = set[str]()
-    for plateifu in tqdm(plateifus, desc="statistics", unit="galaxy", disable=None):
+    for plateifu in tqdm(plateifus, desc="statistics", unit="observation", disable=None):
         path = utils.cube_path(root, plateifu)
         cube = data_io.read_cube(path)
         require_alike(cube.recipe.shared, recipe.options["cube"], path, first, data_io.REBUILD_CUBE)

@@ -24,8 +24,8 @@ import pandas as pd
 
 import data_io
 import loops
-from data_io import Recipe, digest_of
 from labels import LABEL_NONE, class_names, label_classes
+from recipe import DIGEST_LENGTH, Recipe, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def labelled_galaxies(
                 "n_labelled": count,
                 "mean_label": round(float(labels[has_label].mean(dtype=float)), 4),
                 **{f"class_{k}": int(c) for k, c in enumerate(counts)},
-                "label_digest": digest_of(labels)[: data_io.DIGEST_LENGTH],
+                "label_digest": digest_of(labels)[:DIGEST_LENGTH],
             }
         )
     if not rows:

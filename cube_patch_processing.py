@@ -31,9 +31,9 @@ import numpy as np
 import data_io
 import hsi_proc_fns
 import loops
-from data_io import require_alike
 from hsi_proc_fns import Stats
 from labels import LABEL_NONE, label_classes
+from recipe import require_alike
 
 log = logging.getLogger(__name__)
 

@@ -35,9 +35,9 @@ from batches import (
     collate,
     labelled_in_a_cutout,
 )
-from data_io import require_alike
 from networks import NetworkName
 from pack_cubes import PackedCubes, PackedType
+from recipe import require_alike
 from samples import REBUILD_LABELS, PatchSpec, Samples, get_samples
 
 log = logging.getLogger(__name__)

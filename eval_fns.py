@@ -46,12 +46,12 @@ import networks
 import pack_cubes
 import run_folder
 from batches import PackedDataset, PatchFileDataset, dataset_of
-from data_io import require_alike
 from hsi_proc_fns import Stats
 from intervals import LEVEL, LEVELS
 from labels import LABEL_NONE, label_classes
 from networks import Answer, Network
 from pack_cubes import NormalisedCube
+from recipe import require_alike
 from run_folder import ModelCard
 from samples import REBUILD_LABELS, PatchSpec, get_samples
 
@@ -134,7 +134,7 @@ class TrainedModel:
     def answer(self, outputs: Tensor) -> Answer:
         """Decode the network's outputs (..., output)."""
         card = self.card
-        values = (card.edges, card.dex_values, card.calibration.widening)
+        values = (card.edges, card.dex_values, card.calibration)
         return networks.answer(self.network, outputs, *values)
 
     def __repr__(self) -> str:

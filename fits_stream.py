@@ -35,7 +35,7 @@ MAX_HEADER = 500 * FITS_BLOCK
 """Longest header, bytes: 18,000 cards."""
 MAX_FILE = 4 << 30
 """Bytes of a file, unpacked: four times those of the largest LOGCUBE."""
-FETCH_AGAIN = "Fetch it again with download_utils.py --overwrite."
+FETCH_AGAIN = "Fetch it again with download_utils.py --overwrite, or copy it again if it is yours."
 SUM_CARD = re.compile(rb"(CHECKSUM|DATASUM ) *= *'([0-9A-Za-z]+)")
 
 
@@ -85,11 +85,8 @@ class _Checksum:
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a plain or gzipped FITS file for sequential reading."""
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such file. Check the path, or fetch it with download_utils.py."
-        )
-    with path.open("rb") as raw:
+    remedy = "Check the path, or fetch it with download_utils.py."
+    with utils.reading(path, "a FITS file", remedy), path.open("rb") as raw:
         lead = raw.read(2)
     if not lead:
         raise DataError(f"{path}: zero bytes. Expected a FITS file. {FETCH_AGAIN}")

@@ -37,7 +37,7 @@ class Stats:
     components : (K, band) float64
         Principal components: orthonormal rows in order of decreasing variance.
     explained_variance, explained_ratio : (K,) float64
-    recipe : data_io.Recipe
+    recipe : recipe.Recipe
         Options of the cubes under "cube".
     attrs : dict
         n_spaxels, n_galaxies, split_dir, provenance.

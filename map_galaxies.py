@@ -33,10 +33,10 @@ import eval_fns
 import hsi_proc_fns
 import loops
 import run_folder
-from data_io import Recipe, digest_of, file_digest
 from intervals import LEVEL
 from labels import LABEL_NONE, SF
 from pack_cubes import NormalisedCube
+from recipe import Recipe, digest_of, file_digest
 
 log = logging.getLogger(__name__)
 

@@ -330,13 +330,21 @@ class MatchedFilterNet(nn.Module):
             nn.init.zeros_(part.weight)
             nn.init.zeros_(part.bias)
 
+    @property
+    def profiles(self) -> Tensor:
+        """Filters as they are applied to spectra, (band, filter)."""
+        return 4 * F.normalize(self.filters * self.support, dim=0)
+
     def measure(self, residual: Tensor, weight: Tensor, colour: Tensor) -> SpaxelSums:
         """Apply the filters to spectra (..., band), each spaxel on its own."""
-        filters = 4 * F.normalize(self.filters * self.support, dim=0)
+        filters = self.profiles
         residual, weight, colour = (p.to(filters.dtype) for p in (residual, weight, colour))
         d = weight @ filters.square()
         n = (residual * weight) @ filters + 0.05 * self.stars(colour) * d
-        level = torch.log(weight.mean(-1) + 1e-6)
+        return self.sums(n, d, colour, torch.log(weight.mean(-1) + 1e-6))
+
+    def sums(self, n: Tensor, d: Tensor, colour: Tensor, level: Tensor) -> SpaxelSums:
+        """Features of spaxels from what the filters measured, as in `SpaxelSums`."""
         features = torch.cat([log_amplitude(n, d), colour, level[..., None]], -1)
         return SpaxelSums(n, d, level, self.norm(features))
 

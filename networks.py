@@ -22,6 +22,7 @@ from torch import Tensor
 
 import SSFTT_dense
 from HSI_SSFTT import SSFTT, get_SSFTT_model
+from intervals import Calibration
 from labels import LABEL_NONE
 from matched_filter_net import MatchedFilterConfig, MatchedFilterNet, laplace_losses
 
@@ -55,6 +56,7 @@ USUAL: dict[NetworkName, Usual] = {
 }
 FILTER_LR = 0.1
 """Learning rate of matched filters, which start at the lines, relative to the others'."""
+NOT_CALIBRATED = Calibration()
 
 
 class Answer(NamedTuple):
@@ -177,7 +179,7 @@ def answer(
     outputs: Tensor,
     edges: np.ndarray | None,
     class_values: np.ndarray | None,
-    widening: float = 1.0,
+    calibration: Calibration = NOT_CALIBRATED,
 ) -> Answer:
     """Decode outputs (..., output).
 
@@ -189,9 +191,8 @@ def answer(
         Limits between metallicity classes, dex.
     class_values : (class,) array, optional
         12+log(O/H) that stands for each class, dex.
-    widening : float
-        Factor between the true scale of the errors and the network's: see
-        `Calibration.widening`.
+    calibration : Calibration
+        Widens the network's scale in the probabilities of classes, by `Calibration.widening`.
 
     Notes
     -----
@@ -215,7 +216,8 @@ def answer(
         raise DataError("a network for values without class limits: expected metallicities.")
     value, width = network.in_units(outputs)
     limits = torch.tensor(np.asarray(edges), dtype=value.dtype, device=value.device)
-    z = (limits - value[..., None]) / (widening * width[..., None])
+    widening = torch.from_numpy(calibration.widening(value.cpu().numpy())).to(value)
+    z = (limits - value[..., None]) / (widening * width)[..., None]
     below = 0.5 + 0.5 * z.sign() * (1 - (-z.abs()).exp())  # Laplace distribution function
     chances = F.pad(F.pad(below, (0, 1), value=1.0), (1, 0), value=0.0).diff(dim=-1)
     probabilities, logoh, scale = (part.cpu().numpy() for part in (chances, value, width))

@@ -28,10 +28,11 @@ from isal import isal_zlib
 from tqdm import tqdm
 
 import data_io
+import h5_files
 import hsi_proc_fns
 import loops
-from data_io import Recipe, require_alike
 from hsi_proc_fns import Stats
+from recipe import Recipe, require_alike
 
 log = logging.getLogger(__name__)
 
@@ -169,10 +170,9 @@ def write_packed(path: Path, packed: PackedCubes, cubes: Iterable[np.ndarray]) -
         The spectra of each galaxy of `packed.rows` in turn, in the order of their rows.
     """
     n_bytes = packed.spectra.dtype.itemsize * int(np.prod(packed.spectra.shape, dtype=np.int64))
-    with data_io.new_h5(path, n_bytes) as f:
-        f.attrs.update(schema=PACKED_SCHEMA, schema_version=PACKED_VERSION)
-        f.attrs.update(recipe=packed.recipe.to_json(), code_version=utils.VERSION)
-        f.attrs["created_utc"] = utils.utc_now()
+    made = {"code_version": utils.VERSION, "created_utc": utils.utc_now()}
+    about = PACKED_SCHEMA, PACKED_VERSION, packed.recipe, made
+    with h5_files.new_h5(path, *about, n_bytes) as f:
         f["plateifu"] = np.array(list(packed.rows), "S")
         f["cube"] = np.array([packed.cubes[p] for p in packed.rows], "S")
         f["shape"] = np.array([r.shape for r in packed.rows.values()], np.int32)
@@ -193,13 +193,12 @@ def write_packed(path: Path, packed: PackedCubes, cubes: Iterable[np.ndarray]) -
 def read_packed(path: Path, is_checked: bool = True) -> PackedCubes:
     """Open packed cubes; the spectra stay on disk, memory-mapped, checked or not."""
     maker = "pack_cubes.py --overwrite"
-    with data_io.open_h5(path, PACKED_SCHEMA, PACKED_VERSION, maker) as f:
-        texts = (data_io.read_dataset(f, name) for name in ("plateifu", "cube"))
+    with h5_files.open_h5(path, PACKED_SCHEMA, PACKED_VERSION, maker) as (f, recipe, _):
+        texts = (h5_files.read_dataset(f, name) for name in ("plateifu", "cube"))
         names, cubes = ([word.decode() for word in text] for text in texts)
-        shapes, flat = (data_io.read_dataset(f, name) for name in ("shape", "rows"))
+        shapes, flat = (h5_files.read_dataset(f, name) for name in ("shape", "rows"))
         parts = np.split(flat, np.cumsum(shapes.prod(1))[:-1])
         rows = {p: r.reshape(s) for p, r, s in zip(names, parts, shapes, strict=True)}
-        recipe = Recipe.from_json(f.checked_attrs["recipe"], path)
         spectra = f["spectra"]
         mapped = np.memmap(path, spectra.dtype, "r", spectra.id.get_offset(), spectra.shape)
         crc, n_rows = 0, max(1, CHECKED_AT_ONCE // max(mapped[:1].nbytes, 1))

@@ -107,12 +107,12 @@ def process_galaxy(
             maps = beside
         else:
             maps = utils.find_raw(root, plateifu, "MAPS", options.daptype)
-    words = []
+    words, cube = [], utils.cube_path(root, plateifu)
     if not options.labels_only:
         assert logcube is not None
         word = fits_utils.process_cube(
             logcube,
-            utils.cube_path(root, plateifu),
+            cube,
             options,
             redshift,
             maps if options.remove_gas_velocity else None,
@@ -127,7 +127,9 @@ def process_galaxy(
     for task in options.label_tasks:
         assert maps is not None
         target = utils.label_path(root, task, plateifu)
-        word = fits_utils.process_map(maps, target, task, options, options.skip_critical, overwrite)
+        word = fits_utils.process_map(
+            maps, target, task, options, options.skip_critical, overwrite, cube
+        )
         words.append(word)
     return "written" if "written" in words else words[-1]
 

@@ -46,11 +46,11 @@ import networks
 import run_folder
 from batches import PatchDataset, dataset_of
 from data_fns import DataOptions
-from data_io import Recipe, digest_of
 from HSI_SSFTT import count_parameters
 from labels import class_middles
 from matched_filter_net import MatchedFilterNet
 from networks import USUAL, Network
+from recipe import Recipe, digest_of
 from run_folder import ModelCard
 from samples import PatchSpec, Samples
 from training import OptimisationOptions, Stopper, Training, in_words, restore, train

@@ -27,10 +27,10 @@ import pandas as pd
 from tqdm import tqdm
 
 import data_io
-from data_io import digest_of, require_alike
 from hsi_proc_fns import Stats, check_label_shape
 from labels import LABEL_NONE, LOGOH_SCALE, class_names, label_classes
 from pack_cubes import PackedCubes
+from recipe import DIGEST_LENGTH, digest_of, require_alike
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,8 @@ class Samples:
         How all the cubes ("cube") and labels ("labels") were made; an empty dict if nothing says.
     cubes, label_maps : dict of plateifu -> str
         Digests of the cubes (of their recipes) and of the label maps (of their values).
+    mangaids : dict of plateifu -> str
+        The galaxy that each is an observation of.
     inputs : dict of str -> str
         Digests of the split and, with the norm PCA, of its statistics.
     """
@@ -92,6 +94,7 @@ class Samples:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     cubes: dict[str, str] = field(default_factory=dict)
     label_maps: dict[str, str] = field(default_factory=dict)
+    mangaids: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -136,7 +139,7 @@ def get_samples(
     Parameters
     ----------
     table : DataFrame
-        The part's CSV: plateifu, and y and x where the split is by spaxel.
+        The part's CSV: plateifu, mangaid, and y and x where the split is by spaxel.
     spec : PatchSpec
     root : Path
         Data folder.
@@ -217,6 +220,7 @@ def get_samples(
         options=options,
         cubes={p: spaxels.cube for p, spaxels in found.items()},
         label_maps=label_maps,
+        mangaids=dict(zip(table["plateifu"], table["mangaid"], strict=True)),
     )
 
 
@@ -279,7 +283,7 @@ def warn_of_changed_labels(table: pd.DataFrame, label_maps: dict[str, str]) -> N
     if "label_digest" not in table:
         return
     split_maps = table.drop_duplicates("plateifu").set_index("plateifu")["label_digest"]
-    length = data_io.DIGEST_LENGTH
+    length = DIGEST_LENGTH
     changed = [p for p, digest in label_maps.items() if digest[:length] != split_maps.get(p)]
     if changed:
         log.warning(

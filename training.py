@@ -300,14 +300,13 @@ def validate(training: Training) -> dict[str, float]:
     found = networks.answer(model, outputs, card.edges, card.dex_values)
     confusion = metrics.confusion_matrix(classes, found.classes, len(card.class_names))
     scores = {"loss": losses.mean(), **metrics.overall_metrics(confusion)}
-    error = None
     if found.value is not None:
-        error = found.value - values
-        scores["mae_dex"] = np.abs(error).mean()
-    learned = dataset_of(training.loaders["train"]).samples.plateifus
-    is_new = ~np.isin(samples.plateifus, learned)  # in an easy split, galaxies are in both
+        scores["mae_dex"] = np.abs(found.value - values).mean()
+    learned = list(dataset_of(training.loaders["train"]).samples.mangaids.values())
+    galaxy = np.array([samples.mangaids[p] for p in samples.plateifus])[samples.galaxy[rows]]
+    is_new = ~np.isin(galaxy, learned)  # in an easy split, galaxies are in both
     card.calibration = intervals.calibrate(
-        error, found.scale, found.unlikeness, samples.galaxy[rows], is_new[samples.galaxy[rows]]
+        found.value, values, found.scale, found.unlikeness, galaxy, is_new
     )
     return {k: float(v) for k, v in scores.items()}  # type: ignore[arg-type]
 

@@ -777,6 +777,7 @@ def bpt_figure(root: Path, prediction: eval_fns.CubePrediction, label_task: str)
     DataError
         If the galaxy has no MAPS file, or several and its labels do not name one of them.
     """
+    import archive_files
     import fits_utils
 
     plateifu, n_classes = prediction.plateifu, prediction.probabilities.shape[2]
@@ -784,7 +785,7 @@ def bpt_figure(root: Path, prediction: eval_fns.CubePrediction, label_task: str)
     meta = data_io.read_label_meta(label_file)
     named = utils.raw_dir(root, plateifu) / meta.get("source_file", "")
     maps_file = named if named.is_file() else utils.find_raw(root, plateifu, "MAPS")
-    maps = fits_utils.read_line_maps(maps_file, BPT_LINES)[0]
+    maps = archive_files.read_line_maps(maps_file, BPT_LINES)[0]
     made = meta["recipe"].options if "recipe" in meta else {}
     snr = made.get("min_snr", fits_utils.LabelOptions.min_snr)
     shown = detected(maps, BPT_LINES, snr) & prediction.usable

@@ -51,11 +51,11 @@ import pack_cubes
 import SSFTT_dense
 from batches import Batch, CutoutBatch, PackedDataset, SpaxelBatchSampler
 from data_fns import DataOptions
-from data_io import Recipe
 from hsi_proc_fns import Stats
 from HSI_SSFTT import SSFTT, SSFTTConfig, count_parameters, get_SSFTT_model
 from matched_filter_net import MatchedFilterConfig, MatchedFilterNet, joined_size
 from pack_cubes import PackedCubes
+from recipe import Recipe
 from run_folder import MODEL_VERSION, ModelCard
 from samples import PatchSpec, Samples
 from training import OptimisationOptions, Progress, Stopper, Training, batch_loss, train_epoch

@@ -21,9 +21,8 @@ from utils import DataError
 
 import numpy as np
 
+import archive_files
 import fits_stream
-import fits_utils
-from data_io import file_digest
 from mock.dr17_files import PRIMARY, logcube_hdus, raw_file, write_gzipped_fits
 from mock.physics import (
     C_KMS,
@@ -45,6 +44,7 @@ from mock.physics import (
     wave_grid,
 )
 from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
+from recipe import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def _read_maps(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, in
             f"{path}: no {', '.join(absent)} in the primary header. Expected a DAP MAPS file of "
             "DR15 to DR17; fetch one with download_utils.py."
         )
-    channels = fits_utils.line_channels(hdus["EMLINE_GFLUX"].header, ("Ha-6564",), path)
+    channels = archive_files.line_channels(hdus["EMLINE_GFLUX"].header, ("Ha-6564",), path)
     return primary, {name: hdu.data for name, hdu in hdus.items()}, channels
 
 

@@ -24,6 +24,7 @@ from data_fns import DataOptions
 from hsi_proc_fns import MIN_MEASURED
 from HSI_SSFTT import get_SSFTT_model
 from labels import LABEL_NONE
+from recipe import sealed
 
 TEST_GALAXY = mock_cubes.PLATEIFUS[-1]
 CLOCK = ["seconds", "spaxels_per_s"]
@@ -169,7 +170,7 @@ def test_bins_of_labels_count_once(own_run, own_data):
     side = path.with_suffix(".json")
     n = int(np.isfinite(data_io.read_labels(path)).sum())
     about = json.loads(side.read_text()) | {"bins": [i // 4 for i in range(n)]}
-    utils.write_json(side, data_io.sealed({k: v for k, v in about.items() if k != "checksum"}))
+    utils.write_json(side, sealed({k: v for k, v in about.items() if k != "checksum"}))
     binned = eval_fns.evaluate_split(own_run, data_dir=own_data)
     frame, scores = binned.predictions, binned.scores
     pd.testing.assert_frame_equal(frame.drop(columns="weight"), plain.predictions)
@@ -249,7 +250,7 @@ def without_test_part(run, data):
         (of_another_grid, r"wave_min=5003.0, .* wave_min=5000.0\. Re-run process_single_cube\.py"),
         (
             of_another_calibration,
-            f"{TEST_GALAXY}.npy: made with diagnostic=N2-M13, the training labels with .*O3N2-M13",
+            f"{TEST_GALAXY}.npy: made with diagnostic=N2-M13 .the training labels: O3N2-M13",
         ),
         (of_another_network, r"expected best\.safetensors and model\.json of one network.*retrain"),
         (without_test_part, "no labelled spaxel in the test part"),

@@ -20,7 +20,6 @@ import eval_fns
 import networks
 import run_folder
 from HSI_SSFTT import get_SSFTT_model
-from intervals import Calibration, calibrate
 from labels import LABEL_NONE, logoh_edges
 from matched_filter_net import MatchedFilterConfig, MatchedFilterNet, join, prepare_spectra, split
 
@@ -115,25 +114,6 @@ def test_joined_spectra_come_apart_again():
     spectra = prepare_spectra(flux, np.ones_like(flux))
     for one, other in zip(spectra, split(join(spectra)), strict=True):
         torch.testing.assert_close(one.half(), other, rtol=0, atol=0)
-
-
-# Intervals
-
-
-@pytest.mark.parametrize("level", ["0.68", "0.9", "0.95"])
-def test_intervals_hold_as_many_new_labels_as_they_say(level):
-    rng = np.random.default_rng(0)
-    scale = rng.lognormal(size=(2, 20_000))
-    error = rng.laplace(size=scale.shape) * 3 * scale  # the network takes its error for a third
-    one = np.ones(20_000, bool)
-    made = calibrate(error[0], scale[0], None, one.astype(int), one)
-    assert made.quantiles[level] == pytest.approx(-3 * np.log(1 - float(level)), rel=0.05)
-    lower, upper = made.interval(-error[1], scale[1], float(level))
-    assert ((lower <= 0) & (upper >= 0)).mean() == pytest.approx(float(level), abs=0.01)
-
-
-def test_without_a_calibration_there_is_no_interval():
-    assert np.isnan(Calibration().interval(np.ones(3), np.ones(3))).all()
 
 
 # Baselines

@@ -313,7 +313,7 @@ def test_one_galaxy_by_name_or_by_files(survey, tmp_path):
     np.testing.assert_array_equal(cubes[1:], [cubes[0]] * 2)
     other = utils.find_raw(survey, galaxies_of(survey)[1], "MAPS")
     wrong = process_single_cube.Config(**files, maps=other, data_dir=tmp_path / "4")
-    with pytest.raises(DataError, match=r"holds galaxy .*Check --maps"):
+    with pytest.raises(DataError, match=r"a file of galaxy .*Check --maps"):
         process_single_cube.main(wrong)
     assert not utils.processed_cubes(tmp_path / "4")
     config = process_single_cube.Config(

@@ -14,6 +14,7 @@ import data_fns
 import data_io
 import pack_cubes
 from data_fns import DataOptions
+from recipe import DIGEST_LENGTH, digest_of
 from samples import PatchSpec, Samples, get_samples
 
 TRAIN, VAL, GALAXIES = mock_cubes.PLATEIFUS[:2], mock_cubes.PLATEIFUS[2], mock_cubes.PLATEIFUS[:4]
@@ -96,9 +97,9 @@ def test_samples_by_galaxy_in_any_order():
 
 def test_label_maps_that_changed_since_the_split_are_warned_of(own_data, caplog):
     parts, recipe = data_io.read_split(utils.split_path(own_data, "hard"))
-    digests = {p: data_io.digest_of(data_io.read_labels(label_file(own_data, p))) for p in GALAXIES}
+    digests = {p: digest_of(data_io.read_labels(label_file(own_data, p))) for p in GALAXIES}
     for name, table in parts.items():
-        short = table["plateifu"].map(digests).str[: data_io.DIGEST_LENGTH]
+        short = table["plateifu"].map(digests).str[:DIGEST_LENGTH]
         parts[name] = table.assign(label_digest=short)
     data_io.write_split(utils.split_path(own_data, "hard"), parts, recipe)
     samples_of(own_data, PatchSpec("logOH"))
@@ -162,11 +163,11 @@ REFUSED = {
     ),
     "validation cube on another grid": (
         later(rebuild_cube, VAL, wave_min=4800.0),
-        {}, rf"{VAL}\.h5: made with wave_min=4800.0, that of {TRAIN[0]} with wave_min=5000.0",
+        {}, rf"{VAL}\.h5: made with wave_min=4800.0 .that of {TRAIN[0]}: 5000.0",
     ),
     "cube of another galaxy": (
         lambda root: shutil.copyfile(*(utils.cube_path(root, p) for p in TRAIN)),
-        {}, f"holds the cube of {TRAIN[0]}, expected {TRAIN[1]}",
+        {}, f"the cube of {TRAIN[0]}, expected that of {TRAIN[1]}",
     ),
     "no cube": (
         lambda root: utils.cube_path(root, VAL).unlink(), {}, rf"{VAL}\.h5: no such file"
@@ -185,10 +186,10 @@ REFUSED = {
     ),
     "labels of two calibrations": (
         later(relabel, TRAIN[1:], diagnostic="N2-M13"),
-        {}, f"{TRAIN[1]} .*diagnostic=N2-M13, those of {TRAIN[0]} with diagnostic=O3N2-M13",
+        {}, f"{TRAIN[1]} .*diagnostic=N2-M13 .those of {TRAIN[0]}: O3N2-M13",
     ),
     "validation labels made otherwise": (
-        later(relabel, [VAL], min_snr=5.0), {}, "val part: .*min_snr=5.0, those of the train part"
+        later(relabel, [VAL], min_snr=5.0), {}, "val part: .*min_snr=5.0 .those of the train part"
     ),
     "patch files of other statistics": (
         rebuild_statistics,
@@ -204,7 +205,7 @@ REFUSED = {
     ),
     "patch files of cubes made otherwise": (
         later(patch_files_of_a_rebuilt_cube, True, remove_gas_velocity=False),
-        FULL, r"\(cube\): made with remove_gas_velocity=False, those of .* with .*=True",
+        FULL, r"\(cube\): made with remove_gas_velocity=False .those of .*: True",
     ),
     "patch files of other labels": (
         later(relabel, TRAIN, 0.01),

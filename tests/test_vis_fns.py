@@ -22,7 +22,6 @@ from scipy.integrate import quad
 import data_io
 import eval_fns
 import vis_fns
-from data_io import Recipe
 from labels import (
     BPT_CLASSES,
     BPT_LINES,
@@ -32,6 +31,7 @@ from labels import (
     class_names,
     demarcate,
 )
+from recipe import Recipe
 from run_folder import ModelCard
 from vis_fns import VisConfig
 
