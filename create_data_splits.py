@@ -31,15 +31,13 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(utils.CommandOptions):
     """Split galaxies into training, validation and test parts."""
 
     label_task: LabelTask = "logOH"
     """Labels to stratify by."""
     split_dir: str | None = None
     """Name of the split; default hard_<label_task>."""
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     galaxy_list: Path | None = None
     """File with the galaxies to split, one plateifu per line, or a CSV with a column plateifu;
     default all that have labels."""
@@ -51,10 +49,6 @@ class Config:
     """Leave out galaxies whose quality flag DRP3QUAL or DAPQUAL says CRITICAL."""
     seed: int = 0
     """Random seed."""
-    overwrite: bool = False
-    """Replace an existing split that differs."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 def labelled_galaxies(

@@ -107,8 +107,7 @@ def patch_galaxy(
         meta = {
             "plateifu": plateifu,
             "mangaid": about.get("mangaid"),
-            "code_version": utils.VERSION,
-            "created_utc": utils.utc_now(),
+            **utils.made_now(),
         }
         data_io.write_patches(target, patches, index, recipe, meta)
     return "up to date" if flux is None else "written"

@@ -424,8 +424,7 @@ def write_split(
         For readers of the files, in the header.
     """
     check_split(parts, recipe.options["kind"], str(folder))
-    made = {"created_utc": utils.utc_now(), "code_version": utils.VERSION}
-    made |= {"warning": warning} if warning else {}
+    made = utils.made_now() | ({"warning": warning} if warning else {})
     header = f"# recipe: {recipe.to_json()}\n"
     header += "".join(f"# {k}: {json.dumps(v)}\n" for k, v in made.items())
     for part, table in parts.items():

@@ -142,8 +142,7 @@ def write_packed(path: Path, packed: PackedCubes, cubes: Iterable[np.ndarray]) -
     of `packed.rows` in turn, in the order of their rows.
     """
     n_bytes = packed.spectra.dtype.itemsize * int(np.prod(packed.spectra.shape, dtype=np.int64))
-    made = {"code_version": utils.VERSION, "created_utc": utils.utc_now()}
-    about = PACKED_SCHEMA, PACKED_VERSION, packed.recipe, made
+    about = PACKED_SCHEMA, PACKED_VERSION, packed.recipe, utils.made_now()
     with h5_files.new_h5(path, *about, n_bytes) as f:
         f["plateifu"] = np.array(list(packed.rows), "S")
         f["cube"] = np.array([packed.cubes[p] for p in packed.rows], "S")

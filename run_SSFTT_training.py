@@ -202,7 +202,7 @@ def create_statistics(data: DataOptions) -> None:
     path = utils.stats_path(data.root, data.split)
     if data.patch_norm == "PCA" and not path.is_file():
         log.info("%s: creating the statistics of the split (calc_data_stats.py)", path)
-        calc_data_stats.main(calc_data_stats.Config(data.split, data.root))
+        calc_data_stats.main(calc_data_stats.Config(data.split, data_dir=data.root))
 
 
 def set_up(config: TrainConfig, run_dir: Path) -> Training:
