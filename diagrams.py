@@ -30,17 +30,10 @@ LINE_GREY = "#9A9A9A"
 MODEL_COLOUR, OTHER_COLOUR = "#0072B2", "#D55E00"
 PART_COLOURS = {"train": "#0072B2", "val": "#E69F00", "test": "#882255"}
 
-EMISSION_LINES: dict[str, float] = {
-    r"H$\beta$ 4862": LINES["Hb-4862"],
-    "[OIII] 4960": LINES["OIII-4960"],
-    "[OIII] 5008": LINES["OIII-5008"],
-    "HeI 5877": LINES["HeI-5877"],
-    "[OI] 6302": LINES["OI-6302"],
-    "[NII] 6549": LINES["NII-6549"],
-    r"H$\alpha$ 6564": LINES["Ha-6564"],
-    "[NII] 6585": LINES["NII-6585"],
-    "[SII] 6718": LINES["SII-6718"],
-    "[SII] 6732": LINES["SII-6732"],
+PERMITTED = {"Hb": r"H$\beta$", "HeI": "HeI", "Ha": r"H$\alpha$"}
+EMISSION_LINES = {
+    f"{PERMITTED.get(ion, f'[{ion}]')} {wave}": LINES[f"{ion}-{wave}"]
+    for ion, wave in (name.split("-") for name in LINES)
 }
 """Lines that figures mark: name and vacuum wavelength, Angstrom."""
 
@@ -116,7 +109,7 @@ def plot_training_curves(
         ):
             curve = metrics[f"{part}_{name}"]
             ax.plot(metrics["epoch"], curve, "o-", ms=3, color=colour, label=label)
-        if card is not None and (best := card.best.get("epoch")):
+        if card is not None and (best := card.best.get("epoch")) is not None:
             ax.axvline(best, color="k", lw=0.8, ls=":", label=f"best epoch: {best}")
         ax.set(xlabel="epoch", ylabel=name if name == "accuracy" else "loss (nat)")
         ax.set(xlim=(1 - 0.03 * last, 1.03 * last), xticks=ticks)

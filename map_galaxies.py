@@ -103,15 +103,18 @@ def map_recipe(weights_digest: str, cube: Recipe, bpt: np.ndarray | None) -> Rec
 
 def spaxel_mask(result: inference.CubePrediction, bpt: np.ndarray | None) -> np.ndarray:
     """Set the bits of MASK_BITS in every spaxel, (y, x) int32; `bpt` as in `write_map`."""
-    mask = np.zeros(result.classes.shape, np.int32)
     labels = np.full_like(result.classes, LABEL_NONE) if bpt is None else bpt
-    unknown = labels == LABEL_NONE
-    unmeasured, trained = ~result.inside, np.full(mask.shape, result.part == "train")
-    unlike = np.zeros(mask.shape, bool) if result.unlike is None else result.unlike
-    unusable = ~result.usable & ~unmeasured
-    flags = (unmeasured, unusable, (labels != SF) & ~unknown, unknown, trained, unlike)
-    for bit, is_set in enumerate(flags):  # in the order of MASK_BITS
-        mask[is_set] |= 1 << bit
+    flags = {
+        "NOSPEC": ~result.inside,
+        "FEWBINS": result.inside & ~result.usable,
+        "NOTSF": (labels != SF) & (labels != LABEL_NONE),
+        "NOBPT": labels == LABEL_NONE,
+        "TRAINED": result.part == "train",
+        "UNLIKE": False if result.unlike is None else result.unlike,
+    }
+    mask = np.zeros(result.classes.shape, np.int32)
+    for bit, name in enumerate(MASK_BITS):
+        mask |= np.where(flags[name], np.int32(1 << bit), np.int32(0))
     return mask
 
 
@@ -134,7 +137,7 @@ def write_map(
 
     `bpt`, (y, x) int16: the galaxy's BPT labels; None if it has none.
     """
-    task, mask = trained.spec.label_task, spaxel_mask(result, bpt)
+    card, task, mask = trained.card, trained.spec.label_task, spaxel_mask(result, bpt)
     values = [] if result.class_values is None else result.class_values.tolist()
     trusted = (mask & DISTRUST[task]) == 0
     images = {"CLASS": result.classes, "PROBABILITY": np.moveaxis(result.probabilities, 2, 0)}
@@ -154,12 +157,12 @@ def write_map(
         "MANGAID": (result.attrs.get("mangaid"), "galaxy, however often observed"),
         "REDSHIFT": (result.attrs.get("redshift"), "of the cube"),
         "TASK": (task, "label that was learned"),
-        "CALIBRAT": (trained.card.recipe.options["labels"].get("diagnostic"), "of the labels"),
+        "CALIBRAT": (card.recipe.options["labels"].get("diagnostic"), "of the labels"),
         "NCALGAL": (
-            trained.card.calibration.galaxies if values else None,
+            card.calibration.galaxies if values else None,
             "galaxies that calibrated the intervals",
         ),
-        "NEPOCH": (trained.card.best["epoch"], "training epoch of the weights"),
+        "NEPOCH": (card.best["epoch"], "training epoch of the weights"),
         **cards,
         "PART": (result.part, "of the run's split; empty if in none"),
         "SPAXELS": (int(result.usable.sum()), "with a prediction"),
@@ -207,22 +210,12 @@ def tabulate_maps(folder: Path) -> pd.DataFrame:
 
 
 def map_galaxies(
-    trained: inference.TrainedModel,
-    run_dir: Path,
-    root: Path,
-    plateifus: Sequence[str],
-    failed_csv: Path,
-    readers: int = 1,
-    overwrite: bool = False,
+    config: Config, trained: inference.TrainedModel, root: Path, plateifus: Sequence[str]
 ) -> dict[str, str]:
-    """Map observations into the run's folder `maps`; `readers` threads read cubes in advance.
-
-    Returns
-    -------
-    dict of plateifu -> {"written", "up to date", "failed"}
-    """
-    folder = run_dir / run_folder.MAPS_FOLDER
+    """Map observations; say of each whether its map was written, is up to date, or failed."""
+    run_dir, folder = config.run_dir, config.run_dir / run_folder.MAPS_FOLDER
     weights = file_digest(run_dir / run_folder.WEIGHTS_FILE)
+    readers = utils.processes(config.jobs) if config.jobs else inference.count_readers()
 
     def read(plateifu: str) -> tuple[NormalisedCube, np.ndarray | None] | Exception | None:
         path, label_path = utils.cube_path(root, plateifu), utils.label_path(root, "BPT", plateifu)
@@ -230,7 +223,7 @@ def map_galaxies(
             bpt = data_io.read_labels(label_path) if label_path.is_file() else None
             recipe = map_recipe(weights, data_io.read_cube_head(path).recipe, bpt)
             made = read_map_header(folder / f"{plateifu}.fits").get("RECIPE")
-            if made == recipe.digest and not overwrite:
+            if made == recipe.digest and not config.overwrite:
                 return None
             cube = inference.read_cube_for(trained, path)
             if bpt is not None:
@@ -258,7 +251,7 @@ def map_galaxies(
         write_map(folder / f"{plateifu}.fits", result, trained, cards, bpt)
         return "written"
 
-    return loops.for_each_galaxy(work, plateifus, "maps", failed_csv)
+    return loops.for_each_galaxy(work, plateifus, "maps", loops.failed_path(folder, config.shard))
 
 
 def warn(table: pd.DataFrame, words: str) -> None:
@@ -268,16 +261,12 @@ def warn(table: pd.DataFrame, words: str) -> None:
 
 
 def main(config: Config) -> int:
-    """Map the chosen galaxies and tabulate all maps of the run."""
+    """Map the chosen observations and tabulate all maps of the run."""
     trained = inference.load_model(config.run_dir, config.device)
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
     galaxies = loops.chosen_galaxies(config, [p.stem for p in utils.processed_cubes(root)])
     folder = config.run_dir / run_folder.MAPS_FOLDER
-    readers = utils.processes(config.jobs) if config.jobs else inference.count_readers()
-    failed_csv = loops.failed_path(folder, config.shard)
-    outcome = map_galaxies(
-        trained, config.run_dir, root, galaxies, failed_csv, readers, config.overwrite
-    )
+    outcome = map_galaxies(config, trained, root, galaxies)
     if len(table := tabulate_maps(folder)):
         is_gone = ~table["plateifu"].map(lambda p: utils.cube_path(root, p).is_file())
         table["cube"] = np.where(is_gone, "gone", "")
