@@ -38,7 +38,6 @@ from torch.utils.data import DataLoader
 import baselines
 import calc_data_stats
 import data_fns
-import eval_fns
 import line_fits
 import matched_filter_net
 import network_start
@@ -47,6 +46,7 @@ import run_folder
 from batches import PatchDataset, dataset_of
 from data_fns import DataOptions
 from HSI_SSFTT import count_parameters
+from inference import pick_device
 from labels import class_middles
 from matched_filter_net import MatchedFilterNet
 from networks import USUAL, Network
@@ -208,7 +208,7 @@ def create_statistics(data: DataOptions) -> None:
 def set_up(config: TrainConfig, run_dir: Path) -> Training:
     """Make loaders, model and optimiser from the config and its seed."""
     data, optimisation = config.data, config.optimisation
-    device = eval_fns.pick_device(config.run.device)
+    device = pick_device(config.run.device)
     sampler_seed, weight_seed = (
         int(s.generate_state(1)[0]) for s in np.random.SeedSequence(config.run.seed).spawn(2)
     )

@@ -27,13 +27,13 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import eval_fns
 import intervals
 import metrics
 import networks
 import run_folder
 from batches import Batch, CutoutBatch, SpaxelBatchSampler, dataset_of
 from data_fns import DataOptions
+from inference import AMP_TYPES, Amp, sample_outputs
 from networks import Network
 from run_folder import ModelCard
 
@@ -67,7 +67,7 @@ class OptimisationOptions:
     """Stop after this number of epochs without a better one; 0: never."""
     baselines: bool = True
     """Also fit a baseline to single spectra: line ratios, or for SSFTT principal components."""
-    amp: eval_fns.Amp = "off"
+    amp: Amp = "off"
     """Mixed precision."""
 
 
@@ -182,9 +182,7 @@ def train_epoch(training: Training, stopper: Stopper) -> bool:
         disable=None,
     )
     for batch in bar:
-        with torch.autocast(
-            device.type, eval_fns.AMP_TYPES[options.amp], enabled=options.amp != "off"
-        ):
+        with torch.autocast(device.type, AMP_TYPES[options.amp], enabled=options.amp != "off"):
             loss, booked = batch_loss(training, batch)
         training.optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -292,7 +290,7 @@ def validate(training: Training) -> dict[str, float]:
     """Loss and scores over the validation part; calibrates intervals with it."""
     torch.backends.cudnn.benchmark = False  # many shapes, each once per epoch
     loader, model, card = training.loaders["val"], training.evaluated, training.card
-    outputs, rows = eval_fns.sample_outputs(model, loader, training.device, training.options.amp)
+    outputs, rows = sample_outputs(model, loader, training.device, training.options.amp)
     samples = dataset_of(loader).samples
     classes, values = samples.classes[rows], samples.values[rows]
     truth = [torch.from_numpy(part).to(training.device) for part in (classes, values)]
