@@ -316,26 +316,23 @@ def quantity_hdus(
     **cards
         unit and data_class of `image_hdu`.
     """
-    err, qual = f"{name}_IVAR", f"{name}_MASK"
-    quality = {"QUALDATA": qual} if mask is not None else {}
+    of_role = {
+        "DATA": (name, data),
+        "ERROR": (f"{name}_IVAR", ivar),
+        "QUALITY": (f"{name}_MASK", mask),
+    }
+    links = dict(zip(of_role, ("SCIDATA", "ERRDATA", "QUALDATA"), strict=True))
     out = []
-    partners = ({"ERRDATA": err} if ivar is not None else {}) | quality
-    out.append(image_hdu(name, data, wcs, channels=channels[0], partners=partners, **cards))
-    if ivar is not None:
-        partners = {"SCIDATA": name} | quality
-        out.append(
-            image_hdu(
-                err, ivar, wcs, channels=channels[1], role="ERROR", partners=partners, **cards
-            )
-        )
-    if mask is not None:
-        partners = {"SCIDATA": name} | ({"ERRDATA": err} if ivar is not None else {})
-        cards = {k: v for k, v in cards.items() if k != "unit"}
-        out.append(
-            image_hdu(
-                qual, mask, wcs, channels=channels[2], role="QUALITY", partners=partners, **cards
-            )
-        )
+    for (role, (own, array)), named in zip(of_role.items(), channels, strict=True):
+        if array is None:
+            continue
+        partners = {
+            links[other]: extension
+            for other, (extension, values) in of_role.items()
+            if other != role and values is not None
+        }
+        used = {k: v for k, v in cards.items() if (role, k) != ("QUALITY", "unit")}
+        out.append(image_hdu(own, array, wcs, channels=named, role=role, partners=partners, **used))
     return out
 
 
