@@ -67,9 +67,14 @@ def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, b
     DRP3QUAL or DAPQUAL) is also logged as a warning.
     """
     named = utils.PLATEIFU.search(target.name) or utils.PLATEIFU.search(source.name)
-    expected = named[0] if named else "a galaxy named in the file's name"
-    found = str(primary.get("PLATEIFU") or expected).strip()
-    if not named or found != expected:
+    found = str(primary.get("PLATEIFU") or "").strip() or (named[0] if named else "")
+    expected = named[0] if named else found
+    if not found:
+        raise DataError(
+            f"{source}: of an unknown galaxy, expected its plateifu in the file's name, e.g. "
+            "8485-1901, or in the card PLATEIFU. Rename the file."
+        )
+    if found != expected:
         raise DataError(
             f"{source}: a file of galaxy {found}, expected {expected}. Give the file of "
             f"{expected}, or --plateifu {found}."
