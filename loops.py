@@ -86,16 +86,17 @@ def read_galaxy_list(path: Path) -> list[str]:
     expected = "one plateifu per line or a CSV column plateifu"
     with utils.reading(path, expected, "Check --galaxy-list."):
         rows = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
-    rows = [row for row in rows if row]
-    header = [word.strip().lower() for word in rows[0].split(",")] if rows else []
-    if "plateifu" in header:
-        column = header.index("plateifu")
-        rows = [row.split(",")[column].strip() for row in rows[1:] if row.count(",") >= column]
-    wrong = [row for row in rows if not utils.PLATEIFU.fullmatch(row)]
-    if wrong or not rows:
-        what = f"{wrong[0][:80]!r} is not a valid plateifu" if wrong else "names no galaxy"
-        raise DataError(f"{path}: {what}, expected {expected}. Check --galaxy-list.")
-    return rows
+        rows = [row for row in rows if row]
+        header = [word.strip().lower() for word in rows[0].split(",")] if rows else []
+        if "plateifu" in header:
+            column = header.index("plateifu")
+            rows = [row.split(",")[column].strip() for row in rows[1:] if row.count(",") >= column]
+        if not rows:
+            raise ValueError("names no galaxy")
+        for row in rows:
+            if not utils.PLATEIFU.fullmatch(row):
+                raise ValueError(f"{row[:80]!r} is not a valid plateifu")
+        return rows
 
 
 def shard_of(items: Sequence[Any], shard: str | None) -> list[Any]:

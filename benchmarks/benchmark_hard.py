@@ -46,7 +46,7 @@ import hsi_proc_fns
 from create_data_splits import labelled_galaxies, split_galaxies
 from HSI_SSFTT import count_parameters, get_SSFTT_model
 from labels import LOGOH_EDGES
-from line_fits import RATIOS, fit_lines, line_bins, log_ratios
+from line_fits import RATIO_LINES, fit_lines, line_bins, log_ratios
 from matched_filter_net import (
     MatchedFilterConfig,
     MatchedFilterNet,
@@ -251,7 +251,7 @@ def line_features(survey: Survey, noisy: Noisy, kind: str) -> np.ndarray:
     """
     lines = noisy.lines
     if kind == "ratios":
-        return log_ratios(lines, [n for n in RATIOS if n in lines])
+        return log_ratios(lines, [n for n in RATIO_LINES if n in lines])
     names = [n for n in lines if n != "SII"]
     snr = np.stack([np.arcsinh(lines[n][0] / np.sqrt(lines[n][1])) for n in names], 1)
     width = np.stack([lines[n][0] / np.maximum(np.abs(lines[n][2]), 1e-3) for n in names], 1)
