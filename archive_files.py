@@ -303,12 +303,7 @@ def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[LineMaps, Hdu, Hdu
 
 
 def count_bins(path: Path, is_labelled: np.ndarray) -> dict[str, Any]:
-    """Count the independent measurements among the labelled spaxels of a MAPS file.
-
-    Parameters
-    ----------
-    path : Path
-    is_labelled : (y, x) bool
+    """Count the independent measurements among the labelled spaxels, (y, x) bool, of a MAPS file.
 
     Returns
     -------
