@@ -506,7 +506,7 @@ def stats_inputs(cubes: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_split_stats(root: Path, split_dir: str) -> Stats:
-    """Read the statistics of a split, which must be of its training galaxies and their cubes of now.
+    """Read the statistics of a split, of its training galaxies and of their cubes as they are now.
 
     Cubes that are gone cannot be compared.
     """

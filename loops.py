@@ -129,8 +129,7 @@ def for_each_galaxy(
     Parameters
     ----------
     work : function of a plateifu, picklable
-        Returns a word for the outcome ("written", "skipped"). An exception fails this galaxy
-        only.
+        Returns a word for the outcome, e.g. "written". An exception fails this galaxy only.
     stage : str
         Name of the work, for the progress bar, the log and failed.csv.
     failed_csv : Path
@@ -139,9 +138,7 @@ def for_each_galaxy(
     jobs : int
         Number of processes; 1 works in the current process, 0 starts one per CPU.
 
-    Returns
-    -------
-    dict of plateifu -> outcome, "failed" for those that failed.
+    Returns the outcome of each, "failed" for those that failed.
     """
     from tqdm import tqdm  # here: --help does not need it
 
