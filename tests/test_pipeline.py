@@ -51,7 +51,9 @@ BENCHMARKS = [
     p for p in sorted(ROOT.glob("benchmarks/*.py")) if "utils.run_command" in p.read_text()
 ]
 AS_PLANTED = {"remove_gas_velocity": False}
-NEED_TORCH = [p for p in SCRIPTS if p.stem in ("run_SSFTT_training", "eval_fns", "map_galaxies")]
+NEED_TORCH = [
+    p for p in SCRIPTS if p.stem in ("run_SSFTT_training", "eval_fns", "evidence", "map_galaxies")
+]
 
 
 @pytest.fixture(scope="module")
