@@ -23,13 +23,11 @@ import numpy as np
 from astropy.io import fits
 
 from catalogue import catalogue_row
-from fits_stream import FETCH_AGAIN, Hdu, iterate_hdus, read_hdus, shape_of
+from fits_stream import FETCH_AGAIN, Hdu, iterate_hdus, read_hdus
 from labels import HA, R_V, LineMaps
+from line_fits import C_KMS
 
 log = logging.getLogger(__name__)
-
-C_KMS = 299792.458
-"""Speed of light, km/s (exact)."""
 
 Z_TOLERANCE = 0.005
 """Difference between a given redshift and the survey's that is warned of: 1500 km/s, several times
@@ -69,10 +67,10 @@ def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, b
     The galaxy must be that of the output's name, else of the file's own. A critical file (by
     DRP3QUAL or DAPQUAL) is also logged as a warning.
     """
-    named = utils.PLATEIFU.search(target.name)
-    expected = named[0] if named else utils.plateifu_of(source)
+    named = utils.PLATEIFU.search(target.name) or utils.PLATEIFU.search(source.name)
+    expected = named[0] if named else "a galaxy named in the file's name"
     found = str(primary.get("PLATEIFU") or expected).strip()
-    if found != expected:
+    if not named or found != expected:
         raise DataError(
             f"{source}: a file of galaxy {found}, expected {expected}. Give the file of "
             f"{expected}, or --plateifu {found}."
@@ -163,7 +161,7 @@ def read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Header
         if name == "WAVE":
             _check_wave(hdu.data, path)
             continue
-        shape = shape or (WAVE_N, *shape_of(hdu.header)[1:])
+        shape = shape or (WAVE_N, *hdu.shape[1:])
         n_axes = 1 if name == "REDCORR" else 3
         _check_array(path, name, hdu, shape[:n_axes], n_axes)
     if not deredden:
@@ -171,8 +169,7 @@ def read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Header
     elif is_dap:
         redcorr = hdus["REDCORR"].data.astype(float)
     else:
-        with utils.reading(path, "a number in EBVGAL", "Use --no-deredden."):
-            redcorr = galactic_correction(primary, path)
+        redcorr = galactic_correction(primary, path)
     used = redcorr[pixels]
     if not np.all((used > 0) & np.isfinite(used)):
         raise DataError(
@@ -186,7 +183,7 @@ def read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Header
 
 def _check_array(path: Path, name: str, hdu: Hdu, shape: tuple[int, ...], n_axes: int = 3) -> None:
     """Raise a DataError unless an HDU holds an array of this shape; that of a MASK, integers."""
-    found, dtype = shape_of(hdu.header), hdu.data.dtype
+    found, dtype = hdu.shape, hdu.data.dtype
     kind = " of integers" if name.endswith("MASK") else ""
     if len(found) != n_axes or found != shape or (kind and dtype.kind != "i"):
         axes = "(n, y, x)" if n_axes == 3 else "(n,)"
@@ -221,10 +218,10 @@ def galactic_correction(primary: fits.Header, path: Path) -> np.ndarray:
     from dust_extinction.parameter_averages import O94
 
     ebv = primary.get("EBVGAL")
-    if ebv is None:
+    if not isinstance(ebv, int | float):
         raise DataError(
-            f"{path}: no Galactic E(B-V) in the primary header, expected the card EBVGAL (mag) to "
-            "undo the Galaxy's reddening. Add the card; or give --no-deredden, which leaves the "
+            f"{path}: Galactic E(B-V) is {ebv} in the primary header, expected a card EBVGAL (mag) "
+            "to undo the Galaxy's reddening. Add the card; or give --no-deredden, which leaves the "
             "spectra reddened, so that no model trained on dereddened ones can map them (with "
             "--like-run, the run's choice is used)."
         )
@@ -290,7 +287,7 @@ def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[LineMaps, Hdu, Hdu
     hdus = read_hdus(path, ("PRIMARY", *names))
     found = [hdus[name] for name in names]
     for name in names:
-        _check_array(path, name, hdus[name], shape_of(found[0].header))
+        _check_array(path, name, hdus[name], found[0].shape)
     channels = line_channels(found[0].header, lines, path)
     flux, ivar, mask = ({line: hdu.data[channels[line]] for line in lines} for hdu in found)
     bad = {line: (bits & MAPS_DONOTUSE) != 0 for line, bits in mask.items()}

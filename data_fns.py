@@ -76,7 +76,7 @@ class DataOptions:
     """Files to learn from. packed: packed cubes (pack_cubes.py), created if necessary. patches:
     the patch files of cube_patch_processing.py."""
     packed_type: PackedType = "float16"
-    """Number type of packed cubes."""
+    """Number type of packed cubes; the values of the norm residual are float16 anyway."""
     cutout: int | None = None
     """Side of the cutouts in spaxels, odd; all labelled spaxels of a cutout are learned at once,
     with the same expectation as patch by patch, but faster. 1: patch by patch. Default 21 for

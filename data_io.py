@@ -44,30 +44,21 @@ REBUILD_CUBE = "Re-run process_single_cube.py (or cube_processing.py) --overwrit
 
 @dataclass
 class Cube:
-    """A processed cube.
-
-    Attributes
-    ----------
-    flux : (y, x, band) float32, 1e-17 erg/s/cm2/Angstrom/spaxel
-        Flux density in the rest frame, NaN where no good pixel contributed.
-    wave : (band,) float64, Angstrom
-        Vacuum rest wavelengths of the bin centres (geometric).
-    recipe : Recipe
-        Options of processing; the content of the FITS files.
-    ivar : (y, x, band) float32 or None
-        Inverse variance of `flux`, 0 where that is NaN.
-    good_fraction : (y, x, band) float16 or None
-        Fraction of each bin's width that good pixels covered, 0 to 1.
-    attrs : dict
-        plateifu, mangaid, redshift, provenance.
-    """
+    """A processed cube."""
 
     flux: np.ndarray
+    """(y, x, band) float32, 1e-17 erg/s/cm2/Angstrom/spaxel: flux density in the rest frame, NaN
+    where no good pixel contributed."""
     wave: np.ndarray
+    """(band,) float64, Angstrom: vacuum rest wavelengths of the bin centres (geometric)."""
     recipe: Recipe
+    """Options of processing; the content of the FITS files."""
     ivar: np.ndarray | None = None
+    """(y, x, band) float32: inverse variance of `flux`, 0 where that is NaN."""
     good_fraction: np.ndarray | None = None
+    """(y, x, band) float16: fraction of each bin's width that good pixels covered, 0 to 1."""
     attrs: dict[str, Any] = field(default_factory=dict)
+    """plateifu, mangaid, redshift, provenance."""
 
 
 class Rows(NamedTuple):
@@ -433,8 +424,7 @@ def write_split(
         For readers of the files, in the header.
     """
     check_split(parts, recipe.options["kind"], str(folder))
-    made = {"created_utc": utils.utc_now(), "code_version": utils.VERSION}
-    made |= {"warning": warning} if warning else {}
+    made = utils.made_now() | ({"warning": warning} if warning else {})
     header = f"# recipe: {recipe.to_json()}\n"
     header += "".join(f"# {k}: {json.dumps(v)}\n" for k, v in made.items())
     for part, table in parts.items():

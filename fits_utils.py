@@ -22,7 +22,7 @@ from utils import DataError, LabelTask
 
 import numpy as np
 
-import archive_files as archive
+import archive_files
 import data_io
 import hsi_proc_fns
 import label_picture
@@ -141,7 +141,7 @@ def process_cube(
         Any problem with the input; in that case nothing is written.
     """
     source, target = Path(source), Path(target)
-    _check_grid(options)
+    wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
     chosen, inputs = {**_of(options, CubeOptions), "redshift": redshift}, dict[str, str]()
     if options.remove_gas_velocity and maps is not None and maps.is_file():
         inputs["MAPS"] = file_digest(maps)
@@ -154,9 +154,7 @@ def process_cube(
         is_same = head.attrs.get("source_stamp") == stamp  # saves reading a whole survey again
         inputs["LOGCUBE"] = made.inputs.get("LOGCUBE", "") if is_same else file_digest(source)
         if inputs["LOGCUBE"] != made.inputs.get("LOGCUBE"):
-            read_hdus(
-                source, archive.ESSENTIAL
-            )  # says so if it is damaged, rather than another one
+            read_hdus(source, archive_files.ESSENTIAL)  # if it is damaged, says that
         today = Recipe("cube", data_io.CUBE_VERSION, chosen, inputs)
         today.require(made, target, "Replace it with --overwrite")
         return SKIPPED if skip_critical and head.attrs.get("critical") else "up to date"
@@ -164,18 +162,19 @@ def process_cube(
         hashing = pool.submit(file_digest, source)
         primary = read_hdus(source, ("PRIMARY",))["PRIMARY"].header
         with utils.reading(source, "the header of a LOGCUBE", FETCH_AGAIN):
-            plateifu, critical = archive.vet_header(primary, source, target)
+            plateifu, critical = archive_files.vet_header(primary, source, target)
             if critical and skip_critical:
                 return SKIPPED
             if redshift is None and primary.get("SCINPVEL") is None and catalogue is not None:
                 inputs["catalogue"] = file_digest(catalogue)
-            z, mangaid = archive.identify(source, primary, plateifu, redshift, catalogue)
-            copied = {name: archive.plain(primary.get(card)) for name, card in COPIED_CARDS.items()}
-        edges = resample.log_edges(*archive.WAVE_GRID)
-        wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
+            z, mangaid = archive_files.identify(source, primary, plateifu, redshift, catalogue)
+            copied = {
+                name: archive_files.plain(primary.get(card)) for name, card in COPIED_CARDS.items()
+            }
+        edges = resample.log_edges(*archive_files.WAVE_GRID)
         stretch = None
         if options.remove_gas_velocity:
-            stretch = archive.gas_stretch(maps, source, plateifu)
+            stretch = archive_files.gas_stretch(maps, source, plateifu)
         ends = bins[[0, -1]]
         if stretch is not None:
             ends = ends * [min(stretch.min(), 1), max(stretch.max(), 1)]
@@ -193,7 +192,7 @@ def process_cube(
                 f"({edges[0] / (1 + z):.0f}-{edges[-1] / (1 + z):.0f} Angstrom at redshift "
                 f"{z:.4f}) and stay empty. Check --wave-min and --wave-max."
             )
-        raw = archive.read_logcube(source, pixels, options.deredden, primary)
+        raw = archive_files.read_logcube(source, pixels, options.deredden, primary)
         if stretch is not None and stretch.shape != raw.flux.shape[1:]:
             raise DataError(
                 f"{maps}: maps of {stretch.shape} spaxels, expected {raw.flux.shape[1:]} as in the "
@@ -205,11 +204,10 @@ def process_cube(
             "redshift": z,
             "critical": critical,
             **copied,
-            "wcs_header": archive.celestial(raw.header),
+            "wcs_header": archive_files.celestial(raw.header),
             "source_file": source.name,
             "source_stamp": stamp,
-            "code_version": utils.VERSION,
-            "created_utc": utils.utc_now(),
+            **utils.made_now(),
         }
         inputs["LOGCUBE"] = hashing.result()
     recipe = Recipe("cube", data_io.CUBE_VERSION, chosen, inputs)
@@ -225,17 +223,8 @@ def process_cube(
     return "written"
 
 
-def _check_grid(options: CubeOptions) -> None:
-    """Raise a DataError unless the target grid is valid."""
-    if not (0 < options.wave_min < options.wave_max and options.n_band > 0):
-        raise DataError(
-            f"wavelength grid of {options.n_band} bins from {options.wave_min:g} to "
-            f"{options.wave_max:g} Angstrom: expected 0 < --wave-min < --wave-max and --n-band > 0."
-        )
-
-
 def _resampled_rows(
-    raw: archive.RawCube,
+    raw: archive_files.RawCube,
     edges: np.ndarray,
     bins: np.ndarray,
     one_plus_z: float,
@@ -322,21 +311,19 @@ def process_map(
                 f"{target}: {missing} beside it is missing. Replace it with --overwrite."
             )
         if recipe.inputs != made["recipe"].inputs:
-            archive.read_line_maps(
-                source, BPT_LINES
-            )  # says so if it is damaged, rather than another one
+            archive_files.read_line_maps(source, BPT_LINES)  # if it is damaged, says that
         recipe.require(made["recipe"], target, "Replace it with --overwrite")
         return SKIPPED if skip_critical and made.get("critical") else "up to date"
     lines = list(BPT_LINES)
     if label_task == "logOH":
         needed = lines_needed(options.diagnostic)
         lines = list(dict.fromkeys([*needed, *(lines if options.star_forming_only else ())]))
-    maps, primary_hdu, flux_hdu = archive.read_line_maps(source, lines)
+    maps, primary_hdu, flux_hdu = archive_files.read_line_maps(source, lines)
     primary = primary_hdu.header
     with utils.reading(source, "the header of a MAPS file", FETCH_AGAIN):
-        plateifu, critical = archive.vet_header(primary, source, target)
+        plateifu, critical = archive_files.vet_header(primary, source, target)
         mangaid = str(primary.get("MANGAID", "")).strip()
-        version = {k: archive.plain(primary.get(k)) for k in ("DAPTYPE", "VERSDAP")}
+        version = {k: archive_files.plain(primary.get(k)) for k in ("DAPTYPE", "VERSDAP")}
     if critical and skip_critical:
         return SKIPPED
     if cube is not None and cube.is_file():
@@ -357,7 +344,7 @@ def process_map(
     n_labelled = sum(counts.values())
     if not n_labelled:
         log.warning("%s: no spaxel has a %s label", source, label_task)
-    bins = archive.count_bins(source, classes >= 0)
+    bins = archive_files.count_bins(source, classes >= 0)
     if bins and n_labelled > min(bins["n_bins"], bins["n_stellar_bins"]):
         log.info(
             f"{source}: {n_labelled} spaxels have a {label_task} label; the DAP fitted their lines "
@@ -374,9 +361,8 @@ def process_map(
         "daptype": version["DAPTYPE"],
         "dap_version": version["VERSDAP"],
         "source_file": source.name,
-        "wcs_header": archive.celestial(flux_hdu.header),
-        "code_version": utils.VERSION,
-        "created_utc": utils.utc_now(),
+        "wcs_header": archive_files.celestial(flux_hdu.header),
+        **utils.made_now(),
     }
     if label_task == "logOH":
         calibration = CALIBRATIONS[options.diagnostic]

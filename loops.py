@@ -47,11 +47,9 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class GalaxyChoice:
+class GalaxyChoice(utils.CommandOptions):
     """Which galaxies to work on, and how."""
 
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     plateifu: tuple[str, ...] = ()
     """Galaxies, e.g. 8485-1901; default all in the data folder."""
     galaxy_list: Path | None = None
@@ -60,10 +58,6 @@ class GalaxyChoice:
     """Part k of n of the galaxies, for job arrays: k/n with k from 0, e.g. 0/4."""
     jobs: int = 0
     """Number of processes; 0 starts one per CPU."""
-    overwrite: bool = False
-    """Replace existing outputs."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 # Choice of galaxies

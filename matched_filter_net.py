@@ -371,17 +371,22 @@ class MatchedFilterNet(nn.Module):
         if self.training and (moments := distributed.moments(own.detach())):
             self.usual_mean.lerp_(moments[0], USUAL_SHARE)
             self.usual_covariance.lerp_(moments[1], USUAL_SHARE)
-        heads, key = len(self.config.reaches), self.config.key
-        query = self.query(own).view(-1, 1, heads, key)
         around = near.clamp(min=0)
         n, d, level, keys = (
             F.embedding(around, part)
             for part in (sums.n, sums.d, sums.level[:, None], self.key(sums.features))
         )
-        keys = keys.view(*near.shape, heads, key)
+        return self.combine(own, n, d, level, keys, near >= 0)
+
+    def combine(
+        self, own: Tensor, n: Tensor, d: Tensor, level: Tensor, keys: Tensor, is_there: Tensor
+    ) -> Tensor:
+        """Join a spaxel's own features (Q, own) and those of its neighbours (Q, P*P, ...)."""
+        heads, key = len(self.config.reaches), self.config.key
+        query = self.query(own).view(-1, 1, heads, key)
         logits = self.positions - self.brightness * level
-        logits = logits + (query * keys).sum(-1) / key**0.5
-        attention = logits.masked_fill((near < 0)[..., None], -torch.inf).softmax(1)
+        logits = logits + (query * keys.unflatten(-1, (heads, key))).sum(-1) / key**0.5
+        attention = logits.masked_fill(~is_there[..., None], -torch.inf).softmax(1)
         attention = attention.transpose(1, 2)  # (Q, head, P*P)
         spread = attention.square() @ d  # variance of n; of one spaxel it equals d
         n, d = attention @ n, attention @ d  # (Q, head, filter)

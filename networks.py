@@ -9,7 +9,7 @@ these functions. A further network is one more entry in USUAL and one more case 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -77,12 +77,6 @@ class Answer(NamedTuple):
     def apply(self, function: Callable[[np.ndarray], np.ndarray]) -> Answer:
         """Apply a function to each array that there is."""
         return Answer(*(None if part is None else function(part) for part in self))  # type: ignore[arg-type]
-
-
-def join(answers: Sequence[Answer], by: Callable[..., np.ndarray]) -> Answer:
-    """Join answers by numpy's concatenate or stack."""
-    parts = zip(*answers, strict=True)
-    return Answer(*(None if part[0] is None else by(part) for part in parts))  # type: ignore[arg-type]
 
 
 def make_network(name: NetworkName, sizes: dict[str, Any]) -> Network:

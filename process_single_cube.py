@@ -51,7 +51,7 @@ class GalaxyOptions(fits_utils.CubeOptions, fits_utils.LabelOptions, patches.Pat
 
 
 @dataclass(frozen=True)
-class Config(GalaxyOptions):
+class Config(GalaxyOptions, utils.CommandOptions):
     """Process one galaxy."""
 
     plateifu: str | None = None
@@ -65,10 +65,6 @@ class Config(GalaxyOptions):
     is warned of."""
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else that of the run --like-run, else ./data/manga."""
-    overwrite: bool = False
-    """Replace existing outputs."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 def process_galaxy(
@@ -164,14 +160,7 @@ Chosen = TypeVar("Chosen", bound=GalaxyOptions)
 
 
 def vetted(options: Chosen) -> Chosen:
-    """Check options; replace those of cube and labels by those of the run --like-run, if given.
-
-    Raises
-    ------
-    DataError
-        If the folder holds no trained model, the catalogue is none, or options contradict each
-        other.
-    """
+    """Check options; replace those of cube and labels by those of the run --like-run, if given."""
     if options.catalogue is not None:
         from catalogue import catalogue_rows  # here: it needs astropy
 

@@ -29,25 +29,17 @@ MOST_SHOWN = 4
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decided the numbers of one output.
-
-    Attributes
-    ----------
-    product : str
-        cube, labels, split, statistics, patches, packed cubes, run, map, ...
-    version : int
-        Of the layout and the arithmetic; raised when either changes.
-    options : dict of str -> JSON value
-        Choices of the user. Options of the products that this one was made from are nested under
-        the product's name, e.g. options["cube"].
-    inputs : dict of str -> str
-        Digest of the content of each input.
-    """
+    """What decided the numbers of one output."""
 
     product: str
+    """cube, labels, split, statistics, patches, packed cubes, run, map, ..."""
     version: int
+    """Of the layout and the arithmetic; raised when either changes."""
     options: dict[str, Any] = field(default_factory=dict)
+    """Choices of the user, as JSON values. Options of the products that this one was made from are
+    nested under the product's name, e.g. options["cube"]."""
     inputs: dict[str, str] = field(default_factory=dict)
+    """Digest of the content of each input."""
 
     def __post_init__(self) -> None:
         """Bring the options into the form in which they are read back from JSON."""

@@ -42,7 +42,6 @@ import baselines
 import calc_data_stats
 import data_fns
 import distributed
-import eval_fns
 import line_fits
 import matched_filter_net
 import network_start
@@ -51,6 +50,7 @@ import run_folder
 from batches import PatchDataset, SpaxelBatchSampler, dataset_of
 from data_fns import DataOptions
 from HSI_SSFTT import count_parameters
+from inference import pick_device
 from labels import class_middles
 from matched_filter_net import MatchedFilterNet
 from networks import USUAL, Network
@@ -211,7 +211,7 @@ def create_statistics(data: DataOptions) -> None:
     path = utils.stats_path(data.root, data.split)
     if data.patch_norm == "PCA" and not path.is_file():
         log.info("%s: creating the statistics of the split (calc_data_stats.py)", path)
-        calc_data_stats.main(calc_data_stats.Config(data.split, data.root))
+        calc_data_stats.main(calc_data_stats.Config(data.split, data_dir=data.root))
 
 
 def set_up(config: TrainConfig, run_dir: Path, resuming: bool = False) -> Training:
@@ -220,7 +220,7 @@ def set_up(config: TrainConfig, run_dir: Path, resuming: bool = False) -> Traini
     A run that is resumed needs no start of the model: it goes on from its checkpoint.
     """
     data, optimisation = config.data, config.optimisation
-    device = eval_fns.pick_device(config.run.device)
+    device = pick_device(config.run.device)
     sampler_seed, weight_seed = (
         int(s.generate_state(1)[0]) for s in np.random.SeedSequence(config.run.seed).spawn(2)
     )
@@ -391,7 +391,7 @@ def main(config: TrainConfig) -> int:
     run, stopper = config.run, Stopper()
     name = f"{config.data.label_task}_{config.data.patch_norm}"
     with (
-        distributed.together(eval_fns.pick_device(run.device)),
+        distributed.together(pick_device(run.device)),
         stopper.handling(signal.SIGUSR1, signal.SIGTERM),
     ):
         choose = partial(run_folder.choose, run.run_dir, run.resume == "auto", run.overwrite)

@@ -53,6 +53,7 @@ MODEL_FILE, WEIGHTS_FILE, STATS_FILE = "model.json", "best.safetensors", "stats.
 BASELINE_FILE, METRICS_FILE = "baseline.safetensors", "metrics.csv"
 CHECKPOINT_FILE, NAN_FILE = "last.pt", "nan_batch.json"
 SPLIT_FOLDER, MAPS_FOLDER, FIGURES_FOLDER = "split", "maps", "figures"
+EVIDENCE_FOLDER = "evidence"
 RESULT_FILE, CONFUSION_FILE = "metrics.json", "confusion.csv"
 PER_CLASS_FILE, PER_GALAXY_FILE = "per_class.csv", "per_galaxy.csv"
 PREDICTIONS_FILE = "predictions.csv.gz"
@@ -69,6 +70,7 @@ REPLACED = (
     SPLIT_FOLDER,
     MAPS_FOLDER,
     FIGURES_FOLDER,
+    EVIDENCE_FOLDER,
     *utils.SPLIT_PARTS,
 )
 """Names in a run's folder that a new run there replaces or removes."""

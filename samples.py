@@ -61,41 +61,29 @@ class PatchSpec:
 
 @dataclass
 class Samples:
-    """Labelled spaxels, one row each.
-
-    Attributes
-    ----------
-    plateifus : list of str
-        The galaxies.
-    galaxy : (N,) int32
-        Rows of `plateifus`.
-    y, x, row : (N,) int32
-        Spaxel; row of the patch file (-1 without one).
-    classes : (N,) int64
-    values : (N,) float32
-        Label values: 12+log(O/H) in dex, or the BPT class.
-    options : dict
-        How all the cubes ("cube") and labels ("labels") were made; an empty dict if nothing says.
-    cubes, label_maps : dict of plateifu -> str
-        Digests of the cubes (of their recipes) and of the label maps (of their values).
-    mangaids : dict of plateifu -> str
-        The galaxy that each is an observation of.
-    inputs : dict of str -> str
-        Digests of the split and, with the norm PCA, of its statistics.
-    """
+    """Labelled spaxels, one row each."""
 
     plateifus: list[str]
+    """The galaxies."""
     galaxy: np.ndarray
+    """(N,) int32, rows of `plateifus`."""
     y: np.ndarray
     x: np.ndarray
     row: np.ndarray
+    """(N,) int32: the spaxel; its row in the patch file (-1 without one)."""
     classes: np.ndarray
+    """(N,) int64."""
     values: np.ndarray
+    """(N,) float32, labels: 12+log(O/H) in dex, or the BPT class."""
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """How all the cubes ("cube") and labels ("labels") were made; empty if nothing says."""
     cubes: dict[str, str] = field(default_factory=dict)
     label_maps: dict[str, str] = field(default_factory=dict)
+    """By plateifu, digests of the cubes (of their recipes) and label maps (of their values)."""
     mangaids: dict[str, str] = field(default_factory=dict)
+    """By plateifu, the galaxy that it is an observation of."""
     inputs: dict[str, str] = field(default_factory=dict)
+    """Digests of the split and, with the norm PCA, of its statistics."""
 
     def __len__(self) -> int:
         """Count the samples."""
@@ -140,11 +128,8 @@ def get_samples(
     ----------
     table : DataFrame
         The part's CSV: plateifu, mangaid, and y and x where the split is by spaxel.
-    spec : PatchSpec
-    root : Path
-        Data folder.
     packed : PackedCubes, optional
-        Cubes to learn from; without them, the patch files.
+        Cubes to learn from; without them, the patch files below `root`, the data folder.
     stats : Stats, optional
         Statistics that patch files with the norm PCA must have been made with.
 
@@ -179,11 +164,12 @@ def get_samples(
             f"{problems[0]} ({len(problems)} of the {len(plateifus)} galaxies of this part of the "
             f"split have such a problem.){remedy if len(problems) < len(plateifus) else ''}"
         )
-    each = [spaxels.rows.assign(plateifu=p) for p, spaxels in found.items()]
+    each = [s.rows.sort_values(["y", "x"]).assign(galaxy=i) for i, s in enumerate(found.values())]
     whole = pd.concat(each, ignore_index=True) if each else pd.DataFrame()
     by_spaxel = {"y", "x"} <= set(table.columns)
     if by_spaxel and each:
-        whole = whole.merge(table[["plateifu", "y", "x"]])
+        galaxy = table["plateifu"].map({p: i for i, p in enumerate(plateifus)})
+        whole = whole.merge(table[["y", "x"]].assign(galaxy=galaxy))
     if whole.empty:
         raise DataError(
             f"{root}: no labelled {spec.label_task} spaxel in the {len(plateifus)} galaxies of a "
@@ -204,8 +190,6 @@ def get_samples(
             len(table),
             spec.label_task,
         )
-    whole["galaxy"] = pd.Categorical(whole["plateifu"], plateifus).codes
-    whole = whole.sort_values(["galaxy", "y", "x"])
     classes = label_classes(whole["label"].to_numpy(), spec.label_task, spec.n_classes)
     assert (classes != LABEL_NONE).all(), "a spaxel without a label became a sample"
     galaxy, y, x, row = (whole[name].to_numpy(np.int32) for name in ("galaxy", "y", "x", "row"))

@@ -28,13 +28,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import distributed
-import eval_fns
 import intervals
 import metrics
 import networks
 import run_folder
 from batches import Batch, CutoutBatch, SpaxelBatchSampler, dataset_of
 from data_fns import DataOptions
+from inference import AMP_TYPES, Amp, sample_outputs
 from networks import Network
 from run_folder import ModelCard
 
@@ -68,7 +68,7 @@ class OptimisationOptions:
     """Stop after this number of epochs without a better one; 0: never."""
     baselines: bool = True
     """Also fit a baseline to single spectra: line ratios, or for SSFTT principal components."""
-    amp: eval_fns.Amp = "off"
+    amp: Amp = "off"
     """Mixed precision."""
 
 
@@ -184,9 +184,7 @@ def train_epoch(training: Training, stopper: Stopper) -> bool:
     )
     for batch in bar:
         distributed.seed_step(training.config["seed"], progress.epoch, progress.step)
-        with torch.autocast(
-            device.type, eval_fns.AMP_TYPES[options.amp], enabled=options.amp != "off"
-        ):
+        with torch.autocast(device.type, AMP_TYPES[options.amp], enabled=options.amp != "off"):
             loss, booked = batch_loss(training, batch)
         training.optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -319,14 +317,14 @@ def validate(training: Training) -> dict[str, float]:
 
 
 def validation_outputs(
-    model: Network, loader: DataLoader, device: torch.device, amp: eval_fns.Amp
+    model: Network, loader: DataLoader, device: torch.device, amp: Amp
 ) -> tuple[Tensor, np.ndarray]:
-    """Like `eval_fns.sample_outputs`; several processes divide the galaxies among themselves."""
+    """Like `sample_outputs`; several processes divide the galaxies among themselves."""
     k, n = distributed.share()
     if n == 1:
-        return eval_fns.sample_outputs(model, loader, device, amp)
+        return sample_outputs(model, loader, device, amp)
     has_any = k < len(dataset_of(loader).samples.plateifus)
-    part = eval_fns.sample_outputs(model, loader, device, amp, (k, n)) if has_any else None
+    part = sample_outputs(model, loader, device, amp, (k, n)) if has_any else None
     outputs, rows = zip(*filter(None, distributed.gathered(part)), strict=True)
     order = np.argsort(np.concatenate(rows))
     return torch.cat(outputs)[torch.from_numpy(order)], np.concatenate(rows)[order]

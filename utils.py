@@ -42,7 +42,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -358,6 +358,11 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def made_now() -> dict[str, str]:
+    """When, and with which version of this code, something was made."""
+    return {"code_version": VERSION, "created_utc": utc_now()}
+
+
 def config_dict(config: Any) -> dict[str, Any]:
     """Fields of a config dataclass as flat JSON values; `--config` reads them back."""
     values = json.loads(json.dumps(asdict(config), default=str))
@@ -421,6 +426,18 @@ def with_config_file(args: Sequence[str], config_class: Any) -> list[str]:
     parser.add_argument("--config", metavar="FILE.json")
     found, words = parser.parse_known_args(args)
     return config_args(found.config, config_class, words) + words if found.config else words
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """Options of every command that works in a data folder."""
+
+    data_dir: Path | None = None
+    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
+    overwrite: bool = False
+    """Replace existing outputs, also those made with other options."""
+    debug: bool = False
+    """Show tracebacks."""
 
 
 Config = TypeVar("Config")

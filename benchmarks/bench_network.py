@@ -8,7 +8,7 @@ Measures on random spectra, whose values do not change the time; what is compare
             counts the labelled ones
   run       on a GPU: epochs of run_SSFTT_training.py itself, recommended variant, cutouts 5 wide,
             for several batch sizes, eager and under torch.compile
-  map       a whole galaxy from flux to class map: normalised, and eval_fns.map_answer
+  map       a whole galaxy from flux to class map: normalised, and inference.map_answer
   memory    what a training step adds, for the same number of spaxels patch-wise and dense
   roofline  the training rates against the bound that arithmetic and memory traffic set, from the
             network's sizes and this device's measured ceilings: roofline.py
@@ -44,8 +44,8 @@ from torch.utils.data import DataLoader
 
 import batches
 import data_io
-import eval_fns
 import hsi_proc_fns
+import inference
 import networks
 import pack_cubes
 import SSFTT_dense
@@ -97,7 +97,7 @@ class Config:
 
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """Where to compute."""
-    amp: eval_fns.Amp | None = None
+    amp: inference.Amp | None = None
     """Mixed precision; default bf16 on a GPU, off on a CPU."""
     bands: int = 2040
     """Bands per spectrum."""
@@ -130,7 +130,7 @@ class Bench(NamedTuple):
 
     config: Config
     device: torch.device
-    amp: eval_fns.Amp
+    amp: inference.Amp
     patches: int
     cutouts: int
     steps: int
@@ -140,7 +140,7 @@ class Bench(NamedTuple):
         """Fill in what depends on the device; refuse what cannot be measured."""
         if config.cutout % 2 == 0 or min(config.cutout, config.map_size, config.runs) < 1:
             raise DataError("--cutout must be odd, --map-size and --runs at least 1.")
-        device = eval_fns.pick_device(config.device)
+        device = inference.pick_device(config.device)
         on_gpu = device.type == "cuda"
         torch.backends.cudnn.benchmark = True  # as in training
         return cls(
@@ -160,7 +160,7 @@ class Bench(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Type that the convolutions compute in."""
-        return eval_fns.AMP_TYPES[self.amp]
+        return inference.AMP_TYPES[self.amp]
 
     def with_cutout(self, side: int) -> Bench:
         """Take cutouts of another width, with about the same number of spaxels per step."""
@@ -539,7 +539,7 @@ def map_rows(bench: Bench) -> list[Row]:
     def class_map(variant: str, patch_wise: bool = False) -> None:
         model = trained[variant]
         values = hsi_proc_fns.normalise(flux, model.spec.patch_norm, model.stats)
-        eval_fns.map_answer(model, values, patch_wise).probabilities.argmax(2)
+        inference.map_answer(model, values, patch_wise).probabilities.argmax(2)
 
     network, stats = trained[RECOMMENDED].network, trained[RECOMMENDED].stats
     assert isinstance(network, SSFTT)
@@ -570,7 +570,7 @@ def map_rows(bench: Bench) -> list[Row]:
     return [make_row(*row[:3], "s", row[3], shape=[side, side]) for row in table]
 
 
-def trained_model(bench: Bench, variant: str) -> eval_fns.TrainedModel:
+def trained_model(bench: Bench, variant: str) -> inference.TrainedModel:
     """Wrap an untrained network for prediction; the components have random directions."""
     network = make_model(bench, variant).eval()
     n, n_bands, stats = network.config.bands, bench.config.bands, None
@@ -580,7 +580,7 @@ def trained_model(bench: Bench, variant: str) -> eval_fns.TrainedModel:
         recipe = Recipe("statistics", data_io.STATS_VERSION)
         stats = Stats(band, band, band, components, component, component / n, recipe)
     card = describe_model(bench, network, "PCA" if stats else "global")
-    return eval_fns.TrainedModel(network, card, stats, bench.device)
+    return inference.TrainedModel(network, card, stats, bench.device)
 
 
 def memory_rows(bench: Bench) -> list[Row]:
@@ -608,7 +608,7 @@ def step_memory(bench: Bench, variant: str, dense: bool, n: int) -> float:
 
 def _one_step(bench: Bench, variant: str, dense: bool, n: int) -> None:
     torch.set_num_threads(utils.cpu_count())
-    eval_fns.pick_device(bench.device.type)
+    inference.pick_device(bench.device.type)
     Step(bench, variant, dense, n)()
 
 

@@ -196,19 +196,24 @@ def read_survey(root: Path) -> tuple[Survey, np.ndarray, np.ndarray]:
     return survey, flux, ivar
 
 
+def sky_noise(rng: np.random.Generator, planes: int, size: int) -> np.ndarray:
+    """Draw unit noise (plane, y, x), correlated between neighbouring spaxels as the survey's."""
+    blur = blur_matrix(size, 0, NOISE_KERNEL_SPAXELS).astype(np.float32)
+    blur /= np.sqrt((blur**2).sum(axis=1, keepdims=True))
+    noise = rng.standard_normal((planes, size, size), dtype=np.float32)
+    return blur @ (noise.reshape(-1, size) @ blur.T).reshape(noise.shape)
+
+
 def add_noise(
     survey: Survey, flux: np.ndarray, ivar: np.ndarray, factor: int, seed: int
 ) -> np.ndarray:
     """Flux whose errors are `factor` times as large; the added noise is correlated in the sky."""
     rng = np.random.default_rng([seed, factor])
     size = int(max(survey.y.max(), survey.x.max())) + 1
-    blur = blur_matrix(size, 0, NOISE_KERNEL_SPAXELS).astype(np.float32)
-    blur /= np.sqrt((blur**2).sum(axis=1, keepdims=True))
     out = flux.copy()
     for galaxy in np.unique(survey.galaxy):
         rows = np.flatnonzero(survey.galaxy == galaxy)
-        noise = rng.standard_normal((flux.shape[1], size, size), dtype=np.float32)
-        noise = blur @ (noise.reshape(-1, size) @ blur.T).reshape(noise.shape)
+        noise = sky_noise(rng, flux.shape[1], size)
         added = np.divide(
             factor**2 - 1, ivar[rows], out=np.zeros_like(ivar[rows]), where=ivar[rows] > 0
         )

@@ -23,7 +23,7 @@ import numpy as np
 
 import archive_files
 import fits_stream
-from mock.dr17_files import PRIMARY, logcube_hdus, raw_file, write_gzipped_fits
+from mock.dr17_files import logcube_hdus, primary_cards, raw_file, write_gzipped_fits
 from mock.physics import (
     C_KMS,
     DEADFIBER,
@@ -125,7 +125,7 @@ def read_scene(path: Path, seed: int) -> Scene:
         for name, i in row.items()
         if name in EMLINES
     }
-    cards = {key: primary[key] for key, _, _ in PRIMARY if key in primary}
+    cards = {key: primary[key] for key in primary_cards() if key in primary}
     for key in ("CHECKSUM", "DATASUM", "DAPFRMT", "MASKNAME"):
         cards.pop(key, None)
     cards.setdefault("IFURA", cards["OBJRA"])

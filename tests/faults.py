@@ -399,14 +399,14 @@ def run_targets(root: Path, data: Path) -> list[Target]:
     """The files of a short training run, and packed cubes."""
     from conftest import train
 
-    import eval_fns
+    import inference
     import pack_cubes
     import run_folder
 
     run = train(data, root / "run", epochs=1)
 
     def model(folder: Path) -> Any:
-        loaded = eval_fns.load_model(folder, "cpu")
+        loaded = inference.load_model(folder, "cpu")
         return vars(loaded.card), loaded.network.state_dict(), loaded.stats, loaded.parts
 
     def packed(folder: Path) -> Any:

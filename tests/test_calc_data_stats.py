@@ -72,7 +72,7 @@ def survey(tmp_path):
 
 @pytest.fixture
 def config(survey):
-    return cs.Config("hard", survey[0], n_components=5)
+    return cs.Config("hard", data_dir=survey[0], n_components=5)
 
 
 @pytest.fixture

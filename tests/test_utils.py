@@ -44,15 +44,16 @@ def touch(root, kind, daptype="SPX-MILESHC-MASTARSSP"):
     return path
 
 
+WRONG = "8485 8485_1901 8485-1901-1 abc 84-19 ../../x 8485-1901/../.. \0 ٨٤٨٥-1901".split()
+"""No plateifus; the last one has digits of another script."""
+
+
 @pytest.mark.parametrize(
     ("function", "words", "message"),
     [
         (utils.find_raw, ("nowhere", "8485-1901", "MAPS"), r"--data-dir, else \$MANGA_DATA_DIR"),
         (utils.plateifu_of, ("notes.txt",), r"notes\.txt"),
-        *(
-            (utils.split_plateifu, (text,), r"is not a valid plateifu .*e\.g\. 8485-1901")
-            for text in ("8485", "8485_1901", "8485-1901-1", "abc", "84-19", "../../x")
-        ),
+        *((utils.split_plateifu, (text,), r"not a valid plateifu .*8485-1901") for text in WRONG),
         *(
             (utils.split_path, (Path("data"), name), "expected the name of a folder")
             for name in ("", "..", "../../elsewhere", "a/b", "/tmp")
@@ -243,14 +244,6 @@ def test_a_zombie_is_not_alive():
     assert utils._is_alive(os.getpid())
     assert utils._is_alive(1)
     child.wait()
-
-
-@pytest.mark.parametrize(
-    "name", ["٨٤٨٥-١٩٠١", "8485-19\u0660\u0661", "../../x", "8485-1901/../..", "\0"]
-)
-def test_plateifus_are_ascii_digits_only(name):
-    with pytest.raises(DataError, match="is not a valid plateifu"):
-        utils.split_plateifu(name)
 
 
 @pytest.mark.parametrize("error", [RecursionError("deep\nstack"), KeyError("x"), MemoryError()])
