@@ -24,8 +24,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from utils import IFUS
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("slurmctld", "slurmd", "slurm-client")
 CLIENTS = ("sbatch", "scontrol", "squeue", "srun", "scancel", "sinfo")
@@ -366,7 +364,7 @@ def drained_node(cluster: Cluster, report: Report, work: Path) -> None:
 def plan_of_ten_thousand(cluster: Cluster, report: Report, work: Path, n: int) -> None:
     """A survey whose galaxies take 1 ms each; some fail."""
     data = work / "survey"
-    names = [f"{8000 + i // len(IFUS)}-{IFUS[i % len(IFUS)]}" for i in range(n)]
+    names = [f"{8000 + i // 10}-{1900 + i % 10}" for i in range(n)]
     for name in names:
         plate, ifu = name.split("-")
         path = data / "raw" / plate / ifu / f"manga-{name}-LOGCUBE-X.fits.gz"
