@@ -37,6 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import distributed
+
 BLOCK = 25
 """Bins per block in which the median is taken for the continuum: 37 Angstrom at Halpha."""
 BLOCKS_JOINED = 5
@@ -366,9 +368,9 @@ class MatchedFilterNet(nn.Module):
         """
         # F.embedding: on several threads, indexing adds up gradients in an order that varies
         own = F.embedding(centre, sums.features)
-        if self.training and len(own) > 1:
-            self.usual_mean.lerp_(own.detach().mean(0), USUAL_SHARE)
-            self.usual_covariance.lerp_(own.detach().T.cov(), USUAL_SHARE)
+        if self.training and (moments := distributed.moments(own.detach())):
+            self.usual_mean.lerp_(moments[0], USUAL_SHARE)
+            self.usual_covariance.lerp_(moments[1], USUAL_SHARE)
         around = near.clamp(min=0)
         n, d, level, keys = (
             F.embedding(around, part)
