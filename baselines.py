@@ -17,8 +17,9 @@ import hsi_proc_fns
 import line_fits
 import matched_filter_net
 import resample
-from data_fns import PatchDataset, PatchSpec
+from batches import PatchDataset
 from labels import label_classes
+from samples import PatchSpec
 
 SOME_SPECTRA = 10_000
 """Spectra that a baseline is fitted to (more do not change its accuracy), and from which networks

@@ -15,13 +15,7 @@ import fits_stream
 
 
 def catalogue_row(path: Path, plateifu: str) -> dict[str, Any]:
-    """Redshift and identity of one galaxy, as in `catalogue_rows`.
-
-    Raises
-    ------
-    DataError
-        If the catalogue is missing, unreadable or does not list the galaxy.
-    """
+    """Redshift and identity of one galaxy, which must be listed, as in `catalogue_rows`."""
     rows = catalogue_rows(path, plateifu)
     if plateifu not in rows:
         raise DataError(
@@ -35,13 +29,8 @@ def catalogue_rows(path: Path, plateifu: str | None = None) -> dict[str, dict[st
 
     The redshift is NSA_Z, else Z (in drpall nsa_z, else z); None where neither is above -0.01.
     """
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such catalogue. Fetch it with download_utils.py --catalogue, or check "
-            "--catalogue."
-        )
     rows, is_catalogue = dict[str, dict[str, Any]](), False
-    remedy = "Fetch it again with download_utils.py --catalogue --overwrite."
+    remedy = "Fetch it with download_utils.py --catalogue --overwrite, or check --catalogue."
     with utils.reading(path, "a dapall or drpall catalogue", remedy):
         fits_stream.check_whole(path)
         with fits.open(path) as hdus:

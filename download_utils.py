@@ -122,16 +122,7 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
 
     `path` appears only when complete and checked. After a failed connection, up to `retries` more
     attempts are made, the first after `pause_s` seconds, a time that doubles for each of the next.
-
-    Returns
-    -------
-    int
-        Size of the whole file in bytes.
-
-    Raises
-    ------
-    DataError
-        The server does not have the file, the connection keeps failing, or the file is damaged.
+    Returns the size of the whole file in bytes.
     """
     import requests
 
@@ -207,8 +198,8 @@ def _fetch_rest(url: str, part: Path) -> None:
     headers["Accept-Encoding"] = "identity"  # else a .gz may arrive unpacked
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
         if answer.status_code == 416:  # the server has no bytes after those of `part`
-            total = _number(answer.headers.get("Content-Range", "").rpartition("/")[2])
-            if total == have:
+            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+            if total == str(have):
                 return
             os.truncate(part, 0)
             raise requests.ConnectionError(f"{have} bytes were received of a file of {total}")
@@ -218,26 +209,19 @@ def _fetch_rest(url: str, part: Path) -> None:
                 f"analysis of {RELEASE}; check --plateifu and --daptype."
             )
         answer.raise_for_status()
-        resumed = answer.status_code == 206
-        length = _number(answer.headers.get("Content-Length", ""))
-        expected = None if length is None else length + (have if resumed else 0)
+        length = answer.raw.length_remaining or 0  # None if the server does not say
         free = shutil.disk_usage(part.parent).free
-        if length is not None and length > min(free, MAX_SIZE):
+        if length > min(free, MAX_SIZE):
             raise DataError(
                 f"{url}: {length / 1e9:.2f} GB, expected at most {MAX_SIZE / 1e9:.2f}, and "
                 f"{free / 1e9:.2f} GB are free. Check --base-url and the disk."
             )
-        with part.open("ab" if resumed else "wb") as f:
+        with part.open("ab" if answer.status_code == 206 else "wb") as f:
             _receive(answer, f)
-    size = part.stat().st_size
-    if expected is not None and size != expected:
-        if size > expected:
-            os.truncate(part, 0)
-        raise requests.ConnectionError(f"{size} of {expected} bytes received")
 
 
 def _receive(answer: Any, f: BinaryIO) -> None:
-    """Write what the server sends, unless it is too slow or too much."""
+    """Write what the server sends, unless it is too slow, too much or less than it announced."""
     import requests
     import urllib3
 
@@ -259,11 +243,6 @@ def _receive(answer: Any, f: BinaryIO) -> None:
                 start, n = now, 0
     except urllib3.exceptions.HTTPError:
         raise requests.ConnectionError(f"the connection broke after {size} bytes") from None
-
-
-def _number(text: str) -> int | None:
-    """Read a number of a server's header; None if it is none."""
-    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def _check_content(path: Path, name: str) -> None:
@@ -292,7 +271,7 @@ def _check_content(path: Path, name: str) -> None:
 
 
 def check_connection(base_url: str) -> None:
-    """Raise a DataError if the archive cannot be reached at all."""
+    """Raise a DataError if the archive cannot be reached, once instead of for each galaxy."""
     import requests
 
     try:

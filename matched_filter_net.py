@@ -332,13 +332,21 @@ class MatchedFilterNet(nn.Module):
             nn.init.zeros_(part.weight)
             nn.init.zeros_(part.bias)
 
+    @property
+    def profiles(self) -> Tensor:
+        """Filters as they are applied to spectra, (band, filter)."""
+        return 4 * F.normalize(self.filters * self.support, dim=0)
+
     def measure(self, residual: Tensor, weight: Tensor, colour: Tensor) -> SpaxelSums:
         """Apply the filters to spectra (..., band), each spaxel on its own."""
-        filters = 4 * F.normalize(self.filters * self.support, dim=0)
+        filters = self.profiles
         residual, weight, colour = (p.to(filters.dtype) for p in (residual, weight, colour))
         d = weight @ filters.square()
         n = (residual * weight) @ filters + 0.05 * self.stars(colour) * d
-        level = torch.log(weight.mean(-1) + 1e-6)
+        return self.sums(n, d, colour, torch.log(weight.mean(-1) + 1e-6))
+
+    def sums(self, n: Tensor, d: Tensor, colour: Tensor, level: Tensor) -> SpaxelSums:
+        """Features of spaxels from what the filters measured, as in `SpaxelSums`."""
         features = torch.cat([log_amplitude(n, d), colour, level[..., None]], -1)
         return SpaxelSums(n, d, level, self.norm(features))
 
@@ -363,17 +371,22 @@ class MatchedFilterNet(nn.Module):
         if self.training and len(own) > 1:
             self.usual_mean.lerp_(own.detach().mean(0), USUAL_SHARE)
             self.usual_covariance.lerp_(own.detach().T.cov(), USUAL_SHARE)
-        heads, key = len(self.config.reaches), self.config.key
-        query = self.query(own).view(-1, 1, heads, key)
         around = near.clamp(min=0)
         n, d, level, keys = (
             F.embedding(around, part)
             for part in (sums.n, sums.d, sums.level[:, None], self.key(sums.features))
         )
-        keys = keys.view(*near.shape, heads, key)
+        return self.combine(own, n, d, level, keys, near >= 0)
+
+    def combine(
+        self, own: Tensor, n: Tensor, d: Tensor, level: Tensor, keys: Tensor, is_there: Tensor
+    ) -> Tensor:
+        """Join a spaxel's own features (Q, own) and those of its neighbours (Q, P*P, ...)."""
+        heads, key = len(self.config.reaches), self.config.key
+        query = self.query(own).view(-1, 1, heads, key)
         logits = self.positions - self.brightness * level
-        logits = logits + (query * keys).sum(-1) / key**0.5
-        attention = logits.masked_fill((near < 0)[..., None], -torch.inf).softmax(1)
+        logits = logits + (query * keys.unflatten(-1, (heads, key))).sum(-1) / key**0.5
+        attention = logits.masked_fill(~is_there[..., None], -torch.inf).softmax(1)
         attention = attention.transpose(1, 2)  # (Q, head, P*P)
         spread = attention.square() @ d  # variance of n; of one spaxel it equals d
         n, d = attention @ n, attention @ d  # (Q, head, filter)

@@ -19,7 +19,7 @@ import baselines
 import hsi_proc_fns
 import line_fits
 import matched_filter_net
-from data_fns import PackedDataset, PatchDataset
+from batches import PackedDataset, PatchDataset
 from HSI_SSFTT import SSFTT
 from matched_filter_net import MatchedFilterNet, Spectra
 from run_folder import ModelCard

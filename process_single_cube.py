@@ -51,7 +51,7 @@ class GalaxyOptions(fits_utils.CubeOptions, fits_utils.LabelOptions, patches.Pat
 
 
 @dataclass(frozen=True)
-class Config(GalaxyOptions):
+class Config(GalaxyOptions, utils.CommandOptions):
     """Process one galaxy."""
 
     plateifu: str | None = None
@@ -65,10 +65,6 @@ class Config(GalaxyOptions):
     is warned of."""
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else that of the run --like-run, else ./data/manga."""
-    overwrite: bool = False
-    """Replace existing outputs."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 def process_galaxy(
@@ -107,12 +103,12 @@ def process_galaxy(
             maps = beside
         else:
             maps = utils.find_raw(root, plateifu, "MAPS", options.daptype)
-    words = []
+    words, cube = [], utils.cube_path(root, plateifu)
     if not options.labels_only:
         assert logcube is not None
         word = fits_utils.process_cube(
             logcube,
-            utils.cube_path(root, plateifu),
+            cube,
             options,
             redshift,
             maps if options.remove_gas_velocity else None,
@@ -127,7 +123,9 @@ def process_galaxy(
     for task in options.label_tasks:
         assert maps is not None
         target = utils.label_path(root, task, plateifu)
-        word = fits_utils.process_map(maps, target, task, options, options.skip_critical, overwrite)
+        word = fits_utils.process_map(
+            maps, target, task, options, options.skip_critical, overwrite, cube
+        )
         words.append(word)
     return "written" if "written" in words else words[-1]
 
@@ -162,14 +160,7 @@ Chosen = TypeVar("Chosen", bound=GalaxyOptions)
 
 
 def vetted(options: Chosen) -> Chosen:
-    """Check options; replace those of cube and labels by those of the run --like-run, if given.
-
-    Raises
-    ------
-    DataError
-        If the folder holds no trained model, the catalogue is none, or options contradict each
-        other.
-    """
+    """Check options; replace those of cube and labels by those of the run --like-run, if given."""
     if options.catalogue is not None:
         from catalogue import catalogue_rows  # here: it needs astropy
 

@@ -38,19 +38,21 @@ from torch.utils.data import DataLoader
 import baselines
 import calc_data_stats
 import data_fns
-import eval_fns
 import line_fits
 import matched_filter_net
 import network_start
 import networks
 import run_folder
-from data_fns import DataOptions, PatchDataset, PatchSpec, Samples, dataset_of
-from data_io import Recipe, digest_of
+from batches import PatchDataset, dataset_of
+from data_fns import DataOptions
 from HSI_SSFTT import count_parameters
+from inference import pick_device
 from labels import class_middles
 from matched_filter_net import MatchedFilterNet
 from networks import USUAL, Network
+from recipe import Recipe, digest_of
 from run_folder import ModelCard
+from samples import PatchSpec, Samples
 from training import OptimisationOptions, Stopper, Training, in_words, restore, train
 
 log = logging.getLogger(__name__)
@@ -200,13 +202,13 @@ def create_statistics(data: DataOptions) -> None:
     path = utils.stats_path(data.root, data.split)
     if data.patch_norm == "PCA" and not path.is_file():
         log.info("%s: creating the statistics of the split (calc_data_stats.py)", path)
-        calc_data_stats.main(calc_data_stats.Config(data.split, data.root))
+        calc_data_stats.main(calc_data_stats.Config(data.split, data_dir=data.root))
 
 
 def set_up(config: TrainConfig, run_dir: Path) -> Training:
     """Make loaders, model and optimiser from the config and its seed."""
     data, optimisation = config.data, config.optimisation
-    device = eval_fns.pick_device(config.run.device)
+    device = pick_device(config.run.device)
     sampler_seed, weight_seed = (
         int(s.generate_state(1)[0]) for s in np.random.SeedSequence(config.run.seed).spawn(2)
     )

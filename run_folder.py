@@ -37,22 +37,23 @@ from safetensors.torch import save
 from torch import Tensor
 
 import data_io
-from data_fns import PatchSpec
-from data_io import Recipe, option_differences
 from hsi_proc_fns import Stats
 from intervals import Calibration
 from labels import logoh_edges
 from networks import NetworkName
+from recipe import Recipe, option_differences, sealed
+from samples import PatchSpec
 
 log = logging.getLogger(__name__)
 
 RUNS_FOLDER = Path("runs")
-MODEL_SCHEMA, MODEL_VERSION = "manga-model", 4
+MODEL_SCHEMA, MODEL_VERSION = "manga-model", 5
 CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE = "config.json", "environment.json", "log.txt"
 MODEL_FILE, WEIGHTS_FILE, STATS_FILE = "model.json", "best.safetensors", "stats.h5"
 BASELINE_FILE, METRICS_FILE = "baseline.safetensors", "metrics.csv"
 CHECKPOINT_FILE, NAN_FILE = "last.pt", "nan_batch.json"
 SPLIT_FOLDER, MAPS_FOLDER, FIGURES_FOLDER = "split", "maps", "figures"
+EVIDENCE_FOLDER = "evidence"
 RESULT_FILE, CONFUSION_FILE = "metrics.json", "confusion.csv"
 PER_CLASS_FILE, PER_GALAXY_FILE = "per_class.csv", "per_galaxy.csv"
 PREDICTIONS_FILE = "predictions.csv.gz"
@@ -69,6 +70,7 @@ REPLACED = (
     SPLIT_FOLDER,
     MAPS_FOLDER,
     FIGURES_FOLDER,
+    EVIDENCE_FOLDER,
     *utils.SPLIT_PARTS,
 )
 """Names in a run's folder that a new run there replaces or removes."""
@@ -139,7 +141,7 @@ class ModelCard:
     def write(self, run_dir: Path) -> None:
         """Write model.json, whole or not at all."""
         head = {"schema": MODEL_SCHEMA, "schema_version": MODEL_VERSION}
-        utils.write_json(run_dir / MODEL_FILE, data_io.sealed({**head, **asdict(self)}))
+        utils.write_json(run_dir / MODEL_FILE, sealed({**head, **asdict(self)}))
 
     @classmethod
     def read(cls, run_dir: Path) -> ModelCard:
@@ -161,7 +163,7 @@ class ModelCard:
             checksum = content.pop("checksum", None)
             found = (content.get("schema"), content.get("schema_version"))
             if found == (MODEL_SCHEMA, MODEL_VERSION):
-                if checksum != data_io.sealed(content)["checksum"]:
+                if checksum != sealed(content)["checksum"]:
                     raise ValueError("its checksum differs")
                 bands = content["spec"]["bands"]
                 spec = PatchSpec(**{**content["spec"], "bands": bands and tuple(bands)})

@@ -27,12 +27,13 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import eval_fns
 import intervals
 import metrics
 import networks
 import run_folder
-from data_fns import Batch, CutoutBatch, DataOptions, SpaxelBatchSampler, dataset_of, patch_file
+from batches import Batch, CutoutBatch, SpaxelBatchSampler, dataset_of
+from data_fns import DataOptions
+from inference import AMP_TYPES, Amp, sample_outputs
 from networks import Network
 from run_folder import ModelCard
 
@@ -66,7 +67,7 @@ class OptimisationOptions:
     """Stop after this number of epochs without a better one; 0: never."""
     baselines: bool = True
     """Also fit a baseline to single spectra: line ratios, or for SSFTT principal components."""
-    amp: eval_fns.Amp = "off"
+    amp: Amp = "off"
     """Mixed precision."""
 
 
@@ -181,9 +182,7 @@ def train_epoch(training: Training, stopper: Stopper) -> bool:
         disable=None,
     )
     for batch in bar:
-        with torch.autocast(
-            device.type, eval_fns.AMP_TYPES[options.amp], enabled=options.amp != "off"
-        ):
+        with torch.autocast(device.type, AMP_TYPES[options.amp], enabled=options.amp != "off"):
             loss, booked = batch_loss(training, batch)
         training.optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -273,7 +272,7 @@ def refuse_loss(training: Training, loss: float, rows: Tensor) -> NoReturn:
     utils.write_json(out, content)
     files = [
         str(
-            patch_file(data.root, data.spec, p)
+            data.spec.patch_file(data.root, p)
             if data.source == "patches"
             else utils.cube_path(data.root, p)
         )
@@ -291,7 +290,7 @@ def validate(training: Training) -> dict[str, float]:
     """Loss and scores over the validation part; calibrates intervals with it."""
     torch.backends.cudnn.benchmark = False  # many shapes, each once per epoch
     loader, model, card = training.loaders["val"], training.evaluated, training.card
-    outputs, rows = eval_fns.sample_outputs(model, loader, training.device, training.options.amp)
+    outputs, rows = sample_outputs(model, loader, training.device, training.options.amp)
     samples = dataset_of(loader).samples
     classes, values = samples.classes[rows], samples.values[rows]
     truth = [torch.from_numpy(part).to(training.device) for part in (classes, values)]
@@ -299,14 +298,13 @@ def validate(training: Training) -> dict[str, float]:
     found = networks.answer(model, outputs, card.edges, card.dex_values)
     confusion = metrics.confusion_matrix(classes, found.classes, len(card.class_names))
     scores = {"loss": losses.mean(), **metrics.overall_metrics(confusion)}
-    error = None
     if found.value is not None:
-        error = found.value - values
-        scores["mae_dex"] = np.abs(error).mean()
-    learned = dataset_of(training.loaders["train"]).samples.plateifus
-    is_new = ~np.isin(samples.plateifus, learned)  # in an easy split, galaxies are in both
+        scores["mae_dex"] = np.abs(found.value - values).mean()
+    learned = list(dataset_of(training.loaders["train"]).samples.mangaids.values())
+    galaxy = np.array([samples.mangaids[p] for p in samples.plateifus])[samples.galaxy[rows]]
+    is_new = ~np.isin(galaxy, learned)  # in an easy split, galaxies are in both
     card.calibration = intervals.calibrate(
-        error, found.scale, found.unlikeness, samples.galaxy[rows], is_new[samples.galaxy[rows]]
+        found.value, values, found.scale, found.unlikeness, galaxy, is_new
     )
     return {k: float(v) for k, v in scores.items()}  # type: ignore[arg-type]
 

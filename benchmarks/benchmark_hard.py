@@ -166,6 +166,8 @@ def run(root: Path, script: str, *words: str) -> None:
 
 def make_shallow(root: Path, factor: int) -> Path:
     """Make cubes whose errors are `factor` times as large; return their data folder."""
+    if factor == 1:
+        return root
     shallow = root.with_name(f"{root.name}-noise{factor}")
     (shallow / "processed" / "cubes").mkdir(parents=True, exist_ok=True)
     for name in ("truth", "processed/labels"):
@@ -181,17 +183,20 @@ def make_shallow(root: Path, factor: int) -> Path:
     return shallow
 
 
+def sky_noise(rng: np.random.Generator, planes: int, size: int) -> np.ndarray:
+    """Draw unit noise (plane, y, x), correlated between neighbouring spaxels as the survey's."""
+    blur = blur_matrix(size, 0, NOISE_KERNEL_SPAXELS).astype(np.float32)
+    blur /= np.sqrt((blur**2).sum(axis=1, keepdims=True))
+    noise = rng.standard_normal((planes, size, size), dtype=np.float32)
+    return blur @ (noise.reshape(-1, size) @ blur.T).reshape(noise.shape)
+
+
 def add_noise(flux: np.ndarray, ivar: np.ndarray, factor: int, seed: int) -> np.ndarray:
     """Flux (y, x, band) whose errors are `factor` times as large.
 
     The added noise is correlated in the sky.
     """
-    rng = np.random.default_rng([seed, factor])
-    size = max(flux.shape[:2])
-    blur = blur_matrix(size, 0, NOISE_KERNEL_SPAXELS).astype(np.float32)
-    blur /= np.sqrt((blur**2).sum(axis=1, keepdims=True))
-    noise = rng.standard_normal((flux.shape[2], size, size), dtype=np.float32)
-    noise = blur @ (noise.reshape(-1, size) @ blur.T).reshape(noise.shape)
+    noise = sky_noise(np.random.default_rng([seed, factor]), flux.shape[2], max(flux.shape[:2]))
     noise = noise[:, : flux.shape[0], : flux.shape[1]].transpose(1, 2, 0)
     added = np.divide(factor**2 - 1, ivar, out=np.zeros_like(ivar), where=ivar > 0)
     return flux + noise * np.sqrt(added)
@@ -379,23 +384,31 @@ def ssftt_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -
     return chance.numpy() @ means
 
 
-def ours_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
-    """Train the network as run_SSFTT_training.py does by default."""
+def train_network(
+    survey: Survey, galaxies: np.ndarray, seed: int, work_dir: Path, epochs: int
+) -> Path:
+    """Train the network as run_SSFTT_training.py does by default; return the run's folder."""
     parts = split_galaxies(survey.galaxies, FRACTIONS, seed)
     learned = set(survey.galaxies["plateifu"].iloc[galaxies])
     parts["train"] = parts["train"][parts["train"]["plateifu"].isin(learned)]
     name = f"{survey.root.name}_{galaxies.size}_{seed}"
     recipe = data_io.Recipe("split", data_io.SPLIT_VERSION, {"kind": "hard", "seed": seed}, {})
     data_io.write_split(utils.split_path(survey.root, name), parts, recipe)
+    run_dir = work_dir / "runs" / name
     options = run_SSFTT_training.train_config(
-        label_task="logOH", data_dir=survey.root, split_dir=name, seed=seed, baselines=False,
-        epochs=config.epochs, run_dir=config.work_dir / "runs" / name, overwrite=True,
+        label_task="logOH", data_dir=survey.root, split_dir=name, seed=seed, epochs=epochs,
+        baselines=False, run_dir=run_dir, overwrite=True,
     )  # fmt: skip
     if run_SSFTT_training.main(options) != utils.EXIT_DONE:
         raise DataError(f"{name}: stopped by a signal. Give the same command again to continue.")
     utils.setup_logging()  # no longer into the run's log file
-    assert options.run.run_dir is not None
-    found = eval_fns.evaluate_split(options.run.run_dir, "test", survey.root).predictions
+    return run_dir
+
+
+def ours_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
+    """Matched-filter network."""
+    run_dir = train_network(survey, galaxies, seed, config.work_dir, config.epochs)
+    found = eval_fns.evaluate_split(run_dir, "test", survey.root).predictions
     value_of = found.set_index(["plateifu", "y", "x"])["logoh"]
     test, names = survey.test, survey.galaxies["plateifu"].to_numpy()
     keys = pd.MultiIndex.from_arrays([names[survey.galaxy[test]], survey.y[test], survey.x[test]])
@@ -474,7 +487,7 @@ def main(config: Config) -> int:
         if not missing:
             continue
         root = make_cubes(config, wave_min)
-        survey = read_survey(make_shallow(root, factor) if factor > 1 else root)
+        survey = read_survey(make_shallow(root, factor))
         for name, n, seed in missing:
             survey.split(seed)
             start = time.monotonic()

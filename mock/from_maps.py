@@ -21,10 +21,9 @@ from utils import DataError
 
 import numpy as np
 
+import archive_files
 import fits_stream
-import fits_utils
-from data_io import file_digest
-from mock.dr17_files import PRIMARY, logcube_hdus, raw_file, write_gzipped_fits
+from mock.dr17_files import logcube_hdus, primary_cards, raw_file, write_gzipped_fits
 from mock.physics import (
     C_KMS,
     DEADFIBER,
@@ -45,6 +44,7 @@ from mock.physics import (
     wave_grid,
 )
 from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
+from recipe import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def _read_maps(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, in
             f"{path}: no {', '.join(absent)} in the primary header. Expected a DAP MAPS file of "
             "DR15 to DR17; fetch one with download_utils.py."
         )
-    channels = fits_utils.line_channels(hdus["EMLINE_GFLUX"].header, ("Ha-6564",), path)
+    channels = archive_files.line_channels(hdus["EMLINE_GFLUX"].header, ("Ha-6564",), path)
     return primary, {name: hdu.data for name, hdu in hdus.items()}, channels
 
 
@@ -125,7 +125,7 @@ def read_scene(path: Path, seed: int) -> Scene:
         for name, i in row.items()
         if name in EMLINES
     }
-    cards = {key: primary[key] for key, _, _ in PRIMARY if key in primary}
+    cards = {key: primary[key] for key in primary_cards() if key in primary}
     for key in ("CHECKSUM", "DATASUM", "DAPFRMT", "MASKNAME"):
         cards.pop(key, None)
     cards.setdefault("IFURA", cards["OBJRA"])

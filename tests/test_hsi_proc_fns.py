@@ -10,7 +10,7 @@ from scipy.spatial import ConvexHull
 from sklearn.decomposition import PCA
 
 import hsi_proc_fns as hsi
-from data_io import Recipe
+from recipe import Recipe
 
 MIN_MAX_NORMS = ("global", "spatial", "spectral")
 

@@ -129,7 +129,7 @@ def test_damaged_packed_file_is_packed_again_and_the_log_says_why(root, caplog):
 
 
 def test_command_line_reports_what_it_packed_and_what_is_missing(root, command):
-    for split, code, message in (("hard", 0, "3 galaxies"), ("no", 1, "create_data_splits.py")):
+    for split, code, message in (("hard", 0, "3 cubes"), ("no", 1, "create_data_splits.py")):
         words = ("--data-dir", root, "--split-dir", split, "--jobs", "1")
         found, said = command(pack_cubes.main, Config, *words)
         assert found == code

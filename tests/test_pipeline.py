@@ -27,6 +27,8 @@ import hsi_proc_fns
 import map_galaxies
 import mock.galaxy
 import mock.physics
+import mock.survey
+import mock.truth
 import mock_manga
 import process_single_cube
 import resample
@@ -49,7 +51,9 @@ BENCHMARKS = [
     p for p in sorted(ROOT.glob("benchmarks/*.py")) if "utils.run_command" in p.read_text()
 ]
 AS_PLANTED = {"remove_gas_velocity": False}
-NEED_TORCH = [p for p in SCRIPTS if p.stem in ("run_SSFTT_training", "eval_fns", "map_galaxies")]
+NEED_TORCH = [
+    p for p in SCRIPTS if p.stem in ("run_SSFTT_training", "eval_fns", "evidence", "map_galaxies")
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,7 @@ def galaxies_of(root):
 
 def truth_of(root, plateifu):
     """Maps that were planted."""
-    return mock_manga.read_truth(mock_manga.truth_path(root, plateifu))[0]
+    return mock.truth.read_truth(mock.truth.truth_path(root, plateifu))[0]
 
 
 def labels_and_truth(root, task, name):
@@ -192,7 +196,7 @@ def planted_continuum(root, plateifu, z):
 
     From its parameters: in the LOGCUBE, MODEL - EMLINE is a fit, which errs by about 1 %.
     """
-    drawn = {p.plateifu: p for p in mock_manga.simulated_galaxies(root)}
+    drawn = {p.plateifu: p for p in mock.survey.simulated_galaxies(root)}
     scene = mock.galaxy.build_scene(drawn[plateifu])
     stars = mock.physics.to_image(scene, scene.stellar) * (1 + z)
     return to_h5_grid(stars, z).T.reshape(*stars.shape[1:], -1)
@@ -313,7 +317,7 @@ def test_one_galaxy_by_name_or_by_files(survey, tmp_path):
     np.testing.assert_array_equal(cubes[1:], [cubes[0]] * 2)
     other = utils.find_raw(survey, galaxies_of(survey)[1], "MAPS")
     wrong = process_single_cube.Config(**files, maps=other, data_dir=tmp_path / "4")
-    with pytest.raises(DataError, match=r"holds galaxy .*Check --maps"):
+    with pytest.raises(DataError, match=r"a file of galaxy .*Check --maps"):
         process_single_cube.main(wrong)
     assert not utils.processed_cubes(tmp_path / "4")
     config = process_single_cube.Config(

@@ -26,14 +26,14 @@ from sklearn.linear_model import LogisticRegression
 
 import baselines
 import data_io
-import eval_fns
+import inference
 import networks
 import run_folder
 import run_SSFTT_training as script
 import training
-from data_fns import PatchSpec
 from labels import class_middles, class_names
 from run_SSFTT_training import TrainConfig, train_config
+from samples import PatchSpec
 
 REPO = Path(script.__file__).parent
 TRAIN, VAL = mock_cubes.PLATEIFUS[:4], mock_cubes.PLATEIFUS[4:6]
@@ -487,12 +487,12 @@ def test_class_that_never_occurs_and_slow_recipe_are_warned_of(options, caplog):
 def test_validation_by_maps_is_validation_by_patches(options, split, packed_type):
     ready = set_up(options, split_dir=split, packed_type=packed_type)
     network, loader, device = like_trained(ready.model), ready.loaders["val"], ready.device
-    maps, by_map = eval_fns.sample_outputs(network, loader, device)
+    maps, by_map = inference.sample_outputs(network, loader, device)
     for at_once in (2, 3, 99):
-        together, order = eval_fns.field_outputs(network, loader.dataset, device, "off", at_once)
+        together, order = inference.field_outputs(network, loader.dataset, device, "off", at_once)
         np.testing.assert_array_equal(order, by_map)
         np.testing.assert_allclose(together, maps, rtol=1e-4, atol=1e-5)
-    patches, by_patch = eval_fns.patch_outputs(network, loader, device)
+    patches, by_patch = inference.patch_outputs(network, loader, device)
     np.testing.assert_array_equal(np.sort(by_map), by_patch)
     np.testing.assert_allclose(maps[np.argsort(by_map)], patches, rtol=1e-4, atol=1e-5)
 
@@ -529,7 +529,7 @@ def test_every_task_scale_and_norm_trains(options, norm):
     task, n_classes = SCALES[norm]
     spec = {"label_task": task, "patch_norm": norm, "n_classes": max(n_classes, 6)}
     assert train(options, **spec, epochs=1, samples_per_epoch=128, balance=False) == 0
-    model = eval_fns.load_model(options["run_dir"], "cpu")
+    model = inference.load_model(options["run_dir"], "cpu")
     assert model.network.config.n_classes == n_classes
     assert np.isfinite(numbers_of(options["run_dir"]).to_numpy()).all()
 
@@ -638,7 +638,7 @@ def test_compiling_reaches_what_training_calls(options, monkeypatch):
     assert seen == ["forward"] * 3
     assert train(options, overwrite=True) == 0
     assert set(seen[3:]) == {"cutout_outputs"}
-    assert eval_fns.load_model(options["run_dir"], "cpu").network.config.n_classes == 6
+    assert inference.load_model(options["run_dir"], "cpu").network.config.n_classes == 6
 
 
 @pytest.mark.gpu
@@ -671,10 +671,10 @@ def test_a_run_that_diverges_is_never_a_best_model(options, network):
     with pytest.raises(DataError, match=r"not finite|expected a finite number.*--lr"):
         train(options, network=network, lr=1e30, cutout=7, epochs=3)
     if network == "matched_filters":  # their start is a model
-        assert eval_fns.load_model(options["run_dir"], "cpu").card.best["epoch"] == 0
+        assert inference.load_model(options["run_dir"], "cpu").card.best["epoch"] == 0
         return
     with pytest.raises(DataError):
-        eval_fns.load_model(options["run_dir"], "cpu")
+        inference.load_model(options["run_dir"], "cpu")
 
 
 def test_weights_that_are_not_finite_are_no_model(trained, tmp_path):
@@ -683,4 +683,4 @@ def test_weights_that_are_not_finite_are_no_model(trained, tmp_path):
     weights["head.weight"][0, 0] = float("nan")
     run_folder.write_tensors(run / "best.safetensors", weights, about)
     with pytest.raises(DataError, match=r"head\.weight holds values that are not finite"):
-        eval_fns.load_model(run, "cpu")
+        inference.load_model(run, "cpu")

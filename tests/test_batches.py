@@ -13,7 +13,8 @@ import torch
 import data_fns
 import data_io
 import hsi_proc_fns
-from data_fns import DataOptions, SpaxelBatchSampler
+from batches import N_TURNS, SpaxelBatchSampler
+from data_fns import DataOptions
 from labels import LABEL_NONE
 
 
@@ -56,7 +57,7 @@ def test_packed_cubes_give_the_tensors_of_patches_cut_by_hand(files, task, norm)
         packed = dataset_of(files, **options)
         by_hand = dataset_of(files, source="patches", **options)
         rows = np.arange(len(packed))
-        pairs = np.stack([rows, rows % data_fns.N_TURNS * (size % 2)], axis=1)
+        pairs = np.stack([rows, rows % N_TURNS * (size % 2)], axis=1)
         ours = packed.__getitems__(pairs)
         assert_same(ours, by_hand.__getitems__(pairs))
         np.testing.assert_array_equal(packed.centres(rows), by_hand.centres(rows))
@@ -88,7 +89,7 @@ def test_batch_keeps_the_order_asked_for_and_equals_single_samples(root):
 def test_turned_patches_are_the_eight_symmetries_about_the_centre(files, source):
     dataset = dataset_of(files, patch_norm="spatial", patch_size=5, source=source)
     plain = dataset[30].patches[0].numpy()
-    turned = [dataset[30, k].patches[0].numpy() for k in range(data_fns.N_TURNS)]
+    turned = [dataset[30, k].patches[0].numpy() for k in range(N_TURNS)]
     mirror = plain.transpose(0, 2, 1)
     expected = [np.rot90(p, k, axes=(1, 2)) for p in (plain, mirror) for k in range(4)]
     for a, b in zip(turned, expected, strict=True):
@@ -167,7 +168,7 @@ def test_cutout_is_the_patches_of_all_samples_around_one(root, cutout, size):
 def test_cutouts_turn_with_their_classes_and_weights(root):
     dataset = dataset_of(root, patch_norm="spectral", patch_size=5, cutout=7)
     plain = dataset[40]
-    for turn in range(data_fns.N_TURNS):
+    for turn in range(N_TURNS):
         turned = dataset[40, turn]
         for name in ("patches", "classes", "weights"):
             expected = getattr(plain, name).numpy()
