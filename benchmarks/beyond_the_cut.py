@@ -108,7 +108,9 @@ def network_maps(survey: Survey, run_dir: Path) -> tuple[np.ndarray, np.ndarray]
         rows = survey.galaxy == galaxy
         path = utils.cube_path(survey.root, survey.galaxies["plateifu"][galaxy])
         found, at = eval_fns.predict_cube(model, path), (survey.y[rows], survey.x[rows])
-        assert found.logoh is not None and found.lower is not None and found.upper is not None
+        assert found.logoh is not None
+        assert found.lower is not None
+        assert found.upper is not None
         value[rows] = found.logoh[at]
         width[rows] = (found.upper[at] - found.lower[at]) / 2
     return value, width
