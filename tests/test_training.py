@@ -289,10 +289,10 @@ REFUSED = {
     ),
     "a test galaxy became a training galaxy": (
         then_statistics(exchanged("train", "test")), {},
-        "another split, another set of cubes, another set of training labels, "
-        "another set of statistics",
+        "another set of cubes, another set of statistics, another set of training labels, "
+        "another split",
     ),
-    "validation and test parts exchanged": (exchanged("val", "test"), {}, "with another split"),
+    "validation and test parts exchanged": (exchanged("val", "test"), {}, ", another split"),
     "statistics": (rebuild_statistics, {}, "old: made with another set of statistics. Start"),
     "training labels": (later(relabel, TRAIN[:1], 0.01), {}, "another set of training labels. S"),
     "validation labels": (later(relabel, VAL, 0.01), {}, "another set of training labels. Start"),
