@@ -104,10 +104,11 @@ def plot_training_curves(
 ) -> Sequence[Axes]:
     """Draw loss and accuracy (metrics.csv of a run) against the epoch in two axes.
 
-    The card marks the best epoch and the validation accuracy of the baselines.
+    The card marks the best epoch (0: the start) and the validation accuracy of the baselines.
     """
-    last = int(metrics["epoch"].max())
-    ticks = np.union1d(1, np.arange(last, 0, -max(1, -(-last // 5))))
+    best = card.best.get("epoch") if card is not None else None
+    first, last = 1 if best is None else min(1, best), int(metrics["epoch"].max())
+    ticks = np.union1d(first, np.arange(last, 0, -max(1, -(-last // 5))))
     for ax, name in zip(axes, ("loss", "accuracy"), strict=True):
         for part, colour, label in (
             ("train", OTHER_COLOUR, "training"),
@@ -115,10 +116,10 @@ def plot_training_curves(
         ):
             curve = metrics[f"{part}_{name}"]
             ax.plot(metrics["epoch"], curve, "o-", ms=3, color=colour, label=label)
-        if card is not None and (best := card.best.get("epoch")) is not None:
+        if best is not None:
             ax.axvline(best, color="k", lw=0.8, ls=":", label=f"best epoch: {best}")
         ax.set(xlabel="epoch", ylabel=name if name == "accuracy" else "loss (nat)")
-        ax.set(xlim=(1 - 0.03 * last, 1.03 * last), xticks=ticks)
+        ax.set(xlim=(first - 0.03 * last, 1.03 * last), xticks=ticks)
     baselines = card.baselines if card is not None else {}
     for key, name, line in (
         ("line_ratios", "line ratios", "-."),
