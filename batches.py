@@ -76,6 +76,7 @@ class SpaxelBatchSampler(Sampler):
 
     Yields (n, 2) int64 arrays of rows and turns. Balanced: a class is drawn, then one of its
     members, with replacement; no weight is kept per sample, so their number is not limited.
+    `share` (k, n): of each batch only every n-th sample from the k-th, for one of n processes.
 
     Parameters
     ----------
@@ -106,6 +107,7 @@ class SpaxelBatchSampler(Sampler):
         self.shuffle, self.balance, self.augment = shuffle, balance, augment
         self.num_samples = num_samples or self.n
         self.epoch = self.skip = 0
+        self.share = (0, 1)
 
     @property
     def probabilities(self) -> np.ndarray:
@@ -138,8 +140,9 @@ class SpaxelBatchSampler(Sampler):
         if self.augment:
             turns = rng.integers(N_TURNS, size=rows.size)
         pairs = np.stack([rows, turns], axis=1)
+        k, n = self.share
         for i in range(self.skip, len(self)):
-            yield pairs[i * self.batch_size : (i + 1) * self.batch_size]
+            yield pairs[i * self.batch_size : (i + 1) * self.batch_size][k::n]
 
     def _order(self, rng: np.random.Generator) -> np.ndarray:
         """Rows of the epoch's samples, in order."""

@@ -144,11 +144,17 @@ class DataOptions:
                 f"--patch-norm {norm} with --network {self.network}: expected {choice}. Leave out "
                 "--patch-norm, choose the other network, or give --config a file made for this one."
             )
-        if norm == "residual" and (self.bands or self.source == "patches" or size % 2 == 0):
-            raise DataError(
-                "--network matched_filters: expected packed cubes with all bands and an odd "
-                "--patch-size. Leave out --bands and --source, or use --network ssftt."
-            )
+        wrong = {
+            "--bands": (self.bands is not None, "all bands"),
+            "--source patches": (self.source == "patches", "packed cubes"),
+            f"--patch-size {size}": (size % 2 == 0, "an odd one"),
+        }
+        for flag, (is_wrong, expected) in wrong.items() if norm == "residual" else ():
+            if is_wrong:
+                raise DataError(
+                    f"{flag} with --network matched_filters: expected {expected}. Leave it out, or "
+                    "use --network ssftt."
+                )
         if self.augment and size % 2 == 0:
             raise DataError(
                 f"--patch-size {size}: an even patch has no central spaxel to turn about. Choose "

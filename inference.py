@@ -287,12 +287,17 @@ def map_answer(model: TrainedModel, values: np.ndarray, patch_wise: bool = False
 
 
 def sample_outputs(
-    network: Network, loader: DataLoader, device: torch.device, amp: Amp = "off"
+    network: Network,
+    loader: DataLoader,
+    device: torch.device,
+    amp: Amp = "off",
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, np.ndarray]:
     """Apply a network to all samples of a loader of patches.
 
     Whole galaxies at a time where the dataset has them (packed cubes), otherwise patch by patch:
-    the same numbers.
+    the same numbers. `share` (k, n), k less than n and than the number of galaxies: of whole
+    galaxies, only every n-th from the k-th.
 
     Returns
     -------
@@ -302,7 +307,7 @@ def sample_outputs(
     """
     dataset = dataset_of(loader)
     if isinstance(dataset, PackedDataset):
-        return field_outputs(network, dataset, device, amp)
+        return field_outputs(network, dataset, device, amp, share=share)
     return patch_outputs(network, loader, device, amp)
 
 
@@ -328,6 +333,7 @@ def field_outputs(
     device: torch.device,
     amp: Amp = "off",
     at_once: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, np.ndarray]:
     """Like `sample_outputs`, for whole galaxies.
 
@@ -339,7 +345,7 @@ def field_outputs(
     if at_once is None:
         at_once = max(1, BANDS_AT_ONCE // dataset.n_bands) if device.type == "cuda" else 1
     step = SHAPE_STEP if at_once > 1 else 1
-    parts = chosen.by_galaxy()
+    parts = itertools.islice(chosen.by_galaxy(), share[0], None, share[1])
     while some := list(itertools.islice(parts, at_once)):
         fields, corners = zip(*(dataset.field(galaxy) for galaxy, _ in some), strict=True)
         ny, nx = (-(-max(f.shape[axis] for f in fields) // step) * step for axis in (3, 4))

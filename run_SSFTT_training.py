@@ -19,11 +19,13 @@ Ctrl-C, SIGUSR1 and SIGTERM end the run after the current step: last.pt is saved
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,18 +34,20 @@ from utils import DataError
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 import baselines
 import calc_data_stats
 import data_fns
+import distributed
 import line_fits
 import matched_filter_net
 import network_start
 import networks
 import run_folder
-from batches import PatchDataset, dataset_of
+from batches import PatchDataset, SpaxelBatchSampler, dataset_of
 from data_fns import DataOptions
 from HSI_SSFTT import count_parameters
 from inference import pick_device
@@ -123,6 +127,12 @@ class TrainConfig:
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "optimisation", replace(optimisation, **given))
 
+    @staticmethod
+    def followers() -> dict[str, tuple[str, ...]]:
+        """Options whose defaults depend on another one: see `utils.config_args`."""
+        of_network = ("patch_norm", "cutout", "batch_size", "lr", "monitor")
+        return {"network": of_network, "label_task": ("split_dir", "monitor")}
+
     @property
     def deciding(self) -> dict[str, Any]:
         """Options that decide what is learned."""
@@ -185,16 +195,15 @@ def check_options(config: TrainConfig) -> None:
             f"--monitor mae_dex with --label-task {data.label_task}: expected metallicities. "
             "Choose --monitor accuracy."
         )
-    plain = (
-        optimisation.amp == "off",
-        not config.run.compile,
-        model == ModelOptions(model.dropout),
-    )
-    if not is_ssftt and not all(plain):
-        raise DataError(
-            "--amp, --compile and the sizes of SSFTT with --network matched_filters: expected "
-            "their defaults. Leave them out, or choose --network ssftt."
-        )
+    if not is_ssftt:
+        of_ssftt = {"amp": optimisation.amp != "off", "compile": config.run.compile}
+        usual = asdict(ModelOptions(model.dropout))
+        of_ssftt |= {name: value != usual[name] for name, value in asdict(model).items()}
+        for name in (name for name, is_given in of_ssftt.items() if is_given):
+            raise DataError(
+                f"--{name.replace('_', '-')} with --network matched_filters: expected with SSFTT "
+                "alone. Leave it out, or choose --network ssftt."
+            )
 
 
 def create_statistics(data: DataOptions) -> None:
@@ -205,8 +214,11 @@ def create_statistics(data: DataOptions) -> None:
         calc_data_stats.main(calc_data_stats.Config(data.split, data_dir=data.root))
 
 
-def set_up(config: TrainConfig, run_dir: Path) -> Training:
-    """Make loaders, model and optimiser from the config and its seed."""
+def set_up(config: TrainConfig, run_dir: Path, resuming: bool = False) -> Training:
+    """Make loaders, model and optimiser from the config and its seed.
+
+    A run that is resumed needs no start of the model: it goes on from its checkpoint.
+    """
     data, optimisation = config.data, config.optimisation
     device = pick_device(config.run.device)
     sampler_seed, weight_seed = (
@@ -214,8 +226,10 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
     )
     assert data.batch_size is not None
     assert optimisation.lr is not None
-    create_statistics(data)
-    loaders = data_fns.get_dataloaders(data, sampler_seed, ("train", "val"), device)
+    with distributed.first_one_ahead():  # which creates what is missing
+        create_statistics(data)
+        loaders = data_fns.get_dataloaders(data, sampler_seed, ("train", "val"), device)
+    share_batches(config, loaders)
     dataset = dataset_of(loaders["train"])
     if min(data.batch_size, len(dataset)) < 2 and data.cutout_size == 1:
         raise DataError(
@@ -225,10 +239,16 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
     torch.manual_seed(weight_seed)
     model = networks.make_network(data.network, network_sizes(config, dataset)).to(device)
     card = describe_model(config, loaders, model)
-    if isinstance(model, MatchedFilterNet):
-        network_start.start_filters(model, dataset, card, weight_seed)
-    elif config.model.projection:
-        network_start.start_projection(model, dataset, weight_seed)
+
+    def start() -> dict[str, Tensor]:
+        if isinstance(model, MatchedFilterNet):
+            network_start.start_filters(model, dataset, card, weight_seed)
+        elif config.model.projection:
+            network_start.start_projection(model, dataset, weight_seed)
+        return {name: value.cpu() for name, value in model.state_dict().items()}
+
+    if not resuming:
+        model.load_state_dict(distributed.from_first(start))
     usual, average = USUAL[data.network], None
     if usual.average is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(usual.average))
@@ -259,6 +279,31 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
         model.forward = torch.compile(model.forward, dynamic=False)  # type: ignore[method-assign]
         training.cutout_outputs = torch.compile(networks.cutout_outputs, dynamic=False)
     return training
+
+
+def share_batches(config: TrainConfig, loaders: dict[str, DataLoader]) -> None:
+    """Give each of several processes its share of the training batches.
+
+    Raises
+    ------
+    DataError
+        If they cannot train this network together, or a batch is too small to be shared.
+    """
+    sampler = loaders["train"].batch_sampler
+    assert isinstance(sampler, SpaxelBatchSampler)
+    _, n = sampler.share = distributed.share()
+    if n > 1 and config.data.network == "ssftt":
+        raise DataError(
+            f"--network ssftt in {n} processes: its batch statistics would not be those of the "
+            "whole batch, expected one process. Start one, or choose --network matched_filters."
+        )
+    smallest = min(sampler.batch_size, sampler.num_samples)
+    if smallest < n:
+        raise DataError(
+            f"--batch-size {config.data.batch_size}: {smallest} cutouts or patches per step, "
+            f"expected at least one for each of {n} processes. Choose a larger --batch-size, a "
+            "smaller --cutout, or fewer processes."
+        )
 
 
 def network_sizes(config: TrainConfig, dataset: PatchDataset) -> dict[str, Any]:
@@ -343,24 +388,28 @@ def run_recipe(config: TrainConfig, train: Samples, val: Samples) -> Recipe:
 def main(config: TrainConfig) -> int:
     """Train as the config says; return the exit code."""
     check_options(config)
-    run = config.run
+    run, stopper = config.run, Stopper()
     name = f"{config.data.label_task}_{config.data.patch_norm}"
-    run_dir, resuming = run_folder.choose(
-        run.run_dir, run.resume == "auto", run.overwrite, config.deciding, name
-    )
-    stopper = Stopper()
-    with stopper.handling(signal.SIGUSR1, signal.SIGTERM):
-        training = set_up(config, run_dir)
-        with utils.locked(run_dir, "another process trains here"):
-            if not resuming:  # only now that everything is ready: it replaces an old run
+    with (
+        distributed.together(pick_device(run.device)),
+        stopper.handling(signal.SIGUSR1, signal.SIGTERM),
+    ):
+        choose = partial(run_folder.choose, run.run_dir, run.resume == "auto", run.overwrite)
+        run_dir, resuming = distributed.from_first(partial(choose, config.deciding, name))
+        training, is_first = set_up(config, run_dir, resuming), distributed.is_first()
+        lock = utils.locked(run_dir, "another process trains here")
+        with lock if is_first else contextlib.nullcontext():
+            if is_first and not resuming:  # only now that all is ready: it replaces an old run
                 begin(config, training)
-            utils.setup_logging(run_dir / run_folder.LOG_FILE)
-            describe_data(training)
+            if is_first:
+                utils.setup_logging(run_dir / run_folder.LOG_FILE)
+                describe_data(training)
             if resuming:
                 restore(training)
-                write_config(config, run_dir)  # some options may change
                 log.info("continuing in epoch %d", training.progress.epoch + 1)
-            else:
+            if is_first and resuming:
+                write_config(config, run_dir)  # some options may change
+            elif is_first:
                 score_baselines(training)
             with stopper.handling(signal.SIGINT):
                 return train(training, stopper)

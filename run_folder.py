@@ -365,8 +365,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, about
 
 
+def _check_still_there(run_dir: Path) -> None:
+    """Raise a DataError if the folder of a run in progress was removed: it would be incomplete."""
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise DataError(
+            f"{run_dir}: no {CONFIG_FILE} any more, expected the folder of the run in progress: it "
+            "was removed or emptied. Start the run again."
+        )
+
+
 def write_best(run_dir: Path, card: ModelCard, weights: dict[str, Tensor]) -> None:
     """Write the weights of the best epoch, then the card that describes them."""
+    _check_still_there(run_dir)
     content = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     about = {"best": json.dumps(card.best), "calibration": json.dumps(asdict(card.calibration))}
     write_tensors(run_dir / WEIGHTS_FILE, content, about)
@@ -375,6 +385,7 @@ def write_best(run_dir: Path, card: ModelCard, weights: dict[str, Tensor]) -> No
 
 def write_checkpoint(run_dir: Path, content: dict[str, Any], history: list[dict]) -> None:
     """Write last.pt (tensors and plain values only) and metrics.csv."""
+    _check_still_there(run_dir)
     with io.BytesIO() as buffer, utils.atomic_path(run_dir / CHECKPOINT_FILE) as part:
         torch.save(content, buffer)  # to a full disk, it would raise what says nothing
         part.write_bytes(buffer.getbuffer())

@@ -381,8 +381,13 @@ def option_names(config_class: Any) -> list[str]:
     return [name for group in groups for name in group]
 
 
-def config_args(path: Path | str, config_class: Any) -> list[str]:
-    """Command-line words that reproduce a saved config (a JSON file, or a run folder with one)."""
+def config_args(path: Path | str, config_class: Any, given: Sequence[str] = ()) -> list[str]:
+    """Command-line words that reproduce a saved config (a JSON file, or a run folder with one).
+
+    `given` are the words that will follow. `config_class.followers`, if there is one, names the
+    options whose defaults depend on another one: they are left out if that is given with another
+    value, so that they get its defaults and not the saved ones.
+    """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     with reading(path, "a JSON file as in configs/, or the folder of a run", "Check --config."):
@@ -390,6 +395,13 @@ def config_args(path: Path | str, config_class: Any) -> list[str]:
     if not isinstance(saved, dict):
         raise DataError(f"{path}: expected a JSON object of options, found {type(saved).__name__}.")
     words, known = list[str](), option_names(config_class)
+    followers: dict[str, tuple[str, ...]] = getattr(config_class, "followers", dict)()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in followers:
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", default=saved.get(name))
+    chosen = vars(parser.parse_known_args(given)[0])
+    changed = [name for name in followers if chosen[name] != saved.get(name)]
+    left_out = {follower for name in changed for follower in followers[name]}
     for key, value in saved.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -398,6 +410,8 @@ def config_args(path: Path | str, config_class: Any) -> list[str]:
             )
             raise DataError(f"{path}: unknown key {key!r}; {meant} Correct the file.")
         flag = key.replace("_", "-")
+        if key in left_out:
+            continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
@@ -411,7 +425,7 @@ def with_config_file(args: Sequence[str], config_class: Any) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.json")
     found, words = parser.parse_known_args(args)
-    return config_args(found.config, config_class) + words if found.config else words
+    return config_args(found.config, config_class, words) + words if found.config else words
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from utils import IFUS
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("slurmctld", "slurmd", "slurm-client")
 CLIENTS = ("sbatch", "scontrol", "squeue", "srun", "scancel", "sinfo")
@@ -295,46 +293,47 @@ def interrupted_training(cluster: Cluster, report: Report, work: Path) -> None:
     import mock_cubes
 
     data = mock_cubes.make_data_dir(work / "small")
-    script, gpu = "slurm/train.sbatch", ("--cpus-per-task=1", "--gres=gpu:0")
-    start = time.monotonic()
-    job = cluster.submit(*gpu, script, *training_words(data, work / "trial", 40))
-    cluster.end(job)
-    epochs = round(40 * 60 / (time.monotonic() - start))  # at least a minute, with others running
-    runs = {name: work / name for name in ("undisturbed", "limited", "cancelled")}
-    words = {name: training_words(data, run, epochs) for name, run in runs.items()}
-    limit = ("--time=1", "--signal=USR1@50")  # limits are whole minutes: sent after 10 to 40 s
-    jobs = {
-        "undisturbed": cluster.submit(*gpu, script, *words["undisturbed"]),
-        "limited": cluster.submit(*gpu, *limit, script, *words["limited"]),
-        "cancelled": cluster.submit(*gpu, script, *words["cancelled"]),
-    }
-    after = cluster.submit(
-        f"--dependency=afterok:{jobs['limited']}", "--kill-on-invalid-dep=yes", "--wrap=true"
-    )
-    cancelled = runs["cancelled"] / "metrics.csv"
-    cluster.wait(cancelled.is_file, 120, "no epoch of the job to be cancelled")
-    cluster.run("scancel", jobs["cancelled"])
-    time.sleep(8)  # a requeued job would wait for 5 s
+    for processes in (1, 2):
+        flags = (f"--ntasks-per-node={processes}", "--cpus-per-task=1", "--gres=gpu:0")
+        interrupt(cluster, report, data, work / str(processes), processes, *flags)
+
+
+def interrupt(
+    cluster: Cluster, report: Report, data: Path, runs: Path, n: int, *flags: str
+) -> None:
+    """The same training by n processes three times: undisturbed, with a time limit, cancelled."""
+
+    def submit(run: Path, epochs: int, *more: str) -> str:
+        words = training_words(data, run, epochs)
+        return cluster.submit(*flags, *more, "slurm/train.sbatch", *words)
+
+    start, of = time.monotonic(), f"{n} process{'es' if n > 1 else ''}"
+    cluster.end(submit(runs / "trial", 40))
+    epochs = round(40 * 60 / (time.monotonic() - start))  # a minute and more: others run, too
+    whole, limited, cancelled = (runs / name for name in ("whole", "limited", "cancelled"))
+    jobs = [submit(whole, epochs)]
+    jobs.append(submit(limited, epochs, "--time=1", "--signal=USR1@50"))  # sent after 10 to 40 s
+    after = ("--kill-on-invalid-dep=yes", "--wrap=true")
+    jobs.append(cluster.submit(f"--dependency=afterok:{jobs[1]}", *after))
+    job = submit(cancelled, epochs)
+    cluster.wait((cancelled / "metrics.csv").is_file, 120, "no epoch of the job to be cancelled")
+    cluster.run("scancel", job)
+    time.sleep(8)  # a requeued job would start again after 5 s
     report.check(
-        "cancelled: the job is not requeued, and its last.pt is whole",
-        cluster.end(jobs["cancelled"]) == ["CANCELLED"]
-        and same_bits(runs["cancelled"], runs["cancelled"]),
-        cluster.state(jobs["cancelled"]),
+        f"cancelled, {of}: the job is not requeued, and its checkpoint is whole",
+        cluster.end(job) == ["CANCELLED"] and same_bits(cancelled, cancelled),
+        cluster.state(job),
     )
-    jobs["again"] = cluster.submit(*gpu, script, *words["cancelled"])
-    states = cluster.end(jobs["undisturbed"], jobs["limited"], jobs["again"], after)
-    restarts = int(cluster.about(jobs["limited"], "Restarts"))
-    report.number("restarts of the job with a time limit of one minute", restarts)
+    jobs.append(submit(cancelled, epochs))
+    states, restarts = cluster.end(*jobs), int(cluster.about(jobs[1], "Restarts"))
+    report.number(f"time limit of a minute, {of}: restarts", restarts)
     report.check(
-        "time limit: the job was saved, requeued and finished, then the job that depends on it",
+        f"time limit, {of}: the job is saved, requeued, finished; then starts what waits for it",
         restarts > 0 and states == ["COMPLETED"] * 4,
-        (states, restarts, cluster.log_of(jobs["limited"])[-2000:]),
+        (states, restarts, cluster.log_of(jobs[1])[-2000:]),
     )
-    for name in ("limited", "cancelled"):
-        report.check(
-            f"{name}: resumed to the same bits as the undisturbed run",
-            same_bits(runs["undisturbed"], runs[name]),
-        )
+    for run in (limited, cancelled):
+        report.check(f"{run.name}, {of}: the bits of the undisturbed run", same_bits(whole, run))
 
 
 def drained_node(cluster: Cluster, report: Report, work: Path) -> None:
@@ -365,7 +364,7 @@ def drained_node(cluster: Cluster, report: Report, work: Path) -> None:
 def plan_of_ten_thousand(cluster: Cluster, report: Report, work: Path, n: int) -> None:
     """A survey whose galaxies take 1 ms each; some fail."""
     data = work / "survey"
-    names = [f"{8000 + i // len(IFUS)}-{IFUS[i % len(IFUS)]}" for i in range(n)]
+    names = [f"{8000 + i // 10}-{1900 + i % 10}" for i in range(n)]
     for name in names:
         plate, ifu = name.split("-")
         path = data / "raw" / plate / ifu / f"manga-{name}-LOGCUBE-X.fits.gz"

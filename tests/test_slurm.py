@@ -21,7 +21,7 @@ COMMANDS = {
 STUBS = {
     "python": 'echo "$PWD: python $(script=$1; shift; printf %s "$script"; '
     'for word; do printf " [%s]" "$word"; done)"; exit ${CODE:-0}',
-    "srun": 'echo "srun ${SRUN_CPUS_PER_TASK:-}"; exec "$@"',
+    "srun": 'echo "srun ${SRUN_CPUS_PER_TASK:-}"; shift; exec "$@"',  # its own flag is one word
     "scontrol": 'echo "scontrol $*"; echo "MaxArraySize = ${MOST:-1001}"',
     "sbatch": 'echo "sbatch $*" >&2; echo $((RANDOM + 1))',
 }
@@ -183,11 +183,22 @@ def test_pipeline_without_galaxies_ends_in_one_line(batch, words):
     assert "sbatch" not in done.stderr.replace("slurm/", "")
 
 
-@pytest.mark.parametrize(("code", "job"), [(75, "7"), (75, ""), (0, "7"), (1, "7")])
+@pytest.mark.parametrize(("code", "job"), [(75, "7"), (138, "7"), (75, ""), (0, "7"), (1, "7")])
 def test_only_a_job_that_was_stopped_early_is_requeued(batch, code, job):
     done = batch("train", CODE=str(code), SLURM_JOB_ID=job)
     assert done.returncode == code
-    assert ("scontrol requeue 7" in done.stdout) == (code == 75 and job == "7")
+    assert ("scontrol requeue 7" in done.stdout) == (code in (75, 138) and job == "7")
+
+
+def test_each_task_of_a_job_is_one_process_of_a_training(batch, tmp_path):
+    (python := tmp_path / "python").write_text(
+        "#!/bin/bash\necho $RANK $WORLD_SIZE $LOCAL_RANK $MASTER_ADDR $MASTER_PORT\n"
+    )
+    python.chmod(0o755)
+    task = {"PROCID": "5", "NTASKS": "8", "LOCALID": "1", "LAUNCH_NODE_IPADDR": "10.0.0.1"}
+    variables = {f"SLURM_{name}": value for name, value in task.items()}
+    done = batch("train", SLURM_JOB_ID="10007", PYTHON=str(python), **variables)
+    assert done.stdout == "srun \n5 8 1 10.0.0.1 20007\n"
 
 
 def test_job_that_cannot_requeue_itself_says_so_and_keeps_its_code(batch):

@@ -27,6 +27,7 @@ from sklearn.linear_model import LogisticRegression
 import baselines
 import data_io
 import inference
+import network_start
 import networks
 import run_folder
 import run_SSFTT_training as script
@@ -292,7 +293,7 @@ REFUSED = {
         "another set of cubes, another set of statistics, another set of training labels, "
         "another split",
     ),
-    "validation and test parts exchanged": (exchanged("val", "test"), {}, ", another split"),
+    "validation and test parts exchanged": (exchanged("val", "test"), {}, "another split. Start"),
     "statistics": (rebuild_statistics, {}, "old: made with another set of statistics. Start"),
     "training labels": (later(relabel, TRAIN[:1], 0.01), {}, "another set of training labels. S"),
     "validation labels": (later(relabel, VAL, 0.01), {}, "another set of training labels. Start"),
@@ -457,6 +458,62 @@ def test_config_of_a_run_folder_repeats_the_run(options, tmp_path, run_script):
     assert saved[0] == saved[1]
     assert saved[0]["run_dir"] is None  # otherwise the copy would replace the run
     assert_same_run(options["run_dir"], again)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--network", "ssftt"), ("PCA", 5, 256, 1e-3, "accuracy")),
+        (("--network=ssftt", "--lr", "0.5"), ("PCA", 5, 256, 0.5, "accuracy")),
+        (("--network", "matched_filters"), ("residual", 9, 512, 0.002, "loss")),
+        (("--label_task", "BPT"), ("residual", 9, 512, 0.002, "accuracy")),
+        (("--seed", "1"), ("residual", 9, 512, 0.002, "loss")),
+    ],
+)
+def test_another_network_brings_its_own_defaults_to_the_config_of_a_run(
+    words, expected, tmp_path, command
+):
+    usual = {"cutout": 9, "batch_size": 512, "lr": 0.002, "monitor": "loss"}
+    script.write_config(train_config(**usual), tmp_path)
+    found = []
+    assert command(found.append, TrainConfig, *words, "--config", tmp_path)[0] == 0
+    config = utils.config_dict(found[0])
+    names = ("patch_norm", "cutout", "batch_size", "lr", "monitor")
+    assert tuple(config[name] for name in names) == expected
+    assert config["split_dir"] == ("hard_BPT" if "BPT" in words else "hard_logOH")
+    script.check_options(found[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"amp": "bf16"}, "--amp with --network"),
+        ({"spectral_stride": 2}, "--spectral-stride with --network"),
+        ({"compile": True}, "--compile with --network"),
+        ({"bands": (0, 5)}, "--bands with --network matched_filters: expected all bands"),
+        ({"source": "patches"}, "--source patches with --network matched_filters"),
+        ({"patch_size": 4, "augment": False}, "--patch-size 4 with --network matched_filters"),
+    ],
+)
+def test_what_matched_filters_cannot_use_is_refused_by_its_name(options, message):
+    with pytest.raises(DataError, match=message) as caught:
+        script.check_options(train_config(**options))
+    assert str(caught.value).count("--") <= 3  # no other option's name, but for the network's
+
+
+def test_run_whose_folder_is_removed_ends_with_an_error(options, monkeypatch):
+    at_step(monkeypatch, 2, lambda: shutil.rmtree(options["run_dir"]))
+    with pytest.raises(DataError, match=r"removed or emptied\. Start the run again"):
+        train(options)
+    assert not options["run_dir"].exists()
+
+
+def test_resumed_run_does_not_compute_the_start_that_its_checkpoint_replaces(options, monkeypatch):
+    options |= {"network": "matched_filters", "epochs": 1, "resume": "auto"}
+    assert train(options) == 0
+    monkeypatch.setattr(network_start, "start_filters", crashes)
+    assert train(options, epochs=2) == 0
+    assert len(numbers_of(options["run_dir"])) == 2
 
 
 def test_run_folder_records_where_it_came_from(options, trained):
