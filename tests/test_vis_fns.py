@@ -382,6 +382,9 @@ def test_training_curves_show_every_epoch_the_best_and_the_baselines(card, epoch
     assert set(drawn["validation, linear model"].get_ydata()) == {0.6}
     assert set(drawn["validation, majority class"].get_ydata()) == {0.2}
     assert legend_of(axes[1]) == list(drawn)
+    start = replace(card, best={"epoch": 0})
+    axes = diagrams.plot_training_curves(Figure().subplots(1, 2), metrics, start)
+    assert axes[0].get_xlim()[0] < 0
     axes = diagrams.plot_training_curves(Figure().subplots(1, 2), metrics)
     assert legend_of(axes[1]) == ["training", "validation"]  # all that metrics.csv alone says
 
