@@ -1,4 +1,4 @@
-"""Read what the archive's FITS files hold: LOGCUBE (DAP or DRP) and MAPS, checked.
+"""Read what the archive's FITS files hold: LOGCUBE (DAP or DRP), MAPS, catalogues; all checked.
 
 Line channels and HDUs are found by name, so releases DR15 to DR17 and every DAPTYPE are read alike
 (data models: docs/data_formats.md). Axis order in FITS: (band, y, x). Whatever is missing, damaged
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,7 @@ from utils import DataError
 import numpy as np
 from astropy.io import fits
 
-from catalogue import catalogue_row
-from fits_stream import FETCH_AGAIN, Hdu, iterate_hdus, read_hdus
+from fits_stream import FETCH_AGAIN, Hdu, check_whole, iterate_hdus, read_hdus
 from labels import HA, R_V, LineMaps
 from line_fits import C_KMS
 
@@ -68,9 +67,14 @@ def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, b
     DRP3QUAL or DAPQUAL) is also logged as a warning.
     """
     named = utils.PLATEIFU.search(target.name) or utils.PLATEIFU.search(source.name)
-    expected = named[0] if named else "a galaxy named in the file's name"
-    found = str(primary.get("PLATEIFU") or expected).strip()
-    if not named or found != expected:
+    found = str(primary.get("PLATEIFU") or "").strip() or (named[0] if named else "")
+    expected = named[0] if named else found
+    if not found:
+        raise DataError(
+            f"{source}: of an unknown galaxy, expected its plateifu in the file's name, e.g. "
+            "8485-1901, or in the card PLATEIFU. Rename the file."
+        )
+    if found != expected:
         raise DataError(
             f"{source}: a file of galaxy {found}, expected {expected}. Give the file of "
             f"{expected}, or --plateifu {found}."
@@ -81,10 +85,14 @@ def vet_header(primary: fits.Header, source: Path, target: Path) -> tuple[str, b
     return found, bool(critical)
 
 
-def plain(value: Any) -> Any:
-    """Value of a card for an attribute; None for what is none, such as a value left out."""
-    is_plain = isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 1 << 63)
-    return value if is_plain else None
+def plain_cards(header: fits.Header, cards: Mapping[str, str]) -> dict[str, Any]:
+    """Values of cards by another name; None for what is none, such as a value left out."""
+
+    def is_plain(value: Any) -> bool:
+        return isinstance(value, str | float) or (isinstance(value, int) and abs(value) < 1 << 63)
+
+    values = {name: header.get(card) for name, card in cards.items()}
+    return {name: value if is_plain(value) else None for name, value in values.items()}
 
 
 def identify(
@@ -329,3 +337,53 @@ def count_bins(path: Path, is_labelled: np.ndarray) -> dict[str, Any]:
     )
     listed = ids.tolist() if n_bins < ids.size else None
     return {"n_bins": n_bins, "n_stellar_bins": n_stellar_bins, "bins": listed}
+
+
+# Catalogues
+
+
+def catalogue_row(path: Path, plateifu: str) -> dict[str, Any]:
+    """Redshift and identity of one galaxy, which must be listed, as in `catalogue_rows`."""
+    rows = catalogue_rows(path, plateifu)
+    if plateifu not in rows:
+        raise DataError(
+            f"{path}: no galaxy {plateifu} in the catalogue. Check --plateifu, or give --redshift."
+        )
+    return rows[plateifu]
+
+
+def catalogue_rows(path: Path, plateifu: str | None = None) -> dict[str, dict[str, Any]]:
+    """Rows of a catalogue by plateifu, each with mangaid and redshift; all, or that of one galaxy.
+
+    The redshift is NSA_Z, else Z (in drpall nsa_z, else z); None where neither is above -0.01.
+    """
+    rows, is_catalogue = dict[str, dict[str, Any]](), False
+    remedy = "Fetch it with download_utils.py --catalogue --overwrite, or check --catalogue."
+    with utils.reading(path, "a dapall or drpall catalogue", remedy):
+        check_whole(path)
+        with fits.open(path) as hdus:
+            for hdu in (hdu for hdu in hdus[1:] if isinstance(hdu, fits.BinTableHDU)):
+                names = {name.lower() for name in hdu.columns.names}
+                if "plateifu" not in names:
+                    continue
+                table, is_catalogue = hdu.data, True
+                redshift = np.full(len(table), np.nan)
+                for name in ("z", "nsa_z"):  # the latter takes precedence
+                    if name in names:
+                        values = np.asarray(table[name], float)
+                        redshift = np.where(values > -0.01, values, redshift)
+                for key, mangaid, z in zip(
+                    table["plateifu"], table["mangaid"], redshift.tolist(), strict=True
+                ):
+                    if plateifu in (None, key.strip()):
+                        row = {
+                            "mangaid": mangaid.strip(),
+                            "redshift": z if np.isfinite(z) else None,
+                        }
+                        rows.setdefault(key.strip(), row)
+    if not is_catalogue:
+        raise DataError(
+            f"{path}: no table with a column plateifu, expected a dapall or drpall catalogue. "
+            "Check --catalogue."
+        )
+    return rows

@@ -214,14 +214,9 @@ def evaluate_split(
 
 
 def add_bin_weights(frame: pd.DataFrame, root: Path, label_task: str) -> None:
-    """Add the column weight to a table of predictions if labels of its spaxels share a bin.
+    """Add the column weight to a table of spaxels (plateifu, y, x) if labels share a bin.
 
-    Parameters
-    ----------
-    frame : DataFrame
-        One row per spaxel: plateifu, y, x.
-    root : Path
-        Data folder; galaxies without a label map there (only patch files) count as not binned.
+    Galaxies without a label map in the data folder (only patch files) count as not binned.
     """
     bins = np.arange(len(frame))
     for plateifu, rows in frame.groupby("plateifu").indices.items():
@@ -278,15 +273,7 @@ def predictions_table(
 
 
 def predict_cubes(model: TrainedModel, root: Path, table: pd.DataFrame) -> Iterator[Predicted]:
-    """Predict the labelled spaxels of one part of a split.
-
-    Parameters
-    ----------
-    model : TrainedModel
-    root : Path
-        Data folder.
-    table : DataFrame
-        The part: plateifu, and y and x where the split is by spaxel.
+    """Predict the labelled spaxels of one part of a split; `table` as in `get_samples`.
 
     Raises
     ------
@@ -299,8 +286,8 @@ def predict_cubes(model: TrainedModel, root: Path, table: pd.DataFrame) -> Itera
     cubes = loops.in_threads(functools.partial(read_cube_for, model), paths, count_readers())
     bar = tqdm(groups, desc="galaxies", unit="galaxy", disable=None)
     for (plateifu, rows), cube in zip(bar, cubes, strict=True):
-        label_path = utils.label_path(root, spec.label_task, plateifu)
-        labels = read_labels_for(model, label_path, cube.usable)
+        path = utils.label_path(root, spec.label_task, plateifu)
+        labels = read_labels_for(model, path, cube.usable)
         answer = map_answer(model, cube.values)
         classes = label_classes(labels, spec.label_task, spec.n_classes)
         wanted = (classes != LABEL_NONE) & cube.usable

@@ -168,30 +168,11 @@ def process_cube(
             if redshift is None and primary.get("SCINPVEL") is None and catalogue is not None:
                 inputs["catalogue"] = file_digest(catalogue)
             z, mangaid = archive_files.identify(source, primary, plateifu, redshift, catalogue)
-            copied = {
-                name: archive_files.plain(primary.get(card)) for name, card in COPIED_CARDS.items()
-            }
+            copied = archive_files.plain_cards(primary, COPIED_CARDS)
         edges = resample.log_edges(*archive_files.WAVE_GRID)
-        stretch = None
-        if options.remove_gas_velocity:
-            stretch = archive_files.gas_stretch(maps, source, plateifu)
-        ends = bins[[0, -1]]
-        if stretch is not None:
-            ends = ends * [min(stretch.min(), 1), max(stretch.max(), 1)]
-        pixels = resample.used_pixels(resample.overlap_matrix(edges / (1 + z), ends))
-        if pixels.stop == pixels.start:
-            raise DataError(
-                f"{source}: at redshift {z:.4f} the cube does not cover "
-                f"{options.wave_min:g}-{options.wave_max:g} Angstrom. Check --redshift, --wave-min "
-                "and --wave-max."
-            )
-        outside = np.mean((bins[1:] > edges[-1] / (1 + z)) | (bins[:-1] < edges[0] / (1 + z)))
-        if outside > 0:
-            log.warning(
-                f"{source}: {100 * outside:.0f} % of the bins lie outside of the observed range "
-                f"({edges[0] / (1 + z):.0f}-{edges[-1] / (1 + z):.0f} Angstrom at redshift "
-                f"{z:.4f}) and stay empty. Check --wave-min and --wave-max."
-            )
+        is_shifted = options.remove_gas_velocity
+        stretch = archive_files.gas_stretch(maps, source, plateifu) if is_shifted else None
+        pixels = _pixels_to_read(edges / (1 + z), bins, stretch, f"{source}, redshift {z:.4f}")
         raw = archive_files.read_logcube(source, pixels, options.deredden, primary)
         if stretch is not None and stretch.shape != raw.flux.shape[1:]:
             raise DataError(
@@ -221,6 +202,29 @@ def process_cube(
             f"the redshift {z:.4f} right?"
         )
     return "written"
+
+
+def _pixels_to_read(
+    edges: np.ndarray, bins: np.ndarray, stretch: np.ndarray | None, where: str
+) -> slice:
+    """Range of the pixels, with these rest-frame edges, that the bins of any spaxel overlap."""
+    ends = bins[[0, -1]]
+    if stretch is not None:
+        ends = ends * [min(stretch.min(), 1), max(stretch.max(), 1)]
+    pixels = resample.used_pixels(resample.overlap_matrix(edges, ends))
+    outside = np.mean((bins[1:] > edges[-1]) | (bins[:-1] < edges[0]))
+    found = f"{where}: the cube covers {edges[0]:.0f}-{edges[-1]:.0f} Angstrom (rest frame)"
+    if pixels.stop == pixels.start:
+        raise DataError(
+            f"{found}, expected some of {bins[0]:g}-{bins[-1]:g}. Check --redshift, --wave-min and "
+            "--wave-max."
+        )
+    if outside > 0:
+        log.warning(
+            f"{found}: {100 * outside:.0f} % of the bins lie outside and stay empty. Check "
+            "--wave-min and --wave-max."
+        )
+    return pixels
 
 
 def _resampled_rows(
@@ -323,7 +327,8 @@ def process_map(
     with utils.reading(source, "the header of a MAPS file", FETCH_AGAIN):
         plateifu, critical = archive_files.vet_header(primary, source, target)
         mangaid = str(primary.get("MANGAID", "")).strip()
-        version = {k: archive_files.plain(primary.get(k)) for k in ("DAPTYPE", "VERSDAP")}
+        names = {"daptype": "DAPTYPE", "dap_version": "VERSDAP"}
+        version = archive_files.plain_cards(primary, names)
     if critical and skip_critical:
         return SKIPPED
     if cube is not None and cube.is_file():
@@ -358,8 +363,7 @@ def process_map(
         **bins,
         "counts": counts,
         "critical": critical,
-        "daptype": version["DAPTYPE"],
-        "dap_version": version["VERSDAP"],
+        **version,
         "source_file": source.name,
         "wcs_header": archive_files.celestial(flux_hdu.header),
         **utils.made_now(),

@@ -122,7 +122,17 @@ def log_ratios(lines: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
     return np.stack([logs[n] - logs["Ha"] for n in names if n != "Ha"], 1)
 
 
-def line_bins(wave: np.ndarray) -> list[float]:
-    """Bins of the lines and other features in a range of wavelengths."""
-    waves = [w for w in (*LINES.values(), *OTHER_FEATURES) if wave[0] < w < wave[-1]]
-    return np.interp(waves, wave, np.arange(wave.size)).tolist()
+def line_places(wave: np.ndarray) -> list[list[tuple[float, float]]]:
+    """Bins and relative strengths of the lines in a range of wavelengths, doublets together.
+
+    Each line of GROUPS, then the OTHER_FEATURES; the strongest bin of each comes first.
+    """
+    lines = [
+        [(LINES[name], ratio) for name, ratio in parts.items()]
+        for group in GROUPS
+        for parts in group.values()
+    ]
+    lines += [[(w, 1.0)] for w in OTHER_FEATURES]
+    inside = [[(w, ratio) for w, ratio in line if wave[0] < w < wave[-1]] for line in lines]
+    bins = np.arange(wave.size)
+    return [[(float(np.interp(w, wave, bins)), r) for w, r in line] for line in inside if line]

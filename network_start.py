@@ -45,8 +45,8 @@ def start_filters(
     samples, rng = dataset.samples, np.random.default_rng(seed)
     _, some = baselines.sample_spectra(dataset, seed, START_SPECTRA)
     spectra = matched_filter_net.split(torch.from_numpy(some))
-    centres = line_fits.line_bins(baselines.wave_of(card.recipe.options["cube"]))
-    centres = model.start_filters(spectra.residual, spectra.weight, centres or None)
+    known = line_fits.line_places(baselines.wave_of(card.recipe.options["cube"]))
+    places = model.start_filters(spectra.residual, spectra.weight, known)
     groups = list(samples.by_galaxy())
     order = [groups[i] for i in rng.permutation(len(groups))]
     counted = np.cumsum([len(rows) for _, rows in order])
@@ -64,14 +64,12 @@ def start_filters(
             f"{card.split_dir}: all training spaxels are of one class, expected at least two. "
             "Choose another split or --label-task."
         )
-    strength = model.start_head(together(dataset, order, model.config.window), *chosen)
+    model.start_head(together(dataset, order, model.config.window), *chosen)
     log.info(
-        "matched filters start at %d places, their head from %d spaxels of %d galaxies "
-        "(regression of strength %g)",
-        min(len(centres), model.config.lines),
+        "matched filters start at %d places, their head from %d spaxels of %d galaxies",
+        min(len(places), model.config.lines),
         rows.size,
         len(order),
-        strength,
     )
 
 

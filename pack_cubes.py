@@ -323,23 +323,17 @@ def usable_spectra(
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(utils.CommandOptions):
     """Pack the normalised cubes of a split into one memory-mapped file."""
 
     split_dir: str
     """Split whose cubes are packed, e.g. hard_logOH."""
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     patch_norm: Norm = "residual"
     """Normalisation of the spectra: residual for matched filters, others for SSFTT."""
     packed_type: PackedType = "float16"
     """Number type in the file; the values of the norm residual are float16 anyway."""
     jobs: int = 0
     """Number of processes; 0 uses one per CPU."""
-    overwrite: bool = False
-    """Pack again even if the file is up to date."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 def main(config: Config) -> int:

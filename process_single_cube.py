@@ -162,7 +162,7 @@ Chosen = TypeVar("Chosen", bound=GalaxyOptions)
 def vetted(options: Chosen) -> Chosen:
     """Check options; replace those of cube and labels by those of the run --like-run, if given."""
     if options.catalogue is not None:
-        from catalogue import catalogue_rows  # here: it needs astropy
+        from archive_files import catalogue_rows  # here: it needs astropy
 
         catalogue_rows(options.catalogue)
     if options.labels_only and (options.patch_norms or not options.label_tasks):

@@ -79,9 +79,9 @@ class Recipe:
         if (made.product, made.version) != (self.product, self.version):
             return [f"it is {made.product} version {made.version}"]
         changed = option_differences(made.options, self.options)
-        inputs = self.inputs.keys() | made.inputs.keys()
-        names = sorted(k for k in inputs if made.inputs.get(k) != self.inputs.get(k))
-        return changed + [f"another {name}" for name in names]
+        names = {**self.inputs, **made.inputs}
+        others = [k for k in names if made.inputs.get(k) != self.inputs.get(k)]
+        return changed + [f"another {name}" for name in others]
 
     def require(self, made: Recipe, target: Path | str, remedy: str) -> None:
         """Raise a DataError unless an output, `target`, was made by this recipe, as it records.

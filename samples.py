@@ -99,10 +99,7 @@ class Samples:
 
     def by_galaxy(self) -> Iterator[tuple[int, np.ndarray]]:
         """Iterate over the galaxies (rows of `plateifus`) and their samples (rows)."""
-        order = np.argsort(self.galaxy, kind="stable")
-        starts = np.flatnonzero(np.diff(self.galaxy[order], prepend=-1))
-        for rows in np.split(order, starts[1:]) if len(order) else []:
-            yield int(self.galaxy[rows[0]]), rows
+        yield from pd.Series(self.galaxy).groupby(self.galaxy).indices.items()
 
 
 class GalaxySpaxels(NamedTuple):

@@ -242,15 +242,6 @@ def plot_value_map(
     return ax
 
 
-def plot_agreement_map(ax: Axes, agrees: np.ma.MaskedArray, sky: Sky, title: str = "") -> Axes:
-    """Draw where prediction and label agree, (y, x) bool, masked where one is missing."""
-    colours = _scale([WRONG_COLOUR, RIGHT_COLOUR])
-    _, others = _draw_map(ax, agrees, sky, title, **colours)
-    handles = _patches(["agrees", "differs"], [RIGHT_COLOUR, WRONG_COLOUR])
-    legend_beside(ax, handles + others, "predicted class")
-    return ax
-
-
 def plot_part_map(
     ax: Axes,
     parts: np.ndarray,
@@ -306,7 +297,10 @@ def plot_difference(
     agrees = np.ma.masked_where(~both, prediction.classes == classes)
     title = f"accuracy {agrees.mean():.0%}" if both.any() else f"no {name}"
     if prediction.logoh is None:
-        return plot_agreement_map(ax, agrees, sky, title)
+        _, others = _draw_map(ax, agrees, sky, title, **_scale([WRONG_COLOUR, RIGHT_COLOUR]))
+        handles = _patches(["agrees", "differs"], [RIGHT_COLOUR, WRONG_COLOUR])
+        legend_beside(ax, handles + others, f"predicted class and {name}")
+        return ax
     difference, limit = np.where(both, prediction.logoh - wanted, np.nan), 0.1
     if both.any():
         error = np.abs(difference[both])

@@ -1,12 +1,14 @@
 """Measure image-extractor against ctapipe-process and eventio's bare decoding, in one run.
 
-Reads   real simtel files in ../shared/data/cta; ../shared/tools/replicate_simtel.py repeats their
-        events to make them long.
-Writes  a table to the screen; its rows, and the measurements of each program, to --out.
+Reads   the real simtel files of the tests of image-extractor, which are downloaded once where they
+        are absent; their events are repeated to make them long.
+Writes  a table to the screen; its rows, the measurements of each program, and a table of storage
+        (bytes, reading speed and largest error of each type and compression), to --out.
 
 Every time is that of a whole process including its start: the median of --repeats runs in turn,
 after one of each that is not counted. The decoding floor is eventio's SimTelFile reading from igzip
-instead of its zcat pipe: every object is parsed, nothing is calibrated or written.
+instead of its zcat pipe: every object is parsed, nothing is calibrated or written. Of the reader,
+only the calls are timed, in random order, against reading the same arrays without labels or units.
 
     image-extractor/.venv/bin/python benchmarks/bench_cta.py --out results/bench/bench_cta.json
 """
@@ -15,31 +17,42 @@ from __future__ import annotations
 
 import argparse
 import functools
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import measuring
 import utils
 from measuring import ROOT, Row, make_row
 
-SHARED = ROOT.parent / "shared"
-REPLICATE = SHARED / "tools" / "replicate_simtel.py"
+import numpy as np
+
+PACKAGE = ROOT / "image-extractor"
 BINARIES = Path(sys.executable).parent
-FILES = {
-    "proton": ("proton_run202_za20deg_azm0deg_North_test_layout_test-prod.simtel.zst", 100, 600),
-    "sct": ("gamma_test.simtel.gz", 50, 450),
-}
-"""File, how often its events are repeated, and how many there are then."""
+FILES = {"proton": ("proton", 100, 600), "sct": ("gamma", 50, 450)}
+"""Name in the tests, how often its events are repeated, and how many there are then."""
+STORED = [
+    ("uint16", "gzip"),
+    ("uint16", "none"),
+    ("uint16", "blosc-lz4"),
+    ("uint16", "blosc-zstd"),
+    ("float32", "gzip"),
+    ("float32", "none"),
+    ("float32", "blosc-zstd"),
+]
+"""Types and compressions of the storage table; the first is the default of mapped data sets."""
+N_READ = 2000
+"""Images that are read."""
 CONFIG = """\
 storage_mode = {storage}
 [image]
 mode = PIXELS_TIMING_2C
 scale_factor = 1
+dtype = {dtype}
 [telescope]
-type_mode = ALL
+type_mode = {telescopes}
 [energy_bins]
 min = -2
 max = 2
@@ -49,7 +62,6 @@ FLOOR = """\
 import sys, warnings
 warnings.simplefilter("ignore")
 import eventio.base
-from isal import igzip
 eventio.base.gzip = igzip
 from eventio import SimTelFile
 with SimTelFile(sys.argv[1], zcat=False) as f:
@@ -69,10 +81,17 @@ class Measured(NamedTuple):
     output_bytes: int
 
 
-def ours(source: str | Path, folder: Path, storage: str, *more: str) -> Words:
+def ours(
+    source: str | Path,
+    folder: Path,
+    storage: str,
+    *more: str,
+    dtype: str = "uint16",
+    telescopes: str = "ALL",
+) -> Words:
     """Make the command of image-extractor; write its configuration beside the output."""
     config = folder / f"{storage}.config"
-    config.write_text(CONFIG.format(storage=storage))
+    config.write_text(CONFIG.format(storage=storage, dtype=dtype, telescopes=telescopes))
     return [BINARIES / "image_extractor.py", source, folder / "out.h5", config, *more]
 
 
@@ -115,7 +134,7 @@ def make_rows(key: str, found: dict[str, Measured], n_events: int) -> list[Row]:
         ("vs_decode_floor", rates["mapped"], rates["eventio"], "events/s", floor),
         ("all_vs_ctapipe_process", rates["all"], rates["ctapipe"], "events/s", other),
         ("peak_memory", mapped.peak_mb, ctapipe.peak_mb, "MB", other),
-        ("bytes_per_event", size, other_size, "bytes", other),
+        ("bytes_vs_ctapipe", size, other_size, "bytes per event", other),
     ]
     return [make_row(f"{key}_{row[0]}", *row[1:]) for row in rows]
 
@@ -135,27 +154,91 @@ def jobs_row(source: Path, folder: Path, n_events: int) -> Row:
     return make_row("four_files_jobs_2_vs_1", two, one, "events/s", "the same with --jobs 1")
 
 
+def read_raw(data: Any, order: list[int]) -> list[np.ndarray]:
+    """Read the arrays of images as they are stored."""
+    nodes = {}
+    for slot in np.unique(data._images["slot"]).tolist():
+        nodes[slot] = data._node(0, 0, slot)[0]
+    return [nodes[int(i["slot"])][int(i["row"])] for i in data._images[order]]
+
+
+def storage_table(source: Path, folder: Path, repeats: int) -> tuple[list[Row], list[Row]]:
+    """Compare types and compressions on the LST images of a file, and the reader with PyTables.
+
+    Returns
+    -------
+    rows, table : lists of dict
+        Of the results, and of the storage.
+    """
+    from image_extractor.reader import Images
+
+    outputs = {}
+    for dtype, compression in STORED:
+        outputs[dtype, compression] = out = folder / f"{dtype}_{compression}.h5"
+        more = ("--compression", compression, "--overwrite")
+        words = ours(source, folder, "mapped", *more, dtype=dtype, telescopes="LST")
+        words[2] = out
+        measuring.run_watched(words)
+    data = {key: Images(path) for key, path in outputs.items()}
+    exact = data["float32", "none"]
+    order = np.random.default_rng(0).permutation(len(exact))[:N_READ].tolist()
+    works: dict[str, Callable[[], object]] = {
+        " ".join(key): functools.partial(lambda d: [d[i] for i in order], d)
+        for key, d in data.items()
+    }
+    works["raw"] = functools.partial(read_raw, data[STORED[0]], order)
+    seconds = measuring.in_turn(works, repeats)
+    table: list[Row] = []
+    for key, images in data.items():
+        pairs = [(images[i]["image"], np.maximum(exact[i]["image"], 0)) for i in order]
+        errors = np.max([abs(a - b).max(axis=(1, 2)) for a, b in pairs], axis=0)
+        row = {"dtype": key[0], "compression": key[1], "charge_error_pe": float(errors[0])}
+        row |= {"bytes_per_image": outputs[key].stat().st_size / len(images)}
+        row |= {
+            "images_per_s": len(order) / seconds[" ".join(key)],
+            "time_error_samples": float(errors[1]),
+        }
+        table.append(row)
+    ours_rate, raw_rate = (len(order) / seconds[key] for key in (" ".join(STORED[0]), "raw"))
+    rows = [make_row("reader_vs_raw_h5", ours_rate, raw_rate, "images/s", "PyTables: arrays alone")]
+    return rows, table
+
+
 def main(out: Path, repeats: int) -> None:
     """Measure, print, write."""
     if repeats < 1:
         raise utils.DataError(f"--repeats {repeats}: expected at least 1.")
-    if not REPLICATE.is_file():
-        raise utils.DataError(f"{REPLICATE}: no such file; it makes the long simtel files.")
+    # Imported here, because the tests of the repository read this module in another environment.
+    sys.path += [str(PACKAGE / "tests"), str(PACKAGE / "scripts")]
+    import conftest
+    import sample_files
+    from isal import igzip
+
+    try:
+        sample_files.fetch()
+    except OSError as error:
+        raise utils.DataError(str(error)) from None
     rows: list[Row] = []
     took: dict[str, dict[str, dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="bench_cta_") as name:
         folder = Path(name)
         for key, (short, times, n_events) in FILES.items():
             long = folder / f"{key}.simtel.gz"
-            words: Words = [sys.executable, REPLICATE, SHARED / "data" / "cta" / short, long]
-            subprocess.run([*words, str(times)], check=True)
+            raw = conftest.decompressed(conftest.real_file(short))
+            long.write_bytes(igzip.compress(conftest.repeated(raw, times), 1))
             found = measure(programs(long, folder), folder / "out.h5", repeats)
             rows += make_rows(key, found, n_events)
             took[key] = {name: of._asdict() for name, of in found.items()}
             if key == "proton":
                 rows.append(jobs_row(long, folder, n_events))
+                reader_rows, storage = storage_table(long, folder, repeats)
+                rows += reader_rows
     measuring.print_rows(rows)
-    measuring.write_rows(out, rows, programs=took, repeats=repeats)
+    for row in storage:
+        print(
+            "  ".join(f"{v:>12.4g}" if isinstance(v, float) else f"{v:>12}" for v in row.values())
+        )
+    measuring.write_rows(out, rows, programs=took, storage=storage, repeats=repeats)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ labels would be at that depth.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,9 @@ from benchmark_hard import Survey
 from matplotlib.figure import Figure
 
 import archive_files
-import intervals
+import eval_fns
 import vis_fns
 from labels import BPT_LINES, SF, LineMaps, metallicity
-from matched_filter_net import MatchedFilterNet
 from mock.truth import read_truth, truth_path
 from sky_maps import Sky, plot_value_map
 
@@ -62,10 +61,8 @@ class Config:
     """Blue end of the rest-frame grid, Angstrom."""
     seed: int = 0
     """Random seed of the split, the network and the noise of MAPS."""
-    steps: int = 300
-    """Training steps of the network, of 4 galaxies each."""
-    realisations: int = 4
-    """Realisations of the added noise to learn from, below depth 1."""
+    epochs: int = 30
+    """Epochs of the network, at most."""
     jobs: int = 2
     """Processes that simulate and process galaxies."""
     results: Path = measuring.ROOT / "results" / "beyond-the-cut"
@@ -103,25 +100,20 @@ def true_classes(root: Path, survey: Survey) -> np.ndarray:
     return classes
 
 
-def network_maps(survey: Survey, model: MatchedFilterNet) -> tuple[np.ndarray, np.ndarray]:
+def network_maps(survey: Survey, run_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     """12+log(O/H) and half-width of its calibrated interval, (N,) dex, for held-out galaxies."""
-    out = np.full((3, survey.galaxy.size), np.nan)
-    everywhere = replace(survey, label=np.zeros(survey.galaxy.size))  # not only where labelled
-    with torch.inference_mode():
-        for galaxy in np.unique(survey.galaxy[survey.part != "train"]):
-            batch = benchmark_hard.galaxy_batch(everywhere, np.array([galaxy]), survey.real[0])
-            spectra, near, centre, rows = batch
-            features = model.features(model.measure(*spectra), near, centre)
-            answer = model.in_units(model.answer(features))
-            out[:, rows] = torch.stack([*answer, model.unlikeness(features)]).numpy()
-    value, scale, unlikeness = out
-    rows = np.flatnonzero((survey.part == "val") & np.isfinite(survey.label))
-    made = intervals.calibrate(
-        value[rows], survey.label[rows], scale[rows], unlikeness[rows], survey.galaxy[rows],
-        np.ones(rows.size, bool),
-    )  # fmt: skip
-    lower, upper = made.interval(value, scale)
-    return value, (upper - lower) / 2
+    model = eval_fns.load_model(run_dir)
+    value, width = np.full((2, survey.galaxy.size), np.nan)
+    for galaxy in np.unique(survey.galaxy[survey.part != "train"]):
+        rows = survey.galaxy == galaxy
+        path = utils.cube_path(survey.root, survey.galaxies["plateifu"][galaxy])
+        found, at = eval_fns.predict_cube(model, path), (survey.y[rows], survey.x[rows])
+        assert found.logoh is not None
+        assert found.lower is not None
+        assert found.upper is not None
+        value[rows] = found.logoh[at]
+        width[rows] = (found.upper[at] - found.lower[at]) / 2
+    return value, width
 
 
 def limit_of_equal_reliability(error: np.ndarray, width: np.ndarray, reliability: float) -> float:
@@ -211,19 +203,15 @@ def main(config: Config) -> int:
     torch.set_num_threads(1)
     hard = benchmark_hard.Config(config.work_dir, n_galaxies=config.n_galaxies, jobs=config.jobs)
     root = benchmark_hard.make_cubes(hard, config.wave_min)
-    survey, flux, ivar = benchmark_hard.read_survey(root)
-    survey.split(config.seed)
-    star_forming = true_classes(root, survey) == SF
     table = []
     for factor in config.noise:
-        survey.real = []
-        for k in range(config.realisations if factor > 1 else 1):
-            noisy = benchmark_hard.add_noise(survey, flux, ivar, factor, k) if factor > 1 else flux
-            survey.real.append(benchmark_hard.realise(survey, noisy, ivar / factor**2))
-            log.info("S/N/%d: realisation %d ready", factor, k)
-        galaxies = survey.train_galaxies(0)
-        model = benchmark_hard.train_network(survey, galaxies, config.seed, config.steps)
-        value, width = network_maps(survey, model)
+        survey = benchmark_hard.read_survey(benchmark_hard.make_shallow(root, factor))
+        survey.split(config.seed)
+        star_forming = true_classes(root, survey) == SF
+        run_dir = benchmark_hard.train_network(
+            survey, survey.train_galaxies(0), config.seed, config.work_dir, config.epochs
+        )
+        value, width = network_maps(survey, run_dir)
         ratios = line_ratio_maps(root, survey, factor, config.seed)
         known = (survey.part == "val") & star_forming & np.isfinite(survey.truth)
         error = np.abs(ratios["O3N2"] - survey.truth)[known]

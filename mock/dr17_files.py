@@ -316,26 +316,23 @@ def quantity_hdus(
     **cards
         unit and data_class of `image_hdu`.
     """
-    err, qual = f"{name}_IVAR", f"{name}_MASK"
-    quality = {"QUALDATA": qual} if mask is not None else {}
+    of_role = {
+        "DATA": (name, data),
+        "ERROR": (f"{name}_IVAR", ivar),
+        "QUALITY": (f"{name}_MASK", mask),
+    }
+    links = dict(zip(of_role, ("SCIDATA", "ERRDATA", "QUALDATA"), strict=True))
     out = []
-    partners = ({"ERRDATA": err} if ivar is not None else {}) | quality
-    out.append(image_hdu(name, data, wcs, channels=channels[0], partners=partners, **cards))
-    if ivar is not None:
-        partners = {"SCIDATA": name} | quality
-        out.append(
-            image_hdu(
-                err, ivar, wcs, channels=channels[1], role="ERROR", partners=partners, **cards
-            )
-        )
-    if mask is not None:
-        partners = {"SCIDATA": name} | ({"ERRDATA": err} if ivar is not None else {})
-        cards = {k: v for k, v in cards.items() if k != "unit"}
-        out.append(
-            image_hdu(
-                qual, mask, wcs, channels=channels[2], role="QUALITY", partners=partners, **cards
-            )
-        )
+    for (role, (own, array)), named in zip(of_role.items(), channels, strict=True):
+        if array is None:
+            continue
+        partners = {
+            links[other]: extension
+            for other, (extension, values) in of_role.items()
+            if other != role and values is not None
+        }
+        used = {k: v for k, v in cards.items() if (role, k) != ("QUALITY", "unit")}
+        out.append(image_hdu(own, array, wcs, channels=named, role=role, partners=partners, **used))
     return out
 
 
@@ -565,29 +562,16 @@ def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
         named = channels[name == "EMLINE_SEW_CNT"]
         return image_hdu(name, image(value, flags == 0), deep, channels=named, **more, **cube)
 
-    line_unit: dict[str, Any] = {"unit": LINE_UNIT}
-    yield from line_maps("EMLINE_SFLUX", fit["sflux"], s_ivar, moment_bits, **line_unit)
-    sew = line_maps(
-        "EMLINE_SEW",
-        fit["sflux"] / cont,
-        s_ivar * np.where(np.isfinite(cont), cont, 0) ** 2,
-        moment_bits,
-        unit="ang",
-    )
-    yield sew[0]
-    yield plain("EMLINE_SEW_CNT", fit["cont"], moment_bits, **unit)
-    yield from sew[1:]
-    yield from line_maps("EMLINE_GFLUX", fit["gflux"], g_ivar, line_bits, **line_unit)
-    gew = line_maps(
-        "EMLINE_GEW",
-        fit["gflux"] / cont,
-        g_ivar * np.where(np.isfinite(cont), cont, 0) ** 2,
-        line_bits,
-        unit="ang",
-    )
-    yield gew[0]
-    yield plain("EMLINE_GEW_CNT", fit["cont"], line_bits, **unit)
-    yield from gew[1:]
+    per_cont2 = np.where(np.isfinite(cont), cont, 0) ** 2
+    for kind, ivar, flags in (("S", s_ivar, moment_bits), ("G", g_ivar, line_bits)):
+        flux = fit[f"{kind.lower()}flux"]
+        yield from line_maps(f"EMLINE_{kind}FLUX", flux, ivar, flags, unit=LINE_UNIT)
+        width, *errors = line_maps(
+            f"EMLINE_{kind}EW", flux / cont, ivar * per_cont2, flags, unit="ang"
+        )
+        yield width
+        yield plain(f"EMLINE_{kind}EW_CNT", fit["cont"], flags, **unit)
+        yield from errors
     tied_v = np.broadcast_to(gas_v, inst.shape)
     yield from line_maps("EMLINE_GVEL", tied_v, v_ivar, line_bits, unit="km/s")
     yield from line_maps("EMLINE_GSIGMA", total, v_ivar, width_bits, unit="km/s")

@@ -11,7 +11,7 @@ Arrays in, arrays out; reads and writes nothing. Spectra are (band, spaxel) on t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -979,7 +979,6 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
     shape = (len(names), scene.ys.size)
     gflux, sflux, cont = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     gvar, svar = np.full(shape, np.inf), np.full(shape, np.inf)
-    wave, step = wave_grid(), np.diff(wave_edges())
     v_info = np.zeros(scene.ys.size)
     for group in FIT_GROUPS:
         drawn = line_profiles(group, scene)
@@ -1011,7 +1010,8 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
             if weak in group:
                 gflux[row[weak]] = ratio * gflux[row[strong]]
                 gvar[row[weak]] = ratio**2 * gvar[row[strong]]
-        _sum_flux(scene, group, row, band, clean, weight, wave, step, sflux, svar, cont)
+        for name, *sums in _sums(scene, group, band, profile, clean, weight):
+            sflux[row[name]], svar[row[name]], cont[row[name]] = sums
     for name, i in row.items():
         centre = EMLINES[name] * (1 + scene.z)
         total = np.hypot(scene.gas_sigma, instrument_sigma_kms(centre))
@@ -1049,36 +1049,30 @@ def fit_stars(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
     }
 
 
-def _sum_flux(
+def _sums(
     scene: Scene,
     group: Sequence[str],
-    row: Mapping[str, int],
     band: slice,
+    profile: np.ndarray,
     noise: np.ndarray,
     weight: np.ndarray,
-    wave: np.ndarray,
-    step: np.ndarray,
-    sflux: np.ndarray,
-    svar: np.ndarray,
-    cont: np.ndarray,
-) -> None:
-    """Sum the flux within +-10 Angstrom (rest frame) of each line of a group, in place.
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield each line, its flux within +-10 Angstrom (rest frame), variance and continuum.
 
     Neighbouring lines that reach into the passband are included, as in the DAP.
     """
-    drawn = line_profiles(group, scene)
-    assert drawn is not None
-    profile = drawn[1]
+    wave, dl = wave_grid(), np.diff(wave_edges())[band, None]
     signal = sum(profile[k] * scene.line_flux[n] for k, n in enumerate(group))
-    dl = step[band, None]
     for name in group:
         centre = EMLINES[name] * (1 + scene.z) * (1 + scene.gas_v / C_KMS)
         inside = np.abs(wave[band, None] - centre) < 10 * (1 + scene.z)
         good = inside & (weight > 0)
-        i = row[name]
-        sflux[i] = ((signal + noise) * dl * good).sum(axis=0)
         variance = np.divide(dl**2, weight, out=np.zeros_like(noise, dtype=float), where=good)
         whole = good.sum(axis=0) == inside.sum(axis=0)
-        svar[i] = np.where(whole, variance.sum(axis=0), np.inf)
-        at = np.searchsorted(wave, centre)
-        cont[i] = scene.fitted[np.clip(at, 0, N_BANDS - 1), np.arange(centre.size)]
+        at = np.clip(np.searchsorted(wave, centre), 0, N_BANDS - 1)
+        yield (
+            name,
+            ((signal + noise) * dl * good).sum(axis=0),
+            np.where(whole, variance.sum(axis=0), np.inf),
+            scene.fitted[at, np.arange(centre.size)],
+        )

@@ -80,7 +80,7 @@ def _slot(plateifu: str) -> tuple[str, str]:
 
 def check_folder(root: Path, galaxies: Sequence[GalaxyParams]) -> None:
     """Raise a DataError if a folder holds real galaxies, or simulated ones of other bundles."""
-    from catalogue import catalogue_rows
+    from archive_files import catalogue_rows
 
     dapall = root / "raw" / DAPALL
     if dapall.is_file():

@@ -42,7 +42,7 @@ import numpy as np
 import pandas as pd
 from astropy.io import fits
 
-import catalogue
+import archive_files
 import data_io
 import fits_utils
 import h5_files
@@ -324,7 +324,7 @@ def write_files(root: Path) -> list[Target]:
             processed_labels(folder, "MAPS.fits"),
             processed_cube(folder, "LOGCUBE.fits", "MAPS.fits"),
         ),
-        "drpall": lambda folder: catalogue.catalogue_rows(folder / "drpall.fits"),
+        "drpall": lambda folder: archive_files.catalogue_rows(folder / "drpall.fits"),
     }
     for name, read in readers.items():  # forged ones have no checksums, as not every file has
         path = root / f"fits/{name}.fits"

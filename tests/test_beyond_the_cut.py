@@ -46,7 +46,7 @@ def test_the_limit_keeps_the_reliability_and_as_many_values_as_it_can():
 @pytest.mark.slow
 def test_a_small_survey_gives_a_table_and_pictures(tmp_path):
     config = beyond_the_cut.Config(
-        work_dir=tmp_path, n_galaxies=14, steps=3, realisations=1, results=tmp_path / "results",
+        work_dir=tmp_path, n_galaxies=14, epochs=1, results=tmp_path / "results",
         jobs=1,
     )  # fmt: skip
     assert beyond_the_cut.main(config) == 0

@@ -21,8 +21,7 @@ from scipy.stats import norm
 import archive_files
 import data_io
 import fits_utils as fu
-from archive_files import C_KMS
-from catalogue import catalogue_row
+from archive_files import C_KMS, catalogue_row
 from labels import CLASS_COLOURS
 
 EDGES = 10 ** (3.5589 + 1e-4 * (np.arange(N_WAVE + 1) - 0.5))

@@ -21,7 +21,7 @@ def root(tmp_path):
 
 
 def test_packed_file_holds_each_usable_spectrum_once_as_normalised_by_hand(root):
-    config = Config("hard", root, patch_norm="spatial", packed_type="float32", jobs=2)
+    config = Config("hard", "spatial", "float32", jobs=2, data_dir=root)
     assert pack_cubes.main(config) == 0
     path = packed_path(root, "hard", "spatial", "float32")
     packed = read_packed(path)
@@ -45,7 +45,10 @@ def test_packed_file_holds_each_usable_spectrum_once_as_normalised_by_hand(root)
 def test_several_processes_write_the_same_file_as_one_and_only_overwrite_replaces_it(root):
     path, content, files = packed_path(root, "easy", "PCA", "float16"), [], []
     for jobs, overwrite in ((1, False), (1, False), (2, True)):
-        assert pack_cubes.main(Config("easy", root, "PCA", jobs=jobs, overwrite=overwrite)) == 0
+        assert (
+            pack_cubes.main(Config("easy", "PCA", data_dir=root, jobs=jobs, overwrite=overwrite))
+            == 0
+        )
         packed = read_packed(path)
         content.append((packed.spectra.tobytes(), [r.tolist() for r in packed.rows.values()]))
         files.append(path.stat().st_ino)

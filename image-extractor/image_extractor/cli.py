@@ -288,12 +288,7 @@ def _extract(args: argparse.Namespace) -> int:
             f"{args.summary}: is a folder, or in a folder that does not exist. Give another file."
         )
     if args.output_file.is_file() and not args.overwrite:
-        damage = _look(args, args.output_file, "damaged_nodes")
-        if damage:
-            raise DataError(
-                f"{args.output_file}: nothing can be appended, because of damage: {damage[0]}. "
-                "Extract the data again with --overwrite."
-            )
+        _refuse_damage(args, args.output_file, "nothing can be appended")
 
     from tqdm import tqdm
 
@@ -443,6 +438,16 @@ def _look(args: argparse.Namespace, path: Path, function: str, *more: Any) -> An
     return value
 
 
+def _refuse_damage(args: argparse.Namespace, path: Path, what: str) -> None:
+    """Raise DataError if a node of a data set differs from its checksum."""
+    damage = _look(args, path, "damaged_nodes")
+    if damage:
+        raise DataError(
+            f"{path}: {what}, because of damage: {damage[0]}. Extract the data again to a new file "
+            "(--overwrite replaces this one)."
+        )
+
+
 def _answer(pipe: Any, function: str, arguments: tuple[Any, ...]) -> None:
     """Send (error or None, result) of a function of look.py; runs in the other process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
@@ -517,11 +522,7 @@ def _merge(args: argparse.Namespace) -> int:
 
     arrangement = _arrangement(args)
     for path in args.files:
-        damage = _look(args, path, "damaged_nodes")
-        if damage:
-            raise DataError(
-                f"{path}: cannot be merged, because of damage: {damage[0]}. Extract it again."
-            )
+        _refuse_damage(args, path, "cannot be merged")
 
     def count(events: int) -> None:
         _go_on()
@@ -560,6 +561,8 @@ def _export(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from . import exporting
+
+    _refuse_damage(args, args.file, "cannot be exported")
 
     def count(events: int) -> None:
         _go_on()

@@ -65,6 +65,7 @@ class _Reader:
         self.paths = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
         self.transform = transform
         self._open: dict[int, tables.File] = {}
+        self._nodes: dict[tuple[int, int, int], tuple[tables.Leaf, str]] = {}
         self._tables: list[list[str]] = []  # of each file
         self._telescopes: list[np.ndarray] = []
         self._attrs: list[dict[str, Any]] = []
@@ -82,6 +83,11 @@ class _Reader:
         names = json.loads(channels.pop())
         self._kept = [i for i, name in enumerate(names) if name != "zero"]
         self.channels = tuple(names[i] for i in self._kept)
+        labels = self.events
+        self._log_energy = np.log10(labels["mc_energy"]).astype(np.float32)
+        self._direction = offset_deg(labels["az"], labels["alt"], *labels["pointing"].T)
+        self._core = np.stack([labels["core_x"], labels["core_y"]], -1).astype(np.float32)
+        self._particle = (labels["primary_id"] == GAMMA_ID).astype(np.int64)
 
     def _add_file(
         self,
@@ -145,48 +151,69 @@ class _Reader:
             images.append(own)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_nodes": {}}
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
         for h5 in self._open.values():
             h5.close()
         self._open.clear()
+        self._nodes.clear()
+
+    def _node(self, file: int, table: int, slot: int) -> tuple[tables.Leaf, str]:
+        """Node that has the images of a telescope, and their column in it, if any."""
+        key = (file, table, slot)
+        if key not in self._nodes:
+            if file not in self._open:
+                self._open[file] = layout.open_layout(self.paths[file])
+            path = self._tables[file][table]
+            name = f"T{self._telescopes[file]['tel_id'][slot]}"
+            if self._attrs[file]["storage_mode"] == "mapped":
+                path, name = f"{path.rpartition('/')[0]}/{name}", ""
+            self._nodes[key] = self._open[file].get_node(path), name
+        return self._nodes[key]
 
     def _image(self, image: np.void) -> np.ndarray:
         """Read one image: (channel, x, y), or (channel, pixel), float32."""
         event = self.events[image["event"]]
-        number, slot = int(event["file"]), int(image["slot"])
-        if number not in self._open:
-            self._open[number] = layout.open_layout(self.paths[number])
-        h5, attrs = self._open[number], self._attrs[number]
-        path = self._tables[number][event["table"]]
-        name = f"T{self._telescopes[number]['tel_id'][slot]}"
-        if attrs["storage_mode"] == "mapped":
-            stored = h5.get_node(f"{path.rpartition('/')[0]}/{name}")[int(image["row"])]
-        else:
-            stored = h5.get_node(path)[int(event["row"])][name]
+        file, attrs = int(event["file"]), self._attrs[event["file"]]
+        try:
+            node, column = self._node(file, int(event["table"]), int(image["slot"]))
+            stored = node[int(event["row"])][column] if column else node[int(image["row"])]
+        except (tables.HDF5ExtError, tables.NodeError, IndexError) as error:
+            raise DataError(
+                f"{self.paths[file]}: damaged: an image of event {event['event_number']} cannot be "
+                "read (expected one per telescope in tel_map). Extract the data again."
+            ) from error
         if attrs["dim_order"] != "channels_first":
-            stored = np.moveaxis(stored, -1, 0)
+            stored = stored.transpose(-1, *range(stored.ndim - 1))
         scale = {"charge": attrs["charge_unit_pe"], "time": attrs["time_unit_samples"]}
-        units = np.array([scale[name] for name in self.channels], np.float32)
-        units = units.reshape(-1, *(1,) * (stored.ndim - 1))
-        return np.ascontiguousarray(stored[self._kept] * units, np.float32)
+        read = np.empty((len(self._kept), *stored.shape[1:]), np.float32)
+        for channel, (name, k) in enumerate(zip(self.channels, self._kept, strict=True)):
+            np.multiply(stored[k], np.float32(scale[name]), out=read[channel], casting="unsafe")
+        return read
 
-    def _labels(self, event: np.void) -> Sample:
+    def _labels(self, number: int) -> Sample:
         return {
-            "particle": int(event["primary_id"] == GAMMA_ID),
-            "log_energy": np.float32(np.log10(event["mc_energy"])),
-            "direction": offset_deg(event["az"], event["alt"], *event["pointing"]),
-            "core": np.array([event["core_x"], event["core_y"]], np.float32),
+            "particle": int(self._particle[number]),
+            "log_energy": self._log_energy[number],
+            "direction": self._direction[number],
+            "core": self._core[number],
+            "pointing": self.events["pointing"][number],
         }
 
     def _finished(self, sample: Sample) -> Sample:
         return sample if self.transform is None else self.transform(sample)
 
-    def _position(self, event: np.void, slot: int) -> np.ndarray:
-        telescope = self._telescopes[event["file"]][slot]
-        return np.array([telescope[n] for n in ("tel_x", "tel_y", "tel_z")], np.float64)
+    def _positions(self, images: np.ndarray) -> np.ndarray:
+        """Positions (n, 3) of the telescopes of images, m."""
+        columns, files = ("tel_x", "tel_y", "tel_z"), self.events["file"][images["event"]]
+        positions = np.zeros((len(images), 3))
+        for file in np.unique(files):
+            of_file = files == file
+            telescopes = self._telescopes[file][images["slot"][of_file]]
+            positions[of_file] = np.stack([telescopes[name] for name in columns], -1)
+        return positions
 
 
 class Images(_Reader):
@@ -212,8 +239,8 @@ class Images(_Reader):
     -----
     A sample has `image` (channel, x, y) float32, in photo-electrons and samples; `particle`, 1 for
     gammas, else 0; `log_energy`, log10 of the true energy in TeV; `direction` (2,), see
-    `offset_deg`; `core` (2,), m; `impact`, distance of the telescope from the shower axis, m;
-    `tel_id`; and `event`, its number in `events`.
+    `offset_deg`; `core` (2,), m; `pointing` (azimuth, altitude), rad; `impact`, distance of the
+    telescope from the shower axis, m; `tel_id`; and `event`, its number in `events`.
     """
 
     def __init__(
@@ -235,23 +262,25 @@ class Images(_Reader):
                 f"the telescopes have images of the shapes {', '.join(map(str, sorted(shapes)))} "
                 "(expected one). Select a type by `telescopes`."
             )
+        events = self.events[self._images["event"]]
+        core = np.stack([events["core_x"], events["core_y"], np.zeros(len(events))], -1)
+        away = np.cross(
+            self._positions(self._images) - core, unit_vector(events["az"], events["alt"])
+        )
+        self._impact = np.linalg.norm(away, axis=-1).astype(np.float32)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, number: int) -> Sample:
         image = self._images[number]
-        event = self.events[image["event"]]
-        slot = int(image["slot"])
-        axis = unit_vector(event["az"], event["alt"])
-        core = np.array([event["core_x"], event["core_y"], 0.0])
-        away = np.cross(self._position(event, slot) - core, axis)
+        event = int(image["event"])
         sample = {
             "image": self._image(image),
             **self._labels(event),
-            "impact": np.float32(np.linalg.norm(away)),
-            "tel_id": int(self._telescopes[event["file"]]["tel_id"][slot]),
-            "event": int(image["event"]),
+            "impact": self._impact[number],
+            "tel_id": int(self._telescopes[self.events["file"][event]]["tel_id"][image["slot"]]),
+            "event": event,
         }
         return self._finished(sample)
 
@@ -261,7 +290,7 @@ class Images(_Reader):
 
     def particles(self) -> np.ndarray:
         """Return `particle` of every image, (n_images,) int64, without reading images."""
-        return (self.events["primary_id"] == GAMMA_ID)[self.events_of_images()].astype(np.int64)
+        return self._particle[self.events_of_images()]
 
 
 class Events(_Reader):
@@ -280,23 +309,22 @@ class Events(_Reader):
         return len(self.events)
 
     def __getitem__(self, number: int) -> Sample:
-        event = self.events[number]
         number = range(len(self))[number]
         first, last = np.searchsorted(self._images["event"], [number, number + 1])
         images = self._images[first:last]
-        telescopes = self._telescopes[event["file"]]
+        telescopes = self._telescopes[self.events["file"][number]]
         sample = {
             "images": [self._image(image) for image in images],
             "tel_ids": telescopes["tel_id"][images["slot"]].tolist(),
-            "positions": np.array([self._position(event, s) for s in images["slot"]], np.float32),
-            **self._labels(event),
+            "positions": self._positions(images).astype(np.float32),
+            **self._labels(number),
             "event": number,
         }
         return self._finished(sample)
 
     def particles(self) -> np.ndarray:
         """Return `particle` of every event, (n_events,) int64, without reading images."""
-        return (self.events["primary_id"] == GAMMA_ID).astype(np.int64)
+        return self._particle
 
 
 def _is_named(telescope: np.void, item: str | None) -> bool:
@@ -305,25 +333,26 @@ def _is_named(telescope: np.void, item: str | None) -> bool:
     return item is None or any(fnmatchcase(n.upper(), item.upper()) for n in names)
 
 
-def unit_vector(az: float, alt: float) -> np.ndarray:
-    """Direction as a vector (3,) in the ground frame (x north, y west, z up); azimuth N to E."""
-    return np.array([np.cos(alt) * np.cos(az), -np.cos(alt) * np.sin(az), np.sin(alt)])
+def unit_vector(az: Any, alt: Any) -> np.ndarray:
+    """Direction (..., 3) in the ground frame (x north, y west, z up); azimuth N to E, rad."""
+    vector = [np.cos(alt) * np.cos(az), -np.cos(alt) * np.sin(az), np.sin(alt)]
+    return np.stack(vector, -1)
 
 
-def offset_deg(az: float, alt: float, pointing_az: float, pointing_alt: float) -> np.ndarray:
+def offset_deg(az: Any, alt: Any, pointing_az: Any, pointing_alt: Any) -> np.ndarray:
     """Direction relative to the pointing, in the plane tangent to it.
 
     Parameters
     ----------
-    az, alt, pointing_az, pointing_alt : float, rad
+    az, alt, pointing_az, pointing_alt : float or (n,) array, rad
 
     Returns
     -------
-    (2,) float32 array, deg
+    (..., 2) float32 array, deg
         Towards larger altitude and larger azimuth (gnomonic projection, as in a camera).
     """
-    v = unit_vector(az, alt)
+    v, forward = unit_vector(az, alt), unit_vector(pointing_az, pointing_alt)
     up = unit_vector(pointing_az, pointing_alt + np.pi / 2)
-    side = np.array([-np.sin(pointing_az), -np.cos(pointing_az), 0.0])
-    forward = v @ unit_vector(pointing_az, pointing_alt)
-    return np.degrees(np.array([v @ up, v @ side]) / forward).astype(np.float32)
+    side = unit_vector(pointing_az + np.pi / 2, np.zeros_like(pointing_alt))
+    along = np.stack([(v * axis).sum(-1) for axis in (up, side)], -1)
+    return np.degrees(along / (v * forward).sum(-1)[..., np.newaxis]).astype(np.float32)

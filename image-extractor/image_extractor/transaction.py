@@ -50,10 +50,11 @@ def write_whole(path: Path, data: bytes) -> None:
         raise DataError(cannot_write(path, error)) from error
 
 
-def cannot_write(path: Path, error: OSError) -> str:
-    """Message for an error of the system while writing `path`."""
+def cannot_write(path: Path, error: Exception) -> str:
+    """Message for an error of the system or of HDF5 while writing `path`."""
+    reason = getattr(error, "strerror", None) or type(error).__name__
     return (
-        f"{path}: cannot be written ({error.strerror or error}). "
+        f"{path}: cannot be written ({reason}). "
         "Check its folder, the permissions and the free space."
     )
 
