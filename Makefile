@@ -2,6 +2,8 @@
 # make test         all tests, MaNGA's and ImageExtractor's
 # make test-quick   MaNGA's tests without the slow ones (less than a minute)
 # make test-faults  damages files of every kind, thousands of times (minutes)
+# make test-slurm   the batch scripts on a real Slurm of one node (minutes); as root, installs it if missing
+# make test-marvin  compares label maps with marvin, the survey's own tool, in an environment of its own
 # make bench        speed, memory and disk space, as ratios (minutes)
 # make benchmark-hard  metallicity on galaxies never seen, beside simple methods (half an hour)
 # Each needs a virtual environment in .venv, which it creates from requirements*.txt, and recreates
@@ -21,7 +23,7 @@ endif
 endif
 STAMP = $(if $(filter no,$(SETUP)),,$(ready))
 
-.PHONY: demo test test-manga test-quick test-faults lint bench bench-gpu benchmark-hard setup demo-cta test-cta bench-cta clean
+.PHONY: demo test test-manga test-quick test-faults test-slurm test-marvin lint bench bench-gpu benchmark-hard setup demo-cta test-cta bench-cta clean
 
 demo: $(STAMP)
 	PYTHON=$(python) bash demo.sh
@@ -36,6 +38,18 @@ test-quick: $(STAMP)
 
 test-faults: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(python) tests/faults.py
+
+test-slurm: $(STAMP)
+	PYTHONPATH=.:tests $(python) tests/slurm_cluster.py
+
+test-marvin: $(STAMP) .venv-marvin/.ready
+	$(python) mock_manga.py --n-galaxies 4 --bundles 19 37 --data-dir results/marvin/data
+	HOME=$(abspath results/marvin) .venv-marvin/bin/python tests/compare_marvin.py results/marvin/data
+
+.venv-marvin/.ready: requirements-marvin.txt
+	$(PYTHON) -m venv --clear .venv-marvin
+	.venv-marvin/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -67,6 +81,6 @@ $(ready): requirements.txt requirements-dev.txt
 	touch $@
 
 clean:  # the environment and folders that make creates, with all that you have put into data/demo and results/demo
-	rm -rf $(if $(STAMP),$(VENV)) data/demo results/demo results/bench
+	rm -rf $(if $(STAMP),$(VENV)) .venv-marvin data/demo results/demo results/bench results/marvin
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	$(MAKE) -C image-extractor clean

@@ -25,28 +25,22 @@ from scipy.linalg import eigh
 
 import data_io
 import hsi_proc_fns
-from data_io import Recipe, require_alike
 from hsi_proc_fns import Stats
+from recipe import Recipe, require_alike
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(utils.CommandOptions):
     """Mean, standard deviation and principal components of a training split's spectra."""
 
     split_dir: str
     """Split whose training part is used."""
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     n_components: int = 30
     """Principal components to keep."""
     min_snr: float = 2.0
     """Leave out spectra with a lower median signal-to-noise ratio per bin: they add only noise."""
-    overwrite: bool = False
-    """Replace existing statistics made with other options."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 class Moments:
@@ -104,14 +98,7 @@ def usable_spectra(cube: data_io.Cube, min_snr: float) -> np.ndarray:
 def split_stats(
     root: Path, split_dir: str, plateifus: list[str], n_components: int, min_snr: float
 ) -> Stats:
-    """Compute the statistics of the spectra of the given galaxies.
-
-    Raises
-    ------
-    DataError
-        If a cube is missing, the cubes were made with different options, there are fewer usable
-        spectra than components, or more components than bands.
-    """
+    """Compute the statistics of the spectra of the given galaxies, whose cubes share options."""
     from tqdm import tqdm
 
     recipe = stats_recipe(root, plateifus, n_components, min_snr)
@@ -122,7 +109,7 @@ def split_stats(
         )
     moments, first = Moments(wave.size), f"that of {plateifus[0]}"
     mangaids = set[str]()
-    for plateifu in tqdm(plateifus, desc="statistics", unit="galaxy", disable=None):
+    for plateifu in tqdm(plateifus, desc="statistics", unit="observation", disable=None):
         path = utils.cube_path(root, plateifu)
         cube = data_io.read_cube(path)
         require_alike(cube.recipe.shared, recipe.options["cube"], path, first, data_io.REBUILD_CUBE)
@@ -139,8 +126,7 @@ def split_stats(
         "n_spaxels": moments.n,
         "n_galaxies": len(mangaids),
         "split_dir": split_dir,
-        "created_utc": utils.utc_now(),
-        "code_version": utils.VERSION,
+        **utils.made_now(),
     }
     return Stats(wave, moments.mean, std, components, variance, ratio, recipe, attrs)
 

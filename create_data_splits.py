@@ -24,22 +24,20 @@ import pandas as pd
 
 import data_io
 import loops
-from data_io import Recipe, digest_of
 from labels import LABEL_NONE, class_names, label_classes
+from recipe import DIGEST_LENGTH, Recipe, digest_of
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(utils.CommandOptions):
     """Split galaxies into training, validation and test parts."""
 
     label_task: LabelTask = "logOH"
     """Labels to stratify by."""
     split_dir: str | None = None
     """Name of the split; default hard_<label_task>."""
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     galaxy_list: Path | None = None
     """File with the galaxies to split, one plateifu per line, or a CSV with a column plateifu;
     default all that have labels."""
@@ -51,10 +49,6 @@ class Config:
     """Leave out galaxies whose quality flag DRP3QUAL or DAPQUAL says CRITICAL."""
     seed: int = 0
     """Random seed."""
-    overwrite: bool = False
-    """Replace an existing split that differs."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 def labelled_galaxies(
@@ -73,11 +67,6 @@ def labelled_galaxies(
     DataFrame
         plateifu, mangaid, n_labelled, mean_label (12+log(O/H), or the mean BPT class), and
         class_<k> counts (6-class scale for logOH) and label_digest, sorted by plateifu.
-
-    Raises
-    ------
-    DataError
-        If there is no label map, or none with enough labels.
     """
     paths = utils.label_maps(root, label_task)
     if galaxy_list is not None:
@@ -109,7 +98,7 @@ def labelled_galaxies(
                 "n_labelled": count,
                 "mean_label": round(float(labels[has_label].mean(dtype=float)), 4),
                 **{f"class_{k}": int(c) for k, c in enumerate(counts)},
-                "label_digest": digest_of(labels)[: data_io.DIGEST_LENGTH],
+                "label_digest": digest_of(labels)[:DIGEST_LENGTH],
             }
         )
     if not rows:
@@ -139,11 +128,6 @@ def split_galaxies(
     -------
     dict of part -> DataFrame
         Disjoint in mangaid. Each part's number of galaxies is within one of its share.
-
-    Raises
-    ------
-    DataError
-        If the fractions are invalid, or there are too few galaxies for three parts.
     """
     check_fractions(fractions)
     rng = np.random.default_rng(seed)
@@ -185,11 +169,7 @@ def write_checked(
     """Write a "hard" or "easy" split unless it is there already; log what each part holds.
 
     The recipe holds the options and the label maps of `galaxies` (from `labelled_galaxies`).
-
-    Raises
-    ------
-    DataError
-        If another split of this name exists, without --overwrite.
+    Another split of this name is replaced only with --overwrite.
     """
     split_dir = config.split_dir or f"{kind}_{config.label_task}"
     folder = utils.split_path(utils.data_dir(config.data_dir), split_dir)

@@ -49,15 +49,7 @@ def easy_split(
 ) -> dict[str, pd.DataFrame]:
     """Distribute each galaxy's labelled spaxels, (ys, xs) by plateifu, over the parts at random.
 
-    Returns
-    -------
-    dict of part -> DataFrame
-        plateifu, mangaid, y, x.
-
-    Raises
-    ------
-    DataError
-        If the fractions are invalid.
+    Returns a table by part: plateifu, mangaid, y, x.
     """
     hard.check_fractions(fractions)
     rng = np.random.default_rng(seed)

@@ -31,9 +31,9 @@ import numpy as np
 import data_io
 import hsi_proc_fns
 import loops
-from data_io import require_alike
 from hsi_proc_fns import Stats
 from labels import LABEL_NONE, label_classes
+from recipe import require_alike
 
 log = logging.getLogger(__name__)
 
@@ -73,17 +73,8 @@ def patch_galaxy(
 ) -> str:
     """Write the patch files of one galaxy and label task, one for each norm.
 
-    The norm PCA needs `stats` (`stats_for`). With `overwrite`, files that were made otherwise are
-    replaced.
-
-    Returns
-    -------
-    {"written", "up to date"}
-
-    Raises
-    ------
-    DataError
-        Missing or unreadable inputs, an existing file made with other options.
+    The norm PCA needs `stats` (`stats_for`). Files that were made otherwise are replaced with
+    `overwrite` only. Returns "written" or "up to date".
     """
     import pandas as pd
 
@@ -116,22 +107,14 @@ def patch_galaxy(
         meta = {
             "plateifu": plateifu,
             "mangaid": about.get("mangaid"),
-            "code_version": utils.VERSION,
-            "created_utc": utils.utc_now(),
+            **utils.made_now(),
         }
         data_io.write_patches(target, patches, index, recipe, meta)
     return "up to date" if flux is None else "written"
 
 
 def stats_for(root: Path, options: PatchOptions) -> Stats | None:
-    """Read the statistics that the norms need; None if they need none.
-
-    Raises
-    ------
-    DataError
-        If the norm PCA was chosen without a split, or the split's statistics are missing or
-        outdated.
-    """
+    """Read the statistics that the norms need, which must be up to date; None for no PCA."""
     if "PCA" not in options.patch_norms:
         return None
     if options.split_dir is None:
@@ -169,13 +152,7 @@ def bytes_to_write(root: Path, config: Config, galaxies: Sequence[str], stats: S
 
 
 def cut_patches(root: Path, config: Config, galaxies: Sequence[str]) -> int:
-    """Write the patch files of galaxies, if they are not too large; return the exit code.
-
-    Raises
-    ------
-    DataError
-        If they would take more than `config.max_gb`.
-    """
+    """Write the patch files of galaxies, at most `config.max_gb`; return the exit code."""
     stats = stats_for(root, config)
     needed = bytes_to_write(root, config, galaxies, stats) / 1e9
     log.info(f"{needed:.2f} GB of patch files to write")

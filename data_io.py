@@ -2,21 +2,17 @@
 
 No other module spells a dataset name or a column; docs/data_formats.md describes each layout.
 Axis order: cubes and patches (y, x, band), maps (y, x). Missing values: NaN in floats, LABEL_NONE
-in classes. Every file records the `Recipe` that decided its numbers. Needs neither astropy nor
-torch.
+in classes. Every file records the `Recipe` that decided its numbers; whatever is missing, damaged
+or of another version is a `DataError` when it is read. Needs neither astropy nor torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
-import os
-import resource
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +23,9 @@ import h5py
 import numpy as np
 from isal import isal_zlib
 
+from h5_files import OpenFile, new_h5, open_h5, read_dataset
 from hsi_proc_fns import Stats, measured_bins
+from recipe import Recipe, checksum, digest_of, sealed, sealed_text
 
 if TYPE_CHECKING:  # tables alone need pandas: cubes and labels are spared its import time
     import pandas as pd
@@ -35,202 +33,10 @@ if TYPE_CHECKING:  # tables alone need pandas: cubes and labels are spared its i
 CUBE_SCHEMA, CUBE_VERSION = "manga-cube", 4
 STATS_SCHEMA, STATS_VERSION = "manga-stats", 3
 LABEL_VERSION = PATCH_VERSION = SPLIT_VERSION = 2
-DIGEST_LENGTH = 16
-"""Hexadecimal digits of a checksum in text, and of a label map's digest in the table of a split."""
 FLUX_UNIT = "1e-17 erg/s/cm2/Angstrom/spaxel"
 CHUNK_SPAXELS = 4
 """Side of an H5 chunk in spaxels: 4 x 4 spectra of 2040 float32 are 131 kB."""
 REBUILD_CUBE = "Re-run process_single_cube.py (or cube_processing.py) --overwrite"
-
-
-# Recipes
-
-PER_GALAXY = ("redshift",)
-"""Options that differ from galaxy to galaxy and do not keep their products apart."""
-MOST_SHOWN = 4
-"""Differences that an error message names."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What decided the numbers of one output.
-
-    Attributes
-    ----------
-    product : str
-        cube, labels, split, statistics, patches, packed cubes, run, map, ...
-    version : int
-        Of the layout and the arithmetic; raised when either changes.
-    options : dict of str -> JSON value
-        Choices of the user. Options of the products that this one was made from are nested under
-        the product's name, e.g. options["cube"].
-    inputs : dict of str -> str
-        Digest of the content of each input.
-    """
-
-    product: str
-    version: int
-    options: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Bring the options into the form in which they are read back from JSON."""
-        object.__setattr__(self, "options", json.loads(json.dumps(self.options, default=str)))
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON form, hexadecimal."""
-        return digest_of(asdict(self))
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """Options that all products to be used together must have in common."""
-        return {k: v for k, v in self.options.items() if k not in PER_GALAXY}
-
-    def to_json(self) -> str:
-        """Write the recipe as one line of JSON."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str | bytes | Mapping[str, Any], where: Path | str) -> Recipe:
-        """Read what `to_json` wrote (or its parsed form).
-
-        Raises
-        ------
-        DataError
-            If it is not the JSON form of a recipe; `where` names the file that holds it.
-        """
-        try:
-            content = json.loads(text) if isinstance(text, str | bytes) else text
-            recipe = cls(**content)
-            if not (isinstance(recipe.options, dict) and isinstance(recipe.inputs, dict)):
-                raise TypeError("options and inputs must be objects")
-            return recipe
-        except (TypeError, ValueError):
-            raise DataError(
-                f"{where}: its recipe is damaged ({str(text)[:40]!r}); expected a JSON object with "
-                "product, version, options and inputs. Rebuild the file with --overwrite."
-            ) from None
-
-    def differences(self, made: Recipe) -> list[str]:
-        """Name what differs in a recorded recipe from this one, in words; empty if nothing does."""
-        if (made.product, made.version) != (self.product, self.version):
-            return [f"it is {made.product} version {made.version}"]
-        changed = option_differences(made.options, self.options)
-        names = [
-            k for k in {**self.inputs, **made.inputs} if made.inputs.get(k) != self.inputs.get(k)
-        ]
-        return changed + [f"another {name}" for name in names]
-
-    def require(self, made: Recipe, target: Path | str, remedy: str) -> None:
-        """Raise a DataError unless an existing output was made by this recipe.
-
-        Parameters
-        ----------
-        made : Recipe
-            As recorded in the output.
-        target : Path
-            The output.
-        remedy : str
-            What to do, as a sentence without its full stop.
-        """
-        changed = self.differences(made)
-        if changed:
-            raise DataError(f"{target}: made with {_some(changed)}. {remedy}.")
-
-
-def option_differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Name the options that differ, e.g. "wave_min=4800 (now 5000)"; nested ones with a dot."""
-    made, wanted = flatten(made), flatten(wanted)
-    names = [k for k in {**wanted, **made} if made.get(k) != wanted.get(k)]
-    return [f"{k}={_shown(made.get(k))} (now {_shown(wanted.get(k))})" for k in names]
-
-
-def require_alike(
-    made: Mapping[str, Any], wanted: Mapping[str, Any], where: Path | str, whose: str, remedy: str
-) -> None:
-    """Raise a DataError unless two products that are used together share their options.
-
-    Parameters
-    ----------
-    made, wanted : mapping
-        `Recipe.shared` of the product, and of those that it must go with.
-    where : Path
-        The product.
-    whose : str
-        Those that it must go with, in words.
-    remedy : str
-        What to do, as a sentence without its full stop.
-    """
-    found, others = flatten(made), flatten(wanted)
-    names = [k for k in {**others, **found} if found.get(k) != others.get(k)]
-    if names:
-        ours = ", ".join(f"{k}={_shown(found.get(k))}" for k in names)
-        theirs = ", ".join(f"{k}={_shown(others.get(k))}" for k in names)
-        raise DataError(f"{where}: made with {ours}, {whose} with {theirs}. {remedy}.")
-
-
-def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Bring nested options to one level, their names joined by dots."""
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _some(words: list[str]) -> str:
-    """Join the first few words."""
-    more = len(words) - MOST_SHOWN
-    return ", ".join(words[:MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _shown(value: Any) -> str:
-    """Show an option's value; a long list by its length."""
-    is_long = isinstance(value, list) and len(value) > 8
-    return f"{len(value)} values" if is_long else str(value)
-
-
-# Digests
-
-
-def digest_of(content: Any) -> str:
-    """SHA-256 of an array (type, shape and values) or of JSON values, hexadecimal."""
-    if isinstance(content, np.ndarray):
-        head = f"{content.dtype.str} {content.shape} ".encode()
-        return hashlib.sha256(head + np.ascontiguousarray(content).tobytes()).hexdigest()
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def checksum(array: np.ndarray) -> int:
-    """CRC-32 of an array: of its type and shape, then of its bytes."""
-    head = isal_zlib.crc32(f"{array.dtype.str} {array.shape}".encode())
-    return isal_zlib.crc32(np.ascontiguousarray(array), head)
-
-
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the checksum of JSON values to them."""
-    plain = json.loads(json.dumps(content, default=str))
-    return {**plain, "checksum": digest_of(plain)[:DIGEST_LENGTH]}
-
-
-def sealed_text(text: str) -> str:
-    """Put the checksum of a text into a comment before it."""
-    return f"# checksum: {hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]}\n{text}"
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with Path(path).open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def file_stamp(path: Path) -> str:
-    """Size and time of a file: while they stay, it is not read again to see what is in it."""
-    stat = Path(path).stat()
-    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 # Cubes
@@ -238,30 +44,21 @@ def file_stamp(path: Path) -> str:
 
 @dataclass
 class Cube:
-    """A processed cube.
-
-    Attributes
-    ----------
-    flux : (y, x, band) float32, 1e-17 erg/s/cm2/Angstrom/spaxel
-        Flux density in the rest frame, NaN where no good pixel contributed.
-    wave : (band,) float64, Angstrom
-        Vacuum rest wavelengths of the bin centres (geometric).
-    recipe : Recipe
-        Options of processing; the content of the FITS files.
-    ivar : (y, x, band) float32 or None
-        Inverse variance of `flux`, 0 where that is NaN.
-    good_fraction : (y, x, band) float16 or None
-        Fraction of each bin's width that good pixels covered, 0 to 1.
-    attrs : dict
-        plateifu, mangaid, redshift, provenance.
-    """
+    """A processed cube."""
 
     flux: np.ndarray
+    """(y, x, band) float32, 1e-17 erg/s/cm2/Angstrom/spaxel: flux density in the rest frame, NaN
+    where no good pixel contributed."""
     wave: np.ndarray
+    """(band,) float64, Angstrom: vacuum rest wavelengths of the bin centres (geometric)."""
     recipe: Recipe
+    """Options of processing; the content of the FITS files."""
     ivar: np.ndarray | None = None
+    """(y, x, band) float32: inverse variance of `flux`, 0 where that is NaN."""
     good_fraction: np.ndarray | None = None
+    """(y, x, band) float16: fraction of each bin's width that good pixels covered, 0 to 1."""
     attrs: dict[str, Any] = field(default_factory=dict)
+    """plateifu, mangaid, redshift, provenance."""
 
 
 class Rows(NamedTuple):
@@ -336,9 +133,8 @@ def write_cube_rows(
     )
     measured = np.zeros(shape[:2], np.uint16)
     n_bytes = 8 * int(np.prod(shape, dtype=np.int64))  # flux and ivar, corners included
-    with new_h5(path, n_bytes, libver=("earliest", "v110")) as f:
-        f.attrs.update({k: v for k, v in attrs.items() if v is not None})
-        f.attrs.update(schema=CUBE_SCHEMA, schema_version=CUBE_VERSION, recipe=recipe.to_json())
+    about = CUBE_SCHEMA, CUBE_VERSION, recipe, attrs
+    with new_h5(path, *about, n_bytes, libver=("earliest", "v110")) as f:
         dataset = f.create_dataset("wave", data=wave.astype("f8"))
         dataset.attrs.update(unit="Angstrom (vacuum, rest frame)", axes="band")
         y, datasets = 0, dict[str, h5py.Dataset]()
@@ -362,189 +158,24 @@ def write_cube_rows(
     return measured
 
 
-@contextlib.contextmanager
-def new_h5(path: Path, n_bytes: int, **options: Any) -> Iterator[h5py.File]:
-    """Create an H5 file, whole or not at all.
-
-    Parameters
-    ----------
-    path : Path
-    n_bytes : int
-        Upper limit of what will be written.
-    **options
-        Passed on to h5py.File.
-
-    Raises
-    ------
-    DataError
-        If the disk has not enough space, before writing or meanwhile.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free, limit = shutil.disk_usage(path.parent).free, resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    free = free if limit == resource.RLIM_INFINITY else min(free, limit)
-    if free < n_bytes:
-        raise DataError(
-            f"{path}: not enough space on the disk: up to {n_bytes / 1e6:.1f} MB are needed, "
-            f"{free / 1e6:.1f} MB are free (or allowed: ulimit -f). Free some, or choose another "
-            "--data-dir."
-        )
-    with utils.atomic_path(path) as part, _Sink(part, "w+") as sink:
-        try:
-            with h5py.File(sink, "w", **options) as f:
-                try:
-                    yield f
-                    seal(f, sink.fileno())
-                except BaseException as error:  # also a stop: the rest need not be written
-                    sink.is_open, sink.error = False, sink.error or error
-        except (OSError, RuntimeError) as error:  # of closing
-            sink.error = sink.error or error
-        if isinstance(sink.error, OSError | RuntimeError):
-            raise DataError(
-                f"{path}: could not be written ({utils.first_line(sink.error)}). Check disk and "
-                "quota, then re-run."
-            ) from sink.error
-        if sink.error:
-            raise sink.error
-
-
-class _Sink(io.FileIO):
-    """File to which HDF5 writes; what follows a failed write is discarded, and no error raised.
-
-    HDF5 crashes the process if it cannot write while it closes a file or a dataset.
-    """
-
-    error: Any = None
-    is_open = True
-
-    def write(self, data: Any) -> int:
-        """Write all bytes, or keep the error (also that of a stop by a signal)."""
-        rest = memoryview(data)
-        try:
-            while rest and self.is_open:
-                rest = rest[super().write(rest) :]
-        except BaseException as error:
-            self.error, self.is_open = error, False
-        return len(data)
-
-    def truncate(self, size: int | None = None) -> int:
-        """Set the file's size, which HDF5 does at the end."""
-        return super().truncate(size) if self.is_open else size or 0
-
-
-def seal(f: h5py.File, handle: int | None = None) -> None:
-    """Record the checksums of an H5 file: of each dataset that has none yet, of the attributes.
-
-    `handle` is that of the open file, where HDF5 does not know it.
-    """
-    for name, value in list(f.attrs.items()):
-        if isinstance(value, str):  # in a heap of text, HDF5 can search a damaged place for ever
-            f.attrs[name] = np.bytes_(value.encode() or b" ")
-    f.flush()
-    fd = f.id.get_vfd_handle() if handle is None else handle
-
-    def seal_one(_: str, data: Any) -> None:
-        if isinstance(data, h5py.Dataset) and "crc32" not in data.attrs:
-            data.attrs["crc32"] = _crc(data, fd)
-
-    f.visititems(seal_one)
-    f.attrs["crc32"] = _attributes_crc(_attributes(f))
-
-
-def _attributes(f: h5py.File) -> dict[str, Any]:
-    """Attributes of a file, text as str."""
-    found = dict[str, Any]()
-    for i in range(h5py.h5a.get_num_attrs(f.id)):
-        attribute = h5py.h5a.open(f.id, index=i)
-        value = np.empty(attribute.shape, attribute.dtype)
-        if value.dtype == object:
-            raise ValueError("attributes in a heap of text, as in older versions")
-        attribute.read(value)
-        text = value[()]
-        found[attribute.name.decode()] = text.decode().rstrip() if isinstance(text, bytes) else text
-    return found
-
-
-def _crc(data: h5py.Dataset, fd: int, out: np.ndarray | None = None) -> int:
-    """CRC-32 of a dataset as it is stored: of its layout, then of its chunks.
-
-    Parameters
-    ----------
-    data : Dataset
-    fd : int
-        Handle of the file, for reading chunks while the processor's cache holds them: faster than
-        HDF5 reads them without any check.
-    out : array, optional
-        The values, if known; those of `_is_plain` datasets are filled in.
-    """
-    is_plain, dtype, shape = _is_plain(data), data.dtype, data.chunks
-    layout = (dtype.str, data.shape, shape, is_plain, data.compression, data.shuffle)
-    crc = isal_zlib.crc32(f"{layout} {data.fillvalue}".encode())
-    if shape is None:
-        array = np.asarray(data[()] if out is None else out)
-        is_text = array.dtype == object
-        text = json.dumps(array.tolist(), default=repr).encode() if is_text else b""
-        return isal_zlib.crc32(text if is_text else np.ascontiguousarray(array), crc)
-    chunks: list[Any] = []
-    data.id.chunk_iter(chunks.append)
-    chunks.sort(key=lambda chunk: chunk.chunk_offset)
-    crc = isal_zlib.crc32(np.array([chunk.chunk_offset for chunk in chunks], np.int64), crc)
-    buffer: Any = np.empty(shape, dtype)
-    n_bytes = buffer.nbytes
-    for offset, _, start, size in chunks:
-        if size > 2 * n_bytes:
-            raise ValueError(f"a chunk of {size} bytes")
-        raw = buffer if is_plain else bytearray(size)
-        os.preadv(fd, [raw], start)
-        crc = isal_zlib.crc32(raw, crc)
-        if is_plain and out is not None:
-            y, x, _ = offset
-            part = out[y : y + shape[0], x : x + shape[1]]
-            part[...] = buffer[: part.shape[0], : part.shape[1]]  # without what lies outside
-    return crc
-
-
-def _is_plain(data: h5py.Dataset) -> bool:
-    """Say whether a dataset consists of chunks of whole spectra that are not compressed."""
-    is_cube = data.chunks is not None and data.ndim == 3 and data.chunks[2] == data.shape[2]
-    return is_cube and not data.id.get_create_plist().get_nfilters()
-
-
-def _attributes_crc(attrs: dict[str, Any]) -> int:
-    """CRC-32 of a file's attributes, apart from itself."""
-    content = {k: v for k, v in attrs.items() if k != "crc32"}
-    return isal_zlib.crc32(json.dumps(content, sort_keys=True, default=str).encode())
-
-
 def read_cube(path: Path, with_errors: bool = True) -> Cube:
-    """Read an H5 cube.
+    """Read an H5 cube, of this schema version and of the galaxy that its name says.
 
-    Parameters
-    ----------
-    path : Path
-    with_errors : bool
-        Also read ivar and the good fraction.
-
-    Raises
-    ------
-    DataError
-        If the file is missing, not a cube, of another schema version or of another galaxy than
-        its name says.
+    Without errors, ivar and the good fraction are not read.
     """
-    with _open_cube(path) as f:
-        errors = [k if with_errors and k in f else "" for k in ("ivar", "good_fraction")]
-        ivar, good = (read_dataset(f, name) if name else None for name in errors)
-        recipe, wave = Recipe.from_json(f.checked_attrs["recipe"], path), read_dataset(f, "wave")
-        return Cube(read_dataset(f, "cube"), wave, recipe, ivar, good, f.checked_attrs)
+    with _open_cube(path) as (f, recipe, attrs):
+        flux, wave = read_dataset(f, "cube"), read_dataset(f, "wave")
+        ivar, good = (
+            read_dataset(f, name) if with_errors and name in f else None
+            for name in ("ivar", "good_fraction")
+        )
+        return Cube(flux, wave, recipe, ivar, good, attrs)
 
 
 def read_cube_head(path: Path) -> CubeHead:
     """Read what a cube's file holds besides its spectra; raises the errors of `read_cube`."""
-    with _open_cube(path) as f:
-        recipe = Recipe.from_json(f.checked_attrs["recipe"], path)
-        return CubeHead(
-            read_dataset(f, "measured"), read_dataset(f, "wave"), recipe, f.checked_attrs
-        )
+    with _open_cube(path) as (f, recipe, attrs):
+        return CubeHead(read_dataset(f, "measured"), read_dataset(f, "wave"), recipe, attrs)
 
 
 def cube_digests(root: Path, plateifus: Iterable[str]) -> dict[str, str]:
@@ -554,54 +185,16 @@ def cube_digests(root: Path, plateifus: Iterable[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _open_cube(path: Path) -> Iterator[h5py.File]:
+def _open_cube(path: Path) -> Iterator[OpenFile]:
     """Open a cube after checking that it is one, and of the galaxy that its name says."""
-    with open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as f:
-        named, found = utils.PLATEIFU.search(Path(path).name), f.checked_attrs.get("plateifu")
+    with open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as opened:
+        named, found = utils.PLATEIFU.search(Path(path).name), opened.attrs.get("plateifu")
         if named and found and found != named[0]:
             raise DataError(
-                f"{path}: holds the cube of {found}, expected {named[0]} as in its name. Rename "
-                "the file, or re-run process_single_cube.py --overwrite."
+                f"{path}: the cube of {found}, expected that of {named[0]}, as its name says. "
+                "Rename the file, or re-run process_single_cube.py --overwrite."
             )
-        yield f
-
-
-@contextlib.contextmanager
-def open_h5(path: Path, schema: str, version: int, maker: str) -> Iterator[h5py.File]:
-    """Open an H5 file of this project after checking its schema and attributes.
-
-    `maker` is the command that rebuilds it; whatever fails inside of the `with` is taken for damage
-    of the file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        command = maker.replace(" --overwrite", "")
-        raise DataError(f"{path}: no such file. Create it with {command}.")
-    with utils.reading(path, f"an HDF5 file ({schema})", f"Re-run {maker}."), h5py.File(path) as f:
-        f.checked_attrs = attrs = _attributes(f)  # each is slow to read
-        found = (attrs.get("schema"), attrs.get("schema_version"))
-        if found != (schema, version):
-            raise DataError(
-                f"{path}: schema {found[0]} version {found[1]}, this code needs {schema} "
-                f"version {version}. Re-run {maker}."
-            )
-        if attrs["crc32"] != _attributes_crc(attrs):
-            raise ValueError("the checksum of its attributes differs")
-        yield f
-
-
-def read_dataset(f: h5py.File, name: str) -> np.ndarray:
-    """Read a dataset of a file of `open_h5`, which reports errors, and compare its checksum."""
-    data = f[name]
-    if isinstance(f.get(name, getlink=True), h5py.ExternalLink) or data.external or data.is_virtual:
-        raise ValueError(f"{name} lies in another file")
-    if data.nbytes > utils.MAX_ARRAY_BYTES:
-        raise ValueError(f"{name} would have {data.nbytes / 1e9:.1f} GB")
-    is_plain = _is_plain(data)
-    array = np.full(data.shape, data.fillvalue, data.dtype) if is_plain else data[()]
-    if data.attrs["crc32"] != _crc(data, f.id.get_vfd_handle(), array):
-        raise ValueError(f"the checksum of {name} differs")
-    return array
+        yield opened
 
 
 # Labels
@@ -641,10 +234,7 @@ def write_labels(
 def read_labels(path: Path) -> np.ndarray:
     """Read a label map (y, x): int16 BPT classes or float32 12+log(O/H).
 
-    Raises
-    ------
-    DataError
-        If it is missing or unreadable, or its values are not those that its .json describes.
+    If there is a .json beside it, the values must be those that it describes.
     """
     return _read_label_array(Path(path), Path(path), "digest")
 
@@ -769,16 +359,9 @@ def patch_recipe(
     patch_size: int,
     stats: Stats | None,
 ) -> Recipe:
-    """Recipe of the patches of a cube and its labels.
+    """Recipe of the patches of a cube and its labels (y, x), whose own is None if it is unknown.
 
-    Parameters
-    ----------
-    cube : Recipe
-    labels : (y, x) array
-    label_recipe : Recipe or None
-        None: nothing says how the labels were made.
-    patch_norm, patch_size, stats
-        As in `hsi_proc_fns.normalise` and `extract_patches`.
+    The other arguments are those of `hsi_proc_fns.normalise` and `extract_patches`.
     """
     options = {"patch_norm": patch_norm, "patch_size": patch_size, "cube": cube.shared}
     options["labels"] = label_recipe.shared if label_recipe else {}
@@ -796,9 +379,6 @@ def _save_npy(path: Path, array: np.ndarray) -> None:
 
 def _load_npy(path: Path, maker: str, ndim: int) -> np.ndarray:
     """Map an array of `ndim` axes of numbers into memory; nothing is allocated."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Create it with {maker}.")
     with utils.reading(path, f"a .npy file of {ndim} axes", f"Re-run {maker} --overwrite."):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if array.ndim != ndim or array.dtype.kind not in "iuf":
@@ -827,8 +407,7 @@ def write_split(
         For readers of the files, in the header.
     """
     check_split(parts, recipe.options["kind"], str(folder))
-    made = {"created_utc": utils.utc_now(), "code_version": utils.VERSION}
-    made |= {"warning": warning} if warning else {}
+    made = utils.made_now() | ({"warning": warning} if warning else {})
     header = f"# recipe: {recipe.to_json()}\n"
     header += "".join(f"# {k}: {json.dumps(v)}\n" for k, v in made.items())
     for part, table in parts.items():
@@ -837,13 +416,9 @@ def write_split(
 
 
 def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], Recipe]:
-    """Read and check a split; return its parts and its recipe.
+    """Read a split; return its parts and its recipe.
 
-    Raises
-    ------
-    DataError
-        If a part is missing, unreadable or of another split than the others, or a galaxy of a hard
-        split (a spaxel of an easy one) is in two parts.
+    The parts must be of one split and disjoint: in galaxies, those of an easy split in spaxels.
     """
     folder, parts, recipes = Path(folder), {}, list[Recipe]()
     for part in utils.SPLIT_PARTS:
@@ -864,10 +439,7 @@ def _read_part(path: Path) -> tuple[pd.DataFrame, Recipe]:
     """Read one file of a split."""
     import pandas as pd
 
-    maker = "create_data_splits.py"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Create the split with {maker}.")
-    remedy = f"Rebuild the split with {maker} --overwrite."
+    remedy = "Create the split with create_data_splits.py --overwrite."
     with utils.reading(path, "a table of a split", remedy):
         text = path.read_bytes().decode()
         content = text.partition("\n")[2]
@@ -878,12 +450,10 @@ def _read_part(path: Path) -> tuple[pd.DataFrame, Recipe]:
         table = pd.read_csv(io.StringIO(content), comment="#", dtype=ids)
         keys = {"hard": ["mangaid"], "easy": ["mangaid", "y", "x"]}[recipe.options["kind"]]
         table[["plateifu", *keys]]  # a KeyError names what is missing
-    for plateifu in table["plateifu"].unique():
-        try:
-            utils.split_plateifu(str(plateifu))
-        except DataError as error:
-            raise DataError(f"{path}: {error} Rebuild the split with {maker}.") from None
-    return table, recipe
+        for plateifu in table["plateifu"].unique():
+            if not utils.PLATEIFU.fullmatch(str(plateifu)):
+                raise ValueError(f"{plateifu!r} is not a valid plateifu")
+        return table, recipe
 
 
 def split_digest(parts: Mapping[str, pd.DataFrame]) -> str:
@@ -916,20 +486,17 @@ STATS_FIELDS = ("wave", "mean", "std", "components", "explained_variance", "expl
 def write_stats(path: Path, stats: Stats) -> None:
     """Write the statistics of a training split, whole or not at all."""
     n_bytes = 2 * stats.components.nbytes  # and a few spectra
-    with new_h5(path, n_bytes) as f:
-        f.attrs.update({k: v for k, v in stats.attrs.items() if v is not None})
-        f.attrs.update(schema=STATS_SCHEMA, schema_version=STATS_VERSION)
-        f.attrs["recipe"] = stats.recipe.to_json()
+    with new_h5(path, STATS_SCHEMA, STATS_VERSION, stats.recipe, stats.attrs, n_bytes) as f:
         for name in STATS_FIELDS:
             f[name] = getattr(stats, name)
 
 
 def read_stats(path: Path) -> Stats:
     """Read the statistics of a training split."""
-    with open_h5(path, STATS_SCHEMA, STATS_VERSION, "calc_data_stats.py --overwrite") as f:
-        recipe = Recipe.from_json(f.checked_attrs["recipe"], path)
+    maker = "calc_data_stats.py --overwrite"
+    with open_h5(path, STATS_SCHEMA, STATS_VERSION, maker) as (f, recipe, attrs):
         arrays = {name: read_dataset(f, name) for name in STATS_FIELDS}
-        return Stats(**arrays, recipe=recipe, attrs=f.checked_attrs)
+        return Stats(**arrays, recipe=recipe, attrs=attrs)
 
 
 def stats_inputs(cubes: Mapping[str, str]) -> dict[str, str]:
@@ -939,13 +506,9 @@ def stats_inputs(cubes: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_split_stats(root: Path, split_dir: str) -> Stats:
-    """Read the statistics of a split, checked against its training galaxies and their cubes.
+    """Read the statistics of a split, of its training galaxies and of their cubes as they are now.
 
-    Raises
-    ------
-    DataError
-        If they are missing or unreadable, of other galaxies than the split's training part, or of
-        other cubes than those there now. Cubes that are gone cannot be compared.
+    Cubes that are gone cannot be compared.
     """
     path = utils.stats_path(root, split_dir)
     stats = read_stats(path)

@@ -97,21 +97,15 @@ def archive_url(kind: str, plateifu: str | None, daptype: str, base_url: str = A
     return f"{base_url.rstrip('/')}/{SdssPath(release=RELEASE).location(name, **keys)}"
 
 
-def local_path(root: Path, url: str, plateifu: str | None) -> Path:
-    """Path of an archive file in the data folder; plateifu None for the catalogue."""
-    folder = utils.raw_dir(root, plateifu) if plateifu else Path(root) / "raw"
-    return folder / url.rpartition("/")[2]
-
-
 def missing_files(root: Path, plateifu: str | None, config: Config) -> list[tuple[str, Path]]:
     """URL and path of each file of a galaxy that is missing or empty.
 
     For plateifu None: of the catalogue. With --overwrite existing files count as missing.
     """
-    wanted = []
+    wanted, folder = [], utils.raw_dir(root, plateifu) if plateifu else Path(root) / "raw"
     for kind in config.kinds if plateifu else ("dapall",):
         url = archive_url(kind, plateifu, config.daptype, config.base_url)
-        path = local_path(root, url, plateifu)
+        path = folder / url.rpartition("/")[2]
         if config.overwrite or not path.is_file() or path.stat().st_size == 0:
             wanted.append((url, path))
     return wanted
@@ -122,16 +116,7 @@ def fetch(url: str, path: Path, retries: int = 4, pause_s: float = 2.0) -> int:
 
     `path` appears only when complete and checked. After a failed connection, up to `retries` more
     attempts are made, the first after `pause_s` seconds, a time that doubles for each of the next.
-
-    Returns
-    -------
-    int
-        Size of the whole file in bytes.
-
-    Raises
-    ------
-    DataError
-        The server does not have the file, the connection keeps failing, or the file is damaged.
+    Returns the size of the whole file in bytes.
     """
     import requests
 
@@ -207,8 +192,8 @@ def _fetch_rest(url: str, part: Path) -> None:
     headers["Accept-Encoding"] = "identity"  # else a .gz may arrive unpacked
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as answer:
         if answer.status_code == 416:  # the server has no bytes after those of `part`
-            total = _number(answer.headers.get("Content-Range", "").rpartition("/")[2])
-            if total == have:
+            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+            if total == str(have):
                 return
             os.truncate(part, 0)
             raise requests.ConnectionError(f"{have} bytes were received of a file of {total}")
@@ -218,26 +203,19 @@ def _fetch_rest(url: str, part: Path) -> None:
                 f"analysis of {RELEASE}; check --plateifu and --daptype."
             )
         answer.raise_for_status()
-        resumed = answer.status_code == 206
-        length = _number(answer.headers.get("Content-Length", ""))
-        expected = None if length is None else length + (have if resumed else 0)
+        length = answer.raw.length_remaining or 0  # None if the server does not say
         free = shutil.disk_usage(part.parent).free
-        if length is not None and length > min(free, MAX_SIZE):
+        if length > min(free, MAX_SIZE):
             raise DataError(
                 f"{url}: {length / 1e9:.2f} GB, expected at most {MAX_SIZE / 1e9:.2f}, and "
                 f"{free / 1e9:.2f} GB are free. Check --base-url and the disk."
             )
-        with part.open("ab" if resumed else "wb") as f:
+        with part.open("ab" if answer.status_code == 206 else "wb") as f:
             _receive(answer, f)
-    size = part.stat().st_size
-    if expected is not None and size != expected:
-        if size > expected:
-            os.truncate(part, 0)
-        raise requests.ConnectionError(f"{size} of {expected} bytes received")
 
 
 def _receive(answer: Any, f: BinaryIO) -> None:
-    """Write what the server sends, unless it is too slow or too much."""
+    """Write what the server sends, unless it is too slow, too much or less than it announced."""
     import requests
     import urllib3
 
@@ -259,11 +237,6 @@ def _receive(answer: Any, f: BinaryIO) -> None:
                 start, n = now, 0
     except urllib3.exceptions.HTTPError:
         raise requests.ConnectionError(f"the connection broke after {size} bytes") from None
-
-
-def _number(text: str) -> int | None:
-    """Read a number of a server's header; None if it is none."""
-    return int(text) if text.isascii() and text.isdigit() else None
 
 
 def _check_content(path: Path, name: str) -> None:
@@ -292,7 +265,7 @@ def _check_content(path: Path, name: str) -> None:
 
 
 def check_connection(base_url: str) -> None:
-    """Raise a DataError if the archive cannot be reached at all."""
+    """Raise a DataError if the archive cannot be reached, once instead of for each galaxy."""
     import requests
 
     try:

@@ -35,7 +35,7 @@ MAX_HEADER = 500 * FITS_BLOCK
 """Longest header, bytes: 18,000 cards."""
 MAX_FILE = 4 << 30
 """Bytes of a file, unpacked: four times those of the largest LOGCUBE."""
-FETCH_AGAIN = "Fetch it again with download_utils.py --overwrite."
+FETCH_AGAIN = "Fetch it again with download_utils.py --overwrite, or copy it again if it is yours."
 SUM_CARD = re.compile(rb"(CHECKSUM|DATASUM ) *= *'([0-9A-Za-z]+)")
 
 
@@ -45,6 +45,8 @@ class Hdu:
 
     header: fits.Header
     data: np.ndarray
+    shape: tuple[int, ...]
+    """Of the whole array in the file, of which `data` may be a part."""
 
 
 class _Checksum:
@@ -85,11 +87,8 @@ class _Checksum:
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """Open a plain or gzipped FITS file for sequential reading."""
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such file. Check the path, or fetch it with download_utils.py."
-        )
-    with path.open("rb") as raw:
+    remedy = "Check the path, or fetch it with download_utils.py."
+    with utils.reading(path, "a FITS file", remedy), path.open("rb") as raw:
         lead = raw.read(2)
     if not lead:
         raise DataError(f"{path}: zero bytes. Expected a FITS file. {FETCH_AGAIN}")
@@ -157,12 +156,12 @@ def iterate_hdus(
             stream.read(padding)
             checksum.check(header, path, name)
             missing.discard(name)
-            yield name, Hdu(header, data)
+            yield name, Hdu(header, data, _shape_of(header))
 
 
 def _data_size(header: fits.Header, where: str) -> int:
     """Bytes of a data unit, after checking the cards that say so (FITS standard 4.0, table 7)."""
-    bits, shape = header["BITPIX"], shape_of(header)
+    bits, shape = header["BITPIX"], _shape_of(header)
     counts = (header.get("PCOUNT", 0), header.get("GCOUNT", 1), *shape)
     is_sound = bits in fits.BITPIX2DTYPE and all(type(n) is int and n >= 0 for n in counts)
     is_sound = is_sound and header.get("TFIELDS", 0) in range(1000)
@@ -176,7 +175,7 @@ def _data_size(header: fits.Header, where: str) -> int:
     return n_bytes
 
 
-def shape_of(header: fits.Header) -> tuple[int, ...]:
+def _shape_of(header: fits.Header) -> tuple[int, ...]:
     """Shape of an HDU's whole array according to its header, in numpy's axis order."""
     return tuple(header[f"NAXIS{i}"] for i in range(header["NAXIS"], 0, -1))
 
@@ -229,7 +228,7 @@ def _read_array(
     stream: BinaryIO, header: fits.Header, planes: slice | None, where: str, checksum: _Checksum
 ) -> np.ndarray:
     """Read planes of an array in native byte order; the checksum includes the other planes."""
-    shape, native = shape_of(header), np.dtype(fits.BITPIX2DTYPE[header["BITPIX"]])
+    shape, native = _shape_of(header), np.dtype(fits.BITPIX2DTYPE[header["BITPIX"]])
     if not shape:
         return np.empty(0)
     if header.get("BSCALE", 1) != 1 or header.get("BZERO", 0) != 0:

@@ -28,29 +28,22 @@ MIN_MEASURED = 0.8
 
 @dataclass
 class Stats:
-    """Statistics of a training split's spectra, each divided by its own mean.
-
-    Attributes
-    ----------
-    wave : (band,) float64, Angstrom
-    mean, std : (band,) float64
-    components : (K, band) float64
-        Principal components: orthonormal rows in order of decreasing variance.
-    explained_variance, explained_ratio : (K,) float64
-    recipe : data_io.Recipe
-        Options of the cubes under "cube".
-    attrs : dict
-        n_spaxels, n_galaxies, split_dir, provenance.
-    """
+    """Statistics of a training split's spectra, each divided by its own mean."""
 
     wave: np.ndarray
+    """(band,) float64, Angstrom."""
     mean: np.ndarray
+    """(band,) float64, like `std`."""
     std: np.ndarray
     components: np.ndarray
+    """(K, band) float64: principal components, orthonormal rows in order of decreasing variance."""
     explained_variance: np.ndarray
+    """(K,) float64, like `explained_ratio`."""
     explained_ratio: np.ndarray
     recipe: Any
+    """recipe.Recipe, with the options of the cubes under "cube"."""
     attrs: dict[str, Any] = field(default_factory=dict)
+    """n_spaxels, n_galaxies, split_dir, provenance."""
 
 
 def measured_bins(flux: np.ndarray) -> np.ndarray:
@@ -85,31 +78,16 @@ def field_of_view(inside: np.ndarray) -> np.ndarray:
     A fibre bundle covers a hexagon (Drory et al. 2015, AJ 149, 77); masked stars and dead fibres
     leave holes and dents in what was measured, `inside`. Both are (y, x) bool.
     """
-    ny, nx = inside.shape
-    rows = np.flatnonzero(inside.any(axis=1))
-    if not rows.size:
+    from scipy.spatial import ConvexHull  # here: only pictures need it
+
+    if not inside.any():
         return inside.copy()
-    left = _lower_hull(rows, inside.argmax(axis=1)[rows], ny)
-    right = -_lower_hull(rows, inside[:, ::-1].argmax(axis=1)[rows] - (nx - 1), ny)
-    x, slack = np.arange(nx), 1e-6  # for rounding; centres not on a chord are farther from it
-    return (x >= left[:, None] - slack) & (x <= right[:, None] + slack)
-
-
-def _lower_hull(rows: np.ndarray, ends: np.ndarray, ny: int) -> np.ndarray:
-    """Draw the tightest convex curve under the points (row, end): (ny,) float, NaN beyond the rows.
-
-    By Andrew's chain (1979, Information Processing Letters 9, 216); `rows` ascend.
-    """
-    chain: list[tuple[int, int]] = []
-    for y, x in zip(rows.tolist(), ends.tolist(), strict=True):
-        while len(chain) > 1:
-            (y0, x0), (y1, x1) = chain[-2:]
-            if (x1 - x0) * (y - y0) < (x - x0) * (y1 - y0):
-                break
-            chain.pop()  # on the chord past it or above: no corner
-        chain.append((y, x))
-    corners, bends = np.transpose(chain)
-    return np.interp(np.arange(ny), corners, bends, left=np.nan, right=np.nan)
+    # small diamonds around the centres: a hull even of one line, that contains all of its edge
+    diamond = 1e-3 * np.array([[0, 1], [1, 0], [0, -1], [-1, 0]])
+    corners = (np.argwhere(inside)[:, None] + diamond).reshape(-1, 2)
+    sides = ConvexHull(corners).equations  # each side: a y + b x + c <= 0 within
+    distance = np.tensordot(sides[:, :2], np.indices(inside.shape), 1) + sides[:, 2, None, None]
+    return (distance <= 0).all(axis=0)
 
 
 def fill_gaps(spectra: np.ndarray) -> np.ndarray:
@@ -219,13 +197,7 @@ def _to_unit_range(spectra: np.ndarray, axis: int | None) -> np.ndarray:
 
 
 def band_slice(bands: tuple[int, int] | None, n_bands: int, where: object) -> slice:
-    """Slice from the first band to the one before the last; None: all.
-
-    Raises
-    ------
-    DataError
-        If `where`, which has `n_bands` bands, does not contain them.
-    """
+    """Slice from the first band to the one before the last of `where`, which has `n_bands`."""
     if bands is None:
         return slice(None)
     low, high = bands
@@ -246,11 +218,6 @@ def extract_patches(
     -------
     (N, P, P, C) array of the cube's type
         Spaxel (ys[i], xs[i]) is at [i, P//2, P//2]; zeros beyond the cube's edge.
-
-    Raises
-    ------
-    DataError
-        If the patch size is below 1.
     """
     if patch_size < 1:
         raise DataError(f"--patch-size {patch_size}: expected 1 or more.")

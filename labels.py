@@ -161,13 +161,7 @@ def detected(maps: LineMaps, lines: tuple[str, ...], min_snr: float) -> np.ndarr
 
 
 def lines_needed(diagnostic: str) -> tuple[str, ...]:
-    """Lines used by a metallicity diagnostic and its dust correction.
-
-    Raises
-    ------
-    DataError
-        If the diagnostic is unknown.
-    """
+    """Lines used by a metallicity diagnostic, a key of CALIBRATIONS, and its dust correction."""
     if diagnostic not in CALIBRATIONS:
         known = ", ".join(CALIBRATIONS)
         raise DataError(f"diagnostic {diagnostic!r}: unknown. Expected one of {known}.")
@@ -350,13 +344,7 @@ def logoh_edges(n_classes: int) -> tuple[float, ...]:
 
 
 def class_names(label_task: str, n_classes: int | None = None) -> tuple[str, ...]:
-    """Names of the classes of a label task, in class order; by default 6 for metallicity.
-
-    Raises
-    ------
-    DataError
-        If the task has no scale with this number of classes.
-    """
+    """Names of the classes of a label task, in class order; by default 6 for metallicity."""
     if label_task == "BPT":
         if n_classes not in (None, len(BPT_CLASSES)):
             raise DataError(f"BPT with {n_classes} classes: expected {len(BPT_CLASSES)}.")

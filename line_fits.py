@@ -9,22 +9,21 @@ from __future__ import annotations
 import numpy as np
 
 C_KMS = 299_792.458
+"""Speed of light, km/s (exact)."""
 
-LINES: dict[str, float] = {
-    "Hb-4862": 4862.69,
-    "OIII-4960": 4960.295,
-    "OIII-5008": 5008.240,
-    "HeI-5877": 5877.25,
-    "OI-6302": 6302.046,
-    "OI-6365": 6365.536,
-    "NII-6549": 6549.86,
-    "Ha-6564": 6564.61,
-    "NII-6585": 6585.27,
-    "SII-6718": 6718.29,
-    "SII-6732": 6732.67,
-}
-"""Vacuum wavelengths, Angstrom: NIST Atomic Spectra Database, version 5 (Ritz values). The names
-contain them truncated to whole Angstrom, as in the DAP."""
+EMLINES: dict[str, float] = {
+    "OII-3727": 3727.092, "OII-3729": 3729.875, "H12-3751": 3751.219, "H11-3771": 3771.704,
+    "Hthe-3798": 3798.983, "Heta-3836": 3836.479, "NeIII-3869": 3869.86, "HeI-3889": 3889.749,
+    "Hzet-3890": 3890.158, "NeIII-3968": 3968.59, "Heps-3971": 3971.202, "Hdel-4102": 4102.899,
+    "Hgam-4341": 4341.691, "HeII-4687": 4687.015, "Hb-4862": 4862.691, "OIII-4960": 4960.295,
+    "OIII-5008": 5008.240, "NI-5199": 5199.349, "NI-5201": 5201.705, "HeI-5877": 5877.243,
+    "OI-6302": 6302.046, "OI-6365": 6365.535, "NII-6549": 6549.86, "Ha-6564": 6564.632,
+    "NII-6585": 6585.271, "SII-6718": 6718.295, "SII-6732": 6732.674, "HeI-7067": 7067.144,
+    "ArIII-7137": 7137.76, "ArIII-7753": 7753.24, "Peta-9017": 9017.384, "SIII-9071": 9071.1,
+    "Pzet-9231": 9231.546, "SIII-9533": 9533.2, "Peps-9548": 9548.588,
+}  # fmt: skip
+"""Vacuum wavelengths, Angstrom, of the 35 channels of DR17's EMLINE_* HDUs in order (NIST Atomic
+Spectra Database, the values of the DAP's line list ELPMPL11). The names contain them truncated."""
 
 OTHER_FEATURES = (5175.0, 5891.6, 7067.14, 7137.76)
 """Mg b, Na D, He I and [Ar III], vacuum Angstrom: further places where spectra differ."""
@@ -43,7 +42,14 @@ GROUPS: tuple[dict[str, dict[str, float]], ...] = (
 """Lines fitted together, on a linear continuum within 60 Angstrom; doublets as one line, with the
 ratios that the DAP keeps fixed."""
 
-RATIOS = ("Hb", "OIII", "Ha", "NII", "SII")
+LINES = {
+    name: wave
+    for name, wave in EMLINES.items()
+    if any(name in parts for group in GROUPS for parts in group.values())
+}
+"""The fitted lines and their wavelengths; filters start there, too."""
+
+RATIO_LINES = ("Hb", "OIII", "Ha", "NII", "SII")
 """Lines of the classical ratios, where in range."""
 
 
@@ -101,7 +107,7 @@ def has_ratios(wave: np.ndarray) -> bool:
         for name in group
         if any(wave[0] + 4 < LINES[n] < wave[-1] - 4 for parts in group.values() for n in parts)
     }
-    return "Ha" in inside and len(inside & {*RATIOS, "SIIa"}) > 1
+    return "Ha" in inside and len(inside & {*RATIO_LINES, "SIIa"}) > 1
 
 
 def log_ratios(lines: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
@@ -116,7 +122,17 @@ def log_ratios(lines: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
     return np.stack([logs[n] - logs["Ha"] for n in names if n != "Ha"], 1)
 
 
-def line_bins(wave: np.ndarray) -> list[float]:
-    """Bins of the lines and other features in a range of wavelengths."""
-    waves = [w for w in (*LINES.values(), *OTHER_FEATURES) if wave[0] < w < wave[-1]]
-    return np.interp(waves, wave, np.arange(wave.size)).tolist()
+def line_places(wave: np.ndarray) -> list[list[tuple[float, float]]]:
+    """Bins and relative strengths of the lines in a range of wavelengths, doublets together.
+
+    Each line of GROUPS, then the OTHER_FEATURES; the strongest bin of each comes first.
+    """
+    lines = [
+        [(LINES[name], ratio) for name, ratio in parts.items()]
+        for group in GROUPS
+        for parts in group.values()
+    ]
+    lines += [[(w, 1.0)] for w in OTHER_FEATURES]
+    inside = [[(w, ratio) for w, ratio in line if wave[0] < w < wave[-1]] for line in lines]
+    bins = np.arange(wave.size)
+    return [[(float(np.interp(w, wave, bins)), r) for w, r in line] for line in inside if line]

@@ -47,11 +47,9 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class GalaxyChoice:
+class GalaxyChoice(utils.CommandOptions):
     """Which galaxies to work on, and how."""
 
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     plateifu: tuple[str, ...] = ()
     """Galaxies, e.g. 8485-1901; default all in the data folder."""
     galaxy_list: Path | None = None
@@ -60,23 +58,13 @@ class GalaxyChoice:
     """Part k of n of the galaxies, for job arrays: k/n with k from 0, e.g. 0/4."""
     jobs: int = 0
     """Number of processes; 0 starts one per CPU."""
-    overwrite: bool = False
-    """Replace existing outputs."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 # Choice of galaxies
 
 
 def chosen_galaxies(choice: GalaxyChoice, available: list[str]) -> list[str]:
-    """Galaxies named by flag or file, else the available ones; of these the shard's.
-
-    Raises
-    ------
-    DataError
-        If a name is not a valid plateifu, the list is missing or empty, or no galaxy is available.
-    """
+    """Galaxies named by flag or file, else the available ones; of these the shard's."""
     names = list(choice.plateifu)
     if choice.galaxy_list:
         names += read_galaxy_list(choice.galaxy_list)
@@ -95,22 +83,20 @@ def chosen_galaxies(choice: GalaxyChoice, available: list[str]) -> list[str]:
 
 def read_galaxy_list(path: Path) -> list[str]:
     """Read plateifus, one per line, or from a CSV's column plateifu; # starts a comment."""
-    expected = "Expected one plateifu per line or a CSV column plateifu; check --galaxy-list."
-    if not path.is_file():
-        raise DataError(f"{path}: no such galaxy list. {expected}")
-    with utils.reading(path, "a text of one plateifu per line", "Check --galaxy-list."):
+    expected = "one plateifu per line or a CSV column plateifu"
+    with utils.reading(path, expected, "Check --galaxy-list."):
         rows = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
-    rows = [row for row in rows if row]
-    header = [word.strip().lower() for word in rows[0].split(",")] if rows else []
-    if "plateifu" in header:
-        column = header.index("plateifu")
-        rows = [row.split(",")[column].strip() for row in rows[1:] if row.count(",") >= column]
-    if not rows:
-        raise DataError(f"{path}: names no galaxy. {expected}")
-    for row in rows:
-        if not utils.PLATEIFU.fullmatch(row):
-            raise DataError(f"{path}: {row[:80]!r} is not a valid plateifu. {expected}")
-    return rows
+        rows = [row for row in rows if row]
+        header = [word.strip().lower() for word in rows[0].split(",")] if rows else []
+        if "plateifu" in header:
+            column = header.index("plateifu")
+            rows = [row.split(",")[column].strip() for row in rows[1:] if row.count(",") >= column]
+        if not rows:
+            raise ValueError("names no galaxy")
+        for row in rows:
+            if not utils.PLATEIFU.fullmatch(row):
+                raise ValueError(f"{row[:80]!r} is not a valid plateifu")
+        return rows
 
 
 def shard_of(items: Sequence[Any], shard: str | None) -> list[Any]:
@@ -143,8 +129,7 @@ def for_each_galaxy(
     Parameters
     ----------
     work : function of a plateifu, picklable
-        Returns a word for the outcome ("written", "skipped"). An exception fails this galaxy
-        only.
+        Returns a word for the outcome, e.g. "written". An exception fails this galaxy only.
     stage : str
         Name of the work, for the progress bar, the log and failed.csv.
     failed_csv : Path
@@ -153,9 +138,7 @@ def for_each_galaxy(
     jobs : int
         Number of processes; 1 works in the current process, 0 starts one per CPU.
 
-    Returns
-    -------
-    dict of plateifu -> outcome, "failed" for those that failed.
+    Returns the outcome of each, "failed" for those that failed.
     """
     from tqdm import tqdm  # here: --help does not need it
 
@@ -163,7 +146,7 @@ def for_each_galaxy(
     outcome: dict[str, str] = {}
     failures: list[tuple[str, ...]] = []
     start = time.monotonic()
-    with tqdm(total=len(todo), desc=stage, unit="galaxy", disable=None) as bar:
+    with tqdm(total=len(todo), desc=stage, unit="observation", disable=None) as bar:
 
         def finish(plateifu: str, word: str, reason: str = "", trace: str = "") -> None:
             outcome[plateifu] = word
@@ -175,8 +158,8 @@ def for_each_galaxy(
             if (done := len(outcome)) % 100 == 0:
                 rate = done / (time.monotonic() - start)
                 left = (len(todo) - done) / rate / 60
-                speed = f"{rate:.1f} galaxies/s, {left:.0f} min left"
-                log.info(f"{stage}: {done} of {len(todo)} galaxies, {speed}")
+                speed = f"{rate:.1f} observations/s, {left:.0f} min left"
+                log.info(f"{stage}: {done} of {len(todo)} observations, {speed}")
 
         if jobs == 1 or len(todo) < 2:
             for plateifu in todo:
@@ -188,7 +171,7 @@ def for_each_galaxy(
     except OSError as error:  # a full disk: the work is done, and the log names what failed
         log.error(utils.in_one_line(error))
     if failures:
-        count = utils.counted(len(todo), "galaxy", "galaxies")
+        count = utils.counted(len(todo), "observation")
         log.error(f"{stage}: {len(failures)} of {count} failed, listed in {failed_csv}")
     return outcome
 
@@ -198,8 +181,8 @@ def _attempt(work: Callable[[str], str], plateifu: str) -> tuple[str, ...]:
     try:
         return (work(plateifu),)
     except Exception as error:  # a bug on one galaxy must not stop ten thousand others
-        reason = str(error)
-        if not isinstance(error, DataError | OSError):
+        reason = utils.in_one_line(error)
+        if not isinstance(error, DataError | OSError | MemoryError):
             reason = f"{type(error).__name__}: {error} (a bug: run this galaxy with --debug)"
         return "failed", reason, traceback.format_exc()
 
@@ -316,9 +299,9 @@ def in_threads(
 
 
 def report(outcome: dict[str, str], stage: str, where: Path) -> int:
-    """Log the number of galaxies by outcome and the folder of the results; return the exit code."""
+    """Log the number of observations by outcome and where the results are; return the exit code."""
     words = Counter(outcome.values())
     counts = ", ".join(f"{words[word]} {word}" for word in sorted(words))
-    total = utils.counted(len(outcome), "galaxy", "galaxies")
+    total = utils.counted(len(outcome), "observation")
     log.info(f"{stage}: {total} ({counts or 'none'}). Results: {where}")
     return utils.EXIT_DATA if words["failed"] else utils.EXIT_DONE

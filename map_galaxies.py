@@ -5,7 +5,7 @@ Reads   a run folder of run_SSFTT_training.py; processed/cubes/<plate>/<plateifu
         processed/labels/BPT/<plateifu>.npy where it exists.
 Writes  <run_dir>/maps/<plateifu>.fits, classes, probabilities, for metallicities 12+log(O/H) and
         the ends of its 90 % interval, and a bit mask, with the cube's sky coordinates;
-        <run_dir>/maps/galaxies.csv, a row per galaxy.
+        <run_dir>/maps/galaxies.csv, a row per observation (plateifu).
 Layouts: docs/data_formats.md#maps. Every usable spaxel gets a class; the mask says which are known
 to be star-forming. Maps that this model made from today's cubes and BPT labels are left alone;
 others are made again.
@@ -29,14 +29,14 @@ import pandas as pd
 from astropy.io import fits
 
 import data_io
-import eval_fns
 import hsi_proc_fns
+import inference
 import loops
 import run_folder
-from data_io import Recipe, digest_of, file_digest
 from intervals import LEVEL
 from labels import LABEL_NONE, SF
 from pack_cubes import NormalisedCube
+from recipe import Recipe, digest_of, file_digest
 
 log = logging.getLogger(__name__)
 
@@ -101,17 +101,20 @@ def map_recipe(weights_digest: str, cube: Recipe, bpt: np.ndarray | None) -> Rec
     return Recipe("map", MAP_VERSION, {}, inputs)
 
 
-def spaxel_mask(result: eval_fns.CubePrediction, bpt: np.ndarray | None) -> np.ndarray:
+def spaxel_mask(result: inference.CubePrediction, bpt: np.ndarray | None) -> np.ndarray:
     """Set the bits of MASK_BITS in every spaxel, (y, x) int32; `bpt` as in `write_map`."""
-    mask = np.zeros(result.classes.shape, np.int32)
     labels = np.full_like(result.classes, LABEL_NONE) if bpt is None else bpt
-    unknown = labels == LABEL_NONE
-    unmeasured, trained = ~result.inside, np.full(mask.shape, result.part == "train")
-    unlike = np.zeros(mask.shape, bool) if result.unlike is None else result.unlike
-    unusable = ~result.usable & ~unmeasured
-    flags = (unmeasured, unusable, (labels != SF) & ~unknown, unknown, trained, unlike)
-    for bit, is_set in enumerate(flags):  # in the order of MASK_BITS
-        mask[is_set] |= 1 << bit
+    flags = {
+        "NOSPEC": ~result.inside,
+        "FEWBINS": result.inside & ~result.usable,
+        "NOTSF": (labels != SF) & (labels != LABEL_NONE),
+        "NOBPT": labels == LABEL_NONE,
+        "TRAINED": result.part == "train",
+        "UNLIKE": False if result.unlike is None else result.unlike,
+    }
+    mask = np.zeros(result.classes.shape, np.int32)
+    for bit, name in enumerate(MASK_BITS):
+        mask |= np.where(flags[name], np.int32(1 << bit), np.int32(0))
     return mask
 
 
@@ -125,8 +128,8 @@ def read_map_header(path: Path) -> fits.Header:
 
 def write_map(
     path: Path,
-    result: eval_fns.CubePrediction,
-    trained: eval_fns.TrainedModel,
+    result: inference.CubePrediction,
+    trained: inference.TrainedModel,
     cards: dict,
     bpt: np.ndarray | None,
 ) -> None:
@@ -134,7 +137,7 @@ def write_map(
 
     `bpt`, (y, x) int16: the galaxy's BPT labels; None if it has none.
     """
-    task, mask = trained.spec.label_task, spaxel_mask(result, bpt)
+    card, task, mask = trained.card, trained.spec.label_task, spaxel_mask(result, bpt)
     values = [] if result.class_values is None else result.class_values.tolist()
     trusted = (mask & DISTRUST[task]) == 0
     images = {"CLASS": result.classes, "PROBABILITY": np.moveaxis(result.probabilities, 2, 0)}
@@ -150,16 +153,16 @@ def write_map(
         "ORIGIN": ("MaNGA SSFTT", "software project"),
         "CREATOR": (f"map_galaxies.py {utils.VERSION}", "command and version"),
         "DATE": (utils.utc_now().rstrip("Z"), "UTC"),
-        "PLATEIFU": (result.plateifu, "galaxy"),
+        "PLATEIFU": (result.plateifu, "observation"),
         "MANGAID": (result.attrs.get("mangaid"), "galaxy, however often observed"),
         "REDSHIFT": (result.attrs.get("redshift"), "of the cube"),
         "TASK": (task, "label that was learned"),
-        "CALIBRAT": (trained.card.recipe.options["labels"].get("diagnostic"), "of the labels"),
+        "CALIBRAT": (card.recipe.options["labels"].get("diagnostic"), "of the labels"),
         "NCALGAL": (
-            trained.card.calibration.galaxies if values else None,
+            card.calibration.galaxies if values else None,
             "galaxies that calibrated the intervals",
         ),
-        "NEPOCH": (trained.card.best["epoch"], "training epoch of the weights"),
+        "NEPOCH": (card.best["epoch"], "training epoch of the weights"),
         **cards,
         "PART": (result.part, "of the run's split; empty if in none"),
         "SPAXELS": (int(result.usable.sum()), "with a prediction"),
@@ -185,7 +188,7 @@ def write_map(
 
 
 def tabulate_maps(folder: Path) -> pd.DataFrame:
-    """Tabulate all maps in a folder from their headers, one row per galaxy.
+    """Tabulate all maps in a folder from their headers, one row per observation.
 
     Returns
     -------
@@ -207,22 +210,12 @@ def tabulate_maps(folder: Path) -> pd.DataFrame:
 
 
 def map_galaxies(
-    trained: eval_fns.TrainedModel,
-    run_dir: Path,
-    root: Path,
-    plateifus: Sequence[str],
-    failed_csv: Path,
-    readers: int = 1,
-    overwrite: bool = False,
+    config: Config, trained: inference.TrainedModel, root: Path, plateifus: Sequence[str]
 ) -> dict[str, str]:
-    """Map galaxies into the run's folder `maps`; `readers` threads read cubes in advance.
-
-    Returns
-    -------
-    dict of plateifu -> {"written", "up to date", "failed"}
-    """
-    folder = run_dir / run_folder.MAPS_FOLDER
+    """Map observations; say of each whether its map was written, is up to date, or failed."""
+    run_dir, folder = config.run_dir, config.run_dir / run_folder.MAPS_FOLDER
     weights = file_digest(run_dir / run_folder.WEIGHTS_FILE)
+    readers = utils.processes(config.jobs) if config.jobs else inference.count_readers()
 
     def read(plateifu: str) -> tuple[NormalisedCube, np.ndarray | None] | Exception | None:
         path, label_path = utils.cube_path(root, plateifu), utils.label_path(root, "BPT", plateifu)
@@ -230,9 +223,9 @@ def map_galaxies(
             bpt = data_io.read_labels(label_path) if label_path.is_file() else None
             recipe = map_recipe(weights, data_io.read_cube_head(path).recipe, bpt)
             made = read_map_header(folder / f"{plateifu}.fits").get("RECIPE")
-            if made == recipe.digest and not overwrite:
+            if made == recipe.digest and not config.overwrite:
                 return None
-            cube = eval_fns.read_cube_for(trained, path)
+            cube = inference.read_cube_for(trained, path)
             if bpt is not None:
                 hsi_proc_fns.check_label_shape(bpt, cube.usable, label_path)
             return cube, bpt
@@ -248,7 +241,7 @@ def map_galaxies(
         if found is None:
             return "up to date"
         cube, bpt = found
-        result = eval_fns.predict_normalised(trained, cube, plateifu)
+        result = inference.predict_normalised(trained, cube, plateifu)
         if not result.usable.any():
             log.warning("%s: no usable spaxel, hence no prediction", plateifu)
         cards = {
@@ -258,46 +251,40 @@ def map_galaxies(
         write_map(folder / f"{plateifu}.fits", result, trained, cards, bpt)
         return "written"
 
-    return loops.for_each_galaxy(work, plateifus, "maps", failed_csv)
+    return loops.for_each_galaxy(work, plateifus, "maps", loops.failed_path(folder, config.shard))
+
+
+def warn(table: pd.DataFrame, words: str) -> None:
+    """Warn of some maps, if there are any."""
+    if len(table):
+        log.warning("%d of the maps (%s, ...) %s", len(table), table["plateifu"].iloc[0], words)
 
 
 def main(config: Config) -> int:
-    """Map the chosen galaxies and tabulate all maps of the run."""
-    trained = eval_fns.load_model(config.run_dir, config.device)
+    """Map the chosen observations and tabulate all maps of the run."""
+    trained = inference.load_model(config.run_dir, config.device)
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
     galaxies = loops.chosen_galaxies(config, [p.stem for p in utils.processed_cubes(root)])
     folder = config.run_dir / run_folder.MAPS_FOLDER
-    readers = utils.processes(config.jobs) if config.jobs else eval_fns.count_readers()
-    failed_csv = loops.failed_path(folder, config.shard)
-    outcome = map_galaxies(
-        trained, config.run_dir, root, galaxies, failed_csv, readers, config.overwrite
-    )
-    table = tabulate_maps(folder)
-    if len(table):
-        gone = [not utils.cube_path(root, p).is_file() for p in table["plateifu"]]
-        table["cube"] = np.where(gone, "gone", "")
-        if any(gone):
-            log.warning(
-                f"{sum(gone)} of the maps ({table['plateifu'][gone].iloc[0]}, ...) are of cubes "
-                f"that are not in {root} (any more): marked as gone in {TABLE_FILE}"
-            )
+    outcome = map_galaxies(config, trained, root, galaxies)
+    if len(table := tabulate_maps(folder)):
+        is_gone = ~table["plateifu"].map(lambda p: utils.cube_path(root, p).is_file())
+        table["cube"] = np.where(is_gone, "gone", "")
         with utils.atomic_path(folder / TABLE_FILE) as part:
             table.to_csv(part, index=False)
-        chosen = table["plateifu"].isin(galaxies)
-        if "trusted" in table and (unknown := chosen & ~(table["trusted"] > 0)).any():
-            log.warning(
-                f"{unknown.sum()} of these galaxies ({table['plateifu'][unknown].iloc[0]}, ...) "
+        warn(table[is_gone], f"are of cubes that are not in {root} (any more): see {TABLE_FILE}")
+        chosen = table[table["plateifu"].isin(galaxies)]
+        if "trusted" in table:
+            warn(
+                chosen[~(chosen["trusted"] > 0)],
                 "have no spaxel that a BPT label calls star-forming: do not trust their "
                 "metallicities. Where BPT labels are missing, process_single_cube.py --labels-only "
-                "makes them"
+                "makes them",
             )
-        shown = chosen & (table["part"] == "train")
-        if shown.any():
-            names = ", ".join(table["plateifu"][shown][:3]) + (", ..." if shown.sum() > 3 else "")
-            log.warning(
-                f"{shown.sum()} of these galaxies ({names}) were trained on: their maps do not "
-                "show how well the model works on new ones"
-            )
+        warn(
+            chosen[chosen["part"] == "train"],
+            "show galaxies that the model was trained on, not how well it works on new ones",
+        )
     return loops.report(outcome, "maps", folder)
 
 

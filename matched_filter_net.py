@@ -25,8 +25,9 @@ beyond the field of view, are ignored.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,6 +38,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import distributed
+
 BLOCK = 25
 """Bins per block in which the median is taken for the continuum: 37 Angstrom at Halpha."""
 BLOCKS_JOINED = 5
@@ -45,8 +48,8 @@ COLOURS = 17
 """Broad bands of the continuum that the network sees."""
 LARGEST_WEIGHT = 6e4
 """Weights are stored as float16, which ends at 65504."""
-LINE_SIGMA = 1.3
-"""Width in bins (sigma) of the Gaussians that filters start from: 90 km/s on the default grid."""
+LINE_SIGMA = 1.25
+"""Width in bins (sigma) of the Gaussians that filters start from: 86 km/s on the default grid."""
 EPS = 1e-12
 LOG_SCALES = (-5.0, 3.0)
 """Range of the logarithm of the scale, in units of the training labels' deviation."""
@@ -58,8 +61,9 @@ SMALLEST_DEVIATION = 1e-3
 """Deviation that labels have at least, in their unit."""
 ABSENT = -20.0
 """Logit at the start of classes without a training spaxel."""
-RIDGES = tuple(10.0**k for k in range(-6, 1))
-"""Strengths tried by `ridge_by_galaxy`, per sample."""
+STRENGTHS = ((1e-4, 1e-3, 1e-2), *2 * [(1e-3, 1e-2, 0.1, 1.0, 10.0)])
+"""Strengths of the ridge regressions that are averaged, per sample: for a spaxel's own amplitudes,
+its other features, and its neighbours' features."""
 
 
 class Spectra(NamedTuple):
@@ -75,7 +79,7 @@ class Spectra(NamedTuple):
 
 @dataclass(frozen=True)
 class MatchedFilterConfig:
-    """Sizes of the network; the defaults have 86,616 parameters."""
+    """Sizes of the network; the defaults have 75,232 parameters."""
 
     bands: int = 2040
     """Bins of a spectrum."""
@@ -83,10 +87,10 @@ class MatchedFilterConfig:
     """Number of classes to tell apart; 0: a value and its scale."""
     colours: int = COLOURS
     """Broad bands, and whatever else of a spaxel is given in `Spectra.colour`."""
-    lines: int = 14
+    lines: int = 12
     """Places in the spectrum that filters start from; two filters at each, with and without
     side bands."""
-    half_width: int = 40
+    half_width: int = 60
     """Half-width in bins of the part of the spectrum that a filter sees."""
     reaches: tuple[float, ...] = (0.8, 1.5, 2.5, 4.0)
     """Reach (sigma, spaxels) that each head of the attention starts with."""
@@ -330,13 +334,21 @@ class MatchedFilterNet(nn.Module):
             nn.init.zeros_(part.weight)
             nn.init.zeros_(part.bias)
 
+    @property
+    def profiles(self) -> Tensor:
+        """Filters as they are applied to spectra, (band, filter)."""
+        return 4 * F.normalize(self.filters * self.support, dim=0)
+
     def measure(self, residual: Tensor, weight: Tensor, colour: Tensor) -> SpaxelSums:
         """Apply the filters to spectra (..., band), each spaxel on its own."""
-        filters = 4 * F.normalize(self.filters * self.support, dim=0)
+        filters = self.profiles
         residual, weight, colour = (p.to(filters.dtype) for p in (residual, weight, colour))
         d = weight @ filters.square()
         n = (residual * weight) @ filters + 0.05 * self.stars(colour) * d
-        level = torch.log(weight.mean(-1) + 1e-6)
+        return self.sums(n, d, colour, torch.log(weight.mean(-1) + 1e-6))
+
+    def sums(self, n: Tensor, d: Tensor, colour: Tensor, level: Tensor) -> SpaxelSums:
+        """Features of spaxels from what the filters measured, as in `SpaxelSums`."""
         features = torch.cat([log_amplitude(n, d), colour, level[..., None]], -1)
         return SpaxelSums(n, d, level, self.norm(features))
 
@@ -358,20 +370,25 @@ class MatchedFilterNet(nn.Module):
         """
         # F.embedding: on several threads, indexing adds up gradients in an order that varies
         own = F.embedding(centre, sums.features)
-        if self.training and len(own) > 1:
-            self.usual_mean.lerp_(own.detach().mean(0), USUAL_SHARE)
-            self.usual_covariance.lerp_(own.detach().T.cov(), USUAL_SHARE)
-        heads, key = len(self.config.reaches), self.config.key
-        query = self.query(own).view(-1, 1, heads, key)
+        if self.training and (moments := distributed.moments(own.detach())):
+            self.usual_mean.lerp_(moments[0], USUAL_SHARE)
+            self.usual_covariance.lerp_(moments[1], USUAL_SHARE)
         around = near.clamp(min=0)
         n, d, level, keys = (
             F.embedding(around, part)
             for part in (sums.n, sums.d, sums.level[:, None], self.key(sums.features))
         )
-        keys = keys.view(*near.shape, heads, key)
+        return self.combine(own, n, d, level, keys, near >= 0)
+
+    def combine(
+        self, own: Tensor, n: Tensor, d: Tensor, level: Tensor, keys: Tensor, is_there: Tensor
+    ) -> Tensor:
+        """Join a spaxel's own features (Q, own) and those of its neighbours (Q, P*P, ...)."""
+        heads, key = len(self.config.reaches), self.config.key
+        query = self.query(own).view(-1, 1, heads, key)
         logits = self.positions - self.brightness * level
-        logits = logits + (query * keys).sum(-1) / key**0.5
-        attention = logits.masked_fill((near < 0)[..., None], -torch.inf).softmax(1)
+        logits = logits + (query * keys.unflatten(-1, (heads, key))).sum(-1) / key**0.5
+        attention = logits.masked_fill(~is_there[..., None], -torch.inf).softmax(1)
         attention = attention.transpose(1, 2)  # (Q, head, P*P)
         spread = attention.square() @ d  # variance of n; of one spaxel it equals d
         n, d = attention @ n, attention @ d  # (Q, head, filter)
@@ -464,7 +481,10 @@ class MatchedFilterNet(nn.Module):
 
     @torch.no_grad()
     def start_filters(
-        self, residual: Tensor, weight: Tensor, centres: list[float] | None = None
+        self,
+        residual: Tensor,
+        weight: Tensor,
+        places: Sequence[Sequence[tuple[float, float]]] = (),
     ) -> list[float]:
         """Start the filters as Gaussians at the places where training spectra vary most.
 
@@ -475,32 +495,39 @@ class MatchedFilterNet(nn.Module):
         ----------
         residual, weight : (N, band)
             Of some training spectra.
-        centres : list of float, optional
-            Bins to start from instead, for example of known lines.
+        places : sequence of lines, optional
+            Where to start instead, for example at known lines: bins and relative strengths of
+            Gaussians that belong together, the strongest first.
 
         Returns
         -------
         list of float
-            The bins; the first ones are repeated if there are fewer than `lines`.
+            The (first) bins; they are repeated if there are fewer than `lines`.
         """
         config, bins = self.config, torch.arange(self.config.bands, dtype=torch.float64)
-        if centres is None:
+        if not places:
             excess = (weight.float() * residual.float().square()).mean(0) - 1
             excess = F.avg_pool1d(excess[None], 5, 1, 2, count_include_pad=False)[0]
-            centres = []
-            while len(centres) < config.lines:
+            while len(places) < config.lines:
                 peak = int(excess.argmax())
-                centres.append(float(peak))
+                places = [*places, [(float(peak), 1.0)]]
                 excess[max(0, peak - 6) : peak + 7] = -torch.inf
-        gauss = {c: torch.exp(-0.5 * ((bins - c) / LINE_SIGMA) ** 2) for c in centres}
+        centres = [place[0][0] for place in places]
+        lines = []
+        for place in places:
+            at, strength = torch.tensor(place, dtype=bins.dtype).T[..., None]
+            lines.append((strength * torch.exp(-0.5 * ((bins - at) / LINE_SIGMA) ** 2)).sum(0))
         for k in range(config.filters):
-            centre = centres[k % config.lines % len(centres)]
-            seen = (bins - centre).abs() <= config.half_width
-            line = gauss[centre] * seen
+            which = k % config.lines % len(places)
+            seen = (bins - centres[which]).abs() <= config.half_width
+            line = lines[which] * seen
             if k >= config.lines:
-                others = [g for c, g in gauss.items() if 1.5 < abs(c - centre)]
-                others = [g for g in others if (g * seen).max() > 0.01]
-                nuisance = torch.stack([torch.ones_like(bins), bins - centre, *others], 1)
+                others = [
+                    other
+                    for other, c in zip(lines, centres, strict=True)
+                    if abs(c - centres[which]) > 1.5 and (other * seen).max() > 0.01
+                ]
+                nuisance = torch.stack([torch.ones_like(bins), bins - centres[which], *others], 1)
                 nuisance = nuisance * seen[:, None]
                 line = line - nuisance @ torch.linalg.lstsq(nuisance, line[:, None]).solution[:, 0]
             self.filters[:, k], self.support[:, k] = line.float(), seen.float()
@@ -509,10 +536,10 @@ class MatchedFilterNet(nn.Module):
     @torch.no_grad()
     def start_head(
         self, batches: Iterable[tuple[Spectra, Tensor, Tensor]], target: Tensor, galaxy: Tensor
-    ) -> float:
+    ) -> None:
         """Fit the normalisation and the linear part of the head in closed form.
 
-        From here, training improves on a ridge regression of the features (`ridge_by_galaxy`), or
+        From here, training improves on ridge regressions of the features (`ridge_by_galaxy`), or
         for classes on a logistic regression.
 
         Parameters
@@ -524,11 +551,6 @@ class MatchedFilterNet(nn.Module):
             Labels of all these spaxels: values, or classes (int64), at least two of them.
         galaxy : (Q,) int64
             Galaxy of each.
-
-        Returns
-        -------
-        float
-            Strength of the ridge.
         """
         self.eval()
         rows, device, target = [], self.filters.device, target.cpu()
@@ -543,19 +565,22 @@ class MatchedFilterNet(nn.Module):
         self.usual_covariance.copy_(own.T.cov())
         features = features.double()
         if self.config.classes:
-            return self._start_classes(features, target)
+            self._start_classes(features, target)
+            return
         mean, deviation = target.mean(), target.std().clamp(min=SMALLEST_DEVIATION)
         self.target_mean.copy_(mean)
         self.target_std.copy_(deviation)
         wanted = ((target - mean) / deviation).double()
-        coefficients, strength = ridge_by_galaxy(features, wanted, galaxy)
+        group = torch.full(features.shape[1:], 2)
+        group[: self.config.own_features] = 1
+        group[: self.config.filters] = 0
+        coefficients = ridge_by_galaxy(features, wanted, galaxy, group)
         error = (features @ coefficients[1:] + coefficients[0] - wanted).abs().mean()
         self.linear.weight[0] = coefficients[1:].float()
         self.linear.bias.copy_(torch.stack([coefficients[0], error.log()]))
-        return strength
 
-    def _start_classes(self, features: Tensor, classes: Tensor) -> float:
-        """Start the linear part of the head as a logistic regression; return its strength."""
+    def _start_classes(self, features: Tensor, classes: Tensor) -> None:
+        """Start the linear part of the head as a logistic regression."""
         from sklearn.linear_model import LogisticRegression
 
         model = LogisticRegression(C=1 / LOGISTIC_STRENGTH, max_iter=500)
@@ -566,49 +591,60 @@ class MatchedFilterNet(nn.Module):
         self.linear.bias.fill_(ABSENT)
         self.linear.weight[model.classes_] = weight.to(self.linear.weight)
         self.linear.bias[model.classes_] = bias.to(self.linear.bias)
-        return LOGISTIC_STRENGTH
 
 
 def ridge_by_galaxy(
-    features: Tensor, target: Tensor, galaxy: Tensor, folds: int = 5
-) -> tuple[Tensor, float]:
-    """Ridge regression whose strength is chosen by leaving out whole galaxies.
+    features: Tensor,
+    target: Tensor,
+    galaxy: Tensor,
+    group: Tensor,
+    strengths: Sequence[Sequence[float]] = STRENGTHS,
+    folds: int = 5,
+) -> Tensor:
+    """Average ridge regressions by how well they do on whole galaxies left out.
 
     Parameters
     ----------
     features : (N, k) float64
     target : (N,) float64
     galaxy : (N,) int64
+    group : (k,) int64
+        Group of each feature, from 0.
+    strengths : sequence of sequence of float
+        For each group, what to multiply with the number of samples; every combination is one ridge
+        regression.
     folds : int
         Groups of galaxies that are left out in turn.
 
     Returns
     -------
-    coefficients : (1 + k,)
+    (1 + k,)
         The constant first; it is not penalised.
-    strength : float
-        One of RIDGES, times the number of samples.
+
+    Notes
+    -----
+    Each regression is weighted by its likelihood on what was left out, as if every galaxy were one
+    independent sample with Gaussian errors (the exponential weights of Leung & Barron 2006, IEEE
+    Trans. Inf. Theory 52, 3396). With few galaxies, the average is better than the best one.
     """
     x = F.pad(features, (1, 0), value=1.0)
     fold = torch.unique(galaxy, return_inverse=True)[1] % folds
-    parts = [x[fold == f] for f in range(folds)], [target[fold == f] for f in range(folds)]
-    grams = torch.stack([p.T @ p for p in parts[0]])
-    rights = torch.stack([p.T @ t for p, t in zip(*parts, strict=True)])
-    penalty = torch.eye(x.shape[1], dtype=x.dtype)
-    penalty[0, 0] = 0
+    parts = [(x[fold == f], target[fold == f]) for f in range(folds)]
+    grams = torch.stack([p.T @ p for p, _ in parts])
+    rights = torch.stack([p.T @ t for p, t in parts])
+    others = grams.sum(0) - grams, rights.sum(0) - rights
 
-    def solve(gram: Tensor, right: Tensor, strength: float) -> Tensor:
-        return torch.linalg.solve(gram + strength * gram[0, 0] * penalty, right)
+    def solve(gram: Tensor, right: Tensor, penalty: Tensor) -> Tensor:
+        return torch.linalg.solve(gram + gram[..., :1, :1] * penalty, right)
 
-    errors = [
-        sum(
-            float((p @ solve(grams.sum(0) - g, rights.sum(0) - r, s) - t).square().sum())
-            for p, t, g, r in zip(*parts, grams, rights, strict=True)
-        )
-        for s in RIDGES
-    ]
-    best = RIDGES[int(np.argmin(errors))]
-    return solve(grams.sum(0), rights.sum(0), best), best
+    errors, solutions = [], []
+    for some in itertools.product(*strengths):
+        penalty = F.pad(torch.tensor(some, dtype=x.dtype)[group], (1, 0)).diag()
+        b = solve(*others, penalty)
+        errors.append(((b[:, None] @ grams)[:, 0] * b - 2 * b * rights).sum() + target @ target)
+        solutions.append(solve(grams.sum(0), rights.sum(0), penalty))
+    likelihood = -0.5 * len(torch.unique(galaxy)) * torch.stack(errors).clamp(min=EPS).log()
+    return likelihood.softmax(0) @ torch.stack(solutions)
 
 
 def laplace_losses(out: Tensor, target: Tensor) -> Tensor:

@@ -118,73 +118,56 @@ def score_predictions(
     confusion : (true class, predicted class) int
     per_class, per_galaxy : DataFrame
     """
-    n, majority = len(class_names), int(np.argmax(class_counts))
-    frame = frame.assign(majority=frame["true"] == majority)
-    is_dex = "logoh" in frame
-    if is_dex:
+    n = len(class_names)
+    frame = frame.assign(majority=frame["true"] == int(np.argmax(class_counts)))
+    if "logoh" in frame:
         frame["error"] = frame["logoh"] - frame["value"]
         frame["constant_error"] = label_median - frame["value"]
     if "baseline_logoh" in frame:
         frame["baseline_error"] = frame["baseline_logoh"] - frame["value"]
 
-    galaxies = {k: g for k, g in frame.groupby("plateifu", sort=False)}
-    rows = []
-    for plateifu, g in galaxies.items():
-        confusion = confusion_matrix(g["true"], g["predicted"], n, g.get("weight"))
-        row = {"plateifu": plateifu, "mangaid": g["mangaid"].iloc[0], **_sizes(g)}
-        row |= {k: float(v) for k, v in overall_metrics(confusion).items()}
-        row["majority_accuracy"] = _mean(g, g["majority"])
-        if is_dex:
-            row |= _dex_errors(g)
-        rows.append(row)
-
     confusion = confusion_matrix(frame["true"], frame["predicted"], n, frame.get("weight"))
-    overall: dict[str, Any] = {
-        "galaxies": frame["mangaid"].nunique(),
-        **_sizes(frame),
-        **{k: float(v) for k, v in overall_metrics(confusion).items()},
-        "majority_accuracy": _mean(frame, frame["majority"]),
-    }
+    overall: dict[str, Any] = {"galaxies": frame["mangaid"].nunique(), **_scores(frame, n)}
     if "baseline" in frame:
         overall["baseline_accuracy"] = _mean(frame, frame["true"] == frame["baseline"])
-    if is_dex:
-        overall |= _dex_errors(frame)
-        levels = [name.removeprefix("lower_") for name in frame if name.startswith("lower_")]
+    if "logoh" in frame:
         overall["coverage"] = {
             k: _mean(frame, frame["value"].between(frame[f"lower_{k}"], frame[f"upper_{k}"]))
-            for k in levels
+            for k in (name.removeprefix("lower_") for name in frame if name.startswith("lower_"))
             if np.isfinite(frame[f"lower_{k}"]).all()
         }
     overall["intervals"] = bootstrap_intervals(frame, n, seed)
-    per_class = pd.DataFrame(class_metrics(confusion)).round({"support": 0})
-    per_class = per_class.astype({"support": int})
-    occurs = (confusion.sum(0) + confusion.sum(1)) > 0
-    per_class.loc[~occurs, ["precision", "recall", "f1", "iou"]] = np.nan
+    per_class = pd.DataFrame(class_metrics(confusion))
+    per_class[confusion.sum(0) + confusion.sum(1) == 0] = np.nan
+    per_class["support"] = confusion.sum(1).round().astype(int)
     per_class.insert(0, "class", class_names)
-    return overall, confusion, per_class, pd.DataFrame(rows)
+    per_galaxy = [
+        {"plateifu": plateifu, "mangaid": g["mangaid"].iloc[0], **_scores(g, n)}
+        for plateifu, g in frame.groupby("plateifu", sort=False)
+    ]
+    return overall, confusion, per_class, pd.DataFrame(per_galaxy)
 
 
-def _sizes(frame: pd.DataFrame) -> dict[str, int]:
-    """Count the spaxels of a table and, where they are weighted, their bins."""
-    sizes = {"spaxels": len(frame)}
-    return sizes | {"bins": round(frame["weight"].sum())} if "weight" in frame else sizes
+def _scores(frame: pd.DataFrame, n_classes: int) -> dict[str, float]:
+    """Scores of the spaxels of a table: their number (and of bins), classes, errors in dex."""
+    weight = frame.get("weight")
+    confusion = confusion_matrix(frame["true"], frame["predicted"], n_classes, weight)
+    scores: dict[str, float] = {"spaxels": len(frame)}
+    if weight is not None:
+        scores["bins"] = round(weight.sum())
+    scores |= {k: float(v) for k, v in overall_metrics(confusion).items()}
+    scores["majority_accuracy"] = _mean(frame, frame["majority"])
+    for prefix in ("", "constant_", "baseline_"):
+        if f"{prefix}error" in frame:
+            error = frame[f"{prefix}error"].to_numpy(float)
+            scores[f"{prefix}mae_dex"] = _mean(frame, np.abs(error))
+            scores[f"{prefix}rmse_dex"] = float(np.sqrt(_mean(frame, error**2)))
+    return scores
 
 
 def _mean(frame: pd.DataFrame, values: Any) -> float:
     """Mean over the spaxels of a table, with their weights if there are any."""
     return float(np.average(values, weights=frame.get("weight")))
-
-
-def _dex_errors(frame: pd.DataFrame) -> dict[str, float]:
-    """Mean absolute and root mean square error of model, constant and any baseline, dex."""
-    out = {}
-    for prefix in ("", "constant_", "baseline_"):
-        if f"{prefix}error" not in frame:
-            continue
-        error = frame[f"{prefix}error"].to_numpy(float)
-        out[f"{prefix}mae_dex"] = _mean(frame, np.abs(error))
-        out[f"{prefix}rmse_dex"] = float(np.sqrt(_mean(frame, error**2)))
-    return out
 
 
 def bootstrap_intervals(

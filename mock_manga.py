@@ -32,32 +32,23 @@ seeing. Spectral indices are not measured: all their values are masked NOVALUE|D
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import utils
 from utils import DataError
 
 import loops
-from mock.galaxy import BUNDLES, DAPTYPE, GalaxyParams, draw_params, simulate_galaxy
-from mock.physics import Galaxy
-from mock.survey import DAPALL as DAPALL  # for callers, like the next ones with "as"
-from mock.survey import DAPTYPES as DAPTYPES
-from mock.survey import check_folder, simulated_galaxies, write_catalogue
-from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
-from mock.truth import read_truth as read_truth  # the reader of the truth files, for callers
+from mock.galaxy import BUNDLES, draw_params
+from mock.survey import simulate
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class MockConfig:
+class MockConfig(utils.CommandOptions):
     """Simulate MaNGA galaxies in the DR17 file format, with the truth beside them."""
 
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
     n_galaxies: int = 24
     """Number of plateifus; the 12th, and every 72nd after it, repeats an earlier galaxy."""
     seed: int = 1
@@ -66,8 +57,6 @@ class MockConfig:
     """Bundle sizes to draw from (19 37 61 91 127); default all five, as often as in DR17."""
     jobs: int = 1
     """Number of processes; 0 starts one per CPU."""
-    overwrite: bool = False
-    """Simulate galaxies again whose files exist already."""
     depth: float = 1.0
     """Exposure time relative to the survey's; noise is proportional to 1/sqrt(depth)."""
     deep_labels: bool = False
@@ -76,36 +65,6 @@ class MockConfig:
     """Correlation (-1 to 1) of metallicity with surface brightness and rotation; 0 for none."""
     from_maps: Path | None = None
     """Real MAPS file (22 or 35 channels) whose LOGCUBE to re-synthesise, instead of a survey."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
-def write_galaxy(data_dir: Path, galaxy: Galaxy) -> list[Path]:
-    """Write LOGCUBE, MAPS and, last, the truth file of a galaxy; return their paths."""
-    import mock.dr17_files as dr17
-
-    plateifu, daptype = galaxy.scene.plateifu, galaxy.scene.cards["DAPTYPE"]
-    hdus = {"LOGCUBE": dr17.logcube_hdus(galaxy), "MAPS": dr17.maps_hdus(galaxy.deep or galaxy)}
-    paths = [dr17.raw_file(data_dir, plateifu, form, daptype) for form in hdus]
-    for path, of_file in zip(paths, hdus.values(), strict=True):
-        dr17.write_gzipped_fits(path, of_file)
-    truth = truth_path(data_dir, plateifu)
-    write_truth(truth, galaxy)
-    return [*paths, truth]
-
-
-def _simulate_one(
-    plateifu: str, root: Path, params: Mapping[str, GalaxyParams], overwrite: bool
-) -> str:
-    """Simulate and write one galaxy unless its files exist."""
-    wanted, truth = params[plateifu], truth_path(root, plateifu)
-    if truth.is_file() and not overwrite:
-        today = truth_recipe({"params": asdict(wanted)})
-        today.require(read_recipe(truth), truth, "Use --overwrite, or another --data-dir")
-        if all(utils.raw_paths(root, plateifu, form, DAPTYPE) for form in ("LOGCUBE", "MAPS")):
-            return "up to date"
-    write_galaxy(root, simulate_galaxy(wanted))
-    return "written"
 
 
 def _check_depth(depth: float) -> None:
@@ -117,14 +76,7 @@ def _check_depth(depth: float) -> None:
 def simulate_survey(config: MockConfig) -> dict[str, str]:
     """Simulate the galaxies of a survey that are missing, then write the catalogue.
 
-    Returns
-    -------
-    dict of plateifu -> {"written", "up to date", "failed"}
-
-    Raises
-    ------
-    DataError
-        Unknown bundle size, no galaxies, or a folder with real galaxies or other bundles.
+    Returns "written", "up to date" or "failed" by plateifu.
     """
     _check_depth(config.depth)
     if config.n_galaxies < 1:
@@ -144,18 +96,7 @@ def simulate_survey(config: MockConfig) -> dict[str, str]:
         for i in range(config.n_galaxies)
     )
     galaxies = [replace(p, depth=config.depth, deep_labels=config.deep_labels) for p in drawn]
-    check_folder(root, galaxies)
-    work = partial(
-        _simulate_one,
-        root=root,
-        params={p.plateifu: p for p in galaxies},
-        overwrite=config.overwrite,
-    )
-    outcome = loops.for_each_galaxy(
-        work, [p.plateifu for p in galaxies], "simulate", root / "failed_mock.csv", config.jobs
-    )
-    write_catalogue(root, simulated_galaxies(root))
-    return outcome
+    return simulate(root, galaxies, config.jobs, config.overwrite)
 
 
 def main(config: MockConfig) -> int:

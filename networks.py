@@ -9,7 +9,7 @@ these functions. A further network is one more entry in USUAL and one more case 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 import SSFTT_dense
 from HSI_SSFTT import SSFTT, get_SSFTT_model
+from intervals import Calibration
 from labels import LABEL_NONE
 from matched_filter_net import MatchedFilterConfig, MatchedFilterNet, laplace_losses
 
@@ -45,14 +46,17 @@ class Usual:
     """Norm at which gradients are clipped."""
     average: float | None = None
     """Decay per step of the running mean of the weights that is evaluated; None: the weights."""
+    start_counts: bool = False
+    """Whether the start is a model already, kept if training does not improve on it."""
 
 
 USUAL: dict[NetworkName, Usual] = {
-    "matched_filters": Usual("residual", 21, 1024, 1.5e-3, True, 50, 1.0, 0.98),
+    "matched_filters": Usual("residual", 21, 1024, 1.5e-3, True, 50, 1.0, 0.98, True),
     "ssftt": Usual("PCA", 5, 256, 1e-3, False),
 }
 FILTER_LR = 0.1
 """Learning rate of matched filters, which start at the lines, relative to the others'."""
+NOT_CALIBRATED = Calibration()
 
 
 class Answer(NamedTuple):
@@ -73,12 +77,6 @@ class Answer(NamedTuple):
     def apply(self, function: Callable[[np.ndarray], np.ndarray]) -> Answer:
         """Apply a function to each array that there is."""
         return Answer(*(None if part is None else function(part) for part in self))  # type: ignore[arg-type]
-
-
-def join(answers: Sequence[Answer], by: Callable[..., np.ndarray]) -> Answer:
-    """Join answers by numpy's concatenate or stack."""
-    parts = zip(*answers, strict=True)
-    return Answer(*(None if part[0] is None else by(part) for part in parts))  # type: ignore[arg-type]
 
 
 def make_network(name: NetworkName, sizes: dict[str, Any]) -> Network:
@@ -113,7 +111,7 @@ def cutout_outputs(network: Network, cutouts: Tensor, weights: Tensor) -> Tensor
     network : Network
     cutouts : (N, 1, band, T + P - 1, T + P - 1)
     weights : (N, T, T)
-        Of the spaxels, as in `data_fns.CutoutBatch`. Outputs where they are 0 have no meaning, but
+        Of the spaxels, as in `batches.CutoutBatch`. Outputs where they are 0 have no meaning, but
         are finite.
     """
     if isinstance(network, SSFTT):
@@ -175,7 +173,7 @@ def answer(
     outputs: Tensor,
     edges: np.ndarray | None,
     class_values: np.ndarray | None,
-    widening: float = 1.0,
+    calibration: Calibration = NOT_CALIBRATED,
 ) -> Answer:
     """Decode outputs (..., output).
 
@@ -187,9 +185,8 @@ def answer(
         Limits between metallicity classes, dex.
     class_values : (class,) array, optional
         12+log(O/H) that stands for each class, dex.
-    widening : float
-        Factor between the true scale of the errors and the network's: see
-        `Calibration.widening`.
+    calibration : Calibration
+        Widens the network's scale in the probabilities of classes, by `Calibration.widening`.
 
     Notes
     -----
@@ -213,7 +210,8 @@ def answer(
         raise DataError("a network for values without class limits: expected metallicities.")
     value, width = network.in_units(outputs)
     limits = torch.tensor(np.asarray(edges), dtype=value.dtype, device=value.device)
-    z = (limits - value[..., None]) / (widening * width[..., None])
+    widening = torch.from_numpy(calibration.widening(value.cpu().numpy())).to(value)
+    z = (limits - value[..., None]) / (widening * width)[..., None]
     below = 0.5 + 0.5 * z.sign() * (1 - (-z.abs()).exp())  # Laplace distribution function
     chances = F.pad(F.pad(below, (0, 1), value=1.0), (1, 0), value=0.0).diff(dim=-1)
     probabilities, logoh, scale = (part.cpu().numpy() for part in (chances, value, width))

@@ -28,10 +28,11 @@ from isal import isal_zlib
 from tqdm import tqdm
 
 import data_io
+import h5_files
 import hsi_proc_fns
 import loops
-from data_io import Recipe, require_alike
 from hsi_proc_fns import Stats
+from recipe import Recipe, require_alike
 
 log = logging.getLogger(__name__)
 
@@ -59,26 +60,18 @@ class NormalisedCube(NamedTuple):
 
 @dataclass
 class PackedCubes:
-    """Normalised spectra of many cubes in one table.
-
-    Attributes
-    ----------
-    path : Path
-    spectra : (row, C) float32 or float16 array
-        Memory-mapped. Row 0 is all zeros and stands for every unusable spaxel.
-    rows : dict of plateifu -> (y, x) int32
-        Row of each spaxel's spectrum.
-    cubes : dict of plateifu -> str
-        Digest of the recipe of each cube.
-    recipe : Recipe
-        Options of the cubes under "cube".
-    """
+    """Normalised spectra of many cubes in one table."""
 
     path: Path
     spectra: np.ndarray
+    """(row, C) float32 or float16, memory-mapped; row 0 is all zeros and stands for every unusable
+    spaxel."""
     rows: dict[str, np.ndarray]
+    """By plateifu, the row of each spaxel's spectrum, (y, x) int32."""
     cubes: dict[str, str]
+    """By plateifu, the digest of the cube's recipe."""
     recipe: Recipe
+    """Options of the cubes under "cube"."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the path alone: a worker maps the file again."""
@@ -86,29 +79,19 @@ class PackedCubes:
 
     @property
     def size(self) -> str:
-        """Number of galaxies and spectra, and the size on disk, in words."""
+        """Number of cubes and spectra, and the size on disk, in words."""
         n, c = self.spectra.shape
         n_bytes = self.spectra.size * self.spectra.dtype.itemsize
         size = f"{n_bytes / 1e9:.1f} GB" if n_bytes > 1e9 else f"{n_bytes / 1e6:.1f} MB"
-        return (
-            f"{len(self.rows)} galaxies, {n - 1} spectra of {c} {self.spectra.dtype} values, {size}"
-        )
+        return f"{len(self.rows)} cubes, {n - 1} spectra of {c} {self.spectra.dtype} values, {size}"
 
 
 def read_normalised(
     path: Path, patch_norm: Norm, stats: Stats | None, bands: tuple[int, int] | None = None
 ) -> NormalisedCube:
-    """Read a cube, normalise it and cut out bands.
+    """Read a cube, normalise it and keep some bands, from the first to the one before the last.
 
-    Parameters
-    ----------
-    path : Path
-        H5 cube.
-    patch_norm, stats
-        residual: as in `matched_filter_net.prepare_spectra`; others: as in
-        `hsi_proc_fns.normalise`.
-    bands : (first, last), optional
-        Keep only these, from the first to the one before the last.
+    Norm residual: see `matched_filter_net.prepare_spectra`; others: `hsi_proc_fns.normalise`.
 
     Raises
     ------
@@ -123,30 +106,25 @@ def read_normalised(
             cube.recipe.shared, options, path, "those of the statistics", data_io.REBUILD_CUBE
         )
     usable = hsi_proc_fns.usable_spaxels(cube.flux)
-    if patch_norm == "residual":
-        values = residual_rows(cube, usable, path)
-    else:
+    if patch_norm != "residual":
         values = hsi_proc_fns.normalise(cube.flux, patch_norm, stats, usable)
-    kept = hsi_proc_fns.band_slice(bands, values.shape[2], path)
-    inside = np.isfinite(cube.flux).any(axis=2)
-    values = np.ascontiguousarray(values[..., kept])
-    return NormalisedCube(values, usable, inside, cube.recipe, cube.attrs)
-
-
-def residual_rows(cube: data_io.Cube, usable: np.ndarray, path: Path) -> np.ndarray:
-    """Spectra of a cube as matched filters need them, (y, x, C) float32; see `NormalisedCube`."""
-    if cube.ivar is None:
+    elif cube.ivar is None:
         raise DataError(
             f"{path}: holds no ivar, expected the inverse variance of the flux. Re-run "
             "process_single_cube.py --overwrite, or train with --network ssftt."
         )
-    import matched_filter_net  # here, since it needs torch, which takes seconds to load
+    else:
+        import matched_filter_net  # here, since it needs torch, which takes seconds to load
 
-    spectra = matched_filter_net.prepare_spectra(cube.flux[usable], cube.ivar[usable])
-    joined = matched_filter_net.join(spectra).numpy()
-    values = np.zeros((*usable.shape, joined.shape[1]), np.float32)
-    values[usable] = joined
-    return values
+        spectra = matched_filter_net.prepare_spectra(cube.flux[usable], cube.ivar[usable])
+        joined = matched_filter_net.join(spectra).numpy()
+        values = np.zeros((*usable.shape, joined.shape[1]), np.float32)
+        values[usable] = joined
+    kept = hsi_proc_fns.band_slice(bands, values.shape[2], path)
+    inside = np.isfinite(cube.flux).any(axis=2)
+    return NormalisedCube(
+        np.ascontiguousarray(values[..., kept]), usable, inside, cube.recipe, cube.attrs
+    )
 
 
 # The file
@@ -160,19 +138,12 @@ def packed_path(root: Path, split_dir: str, patch_norm: str, dtype: str) -> Path
 def write_packed(path: Path, packed: PackedCubes, cubes: Iterable[np.ndarray]) -> None:
     """Write packed cubes, whole or not at all.
 
-    Parameters
-    ----------
-    path : Path
-    packed : PackedCubes
-        Of `spectra`, only shape and type are used.
-    cubes : iterable of (n, C) arrays
-        The spectra of each galaxy of `packed.rows` in turn, in the order of their rows.
+    Of `packed.spectra`, only shape and type are used; `cubes` are the spectra (n, C) of each cube
+    of `packed.rows` in turn, in the order of their rows.
     """
     n_bytes = packed.spectra.dtype.itemsize * int(np.prod(packed.spectra.shape, dtype=np.int64))
-    with data_io.new_h5(path, n_bytes) as f:
-        f.attrs.update(schema=PACKED_SCHEMA, schema_version=PACKED_VERSION)
-        f.attrs.update(recipe=packed.recipe.to_json(), code_version=utils.VERSION)
-        f.attrs["created_utc"] = utils.utc_now()
+    about = PACKED_SCHEMA, PACKED_VERSION, packed.recipe, utils.made_now()
+    with h5_files.new_h5(path, *about, n_bytes) as f:
         f["plateifu"] = np.array(list(packed.rows), "S")
         f["cube"] = np.array([packed.cubes[p] for p in packed.rows], "S")
         f["shape"] = np.array([r.shape for r in packed.rows.values()], np.int32)
@@ -193,13 +164,12 @@ def write_packed(path: Path, packed: PackedCubes, cubes: Iterable[np.ndarray]) -
 def read_packed(path: Path, is_checked: bool = True) -> PackedCubes:
     """Open packed cubes; the spectra stay on disk, memory-mapped, checked or not."""
     maker = "pack_cubes.py --overwrite"
-    with data_io.open_h5(path, PACKED_SCHEMA, PACKED_VERSION, maker) as f:
-        texts = (data_io.read_dataset(f, name) for name in ("plateifu", "cube"))
+    with h5_files.open_h5(path, PACKED_SCHEMA, PACKED_VERSION, maker) as (f, recipe, _):
+        texts = (h5_files.read_dataset(f, name) for name in ("plateifu", "cube"))
         names, cubes = ([word.decode() for word in text] for text in texts)
-        shapes, flat = (data_io.read_dataset(f, name) for name in ("shape", "rows"))
+        shapes, flat = (h5_files.read_dataset(f, name) for name in ("shape", "rows"))
         parts = np.split(flat, np.cumsum(shapes.prod(1))[:-1])
         rows = {p: r.reshape(s) for p, r, s in zip(names, parts, shapes, strict=True)}
-        recipe = Recipe.from_json(f.checked_attrs["recipe"], path)
         spectra = f["spectra"]
         mapped = np.memmap(path, spectra.dtype, "r", spectra.id.get_offset(), spectra.shape)
         crc, n_rows = 0, max(1, CHECKED_AT_ONCE // max(mapped[:1].nbytes, 1))
@@ -226,12 +196,8 @@ def open_packed(
 
     Parameters
     ----------
-    root : Path
-        Data folder.
-    split_dir : str
-    patch_norm : Norm
     plateifus : sequence of str
-        Galaxies that are needed.
+        Observations that are needed.
     dtype : {"float16", "float32"}
         float16 keeps 11 bits of each value (bf16 training uses 8), in half the memory.
     jobs : int
@@ -332,9 +298,7 @@ def pack(
     work = partial(usable_spectra, Path(root), patch_norm, stats, dtype)
     with loops.worker_pool(jobs, "spawn") if jobs > 1 else ThreadPoolExecutor(1) as pool:
         spectra_of_each = loops.in_order(pool, work, plateifus, 2 * jobs)
-        bar = tqdm(
-            spectra_of_each, desc="packing", total=len(plateifus), unit="galaxy", disable=None
-        )
+        bar = tqdm(spectra_of_each, desc="packing", total=len(plateifus), unit="cube", disable=None)
         write_packed(path, packed, bar)
 
 
@@ -359,35 +323,29 @@ def usable_spectra(
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(utils.CommandOptions):
     """Pack the normalised cubes of a split into one memory-mapped file."""
 
     split_dir: str
-    """Split whose galaxies are packed, e.g. hard_logOH."""
-    data_dir: Path | None = None
-    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
+    """Split whose cubes are packed, e.g. hard_logOH."""
     patch_norm: Norm = "residual"
     """Normalisation of the spectra: residual for matched filters, others for SSFTT."""
     packed_type: PackedType = "float16"
-    """Number type in the file."""
+    """Number type in the file; the values of the norm residual are float16 anyway."""
     jobs: int = 0
     """Number of processes; 0 uses one per CPU."""
-    overwrite: bool = False
-    """Pack again even if the file is up to date."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 def main(config: Config) -> int:
     """Pack a split."""
     root = utils.data_dir(config.data_dir)
     parts, _ = data_io.read_split(utils.split_path(root, config.split_dir))
-    galaxies = [p for part in ("train", "val") for p in parts[part]["plateifu"]]
+    observations = [p for part in ("train", "val") for p in parts[part]["plateifu"]]
     packed = open_packed(
         root,
         config.split_dir,
         config.patch_norm,
-        list(dict.fromkeys(galaxies)),
+        list(dict.fromkeys(observations)),
         config.packed_type,
         utils.processes(config.jobs),
         config.overwrite,

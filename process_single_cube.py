@@ -51,7 +51,7 @@ class GalaxyOptions(fits_utils.CubeOptions, fits_utils.LabelOptions, patches.Pat
 
 
 @dataclass(frozen=True)
-class Config(GalaxyOptions):
+class Config(GalaxyOptions, utils.CommandOptions):
     """Process one galaxy."""
 
     plateifu: str | None = None
@@ -65,10 +65,6 @@ class Config(GalaxyOptions):
     is warned of."""
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else that of the run --like-run, else ./data/manga."""
-    overwrite: bool = False
-    """Replace existing outputs."""
-    debug: bool = False
-    """Show tracebacks."""
 
 
 def process_galaxy(
@@ -80,23 +76,10 @@ def process_galaxy(
     redshift: float | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Make the cube and the labels of one galaxy.
+    """Make the cube and the labels of one galaxy; the outcome is one of `fits_utils.process_cube`.
 
-    Parameters
-    ----------
-    root : Path
-        Data folder.
-    logcube, maps : Path, optional
-        Default: the galaxy's files in the raw folder; MAPS first beside the LOGCUBE.
-
-    Returns
-    -------
-    {"written", "up to date", "skipped: CRITICAL"}
-
-    Raises
-    ------
-    DataError
-        Any problem with the input. Outputs that were finished before are kept.
+    `logcube` and `maps` are by default the galaxy's files in the raw folder of the data folder
+    `root`, MAPS first beside the LOGCUBE. Outputs that were finished before an error are kept.
     """
     if logcube is None and not options.labels_only:
         logcube = utils.find_raw(root, plateifu, "LOGCUBE", options.daptype)
@@ -107,12 +90,12 @@ def process_galaxy(
             maps = beside
         else:
             maps = utils.find_raw(root, plateifu, "MAPS", options.daptype)
-    words = []
+    words, cube = [], utils.cube_path(root, plateifu)
     if not options.labels_only:
         assert logcube is not None
         word = fits_utils.process_cube(
             logcube,
-            utils.cube_path(root, plateifu),
+            cube,
             options,
             redshift,
             maps if options.remove_gas_velocity else None,
@@ -127,7 +110,9 @@ def process_galaxy(
     for task in options.label_tasks:
         assert maps is not None
         target = utils.label_path(root, task, plateifu)
-        word = fits_utils.process_map(maps, target, task, options, options.skip_critical, overwrite)
+        word = fits_utils.process_map(
+            maps, target, task, options, options.skip_critical, overwrite, cube
+        )
         words.append(word)
     return "written" if "written" in words else words[-1]
 
@@ -162,16 +147,9 @@ Chosen = TypeVar("Chosen", bound=GalaxyOptions)
 
 
 def vetted(options: Chosen) -> Chosen:
-    """Check options; replace those of cube and labels by those of the run --like-run, if given.
-
-    Raises
-    ------
-    DataError
-        If the folder holds no trained model, the catalogue is none, or options contradict each
-        other.
-    """
+    """Check options; replace those of cube and labels by those of the run --like-run, if given."""
     if options.catalogue is not None:
-        from catalogue import catalogue_rows  # here: it needs astropy
+        from archive_files import catalogue_rows  # here: it needs astropy
 
         catalogue_rows(options.catalogue)
     if options.labels_only and (options.patch_norms or not options.label_tasks):

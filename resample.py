@@ -21,6 +21,8 @@ the variances are computed.
 
 from __future__ import annotations
 
+from utils import DataError
+
 import numpy as np
 from scipy import sparse
 
@@ -46,6 +48,11 @@ def target_grid(wave_min: float, wave_max: float, n_band: int) -> tuple[np.ndarr
     edges : (n_band + 1,) float64
         From wave_min to wave_max.
     """
+    if not (0 < wave_min < wave_max and n_band > 0):
+        raise DataError(
+            f"wavelength grid of {n_band} bins from {wave_min:g} to {wave_max:g} Angstrom: "
+            "expected 0 < --wave-min < --wave-max and --n-band > 0. Correct these options."
+        )
     edges = np.geomspace(wave_min, wave_max, n_band + 1)
     return np.sqrt(edges[:-1] * edges[1:]), edges
 

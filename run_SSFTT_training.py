@@ -19,11 +19,13 @@ Ctrl-C, SIGUSR1 and SIGTERM end the run after the current step: last.pt is saved
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,31 +41,28 @@ from torch.utils.data import DataLoader
 import baselines
 import calc_data_stats
 import data_fns
-import eval_fns
-import hsi_proc_fns
+import distributed
 import line_fits
 import matched_filter_net
+import network_start
 import networks
 import run_folder
-from data_fns import DataOptions, PackedDataset, PatchDataset, PatchSpec, Samples, dataset_of
-from data_io import Recipe, digest_of
-from HSI_SSFTT import SSFTT, count_parameters
+from batches import PatchDataset, SpaxelBatchSampler, dataset_of
+from data_fns import DataOptions
+from HSI_SSFTT import count_parameters
+from inference import pick_device
 from labels import class_middles
-from matched_filter_net import MatchedFilterNet, Spectra
+from matched_filter_net import MatchedFilterNet
 from networks import USUAL, Network
+from recipe import Recipe, digest_of
 from run_folder import ModelCard
+from samples import PatchSpec, Samples
 from training import OptimisationOptions, Stopper, Training, in_words, restore, train
 
 log = logging.getLogger(__name__)
 
 FINAL_LR = 0.01
 """Learning rate at the end of the cosine, as a fraction of the peak."""
-START_SPECTRA = 6_000
-"""Spectra that show where matched filters start if no known line is in range."""
-START_SPAXELS = 50_000
-"""Labelled spaxels, at most, of whole galaxies, that the head of matched filters starts from."""
-START_GALAXIES = 12
-"""Galaxies measured together there; the first ones decide the normalisation of the features."""
 MAY_CHANGE = ("data_dir", "workers", "epochs", "patience", "device")
 """Options that may differ when a run is resumed."""
 
@@ -128,6 +127,12 @@ class TrainConfig:
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "optimisation", replace(optimisation, **given))
 
+    @staticmethod
+    def followers() -> dict[str, tuple[str, ...]]:
+        """Options whose defaults depend on another one: see `utils.config_args`."""
+        of_network = ("patch_norm", "cutout", "batch_size", "lr", "monitor")
+        return {"network": of_network, "label_task": ("split_dir", "monitor")}
+
     @property
     def deciding(self) -> dict[str, Any]:
         """Options that decide what is learned."""
@@ -190,16 +195,15 @@ def check_options(config: TrainConfig) -> None:
             f"--monitor mae_dex with --label-task {data.label_task}: expected metallicities. "
             "Choose --monitor accuracy."
         )
-    plain = (
-        optimisation.amp == "off",
-        not config.run.compile,
-        model == ModelOptions(model.dropout),
-    )
-    if not is_ssftt and not all(plain):
-        raise DataError(
-            "--amp, --compile and the sizes of SSFTT with --network matched_filters: expected "
-            "their defaults. Leave them out, or choose --network ssftt."
-        )
+    if not is_ssftt:
+        of_ssftt = {"amp": optimisation.amp != "off", "compile": config.run.compile}
+        usual = asdict(ModelOptions(model.dropout))
+        of_ssftt |= {name: value != usual[name] for name, value in asdict(model).items()}
+        for name in (name for name, is_given in of_ssftt.items() if is_given):
+            raise DataError(
+                f"--{name.replace('_', '-')} with --network matched_filters: expected with SSFTT "
+                "alone. Leave it out, or choose --network ssftt."
+            )
 
 
 def create_statistics(data: DataOptions) -> None:
@@ -207,20 +211,25 @@ def create_statistics(data: DataOptions) -> None:
     path = utils.stats_path(data.root, data.split)
     if data.patch_norm == "PCA" and not path.is_file():
         log.info("%s: creating the statistics of the split (calc_data_stats.py)", path)
-        calc_data_stats.main(calc_data_stats.Config(data.split, data.root))
+        calc_data_stats.main(calc_data_stats.Config(data.split, data_dir=data.root))
 
 
-def set_up(config: TrainConfig, run_dir: Path) -> Training:
-    """Make loaders, model and optimiser from the config and its seed."""
+def set_up(config: TrainConfig, run_dir: Path, resuming: bool = False) -> Training:
+    """Make loaders, model and optimiser from the config and its seed.
+
+    A run that is resumed needs no start of the model: it goes on from its checkpoint.
+    """
     data, optimisation = config.data, config.optimisation
-    device = eval_fns.pick_device(config.run.device)
+    device = pick_device(config.run.device)
     sampler_seed, weight_seed = (
         int(s.generate_state(1)[0]) for s in np.random.SeedSequence(config.run.seed).spawn(2)
     )
     assert data.batch_size is not None
     assert optimisation.lr is not None
-    create_statistics(data)
-    loaders = data_fns.get_dataloaders(data, sampler_seed, ("train", "val"), device)
+    with distributed.first_one_ahead():  # which creates what is missing
+        create_statistics(data)
+        loaders = data_fns.get_dataloaders(data, sampler_seed, ("train", "val"), device)
+    share_batches(config, loaders)
     dataset = dataset_of(loaders["train"])
     if min(data.batch_size, len(dataset)) < 2 and data.cutout_size == 1:
         raise DataError(
@@ -230,10 +239,16 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
     torch.manual_seed(weight_seed)
     model = networks.make_network(data.network, network_sizes(config, dataset)).to(device)
     card = describe_model(config, loaders, model)
-    if isinstance(model, MatchedFilterNet):
-        start_filters(model, dataset, card, weight_seed)
-    elif config.model.projection:
-        start_projection(model, dataset, weight_seed)
+
+    def start() -> dict[str, Tensor]:
+        if isinstance(model, MatchedFilterNet):
+            network_start.start_filters(model, dataset, card, weight_seed)
+        elif config.model.projection:
+            network_start.start_projection(model, dataset, weight_seed)
+        return {name: value.cpu() for name, value in model.state_dict().items()}
+
+    if not resuming:
+        model.load_state_dict(distributed.from_first(start))
     usual, average = USUAL[data.network], None
     if usual.average is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(usual.average))
@@ -266,6 +281,31 @@ def set_up(config: TrainConfig, run_dir: Path) -> Training:
     return training
 
 
+def share_batches(config: TrainConfig, loaders: dict[str, DataLoader]) -> None:
+    """Give each of several processes its share of the training batches.
+
+    Raises
+    ------
+    DataError
+        If they cannot train this network together, or a batch is too small to be shared.
+    """
+    sampler = loaders["train"].batch_sampler
+    assert isinstance(sampler, SpaxelBatchSampler)
+    _, n = sampler.share = distributed.share()
+    if n > 1 and config.data.network == "ssftt":
+        raise DataError(
+            f"--network ssftt in {n} processes: its batch statistics would not be those of the "
+            "whole batch, expected one process. Start one, or choose --network matched_filters."
+        )
+    smallest = min(sampler.batch_size, sampler.num_samples)
+    if smallest < n:
+        raise DataError(
+            f"--batch-size {config.data.batch_size}: {smallest} cutouts or patches per step, "
+            f"expected at least one for each of {n} processes. Choose a larger --batch-size, a "
+            "smaller --cutout, or fewer processes."
+        )
+
+
 def network_sizes(config: TrainConfig, dataset: PatchDataset) -> dict[str, Any]:
     """Fields of the network's config: see `networks.make_network`."""
     data, n_classes = config.data, len(config.data.spec.class_names)
@@ -279,97 +319,6 @@ def network_sizes(config: TrainConfig, dataset: PatchDataset) -> dict[str, Any]:
         "window": data.patch_size,
         "dropout": config.model.dropout,
     }
-
-
-def start_filters(
-    model: MatchedFilterNet, dataset: PatchDataset, card: ModelCard, seed: int
-) -> None:
-    """Start matched filters at the known lines, and their head as a regression (`start_head`).
-
-    Without a line in range, they start where the training spectra vary most.
-    """
-    assert isinstance(dataset, PackedDataset)
-    samples, rng = dataset.samples, np.random.default_rng(seed)
-    _, some = baselines.sample_spectra(dataset, seed, START_SPECTRA)
-    spectra = matched_filter_net.split(torch.from_numpy(some))
-    centres = line_fits.line_bins(baselines.wave_of(card.recipe.options["cube"]))
-    centres = model.start_filters(spectra.residual, spectra.weight, centres or None)
-    groups = list(samples.by_galaxy())
-    order = [groups[i] for i in rng.permutation(len(groups))]
-    counted = np.cumsum([len(rows) for _, rows in order])
-    order = order[: int(np.searchsorted(counted, START_SPAXELS)) + 1]
-    rows = np.concatenate([rows for _, rows in order])
-    target = samples.classes if model.config.classes else samples.values
-    chosen = torch.from_numpy(target[rows]), torch.from_numpy(samples.galaxy[rows].astype(np.int64))
-    if len(order) < 2:
-        raise DataError(
-            f"{card.split_dir}: spaxels of one training galaxy, expected at least two galaxies. "
-            "Use more galaxies, or --network ssftt."
-        )
-    if model.config.classes and len(np.unique(target[rows])) < 2:
-        raise DataError(
-            f"{card.split_dir}: all training spaxels are of one class, expected at least two. "
-            "Choose another split or --label-task."
-        )
-    strength = model.start_head(together(dataset, order, model.config.window), *chosen)
-    log.info(
-        "matched filters start at %d places, their head from %d spaxels of %d galaxies "
-        "(regression of strength %g)",
-        min(len(centres), model.config.lines),
-        rows.size,
-        len(order),
-        strength,
-    )
-
-
-def together(
-    dataset: PackedDataset, galaxies: list[tuple[int, np.ndarray]], window: int
-) -> Iterator[tuple[Spectra, Tensor, Tensor]]:
-    """Yield some galaxies' spectra at a time, as `MatchedFilterNet.start_head` needs them."""
-    for i in range(0, len(galaxies), START_GALAXIES):
-        fields, nears, centres, n = [], [], [], 0
-        for galaxy, rows in galaxies[i : i + START_GALAXIES]:
-            field, (y, x) = dataset.field(galaxy)
-            values = field[0, 0].movedim(0, -1)
-            nx = values.shape[1]
-            usable = (matched_filter_net.split(values).weight > 0).any(-1)
-            near = matched_filter_net.neighbours(usable[None], window)
-            here = (dataset.samples.y[rows] - y) * nx + dataset.samples.x[rows] - x
-            centre = torch.from_numpy(here.astype(np.int64)).to(near.device)
-            # only usable spaxels, since they decide the normalisation of the features
-            place = usable.flatten().cumsum(0) - 1 + n
-            near = near[centre]
-            fields.append(values[usable])
-            nears.append(torch.where(near < 0, near, place[near]))
-            centres.append(place[centre])
-            n += int(usable.sum())
-        spectra = matched_filter_net.split(torch.cat(fields))
-        yield spectra, torch.cat(nears), torch.cat(centres)
-
-
-def start_projection(model: SSFTT, dataset: PatchDataset, seed: int) -> None:
-    """Start a learned projection as the whitened principal components of training spectra.
-
-    From random weights, training on cutouts hardly progresses (docs/science_choices.md).
-
-    Raises
-    ------
-    DataError
-        If there are fewer samples than components.
-    """
-    from sklearn.decomposition import PCA
-
-    _, spectra = baselines.sample_spectra(dataset, seed)
-    k = model.config.projection
-    assert k is not None
-    if len(spectra) <= k:
-        raise DataError(
-            f"--projection {k}: expected fewer components than the {len(spectra)} training samples."
-        )
-    pca = PCA(k, svd_solver="covariance_eigh").fit(spectra.astype(np.float64))
-    parts = (hsi_proc_fns.whitening(pca.components_, pca.explained_variance_), pca.mean_)
-    device = next(model.parameters()).device
-    model.start_projection(*(torch.from_numpy(p.astype(np.float32)).to(device) for p in parts))
 
 
 def learning_rate(
@@ -439,24 +388,28 @@ def run_recipe(config: TrainConfig, train: Samples, val: Samples) -> Recipe:
 def main(config: TrainConfig) -> int:
     """Train as the config says; return the exit code."""
     check_options(config)
-    run = config.run
+    run, stopper = config.run, Stopper()
     name = f"{config.data.label_task}_{config.data.patch_norm}"
-    run_dir, resuming = run_folder.choose(
-        run.run_dir, run.resume == "auto", run.overwrite, config.deciding, name
-    )
-    stopper = Stopper()
-    with stopper.handling(signal.SIGUSR1, signal.SIGTERM):
-        training = set_up(config, run_dir)
-        with utils.locked(run_dir, "another process trains here"):
-            if not resuming:  # only now that everything is ready: it replaces an old run
+    with (
+        distributed.together(pick_device(run.device)),
+        stopper.handling(signal.SIGUSR1, signal.SIGTERM),
+    ):
+        choose = partial(run_folder.choose, run.run_dir, run.resume == "auto", run.overwrite)
+        run_dir, resuming = distributed.from_first(partial(choose, config.deciding, name))
+        training, is_first = set_up(config, run_dir, resuming), distributed.is_first()
+        lock = utils.locked(run_dir, "another process trains here")
+        with lock if is_first else contextlib.nullcontext():
+            if is_first and not resuming:  # only now that all is ready: it replaces an old run
                 begin(config, training)
-            utils.setup_logging(run_dir / run_folder.LOG_FILE)
-            describe_data(training)
+            if is_first:
+                utils.setup_logging(run_dir / run_folder.LOG_FILE)
+                describe_data(training)
             if resuming:
                 restore(training)
-                write_config(config, run_dir)  # some options may change
                 log.info("continuing in epoch %d", training.progress.epoch + 1)
-            else:
+            if is_first and resuming:
+                write_config(config, run_dir)  # some options may change
+            elif is_first:
                 score_baselines(training)
             with stopper.handling(signal.SIGINT):
                 return train(training, stopper)

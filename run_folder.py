@@ -37,22 +37,23 @@ from safetensors.torch import save
 from torch import Tensor
 
 import data_io
-from data_fns import PatchSpec
-from data_io import Recipe, option_differences
 from hsi_proc_fns import Stats
 from intervals import Calibration
 from labels import logoh_edges
 from networks import NetworkName
+from recipe import Recipe, option_differences, sealed
+from samples import PatchSpec
 
 log = logging.getLogger(__name__)
 
 RUNS_FOLDER = Path("runs")
-MODEL_SCHEMA, MODEL_VERSION = "manga-model", 4
+MODEL_SCHEMA, MODEL_VERSION = "manga-model", 5
 CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE = "config.json", "environment.json", "log.txt"
 MODEL_FILE, WEIGHTS_FILE, STATS_FILE = "model.json", "best.safetensors", "stats.h5"
 BASELINE_FILE, METRICS_FILE = "baseline.safetensors", "metrics.csv"
 CHECKPOINT_FILE, NAN_FILE = "last.pt", "nan_batch.json"
 SPLIT_FOLDER, MAPS_FOLDER, FIGURES_FOLDER = "split", "maps", "figures"
+EVIDENCE_FOLDER = "evidence"
 RESULT_FILE, CONFUSION_FILE = "metrics.json", "confusion.csv"
 PER_CLASS_FILE, PER_GALAXY_FILE = "per_class.csv", "per_galaxy.csv"
 PREDICTIONS_FILE = "predictions.csv.gz"
@@ -69,6 +70,7 @@ REPLACED = (
     SPLIT_FOLDER,
     MAPS_FOLDER,
     FIGURES_FOLDER,
+    EVIDENCE_FOLDER,
     *utils.SPLIT_PARTS,
 )
 """Names in a run's folder that a new run there replaces or removes."""
@@ -139,7 +141,7 @@ class ModelCard:
     def write(self, run_dir: Path) -> None:
         """Write model.json, whole or not at all."""
         head = {"schema": MODEL_SCHEMA, "schema_version": MODEL_VERSION}
-        utils.write_json(run_dir / MODEL_FILE, data_io.sealed({**head, **asdict(self)}))
+        utils.write_json(run_dir / MODEL_FILE, sealed({**head, **asdict(self)}))
 
     @classmethod
     def read(cls, run_dir: Path) -> ModelCard:
@@ -161,7 +163,7 @@ class ModelCard:
             checksum = content.pop("checksum", None)
             found = (content.get("schema"), content.get("schema_version"))
             if found == (MODEL_SCHEMA, MODEL_VERSION):
-                if checksum != data_io.sealed(content)["checksum"]:
+                if checksum != sealed(content)["checksum"]:
                     raise ValueError("its checksum differs")
                 bands = content["spec"]["bands"]
                 spec = PatchSpec(**{**content["spec"], "bands": bands and tuple(bands)})
@@ -363,8 +365,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return tensors, about
 
 
+def _check_still_there(run_dir: Path) -> None:
+    """Raise a DataError if the folder of a run in progress was removed: it would be incomplete."""
+    if not (run_dir / CONFIG_FILE).is_file():
+        raise DataError(
+            f"{run_dir}: no {CONFIG_FILE} any more, expected the folder of the run in progress: it "
+            "was removed or emptied. Start the run again."
+        )
+
+
 def write_best(run_dir: Path, card: ModelCard, weights: dict[str, Tensor]) -> None:
     """Write the weights of the best epoch, then the card that describes them."""
+    _check_still_there(run_dir)
     content = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
     about = {"best": json.dumps(card.best), "calibration": json.dumps(asdict(card.calibration))}
     write_tensors(run_dir / WEIGHTS_FILE, content, about)
@@ -373,6 +385,7 @@ def write_best(run_dir: Path, card: ModelCard, weights: dict[str, Tensor]) -> No
 
 def write_checkpoint(run_dir: Path, content: dict[str, Any], history: list[dict]) -> None:
     """Write last.pt (tensors and plain values only) and metrics.csv."""
+    _check_still_there(run_dir)
     with io.BytesIO() as buffer, utils.atomic_path(run_dir / CHECKPOINT_FILE) as part:
         torch.save(content, buffer)  # to a full disk, it would raise what says nothing
         part.write_bytes(buffer.getbuffer())

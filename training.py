@@ -27,12 +27,14 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import eval_fns
+import distributed
 import intervals
 import metrics
 import networks
 import run_folder
-from data_fns import Batch, CutoutBatch, DataOptions, SpaxelBatchSampler, dataset_of, patch_file
+from batches import Batch, CutoutBatch, SpaxelBatchSampler, dataset_of
+from data_fns import DataOptions
+from inference import AMP_TYPES, Amp, sample_outputs
 from networks import Network
 from run_folder import ModelCard
 
@@ -66,7 +68,7 @@ class OptimisationOptions:
     """Stop after this number of epochs without a better one; 0: never."""
     baselines: bool = True
     """Also fit a baseline to single spectra: line ratios, or for SSFTT principal components."""
-    amp: eval_fns.Amp = "off"
+    amp: Amp = "off"
     """Mixed precision."""
 
 
@@ -168,7 +170,7 @@ def train_epoch(training: Training, stopper: Stopper) -> bool:
     training.model.train()
     training.sampler.set_epoch(progress.epoch, skip=progress.step)
     start, seconds_before = time.monotonic(), progress.seconds
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums, stopped = torch.zeros(4, dtype=torch.float64, device=device), False
     unchecked: list[tuple[Tensor, Tensor]] = []  # losses and rows, left on the device for a while
 
     bar = tqdm(
@@ -178,15 +180,15 @@ def train_epoch(training: Training, stopper: Stopper) -> bool:
         total=len(training.sampler),
         unit="batch",
         leave=False,
-        disable=None,
+        disable=None if distributed.is_first() else True,
     )
     for batch in bar:
-        with torch.autocast(
-            device.type, eval_fns.AMP_TYPES[options.amp], enabled=options.amp != "off"
-        ):
+        distributed.seed_step(training.config["seed"], progress.epoch, progress.step)
+        with torch.autocast(device.type, AMP_TYPES[options.amp], enabled=options.amp != "off"):
             loss, booked = batch_loss(training, batch)
         training.optimiser.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        distributed.sum_gradients(training.model.parameters(), len(batch.rows))
         if largest is not None:
             scaler.unscale_(training.optimiser)
             torch.nn.utils.clip_grad_norm_(training.model.parameters(), largest)
@@ -200,16 +202,16 @@ def train_epoch(training: Training, stopper: Stopper) -> bool:
         unchecked.append((loss.detach(), batch.rows))
         if len(unchecked) == CHECK_STEPS:
             check_losses(training, unchecked)
-        if stopper.requested:
+        if stopped := distributed.any_of(stopper.requested):
             break
     check_losses(training, unchecked)
     progress.seconds = seconds_before + time.monotonic() - start
-    loss_sum, hits, weight, seen = sums.tolist()
+    loss_sum, hits, weight, seen = distributed.total(sums).tolist()
     progress.loss_sum += loss_sum
     progress.hits += hits
     progress.weight += weight
     progress.seen += int(seen)
-    return not stopper.requested
+    return not stopped
 
 
 def batch_loss(training: Training, batch: Batch | CutoutBatch) -> tuple[Tensor, Tensor]:
@@ -250,7 +252,9 @@ def check_losses(training: Training, losses: list[tuple[Tensor, Tensor]]) -> Non
     training : Training
     losses : list of (loss, rows of the batch)
     """
-    values = torch.stack([loss for loss, _ in losses]).tolist() if losses else []
+    if not losses:
+        return
+    values = distributed.total(torch.stack([loss for loss, _ in losses])).tolist()
     rows = [rows for _, rows in losses]
     losses.clear()
     for loss, where in zip(values, rows, strict=True):
@@ -262,18 +266,20 @@ def refuse_loss(training: Training, loss: float, rows: Tensor) -> NoReturn:
     """Save the batch of a loss that is not finite, and raise a DataError that names its files."""
     data, progress = training.data, training.progress
     samples = dataset_of(training.loaders["train"]).samples
-    plateifus = sorted({samples.plateifus[samples.galaxy[row]] for row in rows.tolist()})
+    whole = sorted(row for part in distributed.gathered(rows.tolist()) for row in part)
+    plateifus = sorted({samples.plateifus[samples.galaxy[row]] for row in whole})
     out = training.run_dir / run_folder.NAN_FILE
     content = {
         "epoch": progress.epoch,
         "loss": loss,
-        "rows": rows.tolist(),
-        "spaxels": samples.spaxel_names(rows.tolist()),
+        "rows": whole,
+        "spaxels": samples.spaxel_names(whole),
     }
-    utils.write_json(out, content)
+    if distributed.is_first():
+        utils.write_json(out, content)
     files = [
         str(
-            patch_file(data.root, data.spec, p)
+            data.spec.patch_file(data.root, p)
             if data.source == "patches"
             else utils.cube_path(data.root, p)
         )
@@ -291,7 +297,7 @@ def validate(training: Training) -> dict[str, float]:
     """Loss and scores over the validation part; calibrates intervals with it."""
     torch.backends.cudnn.benchmark = False  # many shapes, each once per epoch
     loader, model, card = training.loaders["val"], training.evaluated, training.card
-    outputs, rows = eval_fns.sample_outputs(model, loader, training.device, training.options.amp)
+    outputs, rows = validation_outputs(model, loader, training.device, training.options.amp)
     samples = dataset_of(loader).samples
     classes, values = samples.classes[rows], samples.values[rows]
     truth = [torch.from_numpy(part).to(training.device) for part in (classes, values)]
@@ -299,16 +305,29 @@ def validate(training: Training) -> dict[str, float]:
     found = networks.answer(model, outputs, card.edges, card.dex_values)
     confusion = metrics.confusion_matrix(classes, found.classes, len(card.class_names))
     scores = {"loss": losses.mean(), **metrics.overall_metrics(confusion)}
-    error = None
     if found.value is not None:
-        error = found.value - values
-        scores["mae_dex"] = np.abs(error).mean()
-    learned = dataset_of(training.loaders["train"]).samples.plateifus
-    is_new = ~np.isin(samples.plateifus, learned)  # in an easy split, galaxies are in both
+        scores["mae_dex"] = np.abs(found.value - values).mean()
+    learned = list(dataset_of(training.loaders["train"]).samples.mangaids.values())
+    galaxy = np.array([samples.mangaids[p] for p in samples.plateifus])[samples.galaxy[rows]]
+    is_new = ~np.isin(galaxy, learned)  # in an easy split, galaxies are in both
     card.calibration = intervals.calibrate(
-        error, found.scale, found.unlikeness, samples.galaxy[rows], is_new[samples.galaxy[rows]]
+        found.value, values, found.scale, found.unlikeness, galaxy, is_new
     )
     return {k: float(v) for k, v in scores.items()}  # type: ignore[arg-type]
+
+
+def validation_outputs(
+    model: Network, loader: DataLoader, device: torch.device, amp: Amp
+) -> tuple[Tensor, np.ndarray]:
+    """Like `sample_outputs`; several processes divide the galaxies among themselves."""
+    k, n = distributed.share()
+    if n == 1:
+        return sample_outputs(model, loader, device, amp)
+    has_any = k < len(dataset_of(loader).samples.plateifus)
+    part = sample_outputs(model, loader, device, amp, (k, n)) if has_any else None
+    outputs, rows = zip(*filter(None, distributed.gathered(part)), strict=True)
+    order = np.argsort(np.concatenate(rows))
+    return torch.cat(outputs)[torch.from_numpy(order)], np.concatenate(rows)[order]
 
 
 def finish_epoch(training: Training, scores: dict[str, float]) -> None:
@@ -330,13 +349,7 @@ def finish_epoch(training: Training, scores: dict[str, float]) -> None:
         "spaxels_per_s": round(progress.seen / max(progress.seconds, 1e-9), 1),
     }
     progress.history.append(row)
-    assert options.monitor is not None
-    score = scores[options.monitor] * (-1 if options.monitor in ("loss", "mae_dex") else 1)
-    better = score > progress.best
-    if better:
-        progress.best, progress.best_epoch = score, progress.epoch + 1
-        training.card.best = {**row, "monitor": options.monitor}
-        run_folder.write_best(training.run_dir, training.card, training.evaluated.state_dict())
+    better = keep_if_best(training, row)
     log.info(
         "epoch %d/%d: loss %.4f, accuracy %.3f; validation loss %.4f, %s%s; %.0f spaxels/s, "
         "%.1f min left",
@@ -356,6 +369,30 @@ def finish_epoch(training: Training, scores: dict[str, float]) -> None:
     if out_of_patience(training):
         log.info("stopping early: no better epoch in %d", progress.epoch - progress.best_epoch)
     progress.finished = out_of_patience(training) or progress.epoch >= options.epochs
+
+
+def keep_if_best(training: Training, row: dict[str, float]) -> bool:
+    """Write the weights if they are the best so far; `row` as in metrics.csv. Say whether."""
+    monitor, progress = training.options.monitor, training.progress
+    assert monitor is not None
+    score = row[f"val_{monitor}"] * (-1 if monitor in ("loss", "mae_dex") else 1)
+    better = score > progress.best
+    if better:
+        progress.best, progress.best_epoch = score, int(row["epoch"])
+        training.card.best = {**row, "monitor": monitor}
+        if distributed.is_first():
+            run_folder.write_best(training.run_dir, training.card, training.evaluated.state_dict())
+    return better
+
+
+def keep_start(training: Training) -> None:
+    """Count a start in closed form as epoch 0: it is kept if training does not improve on it."""
+    scores = {f"val_{k}": v for k, v in validate(training).items()}
+    keep_if_best(training, {"epoch": 0, **scores})
+    log.info(
+        "start: %s",
+        in_words({f"val_{k}": scores[f"val_{k}"] for k in SHOWN if f"val_{k}" in scores}),
+    )
 
 
 def out_of_patience(training: Training) -> bool:
@@ -383,7 +420,9 @@ def save_checkpoint(training: Training) -> None:
         },
         "config": training.config,
     }
-    run_folder.write_checkpoint(training.run_dir, content, training.progress.history)
+    if distributed.is_first():
+        run_folder.write_checkpoint(training.run_dir, content, training.progress.history)
+    distributed.wait_for_all()  # the first one to end may end the others
 
 
 def restore(training: Training) -> None:
@@ -443,11 +482,13 @@ def train(training: Training, stopper: Stopper) -> int:
     if progress.finished:
         log.info("%s: the run is finished; nothing to do", run_dir)
         return utils.EXIT_DONE
+    if networks.USUAL[training.data.network].start_counts and progress.best_epoch < 0:
+        keep_start(training)
     while not progress.finished:
         if train_epoch(training, stopper):
             finish_epoch(training, validate(training))
         save_checkpoint(training)
-        if stopper.requested and not progress.finished:
+        if distributed.any_of(stopper.requested) and not progress.finished:
             log.info(
                 "stopped in epoch %d after step %d; continue with --resume auto --run-dir %s",
                 progress.epoch + 1,

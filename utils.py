@@ -1,6 +1,6 @@
 """Where every file lies, and the services that all scripts share: writing, commands, logging.
 
-Paths (README, "Data Locations"), each from a data folder and a plateifu, and back again:
+Paths (README, "Data Locations"), each from a data folder and a plateifu:
 
     raw/<plate>/<ifu>/manga-<plateifu>-{LOGCUBE,MAPS}-<daptype>.fits.gz     raw_paths
     processed/cubes/<plate>/<plateifu>.h5                                    cube_path
@@ -11,7 +11,6 @@ Paths (README, "Data Locations"), each from a data folder and a plateifu, and ba
 What is inside those files: `data_io`.
 
     >>> cube = cube_path(data_dir(None), "8485-1901")
-    >>> sibling(cube, "label", label_task="BPT")
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ if sys.version_info < (3, 11) or not importlib.util.find_spec("tyro"):  # before
         "(. .venv/bin/activate), or create it with make setup."
     )
 
+import argparse
 import contextlib
 import difflib
 import errno
@@ -42,7 +42,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -64,13 +64,6 @@ EXIT_DONE, EXIT_DATA, EXIT_USAGE, EXIT_AGAIN = 0, 1, 2, 75
 
 PLATEIFU = re.compile(r"(?<![0-9])([0-9]{4,5})-([0-9]{3,5})(?![0-9])")  # \d: any script's digits
 
-IFUS = tuple(
-    f"{fibres}{number:02d}"
-    for fibres, bundles in ((19, 2), (37, 4), (61, 4), (91, 2), (127, 5))
-    for number in range(1, bundles + 1)
-)
-"""IFUs of a plate: number of fibres, number of the bundle (all 11,273 rows of DR17's drpall)."""
-
 PART = re.compile(r"\..+\.(?P<host>[^.]*)\.(?P<pid>\d{1,9})\.part(\.[^.]+)?")
 """Name of a file that `atomic_path` is still writing, or that a killed process left."""
 PART_LIFE_S = 24 * 3600
@@ -89,18 +82,14 @@ class DataError(ValueError):
 def reading(path: Path | str, expected: str, remedy: str) -> Iterator[None]:
     """Turn whatever a library raises about a file into a DataError of one line.
 
-    Parameters
-    ----------
-    path : Path
-    expected : str
-        What the file should be, with its article.
-    remedy : str
-        What to do, a sentence with its full stop.
+    `expected` is what the file should be, with its article; `remedy` is a whole sentence.
     """
     try:
         yield
     except DataError:
         raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file, expected {expected}. {remedy}") from None
     except Exception as error:
         raise DataError(
             f"{path}: not readable ({first_line(error)}), expected {expected}. {remedy}"
@@ -124,16 +113,7 @@ def first_line(error: BaseException) -> str:
 def data_dir(flag: Path | None = None, of_run: str = "") -> Path:
     """Choose the data folder: the flag, else $MANGA_DATA_DIR, else a run's, else ./data/manga.
 
-    Parameters
-    ----------
-    flag : Path, optional
-    of_run : str
-        Data folder that a run learned from; ignored if it no longer exists.
-
-    Raises
-    ------
-    DataError
-        If it is a file.
+    `of_run`: the data folder that a run learned from; ignored if it no longer exists.
     """
     saved = of_run if of_run and Path(of_run).is_dir() else None
     folder = Path(flag or os.environ.get("MANGA_DATA_DIR") or saved or "data/manga")
@@ -172,21 +152,9 @@ def raw_paths(root: Path, plateifu: str, kind: str, daptype: str | None = None) 
 
 
 def find_raw(root: Path, plateifu: str, kind: str, daptype: str | None = None) -> Path:
-    """Return the one FITS file of a kind that a galaxy has.
+    """Return the one FITS file of a kind (LOGCUBE or MAPS) that a galaxy has.
 
-    Parameters
-    ----------
-    root : Path
-        Data folder.
-    plateifu : str
-    kind : {"LOGCUBE", "MAPS"}
-    daptype : str, optional
-        Needed only where several analyses of the galaxy lie side by side.
-
-    Raises
-    ------
-    DataError
-        If there is no such file, or several (the message lists them).
+    None or several are a `DataError`; `daptype` chooses among several analyses.
     """
     found = raw_paths(root, plateifu, kind, daptype)
     dap = [p for p in found if f"-{kind}-" in p.name]
@@ -199,16 +167,11 @@ def find_raw(root: Path, plateifu: str, kind: str, daptype: str | None = None) -
         )
     if not found:
         wanted = f"manga-{plateifu}-{kind}-{daptype or '*'}.fits.gz"
-        remedy = (
-            f"Download it with python download_utils.py --plateifu {plateifu}, or give files of "
-            "your own to process_single_cube.py (--fits, --maps)."
-        )
-        if split_plateifu(plateifu)[1] not in IFUS:
-            remedy = f"MaNGA has no such IFU; expected one of {', '.join(IFUS)}."
         raise DataError(
             f"{plateifu}: no {wanted} in {raw_dir(root, plateifu)}, expected it in this data "
             "folder (--data-dir, else $MANGA_DATA_DIR, else that of the run, else ./data/manga). "
-            f"{remedy}"
+            f"Download it with python download_utils.py --plateifu {plateifu}, or give files of "
+            "your own to process_single_cube.py (--fits, --maps)."
         )
     return found[0]
 
@@ -247,13 +210,7 @@ def default_split(label_task: str) -> str:
 
 
 def split_path(root: Path, split_dir: str, part: str | None = None) -> Path:
-    """Folder of a split, or the CSV of one of its parts.
-
-    Raises
-    ------
-    DataError
-        If the name is not the plain name of a folder.
-    """
+    """Folder of a split, a plain name without slashes, or the CSV of one of its parts."""
     if split_dir in ("", "..") or Path(split_dir).name != split_dir:
         raise DataError(
             f"--split-dir {split_dir!r}: expected the name of a folder in <data-dir>/splits/, "
@@ -280,13 +237,7 @@ def files_in(folder: Path, pattern: str) -> list[Path]:
 
 
 def plateifu_of(path: Path | str) -> str:
-    """Read the plateifu from a file name.
-
-    Raises
-    ------
-    DataError
-        If the name contains none.
-    """
+    """Read the plateifu from a file name; a DataError if it contains none."""
     match = PLATEIFU.search(Path(path).name)
     if not match:
         raise DataError(
@@ -294,60 +245,6 @@ def plateifu_of(path: Path | str) -> str:
             "give --plateifu."
         )
     return match[0]
-
-
-def data_dir_of(path: Path | str) -> Path:
-    """Find the data folder of a raw or processed file (the parent of raw/ or processed/)."""
-    parents = list(Path(path).parents)
-    for folder in parents:
-        if folder.name in ("raw", "processed", "splits"):
-            return folder.parent
-    raise DataError(
-        f"{path}: not in a data folder (expected raw/, processed/ or splits/ above it)."
-    )
-
-
-Sibling = Literal["logcube", "maps", "cube", "label", "patches"]
-
-
-def sibling(
-    path: Path | str,
-    kind: Sibling,
-    label_task: str | None = None,
-    patch_norm: str | None = None,
-    daptype: str | None = None,
-) -> Path:
-    """Path of another file of the same galaxy in the same data folder.
-
-    Parameters
-    ----------
-    path : Path
-        A FITS file, cube, label file or patch file.
-    kind : {"logcube", "maps", "cube", "label", "patches"}
-        What to return. FITS files must exist, since their name contains the analysis; of the others
-        only the path is returned.
-    label_task, patch_norm : str, optional
-        Needed for labels and patches unless `path` contains them.
-
-    Raises
-    ------
-    DataError
-        If the file lies outside a data folder, or a FITS file is missing.
-    """
-    root, plateifu, parts = data_dir_of(path), plateifu_of(path), Path(path).parts
-    label_task = label_task or next((t for t in LABEL_TASKS if t in parts), None)
-    patch_norm = patch_norm or next((n for n in PATCH_NORMS if n in parts), None)
-    if kind in ("logcube", "maps"):
-        return find_raw(root, plateifu, kind.upper(), daptype)
-    if kind == "cube":
-        return cube_path(root, plateifu)
-    if label_task is None:
-        raise DataError(f"{path}: the path contains no label task; give label_task.")
-    if kind == "label":
-        return label_path(root, label_task, plateifu)
-    if patch_norm is None:
-        raise DataError(f"{path}: the path contains no patch norm; give patch_norm.")
-    return patch_path(root, label_task, patch_norm, plateifu)
 
 
 # Writing
@@ -383,14 +280,9 @@ def atomic_path(out: Path | str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path, why: str) -> Iterator[None]:
-    """Lock a folder, created if necessary, against other processes.
+    """Lock a folder, created if necessary; a DataError that says `why` if another process did.
 
     On file systems without locks nothing is checked.
-
-    Raises
-    ------
-    DataError
-        If another process holds the lock; `why` says for what.
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
@@ -454,6 +346,11 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def made_now() -> dict[str, str]:
+    """When, and with which version of this code, something was made."""
+    return {"code_version": VERSION, "created_utc": utc_now()}
+
+
 def config_dict(config: Any) -> dict[str, Any]:
     """Fields of a config dataclass as flat JSON values; `--config` reads them back."""
     values = json.loads(json.dumps(asdict(config), default=str))
@@ -472,8 +369,13 @@ def option_names(config_class: Any) -> list[str]:
     return [name for group in groups for name in group]
 
 
-def config_args(path: Path | str, config_class: Any) -> list[str]:
-    """Command-line words that reproduce a saved config (a JSON file, or a run folder with one)."""
+def config_args(path: Path | str, config_class: Any, given: Sequence[str] = ()) -> list[str]:
+    """Command-line words that reproduce a saved config (a JSON file, or a run folder with one).
+
+    `given` are the words that will follow. `config_class.followers`, if there is one, names the
+    options whose defaults depend on another one: they are left out if that is given with another
+    value, so that they get its defaults and not the saved ones.
+    """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     with reading(path, "a JSON file as in configs/, or the folder of a run", "Check --config."):
@@ -481,6 +383,13 @@ def config_args(path: Path | str, config_class: Any) -> list[str]:
     if not isinstance(saved, dict):
         raise DataError(f"{path}: expected a JSON object of options, found {type(saved).__name__}.")
     words, known = list[str](), option_names(config_class)
+    followers: dict[str, tuple[str, ...]] = getattr(config_class, "followers", dict)()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in followers:
+        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", default=saved.get(name))
+    chosen = vars(parser.parse_known_args(given)[0])
+    changed = [name for name in followers if chosen[name] != saved.get(name)]
+    left_out = {follower for name in changed for follower in followers[name]}
     for key, value in saved.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
@@ -489,6 +398,8 @@ def config_args(path: Path | str, config_class: Any) -> list[str]:
             )
             raise DataError(f"{path}: unknown key {key!r}; {meant} Correct the file.")
         flag = key.replace("_", "-")
+        if key in left_out:
+            continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
@@ -499,15 +410,22 @@ def config_args(path: Path | str, config_class: Any) -> list[str]:
 
 def with_config_file(args: Sequence[str], config_class: Any) -> list[str]:
     """Replace `--config FILE` by its flags, placed before the user's own, which take precedence."""
-    words = list(args)
-    for i, word in enumerate(words):
-        if word == "--config":
-            if i + 1 == len(words):
-                raise DataError("--config: no file given (expected --config FILE.json).")
-            return config_args(words[i + 1], config_class) + words[:i] + words[i + 2 :]
-        if word.startswith("--config="):
-            return config_args(word.partition("=")[2], config_class) + words[:i] + words[i + 1 :]
-    return words
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.json")
+    found, words = parser.parse_known_args(args)
+    return config_args(found.config, config_class, words) + words if found.config else words
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """Options of every command that works in a data folder."""
+
+    data_dir: Path | None = None
+    """Data folder; default $MANGA_DATA_DIR, else ./data/manga."""
+    overwrite: bool = False
+    """Replace existing outputs, also those made with other options."""
+    debug: bool = False
+    """Show tracebacks."""
 
 
 Config = TypeVar("Config")

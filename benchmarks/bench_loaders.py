@@ -31,8 +31,8 @@ import data_io
 import pack_cubes
 import process_single_cube as single
 from data_fns import DataOptions
-from data_io import Recipe
 from labels import LABEL_NONE
+from recipe import Recipe
 
 TASK: utils.LabelTask = "logOH"
 NORM: utils.PatchNorm = "global"

@@ -8,7 +8,7 @@ Measures on random spectra, whose values do not change the time; what is compare
             counts the labelled ones
   run       on a GPU: epochs of run_SSFTT_training.py itself, recommended variant, cutouts 5 wide,
             for several batch sizes, eager and under torch.compile
-  map       a whole galaxy from flux to class map: normalised, and eval_fns.map_answer
+  map       a whole galaxy from flux to class map: normalised, and inference.map_answer
   memory    what a training step adds, for the same number of spaxels patch-wise and dense
   roofline  the training rates against the bound that arithmetic and memory traffic set, from the
             network's sizes and this device's measured ceilings: roofline.py
@@ -42,28 +42,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-import data_fns
+import batches
 import data_io
-import eval_fns
 import hsi_proc_fns
+import inference
 import networks
 import pack_cubes
 import SSFTT_dense
-from data_fns import (
-    Batch,
-    CutoutBatch,
-    DataOptions,
-    PackedDataset,
-    PatchSpec,
-    Samples,
-    SpaxelBatchSampler,
-)
-from data_io import Recipe
+from batches import Batch, CutoutBatch, PackedDataset, SpaxelBatchSampler
+from data_fns import DataOptions
 from hsi_proc_fns import Stats
 from HSI_SSFTT import SSFTT, SSFTTConfig, count_parameters, get_SSFTT_model
 from matched_filter_net import MatchedFilterConfig, MatchedFilterNet, joined_size
 from pack_cubes import PackedCubes
+from recipe import Recipe
 from run_folder import MODEL_VERSION, ModelCard
+from samples import PatchSpec, Samples
 from training import OptimisationOptions, Progress, Stopper, Training, batch_loss, train_epoch
 
 log = logging.getLogger(__name__)
@@ -103,7 +97,7 @@ class Config:
 
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """Where to compute."""
-    amp: eval_fns.Amp | None = None
+    amp: inference.Amp | None = None
     """Mixed precision; default bf16 on a GPU, off on a CPU."""
     bands: int = 2040
     """Bands per spectrum."""
@@ -136,7 +130,7 @@ class Bench(NamedTuple):
 
     config: Config
     device: torch.device
-    amp: eval_fns.Amp
+    amp: inference.Amp
     patches: int
     cutouts: int
     steps: int
@@ -146,7 +140,7 @@ class Bench(NamedTuple):
         """Fill in what depends on the device; refuse what cannot be measured."""
         if config.cutout % 2 == 0 or min(config.cutout, config.map_size, config.runs) < 1:
             raise DataError("--cutout must be odd, --map-size and --runs at least 1.")
-        device = eval_fns.pick_device(config.device)
+        device = inference.pick_device(config.device)
         on_gpu = device.type == "cuda"
         torch.backends.cudnn.benchmark = True  # as in training
         return cls(
@@ -166,7 +160,7 @@ class Bench(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """Type that the convolutions compute in."""
-        return eval_fns.AMP_TYPES[self.amp]
+        return inference.AMP_TYPES[self.amp]
 
     def with_cutout(self, side: int) -> Bench:
         """Take cutouts of another width, with about the same number of spaxels per step."""
@@ -486,8 +480,8 @@ def run_rows(
         loader = packed_loader(small, folder / f"run_{bands}.h5", bands, RUN_CUTOUT, 1)
         step = Step(small, RECOMMENDED, dense=True, n=1)
         step.training.loaders["train"] = loader
-        sampler, dataset = step.training.sampler, eval_fns.dataset_of(loader)
-        each = data_fns.labelled_in_a_cutout(dataset.samples, sampler.probabilities, RUN_CUTOUT)
+        sampler, dataset = step.training.sampler, batches.dataset_of(loader)
+        each = batches.labelled_in_a_cutout(dataset.samples, sampler.probabilities, RUN_CUTOUT)
         sampler.batch_size = max(1, round(size / each))
         sampler.num_samples = sampler.batch_size * n_steps
         if way == "compiled":
@@ -531,9 +525,9 @@ def packed_loader(bench: Bench, path: Path, bands: int, cutout: int, n: int) -> 
     )
     spec = PatchSpec("logOH", patch_size=bench.config.patch_size)
     packed = pack_cubes.read_packed(path)
-    spectra = data_fns.as_tensor(packed).to(bench.device)
+    spectra = batches.as_tensor(packed).to(bench.device)
     dataset = PackedDataset(samples, spec, packed, spectra, cutout, sampler.probabilities)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=data_fns.collate)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=batches.collate)
 
 
 def map_rows(bench: Bench) -> list[Row]:
@@ -545,7 +539,7 @@ def map_rows(bench: Bench) -> list[Row]:
     def class_map(variant: str, patch_wise: bool = False) -> None:
         model = trained[variant]
         values = hsi_proc_fns.normalise(flux, model.spec.patch_norm, model.stats)
-        eval_fns.map_answer(model, values, patch_wise).probabilities.argmax(2)
+        inference.map_answer(model, values, patch_wise).probabilities.argmax(2)
 
     network, stats = trained[RECOMMENDED].network, trained[RECOMMENDED].stats
     assert isinstance(network, SSFTT)
@@ -576,7 +570,7 @@ def map_rows(bench: Bench) -> list[Row]:
     return [make_row(*row[:3], "s", row[3], shape=[side, side]) for row in table]
 
 
-def trained_model(bench: Bench, variant: str) -> eval_fns.TrainedModel:
+def trained_model(bench: Bench, variant: str) -> inference.TrainedModel:
     """Wrap an untrained network for prediction; the components have random directions."""
     network = make_model(bench, variant).eval()
     n, n_bands, stats = network.config.bands, bench.config.bands, None
@@ -586,7 +580,7 @@ def trained_model(bench: Bench, variant: str) -> eval_fns.TrainedModel:
         recipe = Recipe("statistics", data_io.STATS_VERSION)
         stats = Stats(band, band, band, components, component, component / n, recipe)
     card = describe_model(bench, network, "PCA" if stats else "global")
-    return eval_fns.TrainedModel(network, card, stats, bench.device)
+    return inference.TrainedModel(network, card, stats, bench.device)
 
 
 def memory_rows(bench: Bench) -> list[Row]:
@@ -614,7 +608,7 @@ def step_memory(bench: Bench, variant: str, dense: bool, n: int) -> float:
 
 def _one_step(bench: Bench, variant: str, dense: bool, n: int) -> None:
     torch.set_num_threads(utils.cpu_count())
-    eval_fns.pick_device(bench.device.type)
+    inference.pick_device(bench.device.type)
     Step(bench, variant, dense, n)()
 
 

@@ -27,6 +27,7 @@ import utils
 
 import numpy as np
 
+import archive_files
 import fits_utils
 
 
@@ -59,7 +60,7 @@ def array_spans(path: Path) -> list[tuple[bool, int]]:
         for hdu in hdus[: last + 1]:
             where = hdu.fileinfo()
             spans += [(False, where["datLoc"] - end)]
-            spans += [(hdu.name in fits_utils.ESSENTIAL, where["datSpan"])]
+            spans += [(hdu.name in archive_files.ESSENTIAL, where["datSpan"])]
             end = where["datLoc"] + where["datSpan"]
     return spans
 
@@ -88,7 +89,7 @@ def plain_process(path: Path, target: Path) -> None:
     from astropy.io import fits
 
     with fits.open(path) as hdus:
-        z = hdus[0].header["SCINPVEL"] / fits_utils.C_KMS
+        z = hdus[0].header["SCINPVEL"] / archive_files.C_KMS
         flux, ivar, mask = (hdus[n].data for n in ("FLUX", "IVAR", "MASK"))
         redcorr = hdus["REDCORR"].data.astype(float)
     n, ny, nx = flux.shape
@@ -104,7 +105,7 @@ def plain_process(path: Path, target: Path) -> None:
     for y in range(ny):
         for x in range(nx):
             f, v = flux[:, y, x].astype(float), ivar[:, y, x].astype(float)
-            good = ((mask[:, y, x] & fits_utils.DAP_BAD) == 0) & (v > 0)
+            good = ((mask[:, y, x] & archive_files.DAP_BAD) == 0) & (v > 0)
             if not good.any():
                 continue
             f = np.where(good, f * redcorr * (1 + z), 0)
@@ -127,7 +128,7 @@ def simulate(folder: Path, bundle: int) -> Path:
 
 def measure(logcube: Path, folder: Path, runs: int) -> tuple[dict[str, float], dict[str, float]]:
     """Return the median seconds of each way, and peak GB of the command and the plain script."""
-    maps = utils.sibling(logcube, "maps")
+    maps = logcube.with_name(logcube.name.replace("LOGCUBE", "MAPS"))
     words: list[str | Path] = [sys.executable, measuring.ROOT / "process_single_cube.py"]
     words += ["--fits", logcube, "--maps", maps, "--data-dir"]
     cubes = (folder / f"cube-{i}.h5" for i in itertools.count())

@@ -36,8 +36,9 @@ import h5py
 import numpy as np
 
 import data_io
-import mock_manga
 import process_single_cube as single
+from mock.galaxy import BUNDLES, GalaxyParams, draw_params, simulate_galaxy
+from mock.survey import write_galaxy
 
 SURVEY = 10_000
 """Number of galaxies to extrapolate to; DR17 has 10,161."""
@@ -54,7 +55,7 @@ class Config:
 
     galaxies: int = 1
     """Number of simulated galaxies of each bundle size."""
-    bundles: tuple[int, ...] = tuple(mock_manga.BUNDLES)
+    bundles: tuple[int, ...] = tuple(BUNDLES)
     """Bundle sizes, in fibres."""
     jobs: int = 2
     """Number of processes to compare with a single one."""
@@ -80,14 +81,14 @@ def simulate(root: Path, bundles: tuple[int, ...], galaxies: int) -> dict[int, l
     return {b: [p.plateifu for p in ps] for b, ps in params.items()}
 
 
-def star_forming(bundle: int, galaxies: int) -> list[mock_manga.GalaxyParams]:
+def star_forming(bundle: int, galaxies: int) -> list[GalaxyParams]:
     """Draw galaxies with metallicities to label."""
-    drawn = (mock_manga.draw_params(SEED, i, (bundle,)) for i in itertools.count())
+    drawn = (draw_params(SEED, i, (bundle,)) for i in itertools.count())
     return list(itertools.islice((p for p in drawn if p.kind == "star-forming"), galaxies))
 
 
-def _simulate_one(root: Path, params: mock_manga.GalaxyParams) -> None:
-    mock_manga.write_galaxy(root, mock_manga.simulate_galaxy(params))
+def _simulate_one(root: Path, params: GalaxyParams) -> None:
+    write_galaxy(root, simulate_galaxy(params))
 
 
 def measure_jobs(root: Path, n_galaxies: int, jobs: int, runs: int) -> list[Row]:
@@ -314,7 +315,7 @@ def main(config: Config) -> int:
         by_bundle = {
             b: [measure_size(root, p, config.runs) for p in found] for b, found in names.items()
         }
-        shares = {b: share for b, (_, _, share) in mock_manga.BUNDLES.items()}
+        shares = {b: share for b, (_, _, share) in BUNDLES.items()}
         survey = extrapolate(by_bundle, shares)
         cube = data_io.read_cube(utils.cube_path(root, names[max(names)][0]))
         assert cube.ivar is not None

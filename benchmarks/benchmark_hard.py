@@ -2,12 +2,12 @@
 
 Reads   nothing: it simulates a survey, processes it with the pipeline's commands and splits it by
         galaxies. Finished steps and finished rows are skipped, so the same command continues.
-Writes  --work-dir: survey, arrays, one JSON per row; results/benchmark-hard/table.json.
+Writes  --work-dir: survey, runs, one JSON per row; results/benchmark-hard/table.json.
 
 Depth 1/k^2 is a survey whose signal-to-noise ratio is divided by k: noise is added to the H5 cubes,
 correlated between neighbouring spaxels as the survey's own, and the labels stay those of the deep
-data. Every method that learns sees the same galaxies and, below depth 1, the same realisations of
-the noise. Errors are given against the label and against the truth of the simulation.
+data. Every method that learns sees the same galaxies; the network is trained as users train it
+(run_SSFTT_training.py). Errors are given against the label and against the truth of the simulation.
 
     python benchmarks/benchmark_hard.py --work-dir work                     # depths 1 and 1/25
     python benchmarks/benchmark_hard.py --work-dir work --seeds 0 1 2 --noise 1 2 5 \
@@ -22,13 +22,14 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import measuring
 import utils
+from utils import DataError
 
 import numpy as np
 import pandas as pd
@@ -42,19 +43,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 
 import data_io
+import eval_fns
 import hsi_proc_fns
+import run_SSFTT_training
 from create_data_splits import labelled_galaxies, split_galaxies
-from HSI_SSFTT import count_parameters, get_SSFTT_model
+from HSI_SSFTT import get_SSFTT_model
 from labels import LOGOH_EDGES
-from line_fits import RATIOS, fit_lines, line_bins, log_ratios
-from matched_filter_net import (
-    MatchedFilterConfig,
-    MatchedFilterNet,
-    Spectra,
-    laplace_losses,
-    neighbours,
-    prepare_spectra,
-)
+from line_fits import RATIO_LINES, fit_lines, log_ratios
+from matched_filter_net import neighbours, prepare_spectra
 from mock.physics import NOISE_KERNEL_SPAXELS, blur_matrix
 from mock.truth import read_truth, truth_path
 
@@ -62,6 +58,8 @@ log = logging.getLogger(__name__)
 
 FRACTIONS = (0.58, 0.12, 0.30)
 """Training, calibration (reserved, not used for scores) and test galaxies."""
+MIN_LABELLED = 20
+"""Labelled spaxels of a galaxy that counts."""
 WINDOW = 7
 COMPONENTS = 30
 N_BOOTSTRAP = 1000
@@ -72,7 +70,7 @@ class Config:
     """Metallicity on galaxies never seen: the matched-filter network beside simple methods."""
 
     work_dir: Path
-    """Folder for the survey, arrays and finished rows."""
+    """Folder for the survey, runs and finished rows."""
     n_galaxies: int = 200
     """Simulated galaxies; about a sixth have too few labels."""
     noise: tuple[int, ...] = (1, 5)
@@ -85,12 +83,10 @@ class Config:
     """Each decides which galaxies are held out, and everything random in the methods."""
     rows: tuple[str, ...] = ()
     """Rows to compute; default all."""
-    steps: int = 300
-    """Training steps of the network, of 4 galaxies each."""
     ssftt_epochs: int = 15
     """Epochs of SSFTT."""
-    realisations: int = 4
-    """Realisations of the added noise to learn from, below depth 1."""
+    epochs: int = 30
+    """Epochs of the network, at most."""
     jobs: int = 2
     """Processes that simulate and process galaxies."""
     results: Path = measuring.ROOT / "results" / "benchmark-hard"
@@ -100,17 +96,6 @@ class Config:
 
 
 # Data
-
-
-@dataclass
-class Noisy:
-    """One realisation of a survey at some depth, all in the order of `Survey`'s rows."""
-
-    spectra: Spectra
-    lines: dict[str, np.ndarray]
-    """(3, N) flux, variance and continuum of each fitted line."""
-    normalised: np.ndarray
-    """(N, band) float16, spectra divided by their mean absolute value, 0 in gaps."""
 
 
 @dataclass
@@ -126,7 +111,14 @@ class Survey:
     near: np.ndarray
     """(N, P*P) rows of the neighbours, -1 where there is none."""
     wave: np.ndarray
-    real: list[Noisy] = field(default_factory=list)
+    root: Path
+    """Data folder."""
+    lines: dict[str, np.ndarray]
+    """(3, N) flux, variance and continuum of each fitted line."""
+    colour: np.ndarray
+    """(N, colour) continuum in broad bands: `Spectra.colour`."""
+    normalised: np.ndarray
+    """(N, band) float16, spectra divided by their mean absolute value, 0 in gaps."""
     part: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """Part of the split of each spaxel; see `split`."""
 
@@ -172,11 +164,50 @@ def run(root: Path, script: str, *words: str) -> None:
     subprocess.run(command, check=True)
 
 
-def read_survey(root: Path) -> tuple[Survey, np.ndarray, np.ndarray]:
-    """Read the usable spaxels of all labelled galaxies; also flux and ivar (N, band)."""
-    galaxies = labelled_galaxies(root, "logOH", 20)
+def make_shallow(root: Path, factor: int) -> Path:
+    """Make cubes whose errors are `factor` times as large; return their data folder."""
+    if factor == 1:
+        return root
+    shallow = root.with_name(f"{root.name}-noise{factor}")
+    (shallow / "processed" / "cubes").mkdir(parents=True, exist_ok=True)
+    for name in ("truth", "processed/labels"):
+        if not (shallow / name).exists():
+            (shallow / name).symlink_to((root / name).resolve())
+    for number, plateifu in enumerate(labelled_galaxies(root, "logOH", MIN_LABELLED)["plateifu"]):
+        path = utils.cube_path(shallow, plateifu)
+        if not path.is_file():
+            cube = data_io.read_cube(utils.cube_path(root, plateifu))
+            assert cube.ivar is not None
+            flux = add_noise(cube.flux, cube.ivar, factor, seed=number)
+            data_io.write_cube(path, replace(cube, flux=flux, ivar=cube.ivar / factor**2))
+    return shallow
+
+
+def sky_noise(rng: np.random.Generator, planes: int, size: int) -> np.ndarray:
+    """Draw unit noise (plane, y, x), correlated between neighbouring spaxels as the survey's."""
+    blur = blur_matrix(size, 0, NOISE_KERNEL_SPAXELS).astype(np.float32)
+    blur /= np.sqrt((blur**2).sum(axis=1, keepdims=True))
+    noise = rng.standard_normal((planes, size, size), dtype=np.float32)
+    return blur @ (noise.reshape(-1, size) @ blur.T).reshape(noise.shape)
+
+
+def add_noise(flux: np.ndarray, ivar: np.ndarray, factor: int, seed: int) -> np.ndarray:
+    """Flux (y, x, band) whose errors are `factor` times as large.
+
+    The added noise is correlated in the sky.
+    """
+    noise = sky_noise(np.random.default_rng([seed, factor]), flux.shape[2], max(flux.shape[:2]))
+    noise = noise[:, : flux.shape[0], : flux.shape[1]].transpose(1, 2, 0)
+    added = np.divide(factor**2 - 1, ivar, out=np.zeros_like(ivar), where=ivar > 0)
+    return flux + noise * np.sqrt(added)
+
+
+def read_survey(root: Path) -> Survey:
+    """Read the usable spaxels of all labelled galaxies; fit lines for the simple methods."""
+    galaxies = labelled_galaxies(root, "logOH", MIN_LABELLED)
     columns: list[list[np.ndarray]] = []
     usable_maps: list[np.ndarray] = []
+    lines: list[dict[str, np.ndarray]] = []
     for number, plateifu in enumerate(galaxies["plateifu"]):
         cube = data_io.read_cube(utils.cube_path(root, plateifu))
         assert cube.ivar is not None
@@ -184,73 +215,47 @@ def read_survey(root: Path) -> tuple[Survey, np.ndarray, np.ndarray]:
         label = data_io.read_labels(utils.label_path(root, "logOH", plateifu))
         truth = read_truth(truth_path(root, plateifu))[0]["logoh_o3n2"]
         y, x = np.nonzero(usable)
-        maps = (label[usable], truth[usable], cube.flux[usable], cube.ivar[usable])
-        columns.append([np.full(y.size, number), y, x, *maps])
+        flux, ivar = cube.flux[usable], cube.ivar[usable]
+        lines.append(fit_lines(flux, ivar, cube.wave))
+        normalised = hsi_proc_fns.unit_mean(np.nan_to_num(flux)).astype(np.float16)
+        colour = prepare_spectra(flux, ivar).colour.numpy()
+        number_of = np.full(y.size, number)
+        columns.append([number_of, y, x, label[usable], truth[usable], colour, normalised])
         usable_maps.append(usable)
-    galaxy, y, x, label, truth, flux, ivar = (np.concatenate(c) for c in zip(*columns, strict=True))
+    galaxy, y, x, label, truth, colour, normalised = (
+        np.concatenate(c) for c in zip(*columns, strict=True)
+    )
     inside = torch.from_numpy(np.stack(usable_maps))
     flat = neighbours(inside, WINDOW)[inside.flatten()].numpy()
     row_of = np.full(inside.numel() + 1, -1)
     row_of[np.flatnonzero(inside.numpy())] = np.arange(len(galaxy))
-    survey = Survey(galaxy, y, x, label, truth, galaxies, row_of[flat], cube.wave)
-    return survey, flux, ivar
-
-
-def add_noise(
-    survey: Survey, flux: np.ndarray, ivar: np.ndarray, factor: int, seed: int
-) -> np.ndarray:
-    """Flux whose errors are `factor` times as large; the added noise is correlated in the sky."""
-    rng = np.random.default_rng([seed, factor])
-    size = int(max(survey.y.max(), survey.x.max())) + 1
-    blur = blur_matrix(size, 0, NOISE_KERNEL_SPAXELS).astype(np.float32)
-    blur /= np.sqrt((blur**2).sum(axis=1, keepdims=True))
-    out = flux.copy()
-    for galaxy in np.unique(survey.galaxy):
-        rows = np.flatnonzero(survey.galaxy == galaxy)
-        noise = rng.standard_normal((flux.shape[1], size, size), dtype=np.float32)
-        noise = blur @ (noise.reshape(-1, size) @ blur.T).reshape(noise.shape)
-        added = np.divide(
-            factor**2 - 1, ivar[rows], out=np.zeros_like(ivar[rows]), where=ivar[rows] > 0
-        )
-        out[rows] += noise[:, survey.y[rows], survey.x[rows]].T * np.sqrt(added)
-    return out
-
-
-def realise(survey: Survey, flux: np.ndarray, ivar: np.ndarray) -> Noisy:
-    """Prepare spectra for the network, fit lines for the simple methods."""
-    spectra, lines, normalised = [], [], []
-    for start in range(0, len(flux), 4000):
-        f, i = flux[start : start + 4000], ivar[start : start + 4000]
-        spectra.append(prepare_spectra(f, i))
-        lines.append(fit_lines(f, i, survey.wave))
-        filled = np.where(np.isfinite(f), f, 0)
-        normalised.append(hsi_proc_fns.unit_mean(filled).astype(np.float16))
-    joined = Spectra(*(torch.cat(part) for part in zip(*spectra, strict=True)))
     fitted = {k: np.concatenate([part[k] for part in lines], 1) for k in lines[0]}
-    return Noisy(joined, fitted, np.concatenate(normalised))
+    return Survey(
+        galaxy, y, x, label, truth, galaxies, row_of[flat], cube.wave, root, fitted, colour,
+        normalised,
+    )  # fmt: skip
 
 
 # Features of the simple methods
 
 
-def line_features(survey: Survey, noisy: Noisy, kind: str) -> np.ndarray:
+def line_features(survey: Survey, kind: str) -> np.ndarray:
     """Features (N, k) from line fits.
 
     Parameters
     ----------
     survey : Survey
-    noisy : Noisy
     kind : {"ratios", "all", "neighbours"}
         Classical ratios; ratios, signal-to-noise ratios and equivalent widths of all lines, and
         the continuum's colours; those and the ratios of the fluxes summed over 3, 5 and 7 spaxels.
     """
-    lines = noisy.lines
+    lines = survey.lines
     if kind == "ratios":
-        return log_ratios(lines, [n for n in RATIOS if n in lines])
+        return log_ratios(lines, [n for n in RATIO_LINES if n in lines])
     names = [n for n in lines if n != "SII"]
     snr = np.stack([np.arcsinh(lines[n][0] / np.sqrt(lines[n][1])) for n in names], 1)
     width = np.stack([lines[n][0] / np.maximum(np.abs(lines[n][2]), 1e-3) for n in names], 1)
-    parts = [log_ratios(lines, names), snr, np.arcsinh(width / 5), noisy.spectra.colour.numpy()]
+    parts = [log_ratios(lines, names), snr, np.arcsinh(width / 5), survey.colour]
     if kind == "neighbours":
         near = survey.near
         dy, dx = np.divmod(np.arange(WINDOW**2), WINDOW)
@@ -285,10 +290,8 @@ def from_lines(kind: str, make: Callable[[int], Any]) -> Callable[..., np.ndarra
 
     def row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
         rows = survey.learned(galaxies)
-        features = [line_features(survey, noisy, kind) for noisy in survey.real]
-        x = np.concatenate([f[rows] for f in features])
-        model = make(seed).fit(x, np.tile(survey.label[rows], len(features)))
-        return model.predict(features[0][survey.test])
+        features = line_features(survey, kind)
+        return make(seed).fit(features[rows], survey.label[rows]).predict(features[survey.test])
 
     return row
 
@@ -297,10 +300,8 @@ def components(survey: Survey, galaxies: np.ndarray) -> tuple[np.ndarray, np.nda
     """Whitened principal components of training and test spectra, and the training labels."""
     rows = survey.learned(galaxies)
     model = PCA(COMPONENTS, whiten=True, svd_solver="randomized", random_state=0)
-    model.fit(survey.real[0].normalised[rows].astype(np.float32))
-    train = [model.transform(r.normalised[rows].astype(np.float32)) for r in survey.real]
-    test = model.transform(survey.real[0].normalised[survey.test].astype(np.float32))
-    return np.concatenate(train), test, np.tile(survey.label[rows], len(train))
+    train, test = (survey.normalised[r].astype(np.float32) for r in (rows, survey.test))
+    return model.fit_transform(train), model.transform(test), survey.label[rows]
 
 
 def logistic_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
@@ -343,13 +344,9 @@ def ssftt_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -
     rng = np.random.default_rng(seed)
     rows, test = survey.learned(galaxies), survey.test
     model = PCA(COMPONENTS, whiten=True, svd_solver="randomized", random_state=0)
-    model.fit(survey.real[0].normalised[rows].astype(np.float32))
-    maps = [
-        np.pad(
-            model.transform(r.normalised.astype(np.float32)).astype(np.float32), ((0, 1), (0, 0))
-        )
-        for r in survey.real
-    ]  # the last row is zeros: where there is no neighbour
+    model.fit(survey.normalised[rows].astype(np.float32))
+    values = model.transform(survey.normalised.astype(np.float32)).astype(np.float32)
+    values = np.pad(values, ((0, 1), (0, 0)))  # the last row: where there is no neighbour
     classes = np.digitize(survey.label, LOGOH_EDGES[6])
     members = [rows[classes[rows] == k] for k in range(6)]
     members = [m for m in members if m.size]
@@ -361,7 +358,7 @@ def ssftt_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     square = np.arange(WINDOW**2).reshape(WINDOW, WINDOW)
 
-    def patches(values: np.ndarray, centre: np.ndarray, order: np.ndarray) -> torch.Tensor:
+    def patches(centre: np.ndarray, order: np.ndarray) -> torch.Tensor:
         cut = values[survey.near[centre][:, order.ravel()]].reshape(-1, WINDOW, WINDOW, COMPONENTS)
         return torch.from_numpy(cut).permute(0, 3, 1, 2)[:, None].contiguous()
 
@@ -374,7 +371,7 @@ def ssftt_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -
         centre = np.array(drawn)
         order = np.rot90(square, int(rng.integers(4)))
         order = order.T if rng.integers(2) else order
-        logits = network(patches(maps[rng.integers(len(maps))], centre, order))
+        logits = network(patches(centre, order))
         loss = F.cross_entropy(logits, torch.from_numpy(classes[centre]))
         optimiser.zero_grad()
         loss.backward()
@@ -383,87 +380,39 @@ def ssftt_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -
     network.eval()
     with torch.inference_mode():
         blocks = np.array_split(test, max(1, test.size // 1000))
-        chance = torch.cat([network(patches(maps[0], b, square)).softmax(1) for b in blocks])
+        chance = torch.cat([network(patches(b, square)).softmax(1) for b in blocks])
     return chance.numpy() @ means
 
 
-def galaxy_batch(
-    survey: Survey, galaxies: np.ndarray, noisy: Noisy, order: np.ndarray | None = None
-) -> tuple[Spectra, torch.Tensor, torch.Tensor, np.ndarray]:
-    """Spectra of whole galaxies, neighbours and rows of their labelled spaxels, and these' rows."""
-    rows = np.flatnonzero(np.isin(survey.galaxy, galaxies))
-    place = np.full(len(survey.galaxy) + 1, -1)
-    place[rows] = np.arange(rows.size)
-    labelled = rows[np.isfinite(survey.label[rows])]
-    near = survey.near[labelled] if order is None else survey.near[labelled][:, order]
-    take = torch.from_numpy(rows)
-    spectra = Spectra(*(part[take].float() for part in noisy.spectra))
-    return spectra, torch.from_numpy(place[near]), torch.from_numpy(place[labelled]), labelled
-
-
 def train_network(
-    survey: Survey, galaxies: np.ndarray, seed: int, steps: int, window: int = WINDOW
-) -> MatchedFilterNet:
-    """Train the matched-filter network on whole galaxies, from its closed-form start."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    model = MatchedFilterNet(MatchedFilterConfig(bands=survey.wave.size))
-    some = rng.permutation(survey.learned(galaxies))[:6000]
-    spectra = survey.real[0].spectra
-    model.start_filters(spectra.residual[some], spectra.weight[some], line_bins(survey.wave))
-    first = rng.permutation(galaxies)[:12]
-    order = [first, *np.array_split(np.setdiff1d(galaxies, first), max(1, galaxies.size // 4))]
-    pairs = [(part, noisy) for noisy in survey.real for part in order if part.size]
-    rows = np.concatenate([galaxy_batch(survey, *p)[3] for p in pairs])
-    batches = (galaxy_batch(survey, *p)[:3] for p in pairs)
-    target = torch.from_numpy(survey.label).float()
-    strength = model.start_head(batches, target[rows], torch.from_numpy(survey.galaxy[rows]))
-    log.info("seed %d: ridge %g, %d parameters", seed, strength, count_parameters(model))
-    others = [p for name, p in model.named_parameters() if name != "filters"]
-    groups: list[dict[str, Any]] = [
-        {"params": [model.filters], "lr": 1.5e-4, "weight_decay": 0.0},
-        {"params": others},
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min(1, (s + 1) / 50) * 0.5 * (1 + np.cos(np.pi * s / steps))
-    )
-    average = {k: v.clone() for k, v in model.state_dict().items()}
-    square = np.arange(window**2).reshape(window, window)
-    queue: Iterator[np.ndarray] = iter(())
-    model.train()
-    for step in range(steps):
-        chosen = next(queue, None)
-        if chosen is None:
-            queue = iter(np.array_split(rng.permutation(galaxies), max(1, galaxies.size // 4)))
-            chosen = next(queue)
-        turned = np.rot90(square, int(rng.integers(4)))
-        turned = turned.T if rng.integers(2) else turned
-        noisy = survey.real[rng.integers(len(survey.real))]
-        spectra, near, centre, rows = galaxy_batch(survey, chosen, noisy, turned.ravel())
-        out = model.answer(model.features(model.measure(*spectra), near, centre))
-        loss = laplace_losses(out, (target[rows] - model.target_mean) / model.target_std).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        for name, value in model.state_dict().items():
-            average[name].lerp_(value, 1 - min(0.98, (step + 1) / (step + 10)))
-    model.load_state_dict(average)
-    return model.eval()
+    survey: Survey, galaxies: np.ndarray, seed: int, work_dir: Path, epochs: int
+) -> Path:
+    """Train the network as run_SSFTT_training.py does by default; return the run's folder."""
+    parts = split_galaxies(survey.galaxies, FRACTIONS, seed)
+    learned = set(survey.galaxies["plateifu"].iloc[galaxies])
+    parts["train"] = parts["train"][parts["train"]["plateifu"].isin(learned)]
+    name = f"{survey.root.name}_{galaxies.size}_{seed}"
+    recipe = data_io.Recipe("split", data_io.SPLIT_VERSION, {"kind": "hard", "seed": seed}, {})
+    data_io.write_split(utils.split_path(survey.root, name), parts, recipe)
+    run_dir = work_dir / "runs" / name
+    options = run_SSFTT_training.train_config(
+        label_task="logOH", data_dir=survey.root, split_dir=name, seed=seed, epochs=epochs,
+        baselines=False, run_dir=run_dir, overwrite=True,
+    )  # fmt: skip
+    if run_SSFTT_training.main(options) != utils.EXIT_DONE:
+        raise DataError(f"{name}: stopped by a signal. Give the same command again to continue.")
+    utils.setup_logging()  # no longer into the run's log file
+    return run_dir
 
 
 def ours_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -> np.ndarray:
     """Matched-filter network."""
-    model = train_network(survey, galaxies, seed, config.steps)
-    out = np.full(len(survey.galaxy), np.nan)
-    with torch.inference_mode():
-        for galaxy in np.unique(survey.galaxy[survey.test]):
-            spectra, near, centre, rows = galaxy_batch(survey, np.array([galaxy]), survey.real[0])
-            answer = model.answer(model.features(model.measure(*spectra), near, centre))
-            out[rows] = model.in_units(answer)[0].numpy()
-    return out[survey.test]
+    run_dir = train_network(survey, galaxies, seed, config.work_dir, config.epochs)
+    found = eval_fns.evaluate_split(run_dir, "test", survey.root).predictions
+    value_of = found.set_index(["plateifu", "y", "x"])["logoh"]
+    test, names = survey.test, survey.galaxies["plateifu"].to_numpy()
+    keys = pd.MultiIndex.from_arrays([names[survey.galaxy[test]], survey.y[test], survey.x[test]])
+    return value_of.loc[keys].to_numpy()
 
 
 ROWS: dict[str, Callable[..., np.ndarray]] = {
@@ -537,12 +486,8 @@ def main(config: Config) -> int:
         missing = [w for w in wanted if not row_path(config, wave_min, factor, *w).is_file()]
         if not missing:
             continue
-        survey, flux, ivar = read_survey(make_cubes(config, wave_min))
-        for k in range(config.realisations if factor > 1 else 1):
-            noisy = add_noise(survey, flux, ivar, factor, k) if factor > 1 else flux
-            survey.real.append(realise(survey, noisy, ivar / factor**2))
-            log.info("from %g, S/N/%d: realisation %d ready", wave_min, factor, k)
-        del flux, ivar
+        root = make_cubes(config, wave_min)
+        survey = read_survey(make_shallow(root, factor))
         for name, n, seed in missing:
             survey.split(seed)
             start = time.monotonic()

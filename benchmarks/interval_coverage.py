@@ -41,6 +41,8 @@ class Config:
     """Data folder; default $MANGA_DATA_DIR, else the run's, else ./data/manga."""
     divisions: int = 100
     """Random divisions of the galaxies into halves."""
+    bins: tuple[int, ...] = (1, intervals.BINS)
+    """Numbers of bins of predicted values, each of which has its own factor."""
     seed: int = 0
     """Random seed of the divisions."""
     results: Path = measuring.ROOT / "results" / "intervals"
@@ -56,7 +58,7 @@ def held_out(config: Config) -> pd.DataFrame:
     -------
     DataFrame, one row per spaxel
         As of `eval_fns.predictions_table`; snr (median of flux / error), radius (of the spaxel from
-        the middle of the field, spaxels), ratio (|error| / scale).
+        the middle of the field, spaxels), scale (that the network gives, dex).
     """
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
     card = run_folder.ModelCard.read(config.run_dir)
@@ -67,10 +69,9 @@ def held_out(config: Config) -> pd.DataFrame:
         )
     parts = [eval_fns.evaluate_split(config.run_dir, part, root) for part in ("val", "test")]
     frame = pd.concat([part.predictions for part in parts], ignore_index=True)
-    level = str(intervals.LEVEL)
-    calibration = card.calibration
+    level = intervals.LEVEL
     half = (frame[f"upper_{level}"] - frame[f"lower_{level}"]) / 2
-    frame["ratio"] = (frame["logoh"] - frame["value"]).abs() / half * calibration.quantiles[level]
+    frame["scale"] = half / card.calibration.factor(frame["logoh"].to_numpy(), level)
     for plateifu, rows in frame.groupby("plateifu").groups.items():
         cube = data_io.read_cube(utils.cube_path(root, str(plateifu)))
         assert cube.ivar is not None
@@ -87,9 +88,7 @@ def thirds(values: pd.Series) -> pd.Series:
     return pd.qcut(values, 3, labels=False)
 
 
-def coverage(
-    frame: pd.DataFrame, divisions: int, seed: int, level: float = intervals.LEVEL
-) -> list[dict[str, Any]]:
+def coverage(frame: pd.DataFrame, divisions: int, seed: int, bins: int) -> list[dict[str, Any]]:
     """Mean and scatter, over divisions of the galaxies, of the fraction of labels held.
 
     Parameters
@@ -97,13 +96,14 @@ def coverage(
     frame : DataFrame
         As of `held_out`.
     divisions, seed : int
-    level : float
+    bins : int
+        As of `intervals.calibrate`.
 
     Returns
     -------
     list of dict
         name, bin, spaxels, mean, std (over divisions); of single galaxies mean and the 5 and 95 %
-        quantiles over galaxies and divisions.
+        quantiles over galaxies and divisions. The last: mean half-width of the intervals, dex.
     """
     of: dict[str, Callable[[pd.DataFrame], Any]] = {
         "all": lambda f: np.zeros(len(f), int),
@@ -111,46 +111,57 @@ def coverage(
         "radius, third": lambda f: thirds(f["radius"]),
         "class": lambda f: f["true"],
     }
-    bins = {name: np.asarray(make(frame)) for name, make in of.items()}
+    groups = {name: np.asarray(make(frame)) for name, make in of.items()}
     galaxy = pd.factorize(frame["mangaid"])[0]
-    n, ratio = galaxy.max() + 1, frame["ratio"].to_numpy()
-    rng, found, single = np.random.default_rng(seed), dict[tuple[str, int], list[float]](), []
+    value, label, scale = (frame[name].to_numpy() for name in ("logoh", "value", "scale"))
+    n, rng, found = galaxy.max() + 1, np.random.default_rng(seed), dict[tuple[str, int], list]()
+    single, widths = [], []
     for _ in range(divisions):
         calibrates = np.isin(galaxy, rng.permutation(n)[: n // 2])
-        limit = np.quantile(ratio[calibrates], level, method="higher")
-        held, rest = ratio <= limit, ~calibrates
-        for name, bin_of in bins.items():
-            for k in np.unique(bin_of):
-                found.setdefault((name, int(k)), []).append(held[rest & (bin_of == k)].mean())
+        made = intervals.calibrate(value, label, scale, None, galaxy, calibrates, bins)
+        lower, upper = made.interval(value, scale)
+        held, rest = (lower <= label) & (label <= upper), ~calibrates
+        for name, group in groups.items():
+            for k in np.unique(group):
+                found.setdefault((name, int(k)), []).append(held[rest & (group == k)].mean())
         counts = np.bincount(galaxy[rest], minlength=n)
         single.append(
             (np.bincount(galaxy[rest], held[rest], n) / np.maximum(counts, 1))[counts > 0]
         )
+        widths.append(float((upper - lower)[rest].mean() / 2))
     rows: list[dict[str, Any]] = [
         {
-            "name": name, "bin": k, "spaxels": int((bins[name] == k).sum()),
+            "name": name, "bin": k, "spaxels": int((groups[name] == k).sum()),
             "mean": float(np.nanmean(values)), "std": float(np.nanstd(values)),
         }
         for (name, k), values in found.items()
     ]  # fmt: skip
     each = np.concatenate(single)
     low, high = np.quantile(each, (0.05, 0.95))
-    galaxies = {"name": "single galaxies", "bin": 0, "spaxels": len(frame)}
-    return [*rows, {**galaxies, "mean": float(each.mean()), "low": float(low), "high": float(high)}]
+    common = {"bin": 0, "spaxels": len(frame)}
+    rows.append(
+        {"name": "single galaxies", **common, "mean": float(each.mean()), "low": low, "high": high}
+    )
+    return [*rows, {"name": "half-width", **common, "mean": np.mean(widths), "std": np.std(widths)}]
 
 
 def main(config: Config) -> int:
     """Count, print and write."""
     frame = held_out(config)
-    rows = coverage(frame, config.divisions, config.seed)
+    tables = {bins: coverage(frame, config.divisions, config.seed, bins) for bins in config.bins}
     galaxies = frame["mangaid"].nunique()
     print(f"{intervals.LEVEL:.0%} intervals, {galaxies} galaxies, {config.divisions} divisions")
-    for row in rows:
-        spread = (
-            f"+- {row['std']:.3f}" if "std" in row else f"{row['low']:.2f} to {row['high']:.2f}"
+    print(f"{'bins of predicted values':<36}" + "".join(f"{bins:<18}" for bins in config.bins))
+    for rows in zip(*tables.values(), strict=True):
+        name = f"{rows[0]['name']} {rows[0]['bin']}"
+        cells = (
+            f"{row['mean']:.3f} "
+            + (f"+- {row['std']:.3f}" if "std" in row else f"{row['low']:.2f}-{row['high']:.2f}")
+            for row in rows
         )
-        name = f"{row['name']} {row['bin']}" if row["name"] != "all" else "all"
-        print(f"  {name:<20}{row['spaxels']:>8} spaxels   {row['mean']:.3f} {spread}")
+        line = "".join(f"{cell:<18}" for cell in cells)
+        print(f"  {name:<20}{rows[0]['spaxels']:>6} spaxels {line}")
+    rows = [{"bins": bins, **row} for bins, table in tables.items() for row in table]
     measuring.write_rows(config.results / "coverage.json", rows, config=utils.config_dict(config))
     return utils.EXIT_DONE
 

@@ -2,7 +2,7 @@
 
 Reads   --real: the DAP MAPS of 7815-3702 and the real spectra of the DAP's test data;
         --data-dir: LOGCUBE and MAPS of simulated galaxies; without it, galaxies are simulated.
-Writes  results/bench/mock_realism.json; with --figures, PNGs of spectra and maps side by side.
+Writes  results/bench/mock_realism.json.
 
 Each row is measured from files, by the same code for real and simulated ones, and says whether the
 median of the simulated galaxies lies in the range of the real values. Where only one real value is
@@ -10,7 +10,7 @@ at hand the range is that value within 15 %, for correlations within 0.1, or the
 which includes a second real galaxy. Spectra are (band,), maps (y, x); wavelengths in vacuum
 Angstrom.
 
-    python benchmarks/mock_realism.py --figures results/bench/realism
+    python benchmarks/mock_realism.py
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from utils import DataError
 import numpy as np
 
 import mock_manga
+from archive_files import line_channels
 
 REAL = measuring.ROOT.parent / "shared" / "data" / "manga"
 REAL_MAPS = "manga-7815-3702-MAPS-HYB10-GAU-MILESHC.fits.gz"
@@ -78,8 +79,6 @@ class Config:
     """Fibres in their bundles; the real MAPS file has 37."""
     seed: int = 1
     """Random seed of the galaxies."""
-    figures: Path | None = None
-    """Folder for figures; none by default."""
     results: Path = measuring.RESULTS
     """Folder of the JSON."""
     debug: bool = False
@@ -87,16 +86,6 @@ class Config:
 
 
 # Maps
-
-
-def _line_rows(hdu: Any) -> dict[str, int]:
-    """Line name -> channel, from the header cards C01, C02, ..."""
-    cards = hdu.header
-    return {
-        str(cards[key]).strip(): int(key[1:]) - 1
-        for key in cards
-        if key[:1] == "C" and key[1:].isdigit()
-    }
 
 
 def _scatter(x: np.ndarray) -> float:
@@ -125,19 +114,12 @@ def _local(values: np.ndarray, scale: float = 4.0) -> np.ndarray:
     return values - mean
 
 
-def maps_values(path: Path) -> tuple[Values, dict[str, np.ndarray]]:
-    """Measure what a MAPS file holds; values that it does not allow are absent.
-
-    Returns
-    -------
-    values : dict
-    pictures : dict of name -> (y, x)
-        Maps for the figures.
-    """
+def maps_values(path: Path) -> Values:
+    """Measure what a MAPS file holds; values that it does not allow are absent."""
     from astropy.io import fits
 
     with fits.open(path) as f:
-        rows = _line_rows(f["EMLINE_GFLUX"])
+        rows = line_channels(f["EMLINE_GFLUX"].header, BPT, path)
         flux, ivar = (f[f"EMLINE_GFLUX{x}"].data.astype(float) for x in ("", "_IVAR"))
         bad = f["EMLINE_GFLUX_MASK"].data != 0
         ha = rows["Ha-6564"]
@@ -198,16 +180,7 @@ def maps_values(path: Path) -> tuple[Values, dict[str, np.ndarray]]:
     if min(low.sum(), high.sum()) >= MIN_SPAXELS // 2:
         extra = np.maximum(rchi2[high] - np.median(rchi2[low]), 0)
         out["misfit of the continuum"] = float(np.median(np.sqrt(extra) / snr[high]))
-    shown = np.all([s2n[k] > 3 for k in BPT], axis=0)
-    pictures = {
-        "12+log(O/H) by O3N2": np.where(shown, logoh, np.nan),
-        "residual about N2": residual,
-        "log [NII]/Ha": np.where(shown, n2, np.nan),
-        "log [OIII]/Hb": np.where(shown, o3, np.nan),
-        "[SII] ratio": np.where(pair, doublet, np.nan),
-        "HeII 4687 / error": empty,
-    }
-    return out, pictures
+    return out
 
 
 # Spectra
@@ -333,32 +306,17 @@ def mock_spectra(cube: Path, maps: Path) -> list[Spectrum]:
     with fits.open(cube) as f:
         z, name = f[0].header["SCINPVEL"] / C_KMS, f[0].header["PLATEIFU"]
         flux, ivar = f["FLUX"].data, f["IVAR"].data
-    mid = flux.shape[1] // 2
-    box = np.s_[:, mid - 2 : mid + 3, mid - 2 : mid + 3]
-    whole = (ivar[box] > 0).all(axis=(1, 2))
-    out = [
-        Spectrum(
-            f"{name} centre",
-            z,
-            flux[box].mean(axis=(1, 2)).astype(float),
-            np.where(whole, 25 * ivar[:, mid, mid], 0).astype(float),
-        )
-    ]
-    outer = np.s_[:, mid + 6 : mid + 9, mid - 1 : mid + 2]
-    whole = (ivar[outer] > 0).all(axis=(1, 2))
-    out.append(
-        Spectrum(
-            f"{name} outside",
-            z,
-            flux[outer].mean(axis=(1, 2)).astype(float),
-            np.where(whole, 9 * ivar[:, mid + 7, mid], 0).astype(float),
-        )
-    )
+    mid, out = flux.shape[1] // 2, list[Spectrum]()
+    for part, y, half in (("centre", mid, 2), ("outside", mid + 7, 1)):
+        box = np.s_[:, y - half : y + half + 1, mid - half : mid + half + 1]
+        whole = (ivar[box] > 0).all(axis=(1, 2))
+        mean_ivar = np.where(whole, (2 * half + 1) ** 2 * ivar[:, y, mid], 0).astype(float)
+        mean = flux[box].mean(axis=(1, 2)).astype(float)
+        out.append(Spectrum(f"{name} {part}", z, mean, mean_ivar))
     faint = np.argwhere((snr > 1) & (snr < 2))
     for y, x in [(mid, mid), *faint[:: max(len(faint) // 3, 1)][:3]]:
-        out.append(
-            Spectrum(f"{name} {y},{x}", z, flux[:, y, x].astype(float), ivar[:, y, x].astype(float))
-        )
+        own = (a[:, y, x].astype(float) for a in (flux, ivar))
+        out.append(Spectrum(f"{name} {y},{x}", z, *own))
     return out
 
 
@@ -431,70 +389,22 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         print(f"{row['name']:<44}{ours:>27}{wanted:>27}  {verdict}")
 
 
-def draw(
-    folder: Path,
-    spectra: Sequence[tuple[str, Sequence[Spectrum]]],
-    maps: dict[str, dict[str, np.ndarray]],
-) -> None:
-    """Draw spectra (star-forming, by name) and maps, real above simulated."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    chosen = [s for _, group in spectra for s in group]
-    figure, axes = plt.subplots(len(chosen), 1, figsize=(13, 2.3 * len(chosen)), squeeze=False)
-    for ax, s in zip(axes[:, 0], chosen, strict=True):
-        wave = WAVE / (1 + s.z)
-        level = _mean(wave, s.flux, s.ivar, 5450, 5550)
-        ax.plot(wave, np.where(s.ivar > 0, s.flux / level, np.nan), lw=0.5)
-        ax.set(xlim=(3600, 9800), ylim=(0, 2), ylabel=s.name)
-    axes[-1, 0].set_xlabel("rest wavelength (vacuum Angstrom); flux density relative to 5500")
-    figure.tight_layout()
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "spectra.png", dpi=70)
-    names = list(next(iter(maps.values())))
-    figure, axes = plt.subplots(
-        len(maps), len(names), figsize=(3 * len(names), 2.6 * len(maps)), squeeze=False
-    )
-    for line, (galaxy, pictures) in zip(axes, maps.items(), strict=True):
-        for ax, name in zip(line, names, strict=True):
-            shown = pictures[name]
-            if np.isfinite(shown).any():
-                low, high = np.nanpercentile(shown, (2, 98))
-                image = ax.imshow(shown, origin="lower", vmin=low, vmax=high, cmap="viridis")
-                figure.colorbar(image, ax=ax)
-            ax.set_title(name, fontsize=9)
-        line[0].set_ylabel(galaxy)
-    figure.tight_layout()
-    figure.savefig(folder / "maps.png", dpi=70)
-    plt.close("all")
-
-
 def measure(config: Config, data_dir: Path) -> list[dict[str, Any]]:
     """Measure the real files and the simulated galaxies of a data folder."""
-    real_maps, real_pictures = maps_values(config.real / REAL_MAPS)
-    reals = real_spectra(config.real)
-    real = {name: [value] for name, value in real_maps.items()} | spectra_values(reals, "real")
+    real_maps = maps_values(config.real / REAL_MAPS)
+    real = {name: [value] for name, value in real_maps.items()}
+    real |= spectra_values(real_spectra(config.real), "real")
     mock: dict[str, list[float]] = {}
-    pictures = {"7815-3702": real_pictures}
-    shown: list[Spectrum] = []
     for maps in utils.files_in(data_dir / "raw", "*/*/*-MAPS-*.fits.gz"):
-        values, of_galaxy = maps_values(maps)
         spectra = mock_spectra(Path(str(maps).replace("-MAPS-", "-LOGCUBE-")), maps)
-        found = {k: [v] for k, v in values.items()} | spectra_values(spectra, "mock")
+        found = {k: [v] for k, v in maps_values(maps).items()} | spectra_values(spectra, "mock")
         for name, more in found.items():
             mock.setdefault(name, []).extend(more)
-        if "scatter about N2" in values and len(pictures) < 5:
-            pictures[spectra[0].name.split()[0]] = of_galaxy
-            shown += [spectra[0], spectra[2]]
-    if len(pictures) == 1 and not mock:
+    if not mock:
         raise DataError(
             f"{data_dir}: no MAPS files below raw/. Expected simulated galaxies. Make some with "
             "mock_manga.py."
         )
-    if config.figures is not None:
-        draw(config.figures, [("real", [reals[k] for k in (3, 9, 10, 7)]), ("", shown)], pictures)
     return compare(real, mock)
 
 
@@ -510,7 +420,10 @@ def main(config: Config) -> int:
         if data_dir is None:
             data_dir = Path(temporary)
             survey = mock_manga.MockConfig(
-                data_dir, n_galaxies=config.n_galaxies, seed=config.seed, bundles=(config.bundle,)
+                data_dir=data_dir,
+                n_galaxies=config.n_galaxies,
+                seed=config.seed,
+                bundles=(config.bundle,),
             )
             run: Callable[[], object] = lambda: mock_manga.simulate_survey(survey)  # noqa: E731
             seconds = measuring.timed(run) / config.n_galaxies

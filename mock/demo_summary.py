@@ -76,39 +76,35 @@ def summarise(results: Path, seconds: float | None) -> dict[str, Any]:
     return {**summary, "seconds": seconds, **made}
 
 
+ROWS = (  # words, key of the metallicity, key of the BPT class
+    ("held-out galaxies (hard split)", "metallicity", "BPT class"),
+    ("  accuracy", "hard_accuracy", "hard_accuracy"),
+    ("    95 % interval over galaxies", "hard_accuracy_interval", "hard_accuracy_interval"),
+    ("    of line ratios of one spectrum", "baseline_accuracy", "baseline_accuracy"),
+    ("    of the majority class", "majority_accuracy", "majority_accuracy"),
+    ("    of SSFTT", "ssftt_accuracy", "-"),
+    ("  mean absolute error (dex)", "mae_dex", "-"),
+    ("    95 % interval over galaxies", "mae_dex_interval", "-"),
+    ("    of line ratios of one spectrum", "baseline_mae_dex", "-"),
+    ("    of a constant prediction", "constant_mae_dex", "-"),
+    ("    of SSFTT", "ssftt_mae_dex", "-"),
+    (f"  labels in {LEVEL:.0%} intervals", "coverage", "-"),
+    ("held-out spaxels (easy split)", "", ""),
+    ("  accuracy", "easy_accuracy", "-"),
+    ("  mean absolute error (dex)", "easy_mae_dex", "-"),
+)
+
+
 def table(summary: dict[str, Any]) -> str:
     """Format the summary as a text table."""
 
-    def cell(key: str) -> str:
-        value = summary.get(key, key)  # a word stands for itself
-        if isinstance(value, str):
-            return value
-        return "-".join(f"{v:.3f}" for v in np.atleast_1d(value))
-
-    def row(name: str, *keys: str) -> str:
-        return f"{name:<36}" + "".join(f"{cell(key):>14}" for key in keys)
-
-    def both(name: str, key: str) -> str:
-        return row(name, f"logOH.{key}", f"BPT.{key}")
+    def cell(key: str, word: str) -> str:
+        value = summary.get(key, word)
+        return value if value is word else "-".join(f"{v:.3f}" for v in np.atleast_1d(value))
 
     return "\n".join(
-        [
-            row("held-out galaxies (hard split)", "metallicity", "BPT class"),
-            both("  accuracy", "hard_accuracy"),
-            both("    95 % interval over galaxies", "hard_accuracy_interval"),
-            both("    of line ratios of one spectrum", "baseline_accuracy"),
-            both("    of the majority class", "majority_accuracy"),
-            row("    of SSFTT", "logOH.ssftt_accuracy", "-"),
-            row("  mean absolute error (dex)", "logOH.mae_dex", "-"),
-            row("    95 % interval over galaxies", "logOH.mae_dex_interval", "-"),
-            row("    of line ratios of one spectrum", "logOH.baseline_mae_dex", "-"),
-            row("    of a constant prediction", "logOH.constant_mae_dex", "-"),
-            row("    of SSFTT", "logOH.ssftt_mae_dex", "-"),
-            row(f"  labels in {LEVEL:.0%} intervals", "logOH.coverage", "-"),
-            row("held-out spaxels (easy split)"),
-            row("  accuracy", "logOH.easy_accuracy", "-"),
-            row("  mean absolute error (dex)", "logOH.easy_mae_dex", "-"),
-        ]
+        f"{words:<36}{cell(f'logOH.{left}', left):>14}{cell(f'BPT.{right}', right):>14}".rstrip()
+        for words, left, right in ROWS
     )
 
 

@@ -13,6 +13,7 @@ simulation cannot fill (exposures, versions) carry typical values. Cubes are (ba
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,153 +106,6 @@ FOM_CHANNELS = (
     ("max per pix chi", ""),
 )
 
-PRIMARY: tuple[Card, ...] = (
-    ("AUTHOR", "K Westfall <westfall@ucolick.org>", ""),
-    ("VERSDRP2", "v3_1_1", "MaNGA DRP version (2d processing)"),
-    ("VERSDRP3", "v3_1_1", "MaNGA DRP Version (3d processing)"),
-    ("VERSPLDS", "v5_1", "Platedesign Version"),
-    ("VERSFLAT", "v1_33", "Specflat Version"),
-    ("VERSCORE", "v1_9_1", "MaNGAcore Version"),
-    ("VERSPRIM", "v2_9", "MaNGA Preimaging Version"),
-    ("VERSUTIL", "v5_5_36", "Version of idlutils"),
-    ("VERSIDL", "x86_64 linux unix linux 7.1.1 Aug 21 2009 64 64", "Version of IDL"),
-    ("TELESCOP", "SDSS 2.5-M", "Sloan Digital Sky Survey"),
-    ("INSTRUME", "MaNGA", "SDSS-IV MaNGA IFU"),
-    ("SRVYMODE", "MaNGA dither", "Survey leading this observation and its mode"),
-    ("PLATETYP", "APOGEE-2&MaNGA", "Type of plate (e.g. MaNGA, APOGEE-2&MANGA)"),
-    ("OBJSYS", "ICRS", "The TCC objSys"),
-    ("EQUINOX", 2000.0, ""),
-    ("RADESYS", "FK5", ""),
-    ("LAMPLIST", "lamphgcdne.dat", ""),
-    ("TPLDATA", "BOSZ_3000-11000A.fits", ""),
-    ("NEXP", 9, "Total number of exposures"),
-    ("EXPTIME", 8100.87, "Total exposure time (seconds)"),
-    ("BLUESN2", 18.6492, "Total SN2 in blue channel"),
-    ("REDSN2", 39.4486, "Total SN2 in red channel"),
-    ("AIRMSMIN", 1.03987, "Minimum airmass"),
-    ("AIRMSMED", 1.04708, "Median airmass"),
-    ("AIRMSMAX", 1.08221, "Maximum airmass"),
-    ("SEEMIN", 1.17605, "Best guider seeing"),
-    ("SEEMED", 1.30563, "Median guider seeing"),
-    ("SEEMAX", 1.42456, "Worst guider seeing"),
-    ("TRANSMIN", 0.80467, "Worst guider transparency"),
-    ("TRANSMED", 0.831482, "Median guider transparency"),
-    ("TRANSMAX", 0.839711, "Best guider transparency"),
-    ("MJDMIN", 57132, "MJD of first exposure"),
-    ("MJDMED", 57132, "MJD of median exposure"),
-    ("MJDMAX", 57132, "MJD of last exposure"),
-    ("DATE-OBS", "2015-04-20", "Date of median exposure"),
-    ("MJDRED", 59186, "MJD of the reduction"),
-    ("DATERED", "2020-12-03", "Date of the reduction"),
-    ("MNGTARG1", 2336, "manga_target1 maskbit"),
-    ("MNGTARG2", 0, "manga_target2 maskbit"),
-    ("MNGTARG3", 0, "manga_target3 maskbit"),
-    ("IFURA", 0.0, "IFU R.A. (J2000 deg.)"),
-    ("IFUDEC", 0.0, "IFU Dec. (J2000 deg.)"),
-    ("OBJRA", 0.0, "Object R.A. (J2000 deg.)"),
-    ("OBJDEC", 0.0, "Object Dec. (J2000 deg.)"),
-    ("CENRA", 0.0, "Plate center R.A. (J2000 deg.)"),
-    ("CENDEC", 0.0, "Plate center Dec. (J2000 deg.)"),
-    ("PLATEID", 0, "Current plate"),
-    ("DESIGNID", 0, "Current design"),
-    ("IFUDSGN", 0, "ifuDesign"),
-    ("FRLPLUG", 29, "Plugged ferrule"),
-    ("PLATEIFU", "", "PLATEID-ifuDesign"),
-    ("CARTID", "3", "Cart(s) used"),
-    ("HARNAME", "ma060", "Harness name(s)"),
-    ("METFILE", "ma060-56887-3.par", "IFU metrology file(s)"),
-    ("MANGAID", "", "MaNGA ID number"),
-    ("CATIDNUM", "99", "Primary target input catalog"),
-    ("PLTTARG", "plateTargets-99.par", "plateTarget reference file"),
-    ("DRP3QUAL", 0, "DRP-3d quality bitmask"),
-    ("IFUGLON", 0.0, "IFU Galactic longitude (deg)"),
-    ("IFUGLAT", 0.0, "IFU Galactic latitude (deg)"),
-    ("EBVGAL", 0.0, "Galactic reddening E(B-V)"),
-    ("GFWHM", 2.5, "Reconstructed FWHM in g-band (arcsec)"),
-    ("RFWHM", 2.5, "Reconstructed FWHM in r-band (arcsec)"),
-    ("IFWHM", 2.5, "Reconstructed FWHM in i-band (arcsec)"),
-    ("ZFWHM", 2.5, "Reconstructed FWHM in z-band (arcsec)"),
-    ("CHECKSUM", "0" * 16, f"HDU checksum updated {STAMP}"),
-    ("DATASUM", "0", f"data unit checksum updated {STAMP}"),
-    ("MASKNAME", "", ""),
-    ("VERSPY", "3.8.5", "Python version"),
-    ("VERSNP", "1.19.4", "Numpy version"),
-    ("VERSSCI", "1.5.4", "Scipy version"),
-    ("VERSAST", "4.2", "Astropy version"),
-    ("VERSPYDL", "0.7.0", "pydl version"),
-    ("VERSPPXF", "7.4.3", "pPXF version"),
-    ("VERSVBIN", "3.1.4", "VorBin version (if used)"),
-    ("VERSDAP", "3.1.0", "MaNGA DAP version"),
-    ("DAPTYPE", "", "DAP analysis method"),
-    ("DAPFRMT", "", "DAP data file format"),
-    ("RDXQAKEY", "SNRG", "Method keyword"),
-    ("ECOOPA", 0.0, "Position angle for ellip. coo"),
-    ("ECOOELL", 0.0, "Ellipticity (1-b/a) for ellip. coo"),
-    ("BBWAVE", 4633.944856459669, "Covariance channel wavelength"),
-    ("BBINDEX", 1071, "Covariance channel index"),
-    ("REFF", 0.0, ""),
-    ("BINKEY", "SPX", "Spectal binning method keyword"),
-    ("BINMINSN", 1.0, "Minimum S/N of spectrum to include"),
-    ("FSPCOV", 0.8, "Minimum required fraction of good pixels"),
-    ("NBINS", 0, "Number of unique spatial bins"),
-    ("BINTYPE", "None", "Binning method"),
-    ("BINSNR", 1.0, "Voronoi binning minimum S/N"),
-    ("BINCOV", "None", "Voronoi binning S/N covariance type"),
-    ("STCKOP", "mean", "Stacking operation"),
-    ("STCKVREG", "False", "Spectra shifted in velocity before stacked"),
-    ("STCKCRMD", "none", "Stacking treatment of covariance"),
-    ("STCKCRPR", "None", "Covariance parameter(s)"),
-    ("GEXTLAW", "ODonnell", "Galactic extinction law"),
-    ("RVGAL", 3.1, "Ratio of total to selective extinction, R(V)"),
-    ("VSTEP", 69.02976447828435, "Velocity step per spectral channel."),
-    ("SCKEY", "MILESHCMPL11", "Stellar-continuum model keyword"),
-    ("SCMINSN", 1.0, "Minimum S/N of spectrum to include"),
-    ("SCINPVEL", 0.0, "Initial guess velocity"),
-    ("SCINPSIG", 100.0, "Initial guess velocity dispersion"),
-    ("NSCMOD", 0, "Number of unique stellar-continuum models"),
-    ("SCTYPE", "stellar_kinematics", ""),
-    ("SCMETH", "ppxf", ""),
-    ("PPXFTPLK", "MILESHC", "Template library key used with pPXF"),
-    ("PPXFMODE", "nonzero_templates", "pPXF iteration mode"),
-    ("PPXFBIAS", "None", "pPXF bias value"),
-    ("PPXFAO", 8, "Additive order in pPXF"),
-    ("PPXFMO", -1, "Multiplicative order in pPXF"),
-    ("PPXFFAO", 8, "Additive order for filtered spectra"),
-    ("PPXFFMO", 0, "Multiplicative order for filtered spectra"),
-    ("PPXFMOM", 2, "Number of fitted LOSVD moments in pPXF"),
-    ("PPXFRBOX", 100, "pPXF rejection boxcar"),
-    ("PPXFFILT", 0, "pPXF number of filtering iterations"),
-    ("ELMKEY", "EMOMMPL11", "Emission-line moments database keyword"),
-    ("ELMMINSN", 0.0, "Minimum S/N of spectrum to include"),
-    ("ARTDB", "BADSKY", "Artifact database keyword"),
-    ("MOMDB", "ELBMPL9", "Emission-line moments database keyword"),
-    ("ELFKEY", "EFITMPL11SSPDB", "Emission-line modeling method keyword"),
-    ("ELMREBIN", False, "Bin IDs disconnected from SC binning"),
-    ("ELFMINSN", 0.0, "Minimum S/N of spectrum to include"),
-    ("EMLDB", "ELPMPL11", "Emission-line database keyword"),
-    ("NELMOD", 0, "Number of unique emission-line models"),
-    ("ELTYPE", "emission_line", ""),
-    ("ELMETH", "sasuke", ""),
-    ("ELREBIN", False, "Bin IDs disconnected from SC binning"),
-    ("SIKEY", "INDXEN", "Spectral-index database keyword"),
-    ("SIMINSN", 0.0, "Minimum S/N of spectrum to include"),
-    ("SIFWHM", -1.0, "FWHM of index system resolution (ang)"),
-    ("ABSDB", "EXTINDX", "Absorption-index database keyword"),
-    ("BHDDB", "BHBASIC", "Bandhead-index database keyword"),
-    ("SICORR", True, "Velocity dispersion corrections computed"),
-    ("SIREBIN", False, "Bin IDs disconnected from SC binning"),
-    ("SNRGMED", 0.0, "Median g-band SNR from 1-1.5 Re"),
-    ("SNRGRING", 0.0, "g-band SNR in 1-1.5 Re bin"),
-    ("SNRRMED", 0.0, "Median r-band SNR from 1-1.5 Re"),
-    ("SNRRRING", 0.0, "r-band SNR in 1-1.5 Re bin"),
-    ("SNRIMED", 0.0, "Median i-band SNR from 1-1.5 Re"),
-    ("SNRIRING", 0.0, "i-band SNR in 1-1.5 Re bin"),
-    ("SNRZMED", 0.0, "Median z-band SNR from 1-1.5 Re"),
-    ("SNRZRING", 0.0, "z-band SNR in 1-1.5 Re bin"),
-    ("DAPQUAL", 0, "DAP quality bitmask"),
-)
-"""Primary header of a MAPS file, card by card; a LOGCUBE has all cards but MAPS_ONLY."""
-
 MAX_V_ERROR_KMS = 30.0
 """Largest velocity error at which a line fit counts as free of its bounds (NEARBOUND beyond)."""
 
@@ -264,6 +118,12 @@ MAPS_ONLY = frozenset(
 def raw_file(data_dir: Path, plateifu: str, form: str, daptype: str) -> Path:
     """Path of a galaxy's LOGCUBE or MAPS file, named as in the archive."""
     return raw_dir(data_dir, plateifu) / f"manga-{plateifu}-{form}-{daptype}.fits.gz"
+
+
+@functools.cache
+def primary_cards() -> fits.Header:
+    """Primary header of a MAPS file, card by card; a LOGCUBE has all cards but MAPS_ONLY."""
+    return fits.Header.fromtextfile(Path(__file__).with_name("primary_header.txt"))
 
 
 def primary_hdu(form: str, values: Mapping[str, Any]) -> fits.PrimaryHDU:
@@ -281,11 +141,11 @@ def primary_hdu(form: str, values: Mapping[str, Any]) -> fits.PrimaryHDU:
         If `values` names a card that the files do not have.
     """
     set_here = {"DAPFRMT": form, "MASKNAME": mask_name(form), **values}
-    unknown = set_here.keys() - {key for key, _, _ in PRIMARY}
+    unknown = set_here.keys() - primary_cards().keys()
     if unknown:
         raise KeyError(f"{', '.join(sorted(unknown))}: no such card in a DR17 {form} file.")
     hdu = fits.PrimaryHDU()
-    for key, value, comment in PRIMARY:
+    for key, value, comment in primary_cards().cards:
         if form == "MAPS" or key not in MAPS_ONLY:
             hdu.header[key] = (set_here.get(key, value), comment)
     if form == "LOGCUBE":
@@ -456,26 +316,23 @@ def quantity_hdus(
     **cards
         unit and data_class of `image_hdu`.
     """
-    err, qual = f"{name}_IVAR", f"{name}_MASK"
-    quality = {"QUALDATA": qual} if mask is not None else {}
+    of_role = {
+        "DATA": (name, data),
+        "ERROR": (f"{name}_IVAR", ivar),
+        "QUALITY": (f"{name}_MASK", mask),
+    }
+    links = dict(zip(of_role, ("SCIDATA", "ERRDATA", "QUALDATA"), strict=True))
     out = []
-    partners = ({"ERRDATA": err} if ivar is not None else {}) | quality
-    out.append(image_hdu(name, data, wcs, channels=channels[0], partners=partners, **cards))
-    if ivar is not None:
-        partners = {"SCIDATA": name} | quality
-        out.append(
-            image_hdu(
-                err, ivar, wcs, channels=channels[1], role="ERROR", partners=partners, **cards
-            )
-        )
-    if mask is not None:
-        partners = {"SCIDATA": name} | ({"ERRDATA": err} if ivar is not None else {})
-        cards = {k: v for k, v in cards.items() if k != "unit"}
-        out.append(
-            image_hdu(
-                qual, mask, wcs, channels=channels[2], role="QUALITY", partners=partners, **cards
-            )
-        )
+    for (role, (own, array)), named in zip(of_role.items(), channels, strict=True):
+        if array is None:
+            continue
+        partners = {
+            links[other]: extension
+            for other, (extension, values) in of_role.items()
+            if other != role and values is not None
+        }
+        used = {k: v for k, v in cards.items() if (role, k) != ("QUALITY", "unit")}
+        out.append(image_hdu(own, array, wcs, channels=named, role=role, partners=partners, **used))
     return out
 
 
@@ -705,29 +562,16 @@ def maps_hdus(galaxy: Galaxy) -> Iterator[fits.PrimaryHDU | fits.ImageHDU]:
         named = channels[name == "EMLINE_SEW_CNT"]
         return image_hdu(name, image(value, flags == 0), deep, channels=named, **more, **cube)
 
-    line_unit: dict[str, Any] = {"unit": LINE_UNIT}
-    yield from line_maps("EMLINE_SFLUX", fit["sflux"], s_ivar, moment_bits, **line_unit)
-    sew = line_maps(
-        "EMLINE_SEW",
-        fit["sflux"] / cont,
-        s_ivar * np.where(np.isfinite(cont), cont, 0) ** 2,
-        moment_bits,
-        unit="ang",
-    )
-    yield sew[0]
-    yield plain("EMLINE_SEW_CNT", fit["cont"], moment_bits, **unit)
-    yield from sew[1:]
-    yield from line_maps("EMLINE_GFLUX", fit["gflux"], g_ivar, line_bits, **line_unit)
-    gew = line_maps(
-        "EMLINE_GEW",
-        fit["gflux"] / cont,
-        g_ivar * np.where(np.isfinite(cont), cont, 0) ** 2,
-        line_bits,
-        unit="ang",
-    )
-    yield gew[0]
-    yield plain("EMLINE_GEW_CNT", fit["cont"], line_bits, **unit)
-    yield from gew[1:]
+    per_cont2 = np.where(np.isfinite(cont), cont, 0) ** 2
+    for kind, ivar, flags in (("S", s_ivar, moment_bits), ("G", g_ivar, line_bits)):
+        flux = fit[f"{kind.lower()}flux"]
+        yield from line_maps(f"EMLINE_{kind}FLUX", flux, ivar, flags, unit=LINE_UNIT)
+        width, *errors = line_maps(
+            f"EMLINE_{kind}EW", flux / cont, ivar * per_cont2, flags, unit="ang"
+        )
+        yield width
+        yield plain(f"EMLINE_{kind}EW_CNT", fit["cont"], flags, **unit)
+        yield from errors
     tied_v = np.broadcast_to(gas_v, inst.shape)
     yield from line_maps("EMLINE_GVEL", tied_v, v_ivar, line_bits, unit="km/s")
     yield from line_maps("EMLINE_GSIGMA", total, v_ivar, width_bits, unit="km/s")

@@ -21,10 +21,10 @@ from utils import DataError
 
 import numpy as np
 
+import archive_files
 import fits_stream
-import fits_utils
-from data_io import file_digest
-from mock.dr17_files import PRIMARY, logcube_hdus, raw_file, write_gzipped_fits
+from labels import BALMER_RATIO
+from mock.dr17_files import logcube_hdus, primary_cards, raw_file, write_gzipped_fits
 from mock.physics import (
     C_KMS,
     DEADFIBER,
@@ -33,6 +33,8 @@ from mock.physics import (
     FORESTAR,
     LOWCOV,
     NOCOV,
+    R_V,
+    STELLAR_TO_GAS_EBV,
     Scene,
     draw_lines,
     draw_stars,
@@ -45,6 +47,7 @@ from mock.physics import (
     wave_grid,
 )
 from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
+from recipe import file_digest
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +74,22 @@ def _read_maps(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, in
             f"{path}: no {', '.join(absent)} in the primary header. Expected a DAP MAPS file of "
             "DR15 to DR17; fetch one with download_utils.py."
         )
-    channels = fits_utils.line_channels(hdus["EMLINE_GFLUX"].header, ("Ha-6564",), path)
+    channels = archive_files.line_channels(hdus["EMLINE_GFLUX"].header, ("Ha-6564",), path)
     return primary, {name: hdu.data for name, hdu in hdus.items()}, channels
+
+
+def _gas_reddening(flux: np.ndarray, bad: np.ndarray, row: dict[str, int]) -> float:
+    """Median E(B-V) of the gas by the Balmer decrement, mag; 0 without Hbeta in the file."""
+    if "Hb-4862" not in row:
+        return 0.0
+    rows = [row["Ha-6564"], row["Hb-4862"]]
+    ok = (~bad[rows] & (flux[rows] > 0)).all(0)
+    if not ok.any():
+        return 0.0
+    ha, hb = flux[rows][:, ok]
+    k_ha, k_hb = extinction_curve(np.array([EMLINES["Ha-6564"], EMLINES["Hb-4862"]]))
+    ebv = 2.5 / (k_hb - k_ha) * np.log10(ha / hb / BALMER_RATIO)
+    return float(np.clip(np.median(ebv), 0, 1))
 
 
 def read_scene(path: Path, seed: int) -> Scene:
@@ -81,8 +98,9 @@ def read_scene(path: Path, seed: int) -> Scene:
     Taken from the file: field of view and mask bits, bins, line fluxes (unmasked; lines that the
     file lacks are absent), velocity and width of Halpha, stellar velocity, the broad-band map and
     its S/N. Invented: the stellar spectrum, whose age follows the equivalent width of Halpha, with
-    one metallicity and one dispersion for the whole galaxy; `seed` decides how it differs from the
-    mean templates. The maps contain the seeing already, so nothing is blurred again.
+    one metallicity, one dispersion and one reddening, by the median Balmer decrement, for the whole
+    galaxy; `seed` decides how it differs from the mean templates. The maps contain the seeing
+    already, so nothing is blurred again.
 
     Raises
     ------
@@ -120,12 +138,15 @@ def read_scene(path: Path, seed: int) -> Scene:
     weights = population_weights(log_age, np.full_like(log_age, STARS_METAL))
     templates = stellar_templates(z, star_sigma, draw_stars(np.random.default_rng([seed, 6])))
     shape = mix_templates(templates, weights, star_v, np.eye(size), ys, xs)
+    curve = extinction_curve(wave_grid() / (1 + z)) - R_V  # relative to the V band
+    ebv = STELLAR_TO_GAS_EBV * _gas_reddening(hdus["EMLINE_GFLUX"], line_bad, row)
+    shape *= (10 ** (-0.4 * curve * ebv)).astype(np.float32)[:, None]
     lines = {
         name: np.where(line_bad[i], 0, hdus["EMLINE_GFLUX"][i])[ys, xs].astype(float)
         for name, i in row.items()
         if name in EMLINES
     }
-    cards = {key: primary[key] for key, _, _ in PRIMARY if key in primary}
+    cards = {key: primary[key] for key in primary_cards() if key in primary}
     for key in ("CHECKSUM", "DATASUM", "DAPFRMT", "MASKNAME"):
         cards.pop(key, None)
     cards.setdefault("IFURA", cards["OBJRA"])

@@ -40,11 +40,11 @@ from mock.physics import (
     elliptical_coordinates,
     extinction_curve,
     fit_continuum,
-    fit_lines,
-    fit_stars,
     galactic_coordinates,
     hexagon_distance,
     hii_ratios,
+    measure_lines,
+    measure_stars,
     mix_templates,
     nuclear_ratios,
     observe,
@@ -108,90 +108,76 @@ Kind = Literal["star-forming", "composite", "Seyfert", "LINER"]
 
 @dataclass(frozen=True)
 class GalaxyParams:
-    """Everything that defines a simulated galaxy; `draw_params` draws it.
-
-    Attributes
-    ----------
-    index : int
-        Number of the galaxy in its survey.
-    twin_of : int
-        Index of the galaxy that this one observes a second time; its own index otherwise.
-    kind : {"star-forming", "composite", "Seyfert", "LINER"}
-        What ionises the gas in the centre.
-    bundle : int
-        Number of fibres.
-    ra, dec, pa : float, degrees
-        Position (J2000) and position angle from north to east.
-    r_eff, r_turn, agn_radius, seeing_arcsec : float, arcsec
-        Effective radius, turnover radius of the rotation curve, scale length of the nuclear
-        emission, full width at half maximum of the seeing.
-    flux_re : float, 1e-17 erg/s/cm2/Angstrom/spaxel
-        Continuum at 5500 Angstrom (rest frame) at the effective radius.
-    v_max, sigma_disc, sigma_bulge, sigma_gas : float, km/s
-        Rotation projected on the line of sight, and velocity dispersions.
-    log_age_re, metal_re : float
-        log10 of the stellar age in years and stellar [Z/H] at the effective radius.
-    ew_ha : float, Angstrom
-        Rest-frame equivalent width of Halpha at the effective radius.
-    ebv_gal, ebv_re : float, mag
-        E(B-V) of the Milky Way, and of the galaxy's gas at the effective radius.
-    logoh_re, logoh_slope : float
-        12+log(O/H) of the gas at the effective radius; its gradient in dex per effective radius.
-    ionisation, nitrogen : float, dex
-        Offsets of [O III]/Hb and N/O from the mean relations of `mock.physics.hii_ratios`.
-    diffuse_slope : float
-        Gradient of the offset of [O III]/Hb by diffuse gas, dex per effective radius.
-    density : float, cm-3
-        Electron density of the H II regions.
-    agn_fraction : float
-        Halpha of the active nucleus over that of the H II regions, in the centre.
-    noise_scale : float
-        Factor on the typical noise.
-    depth : float
-        Exposure time over that of the survey.
-    deep_labels : bool
-        Whether MAPS are measured at the survey's depth where the cube is shallower.
-    """
+    """Everything that defines a simulated galaxy; `draw_params` draws it."""
 
     plateifu: str
     mangaid: str
     seed: int
     index: int
+    """Number of the galaxy in its survey."""
     twin_of: int
+    """Index of the galaxy that this one observes a second time; its own index otherwise."""
     kind: Kind
+    """What ionises the gas in the centre."""
     bundle: int
+    """Number of fibres."""
     z: float
     ra: float
+    """Degrees (J2000), like `dec`."""
     dec: float
     ebv_gal: float
+    """E(B-V) of the Milky Way, mag."""
     r_eff: float
+    """Effective radius, arcsec."""
     axis_ratio: float
     pa: float
+    """Position angle from north to east, degrees."""
     flux_re: float
+    """Continuum at 5500 Angstrom (rest frame) at the effective radius,
+    1e-17 erg/s/cm2/Angstrom/spaxel."""
     bulge_fraction: float
     v_max: float
+    """Rotation projected on the line of sight, km/s."""
     r_turn: float
+    """Turnover radius of the rotation curve, arcsec."""
     sigma_disc: float
+    """Velocity dispersion, km/s, like the next two."""
     sigma_bulge: float
     sigma_gas: float
     log_age_re: float
+    """log10 of the stellar age in years at the effective radius."""
     metal_re: float
+    """Stellar [Z/H] at the effective radius."""
     ew_ha: float
+    """Rest-frame equivalent width of Halpha at the effective radius, Angstrom."""
     ebv_re: float
+    """E(B-V) of the galaxy's gas at the effective radius, mag."""
     logoh_re: float
+    """12+log(O/H) of the gas at the effective radius."""
     logoh_slope: float
+    """Its gradient, dex per effective radius."""
     ionisation: float
+    """Offset of [O III]/Hb from the mean relation of `mock.physics.hii_ratios`, dex."""
     nitrogen: float
+    """The same of N/O."""
     agn_fraction: float
+    """Halpha of the active nucleus over that of the H II regions, in the centre."""
     agn_radius: float
+    """Scale length of the nuclear emission, arcsec."""
     diffuse_slope: float
+    """Gradient of the offset of [O III]/Hb by diffuse gas, dex per effective radius."""
     density: float
+    """Electron density of the H II regions, cm-3."""
     seeing_arcsec: float
+    """Full width at half maximum."""
     noise_scale: float
+    """Factor on the typical noise."""
     foreground_star: bool
     dead_fibre: bool
     depth: float = 1.0
+    """Exposure time over that of the survey."""
     deep_labels: bool = False
+    """Whether MAPS are measured at the survey's depth where the cube is shallower."""
 
 
 # Parameters
@@ -636,7 +622,7 @@ def simulate_galaxy(params: GalaxyParams) -> Galaxy:
     scene = build_scene(params)
     deepest = max(params.depth, 1.0) if params.deep_labels else params.depth
     galaxy = observe(scene, rng, deepest)
-    galaxy.fit = fit_lines(galaxy, rng) | fit_stars(galaxy, rng)
+    galaxy.fit = measure_lines(galaxy, rng) | measure_stars(galaxy, rng)
     if params.depth < deepest:
         deep, galaxy = galaxy, observe(scene, rng, params.depth, within=galaxy)
         galaxy.deep = deep

@@ -6,19 +6,21 @@ Arrays in, arrays out; reads and writes nothing. Spectra are (band, spaxel) on t
     >>> templates = stellar_templates(z=0.03, sigma_kms=60)
     >>> ratios = hii_ratios(logoh, ionisation, nitrogen)
     >>> galaxy = observe(scene, rng)  # noise and masks
-    >>> galaxy.fit = fit_lines(galaxy, rng) | fit_stars(galaxy, rng)  # the quantities in MAPS
+    >>> galaxy.fit = measure_lines(galaxy, rng) | measure_stars(galaxy, rng)  # MAPS
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-C_KMS = 299792.458
+from labels import R_V
+from line_fits import C_KMS, EMLINES
+
 N_BANDS, LOG_WAVE0, LOG_STEP = 4563, 3.5589, 1e-4
 """Grid of the LOGCUBE: pixel i is at 10**(3.5589 + 1e-4 i) Angstrom, vacuum (DAP data model)."""
 SPAXEL_ARCSEC = 0.5
@@ -91,8 +93,6 @@ BRIGHT_SKY, SKY_FOREST = 4.0, 0.3
 """The same excess at BRIGHT_SKY_AA and, beyond 8500 Angstrom, between the lines of SKY_LINES, where
 weaker lines crowd; relative to SKY_RESIDUAL."""
 
-R_V = 3.1
-"""Total-to-selective extinction of the Milky Way's diffuse dust (Cardelli et al. 1989)."""
 STELLAR_TO_GAS_EBV = 0.44
 """Colour excess of the stars over that of the gas (Calzetti et al. 2000, eq. 3)."""
 
@@ -124,46 +124,6 @@ FIT_GROUPS: tuple[tuple[str, ...], ...] = (
 
 MIN_PROFILE = 0.5
 """Fraction of a line's profile that must fall on good pixels for the line to be fitted."""
-
-EMLINES: dict[str, float] = {
-    "OII-3727": 3727.092,
-    "OII-3729": 3729.875,
-    "H12-3751": 3751.219,
-    "H11-3771": 3771.704,
-    "Hthe-3798": 3798.983,
-    "Heta-3836": 3836.479,
-    "NeIII-3869": 3869.86,
-    "HeI-3889": 3889.749,
-    "Hzet-3890": 3890.158,
-    "NeIII-3968": 3968.59,
-    "Heps-3971": 3971.202,
-    "Hdel-4102": 4102.899,
-    "Hgam-4341": 4341.691,
-    "HeII-4687": 4687.015,
-    "Hb-4862": 4862.691,
-    "OIII-4960": 4960.295,
-    "OIII-5008": 5008.240,
-    "NI-5199": 5199.349,
-    "NI-5201": 5201.705,
-    "HeI-5877": 5877.243,
-    "OI-6302": 6302.046,
-    "OI-6365": 6365.535,
-    "NII-6549": 6549.86,
-    "Ha-6564": 6564.632,
-    "NII-6585": 6585.271,
-    "SII-6718": 6718.295,
-    "SII-6732": 6732.674,
-    "HeI-7067": 7067.144,
-    "ArIII-7137": 7137.76,
-    "ArIII-7753": 7753.24,
-    "Peta-9017": 9017.384,
-    "SIII-9071": 9071.1,
-    "Pzet-9231": 9231.546,
-    "SIII-9533": 9533.2,
-    "Peps-9548": 9548.588,
-}
-"""The 35 channels of DR17's EMLINE_* HDUs in order, with their vacuum wavelengths in Angstrom
-(NIST Atomic Spectra Database, the values of the DAP's line list ELPMPL11)."""
 
 NUCLEI: dict[str, dict[str, float]] = {
     "Seyfert": {"o3": 0.90, "n2": 0.02, "s2": -0.25, "o1": -0.85, "o2": 0.45, "he2": 0.20},
@@ -277,60 +237,45 @@ class Scene:
 
     Spectra are (band, spaxel), maps of spaxels (spaxel,) in the order of `ys`, `xs`; fluxes are
     free of Galactic reddening.
-
-    Attributes
-    ----------
-    size : int
-        Spaxels per side.
-    ys, xs : (spaxel,) int
-        Spaxels with any coverage.
-    coverage : (spaxel,) float
-        Weight of the fibres at the spaxel, relative to the centre of the field, 0 to 1.
-    bits : (y, x) int32
-        MANGA_DAPPIXMASK of the spaxels before any fit.
-    stellar : (band, spaxel) float32
-        1e-17 erg/s/cm2/Angstrom/spaxel.
-    line_flux : dict of line name -> (spaxel,)
-        1e-17 erg/s/cm2/spaxel.
-    gas_v, gas_sigma, star_v, star_sigma : (spaxel,) km/s
-        Velocities relative to `z`; dispersions without the instrumental one.
-    noise_scale : float
-        Factor on the typical noise.
-    cards : dict
-        Primary header cards.
-    truth : dict of name -> (spaxel,)
-        Further maps for the truth file.
-    meta : dict
-        How the scene was made, for the truth file.
-    continuum : (band, spaxel) float32, optional
-        What a fit with the mean templates finds of `stellar`; without it the fit is perfect.
-    snr : (spaxel,), optional
-        S/N in the g band that the noise is scaled to; without it the noise follows from the light.
-    bin_ids : (5, y, x) int32, optional
-        Bin numbers, -1 for none; without them each spaxel with S/N > 1 is its own bin.
     """
 
     plateifu: str
     z: float
     ebv_gal: float
     size: int
+    """Spaxels per side."""
     ys: np.ndarray
+    """(spaxel,) int, like `xs`: spaxels with any coverage."""
     xs: np.ndarray
     coverage: np.ndarray
+    """(spaxel,): weight of the fibres at the spaxel, relative to the field's centre, 0 to 1."""
     bits: np.ndarray
+    """(y, x) int32: MANGA_DAPPIXMASK of the spaxels before any fit."""
     stellar: np.ndarray
+    """(band, spaxel) float32, 1e-17 erg/s/cm2/Angstrom/spaxel."""
     line_flux: dict[str, np.ndarray]
+    """By line name, (spaxel,) 1e-17 erg/s/cm2/spaxel."""
     gas_v: np.ndarray
+    """(spaxel,) km/s, relative to `z`, like `star_v`."""
     gas_sigma: np.ndarray
+    """(spaxel,) km/s, without the instrumental one, like `star_sigma`."""
     star_v: np.ndarray
     star_sigma: np.ndarray
     noise_scale: float
+    """Factor on the typical noise."""
     cards: dict[str, Any]
+    """Primary header cards."""
     truth: dict[str, np.ndarray] = field(default_factory=dict)
+    """Further maps for the truth file, (spaxel,) by name."""
     meta: dict[str, Any] = field(default_factory=dict)
+    """How the scene was made, for the truth file."""
     continuum: np.ndarray | None = None
+    """(band, spaxel) float32: what a fit with the mean templates finds of `stellar`; without it the
+    fit is perfect."""
     snr: np.ndarray | None = None
+    """(spaxel,): S/N in the g band that the noise is scaled to; else it follows from the light."""
     bin_ids: np.ndarray | None = None
+    """(5, y, x) int32: bin numbers, -1 for none; else each spaxel with S/N > 1 is its own bin."""
 
     @property
     def fitted(self) -> np.ndarray:
@@ -340,46 +285,33 @@ class Scene:
 
 @dataclass
 class Galaxy:
-    """An observed scene: noise, masks and the results of the fits.
-
-    Attributes
-    ----------
-    redcorr : (band,)
-        Factor that undoes the reddening by the Milky Way (HDU REDCORR).
-    emline : (band, spaxel) float32
-        Noiseless emission lines, not reddened by the Milky Way.
-    flux, ivar : (band, spaxel) float32
-        As in the LOGCUBE: reddened by the Milky Way; 0 where `bad`.
-    bad : (band, spaxel) bool
-        Pixels lost to cosmic rays and the like.
-    binned : (spaxel,) bool
-        Spaxels that the DAP would fit.
-    mflux, mflux_ivar, snr : (spaxel,)
-        Mean flux density in the g band, its inverse variance, and S/N per pixel.
-    excess : (band,) float32
-        True noise over the stated one.
-    depth : float
-        Exposure time over that of the survey.
-    fit : dict of name -> (line, spaxel) or (spaxel,)
-        Results of `fit_lines` and `fit_stars`; empty before them.
-    deep : Galaxy, optional
-        Deeper observation that MAPS are measured on instead of this one.
-    """
+    """An observed scene: noise, masks and the results of the fits."""
 
     scene: Scene
     redcorr: np.ndarray
+    """(band,): factor that undoes the reddening by the Milky Way (HDU REDCORR)."""
     emline: np.ndarray
+    """(band, spaxel) float32: noiseless emission lines, not reddened by the Milky Way."""
     flux: np.ndarray
+    """(band, spaxel) float32 as in the LOGCUBE, reddened; 0 where `bad`, like `ivar`."""
     ivar: np.ndarray
     bad: np.ndarray
+    """(band, spaxel) bool: pixels lost to cosmic rays and the like."""
     binned: np.ndarray
+    """(spaxel,) bool: spaxels that the DAP would fit."""
     mflux: np.ndarray
+    """(spaxel,): mean flux density in the g band."""
     mflux_ivar: np.ndarray
     snr: np.ndarray
+    """(spaxel,): S/N per pixel in the g band."""
     excess: np.ndarray
+    """(band,) float32: true noise over the stated one."""
     depth: float
+    """Exposure time over that of the survey."""
     fit: dict[str, np.ndarray] = field(default_factory=dict)
+    """Results of `measure_lines` and `measure_stars`, (line, spaxel) or (spaxel,)."""
     deep: Galaxy | None = None
+    """Deeper observation that MAPS are measured on instead of this one."""
 
 
 def to_image(scene: Scene, values: np.ndarray, fill: float = 0, dtype: str = "f4") -> np.ndarray:
@@ -1014,7 +946,7 @@ def draw_lines(scene: Scene) -> np.ndarray:
     return out
 
 
-def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def measure_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Measure the emission lines on the noise of the cube.
 
     The fitted continuum is subtracted and Gaussians of known wavelength and width are fitted by
@@ -1047,7 +979,6 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
     shape = (len(names), scene.ys.size)
     gflux, sflux, cont = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     gvar, svar = np.full(shape, np.inf), np.full(shape, np.inf)
-    wave, step = wave_grid(), np.diff(wave_edges())
     v_info = np.zeros(scene.ys.size)
     for group in FIT_GROUPS:
         drawn = line_profiles(group, scene)
@@ -1079,7 +1010,8 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
             if weak in group:
                 gflux[row[weak]] = ratio * gflux[row[strong]]
                 gvar[row[weak]] = ratio**2 * gvar[row[strong]]
-        _sum_flux(scene, group, row, band, clean, weight, wave, step, sflux, svar, cont)
+        for name, *sums in _sums(scene, group, band, profile, clean, weight):
+            sflux[row[name]], svar[row[name]], cont[row[name]] = sums
     for name, i in row.items():
         centre = EMLINES[name] * (1 + scene.z)
         total = np.hypot(scene.gas_sigma, instrument_sigma_kms(centre))
@@ -1097,7 +1029,7 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
     }  # fmt: skip
 
 
-def fit_stars(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def measure_stars(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Measured stellar velocity and dispersion, and their 1-sigma errors; each (spaxel,) km/s.
 
     The error of the velocity is 0.74 times the observed width (dispersion and 70 km/s in
@@ -1117,36 +1049,30 @@ def fit_stars(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
     }
 
 
-def _sum_flux(
+def _sums(
     scene: Scene,
     group: Sequence[str],
-    row: Mapping[str, int],
     band: slice,
+    profile: np.ndarray,
     noise: np.ndarray,
     weight: np.ndarray,
-    wave: np.ndarray,
-    step: np.ndarray,
-    sflux: np.ndarray,
-    svar: np.ndarray,
-    cont: np.ndarray,
-) -> None:
-    """Sum the flux within +-10 Angstrom (rest frame) of each line of a group, in place.
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield each line, its flux within +-10 Angstrom (rest frame), variance and continuum.
 
     Neighbouring lines that reach into the passband are included, as in the DAP.
     """
-    drawn = line_profiles(group, scene)
-    assert drawn is not None
-    profile = drawn[1]
+    wave, dl = wave_grid(), np.diff(wave_edges())[band, None]
     signal = sum(profile[k] * scene.line_flux[n] for k, n in enumerate(group))
-    dl = step[band, None]
     for name in group:
         centre = EMLINES[name] * (1 + scene.z) * (1 + scene.gas_v / C_KMS)
         inside = np.abs(wave[band, None] - centre) < 10 * (1 + scene.z)
         good = inside & (weight > 0)
-        i = row[name]
-        sflux[i] = ((signal + noise) * dl * good).sum(axis=0)
         variance = np.divide(dl**2, weight, out=np.zeros_like(noise, dtype=float), where=good)
         whole = good.sum(axis=0) == inside.sum(axis=0)
-        svar[i] = np.where(whole, variance.sum(axis=0), np.inf)
-        at = np.searchsorted(wave, centre)
-        cont[i] = scene.fitted[np.clip(at, 0, N_BANDS - 1), np.arange(centre.size)]
+        at = np.clip(np.searchsorted(wave, centre), 0, N_BANDS - 1)
+        yield (
+            name,
+            ((signal + noise) * dl * good).sum(axis=0),
+            np.where(whole, variance.sum(axis=0), np.inf),
+            scene.fitted[at, np.arange(centre.size)],
+        )

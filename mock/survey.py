@@ -1,12 +1,14 @@
-"""The data folder of a simulated survey: the galaxies that are there, and their catalogue.
+"""The data folder of a simulated survey: its galaxies are simulated and listed in a catalogue.
 
 Reads   truth/<plateifu>.h5 and the catalogue of an earlier simulation.
-Writes  raw/dapall-v3_1_1-3.1.0.fits.
+Writes  each galaxy's LOGCUBE, MAPS and truth file, and raw/dapall-v3_1_1-3.1.0.fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import utils
@@ -14,8 +16,10 @@ from utils import DataError
 
 import numpy as np
 
-from mock.galaxy import DAPTYPE, FIRST_PLATE, GalaxyParams
-from mock.truth import read_recipe
+import loops
+from mock.galaxy import DAPTYPE, FIRST_PLATE, GalaxyParams, simulate_galaxy
+from mock.physics import Galaxy
+from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
 
 DAPTYPES = (
     "HYB10-MILESHC-MASTARHC2",
@@ -27,6 +31,47 @@ DAPTYPES = (
 DAPALL = "dapall-v3_1_1-3.1.0.fits"
 
 
+def simulate(
+    root: Path, galaxies: Sequence[GalaxyParams], jobs: int, overwrite: bool
+) -> dict[str, str]:
+    """Simulate the galaxies that are missing, then write the catalogue; return each one's outcome.
+
+    The folder may hold no real galaxies, and no simulated ones of other bundles.
+    """
+    check_folder(root, galaxies)
+    params = {p.plateifu: p for p in galaxies}
+    work = partial(_simulate_one, root=root, params=params, overwrite=overwrite)
+    failed_csv = root / "failed_mock.csv"
+    outcome = loops.for_each_galaxy(work, list(params), "simulate", failed_csv, jobs)
+    write_catalogue(root, simulated_galaxies(root))
+    return outcome
+
+
+def _simulate_one(
+    plateifu: str, root: Path, params: Mapping[str, GalaxyParams], overwrite: bool
+) -> str:
+    """Simulate and write one galaxy unless its files exist."""
+    wanted, truth = params[plateifu], truth_path(root, plateifu)
+    if truth.is_file() and not overwrite:
+        today = truth_recipe({"params": asdict(wanted)})
+        today.require(read_recipe(truth), truth, "Use --overwrite, or another --data-dir")
+        if all(utils.raw_paths(root, plateifu, form, DAPTYPE) for form in ("LOGCUBE", "MAPS")):
+            return "up to date"
+    write_galaxy(root, simulate_galaxy(wanted))
+    return "written"
+
+
+def write_galaxy(root: Path, galaxy: Galaxy) -> None:
+    """Write LOGCUBE, MAPS and, last, the truth file of a galaxy."""
+    import mock.dr17_files as dr17  # here and below: --help does not need astropy
+
+    plateifu, daptype = galaxy.scene.plateifu, galaxy.scene.cards["DAPTYPE"]
+    hdus = {"LOGCUBE": dr17.logcube_hdus(galaxy), "MAPS": dr17.maps_hdus(galaxy.deep or galaxy)}
+    for form, of_file in hdus.items():
+        dr17.write_gzipped_fits(dr17.raw_file(root, plateifu, form, daptype), of_file)
+    write_truth(truth_path(root, plateifu), galaxy)
+
+
 def _slot(plateifu: str) -> tuple[str, str]:
     """Plate and running number on the plate: what identifies a simulated galaxy of any bundle."""
     plate, ifu = utils.split_plateifu(plateifu)
@@ -35,7 +80,7 @@ def _slot(plateifu: str) -> tuple[str, str]:
 
 def check_folder(root: Path, galaxies: Sequence[GalaxyParams]) -> None:
     """Raise a DataError if a folder holds real galaxies, or simulated ones of other bundles."""
-    from catalogue import catalogue_rows  # here and below: --help does not need astropy
+    from archive_files import catalogue_rows
 
     dapall = root / "raw" / DAPALL
     if dapall.is_file():

@@ -15,9 +15,10 @@ import utils
 
 import numpy as np
 
-from data_io import Recipe, new_h5, open_h5, read_dataset
+from h5_files import new_h5, open_h5, read_dataset
 from labels import LABEL_NONE
 from mock.physics import Galaxy, bpt_class, logoh_n2, logoh_o3n2, to_image, wave_grid
+from recipe import Recipe
 
 TRUTH_SCHEMA, TRUTH_VERSION = "manga-mock-truth", 4
 
@@ -59,16 +60,10 @@ def write_truth(path: Path, galaxy: Galaxy) -> None:
     scene = galaxy.scene
     maps = truth_maps(galaxy)
     n_bytes = sum(values.nbytes for values in maps.values())
-    with new_h5(path, 4 * n_bytes, track_order=False) as f:
-        f.attrs.update(
-            schema=TRUTH_SCHEMA,
-            schema_version=TRUTH_VERSION,
-            plateifu=scene.plateifu,
-            z=scene.z,
-            ebv_gal=scene.ebv_gal,
-            code_version=utils.VERSION,
-            recipe=truth_recipe(scene.meta).to_json(),
-        )
+    recipe = truth_recipe(scene.meta)
+    about = {"plateifu": scene.plateifu, "z": scene.z, "ebv_gal": scene.ebv_gal}
+    about["code_version"] = utils.VERSION
+    with new_h5(path, TRUTH_SCHEMA, TRUTH_VERSION, recipe, about, 4 * n_bytes) as f:
         for name, values in maps.items():
             f[name] = values
             f[name].attrs["axes"] = "y,x"
@@ -86,9 +81,9 @@ def read_truth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         If the file is missing, unreadable or not a truth file of this version.
     """
     maker = "mock_manga.py --overwrite"
-    with open_h5(path, TRUTH_SCHEMA, TRUTH_VERSION, maker) as f:
+    with open_h5(path, TRUTH_SCHEMA, TRUTH_VERSION, maker) as (f, _, attrs):
         names = [k for k in f if k != "line_flux"] + [f"line_flux/{k}" for k in f["line_flux"]]
-        return {name: read_dataset(f, name) for name in names}, f.checked_attrs
+        return {name: read_dataset(f, name) for name in names}, attrs
 
 
 def truth_recipe(meta: dict[str, Any]) -> Recipe:

@@ -42,10 +42,12 @@ import numpy as np
 import pandas as pd
 from astropy.io import fits
 
-import catalogue
+import archive_files
 import data_io
 import fits_utils
+import h5_files
 import loops
+from recipe import Recipe, digest_of, sealed, sealed_text
 
 TIME_LIMIT_S, MEMORY_LIMIT = 10, 2 << 30
 OUTCOMES = ("refused", "same", "other request", "tracebacks", "silent", "hangs", "over_memory")
@@ -153,7 +155,7 @@ def h5_forgeries(path: Path) -> Iterator[tuple[str, Callable]]:
     def change(path: Path, act: Callable[[h5py.File], None]) -> None:
         with h5py.File(path, "a") as f:
             act(f)
-            data_io.seal(f)
+            h5_files.seal(f)
 
     def put(f: h5py.File, name: str, value: Any, **options: Any) -> None:
         del f[name]
@@ -322,7 +324,7 @@ def write_files(root: Path) -> list[Target]:
             processed_labels(folder, "MAPS.fits"),
             processed_cube(folder, "LOGCUBE.fits", "MAPS.fits"),
         ),
-        "drpall": lambda folder: catalogue.catalogue_rows(folder / "drpall.fits"),
+        "drpall": lambda folder: archive_files.catalogue_rows(folder / "drpall.fits"),
     }
     for name, read in readers.items():  # forged ones have no checksums, as not every file has
         path = root / f"fits/{name}.fits"
@@ -362,7 +364,7 @@ def write_files(root: Path) -> list[Target]:
     for task in utils.LABEL_TASKS:
         for end in (".npy", "_err.npy", ".json"):
             file = f"data/processed/labels/{task}/{GALAXY}{end}"
-            forged = list(json_forgeries(root / file, data_io.sealed)) if end == ".json" else []
+            forged = list(json_forgeries(root / file, sealed)) if end == ".json" else []
             targets.append(Target(file, label_content, forged))
     for kind in ("hard", "easy"):
         for part in ("train", "val"):
@@ -371,11 +373,11 @@ def write_files(root: Path) -> list[Target]:
             )
     patches = root / f"patches/{GALAXY}.npy"
     index = pd.DataFrame({"row": range(4), "y": range(4), "x": 1, "label": [8.4, 8.5, 8.6, 8.3]})
-    recipe = data_io.Recipe("patches", data_io.PATCH_VERSION, {"patch_norm": "global"})
+    recipe = Recipe("patches", data_io.PATCH_VERSION, {"patch_norm": "global"})
     data_io.write_patches(patches, rng.random((4, 3, 3, 5)), index, recipe, {"plateifu": GALAXY})
     for end in (".npy", "_index.csv", ".json"):
         file = f"patches/{GALAXY}{end}"
-        forged = list(json_forgeries(root / file, data_io.sealed)) if end == ".json" else []
+        forged = list(json_forgeries(root / file, sealed)) if end == ".json" else []
         read = lambda folder: data_io.read_patches(folder / f"{GALAXY}.npy")  # noqa: E731
         targets.append(Target(file, read, forged))
     (root / "config").mkdir()
@@ -397,14 +399,14 @@ def run_targets(root: Path, data: Path) -> list[Target]:
     """The files of a short training run, and packed cubes."""
     from conftest import train
 
-    import eval_fns
+    import inference
     import pack_cubes
     import run_folder
 
     run = train(data, root / "run", epochs=1)
 
     def model(folder: Path) -> Any:
-        loaded = eval_fns.load_model(folder, "cpu")
+        loaded = inference.load_model(folder, "cpu")
         return vars(loaded.card), loaded.network.state_dict(), loaded.stats, loaded.parts
 
     def packed(folder: Path) -> Any:
@@ -412,7 +414,7 @@ def run_targets(root: Path, data: Path) -> list[Target]:
         return np.asarray(found.spectra), found.rows, found.cubes, found.recipe
 
     packed_file = next((data / "processed/packed/hard").glob("*.h5"))
-    card, reseal = run / run_folder.MODEL_FILE, data_io.sealed
+    card, reseal = run / run_folder.MODEL_FILE, sealed
     return [
         Target("run/model.json", model, list(json_forgeries(card, reseal))),
         Target("run/best.safetensors", model),
@@ -428,7 +430,7 @@ def split_forgeries() -> list[tuple[str, Callable]]:
 
     def change(path: Path, old: str, new: str) -> None:
         text = path.read_text().partition("\n")[2]
-        path.write_text(data_io.sealed_text(text.replace(old, new)))
+        path.write_text(sealed_text(text.replace(old, new)))
 
     pairs = [("plateifu", "name"), ("mangaid", "name"), ("8000-10", "../../x"), ("8000-101", ""),
              ("8000-101", "٨٤٨٥-١٩٠١"), ("8485", "8485-1"), (",", ";"), ("\n", ""), ("recipe", "x"),
@@ -444,7 +446,7 @@ def split_forgeries() -> list[tuple[str, Callable]]:
 def summed(content: Any) -> Any:
     """Content as plain values and digests that can be compared."""
     if isinstance(content, np.ndarray):
-        return data_io.digest_of(np.asarray(content)) if content.dtype != object else str(content)
+        return digest_of(np.asarray(content)) if content.dtype != object else str(content)
     if isinstance(content, pd.DataFrame):
         return content.to_csv()
     if type(content).__module__.startswith("torch"):
@@ -470,7 +472,7 @@ def outcome_of(read: Callable[[Path], Any], folder: Path, expected: str | None) 
             resource.setrlimit(resource.RLIMIT_CPU, (TIME_LIMIT_S, TIME_LIMIT_S + 5))
             signal.alarm(6 * TIME_LIMIT_S)  # by the clock: the processors may be shared
             try:
-                answer = ("read", data_io.digest_of(summed(read(folder))))
+                answer = ("read", digest_of(summed(read(folder))))
             except DataError as error:
                 cause = error.__cause__ or error.__context__
                 too_large = isinstance(cause, MemoryError)
@@ -655,14 +657,14 @@ def kill_stages(n: int, seed: int, only: str = "") -> tuple[Counter, list[str]]:
             if not in_fork(do):
                 raise SystemExit(f"{name}: failed although undisturbed")
             duration = time.monotonic() - start
-            expected, files = data_io.digest_of(summed(content(data))), files_of(data)
+            expected, files = digest_of(summed(content(data))), files_of(data)
             for _ in range(n):
                 shutil.rmtree(data)
                 shutil.copytree(sound, data)
                 after = float(rng.uniform(0, duration))
                 in_fork(do, after)
                 is_same = in_fork(do) and files_of(data) == files
-                is_same = is_same and data_io.digest_of(summed(content(data))) == expected
+                is_same = is_same and digest_of(summed(content(data))) == expected
                 counts.update(["kills"] if is_same else ["kills", "kills_different"])
                 if not is_same:
                     left = sorted(files_of(data) ^ files)

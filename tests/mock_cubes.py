@@ -18,8 +18,8 @@ import pandas as pd
 
 import data_io
 import hsi_proc_fns
-from data_io import Recipe
 from labels import LABEL_NONE, label_classes
+from recipe import Recipe
 
 N_BAND = 40
 PLATEIFUS = tuple(f"8000-{i}" for i in range(101, 109))

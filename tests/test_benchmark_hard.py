@@ -28,7 +28,9 @@ def square_survey(galaxies: int = 2, size: int = 12) -> Survey:
     near = np.tile(np.arange(galaxy.size)[:, None], (1, 49))
     names = pd.DataFrame({"plateifu": ["13001-1901", "13001-1902"]})
     y, x = np.tile(y, galaxies), np.tile(x, galaxies)
-    return Survey(galaxy, y, x, label, label + 0.01, names, near, WAVE)
+    nothing = np.zeros((galaxy.size, 0))
+    about = (names, near, WAVE, Path("data"), {}, nothing, nothing)
+    return Survey(galaxy, y, x, label, label + 0.01, *about)
 
 
 def test_fitted_fluxes_are_those_of_the_planted_lines():
@@ -55,14 +57,13 @@ def test_stated_errors_of_line_fits_are_their_scatter():
 
 
 def test_added_noise_has_the_stated_variance_and_is_shared_by_neighbours():
-    survey = square_survey()
-    flux = np.zeros((survey.galaxy.size, 400), np.float32)
+    flux = np.zeros((11, 12, 400), np.float32)
     ivar = np.full_like(flux, 4.0)
-    ivar[:, :10] = 0
-    noisy = benchmark_hard.add_noise(survey, flux, ivar, 5, seed=0)
-    assert not noisy[:, :10].any()
-    assert noisy[:, 10:].var() == pytest.approx((25 - 1) / 4, rel=0.1)
-    maps = noisy[:144, 10:].reshape(12, 12, -1)
+    ivar[..., :10] = 0
+    noisy = benchmark_hard.add_noise(flux, ivar, 5, seed=0)
+    assert not noisy[..., :10].any()
+    maps = noisy[..., 10:]
+    assert maps.var() == pytest.approx((25 - 1) / 4, rel=0.1)
     apart = [(maps[:, k:] * maps[:, : 12 - k]).mean() / maps.var() for k in (1, 2)]
     wanted = np.exp(-((np.array([1, 2]) / 1.92) ** 2) / 2)  # Westfall et al. 2019
     np.testing.assert_allclose(apart, wanted, atol=0.06)
@@ -87,9 +88,14 @@ def test_the_paired_bootstrap_of_a_row_with_itself_is_one():
 @pytest.mark.slow
 def test_a_small_survey_fills_the_table_and_a_second_run_only_reads(tmp_path, monkeypatch):
     config = Config(
-        work_dir=tmp_path, n_galaxies=14, noise=(1, 5), steps=3, ssftt_epochs=1, realisations=2,
-        results=tmp_path / "results", jobs=1,
-    )  # fmt: skip
+        work_dir=tmp_path,
+        n_galaxies=14,
+        noise=(1, 5),
+        epochs=1,
+        ssftt_epochs=1,
+        results=tmp_path / "results",
+        jobs=1,
+    )
     assert benchmark_hard.main(config) == 0
     rows = json.loads((tmp_path / "results" / "table.json").read_text())["rows"]
     assert {(r["name"], r["depth"]) for r in rows} == {

@@ -355,18 +355,23 @@ def test_the_gpu_benchmark_runs_or_says_that_there_is_no_gpu(tmp_path):
 def test_coverage_of_intervals_is_that_of_galaxies_left_out():
     rng = np.random.default_rng(0)
     n, each = 60, 200
-    ratio = rng.exponential(size=n * each)
+    label = rng.uniform(8.3, 8.7, n * each)
+    wrong_by = 1 + 5 * (label - 8.3)  # the more, the larger the label
     frame = pd.DataFrame(
         {
             "mangaid": np.repeat([f"1-{k}" for k in range(n)], each),
-            "ratio": ratio, "snr": rng.normal(size=ratio.size), "radius": rng.random(ratio.size),
-            "true": rng.integers(6, size=ratio.size),
+            "value": label, "scale": 0.01, "logoh": label + 0.01 * wrong_by * rng.laplace(
+                size=label.size
+            ), "snr": rng.normal(size=label.size), "radius": rng.random(label.size),
+            "true": np.digitize(label, (8.4, 8.5, 8.6)),
         }
     )  # fmt: skip
-    rows = {(r["name"], r["bin"]): r for r in interval_coverage.coverage(frame, 30, 0)}
-    assert len(rows) == 1 + 3 + 3 + 6 + 1
-    assert all(r["mean"] == pytest.approx(0.9, abs=0.02) for r in rows.values())
-    frame["ratio"] += 10 * (frame["true"] == 5)  # one class that no interval holds
-    rows = {(r["name"], r["bin"]): r for r in interval_coverage.coverage(frame, 30, 0)}
-    assert rows["all", 0]["mean"] == pytest.approx(0.9, abs=0.02)
-    assert rows["class", 5]["mean"] < 0.5 < 0.9 < rows["class", 0]["mean"]
+    tables = [interval_coverage.coverage(frame, 10, 0, bins) for bins in (1, 4)]
+    one, four = ({(r["name"], r["bin"]): r["mean"] for r in rows} for rows in tables)
+    assert len(one) == 1 + 3 + 3 + 4 + 1 + 1
+    for name in ("all", "S/N, third", "radius, third", "single galaxies"):
+        assert one[name, 0] == pytest.approx(0.9, abs=0.02)
+        assert four[name, 0] == pytest.approx(0.9, abs=0.02)
+    assert one["class", 3] < 0.83 < 0.94 < one["class", 0]
+    assert all(four["class", k] == pytest.approx(0.9, abs=0.04) for k in range(4))
+    assert four["half-width", 0] < one["half-width", 0]

@@ -18,9 +18,10 @@ from cut_real_files import SPECTRA_CUT
 from PIL import Image
 from scipy.stats import norm
 
+import archive_files
 import data_io
 import fits_utils as fu
-from catalogue import catalogue_row
+from archive_files import C_KMS, catalogue_row
 from labels import CLASS_COLOURS
 
 EDGES = 10 ** (3.5589 + 1e-4 * (np.arange(N_WAVE + 1) - 0.5))
@@ -77,7 +78,7 @@ def test_real_spectra_come_out_as_exact_step_integrals(tmp_path):
     z = float(redshifts[0])
     path = write_logcube(
         tmp_path / "8485-1901.fits", shaped(poisoned), shaped(ivar), shaped(mask),
-        SCINPVEL=z * fu.C_KMS,
+        SCINPVEL=z * C_KMS,
     )  # fmt: skip
     _, cube = process(path, tmp_path)
     for i in range(n):
@@ -102,7 +103,7 @@ def test_integral_of_a_line_survives_the_redshift(tmp_path):
     line = flux_in * norm.pdf(CENTRES, 6564.6 * (1 + z), 4)
     flux = np.broadcast_to(line[:, None, None], (N_WAVE, 2, 2))
     ones = np.ones_like(flux)
-    path = write_logcube(tmp_path / "8485-1901.fits", flux, ones, 0 * ones, SCINPVEL=z * fu.C_KMS)
+    path = write_logcube(tmp_path / "8485-1901.fits", flux, ones, 0 * ones, SCINPVEL=z * C_KMS)
     _, cube = process(path, tmp_path)
     integral = (cube.flux[0, 0] * np.diff(TARGET)).sum()
     assert integral == pytest.approx(flux_in, rel=1e-4)
@@ -173,7 +174,7 @@ def test_drp_cube_gives_the_same_as_a_dap_cube(tmp_path, plain_arrays):
 
 def test_gas_velocity_is_removed_spaxel_by_spaxel(tmp_path):
     z, velocity = 0.03, np.array([[-200.0, 0.0], [150.0, 300.0]])
-    at = 6564.6 * (1 + z) * (1 + velocity / fu.C_KMS)
+    at = 6564.6 * (1 + z) * (1 + velocity / C_KMS)
     flux = np.exp(-0.5 * ((CENTRES[:, None, None] - at) / 3) ** 2)
     ones = np.ones_like(flux)
     path = write_logcube(tmp_path / "8485-1901.fits", flux, ones, 0 * ones)
@@ -196,8 +197,8 @@ def test_gas_velocity_widens_the_range_of_pixels_read(tmp_path, monkeypatch, kms
     """Pixels that only a shifted spaxel needs are read as well: every bin is complete."""
     ones = np.ones((N_WAVE, 1, 2))
     path = write_logcube(tmp_path / "8485-1901.fits", ones, ones, 0 * ones)
-    stretch = np.array([[1.0, 1 + kms / fu.C_KMS]])
-    monkeypatch.setattr(fu, "_gas_stretch", lambda *_: stretch)
+    stretch = np.array([[1.0, 1 + kms / C_KMS]])
+    monkeypatch.setattr(archive_files, "gas_stretch", lambda *_: stretch)
     for z in np.linspace(0.02, 0.04, 30):
         options = replace(OPTIONS, remove_gas_velocity=True)
         _, cube = process(path, tmp_path, options, redshift=z, overwrite=True)
@@ -256,10 +257,10 @@ def test_existing_cube_is_kept_refused_or_replaced(tmp_path, plain_arrays, monke
         (lambda f, v, m: (f[:, 0], v[:, 0], m[:, 0]), {}, r"FLUX has shape \(4563, 5\)"),
         (None, {"drop": ("IVAR",)}, r"no HDU IVAR; it holds PRIMARY, .*MODEL"),
         (None, {"drop": ("REDCORR",)}, r"no HDU REDCORR; it holds PRIMARY, .*MODEL"),
-        (None, {"PLATEIFU": "7443-12703"}, "holds galaxy 7443-12703, expected 8485-1901"),
+        (None, {"PLATEIFU": "7443-12703"}, "a file of galaxy 7443-12703, expected 8485-1901"),
         (None, {"SCINPVEL": None}, "redshift"),
-        (None, {"SCINPVEL": -9999.0 * fu.C_KMS}, "redshift"),
-        (None, {"SCINPVEL": 4 * fu.C_KMS}, "redshift"),
+        (None, {"SCINPVEL": -9999.0 * C_KMS}, "redshift"),
+        (None, {"SCINPVEL": 4 * C_KMS}, "redshift"),
     ],
 )
 def test_unusable_cube_is_refused(tmp_path, plain_arrays, spoil, extra, message):
@@ -359,7 +360,7 @@ def test_redshift_from_the_catalogue(tmp_path, plain_arrays):
     [
         (0.0349, {}, ""),
         (0.036, {}, r"--redshift 0\.036 differs from the 0\.0300 of its header \(SCINPVEL\)"),
-        (0.036, {"SCINPVEL": -9999 * fu.C_KMS}, ""),  # unknown
+        (0.036, {"SCINPVEL": -9999 * C_KMS}, ""),  # unknown
         (0.0549, {"SCINPVEL": None}, ""),
         (0.03, {"SCINPVEL": None}, r"--redshift 0\.03 differs from the 0\.0500 of .*drpall\.fits"),
         (0.03, {"SCINPVEL": None, "PLATEIFU": "7000-1901"}, ""),  # not in the catalogue
@@ -427,7 +428,7 @@ def make_labels(tmp_path, line_maps):
     ("given", "diagnostic", "message"),
     [
         ({"lines": LINES[2:]}, "N2O2-KD02", r"no channel OII-3727, OII-3729; it contains Hb-4862"),
-        ({"PLATEIFU": "7443-12703"}, "O3N2-M13", "holds galaxy 7443-12703, expected 8485-1901"),
+        ({"PLATEIFU": "7443-12703"}, "O3N2-M13", "a file of galaxy 7443-12703, expected 8485-1901"),
     ],
 )
 def test_maps_without_a_line_or_of_another_galaxy_are_refused(
@@ -477,7 +478,7 @@ def test_maps_of_another_size_than_the_cube_are_refused(tmp_path, plain_arrays, 
         path = write_logcube(tmp_path / "8485-1901.fits", flux[:, :n], ivar[:, :n], mask[:, :n])
         fu.process_cube(path, cube, OPTIONS, overwrite=True)
         with pytest.raises(DataError, match=message) if message else nullcontext():
-            fu.process_map(maps, target, "BPT", fu.LabelOptions(), overwrite=True)
+            fu.process_map(maps, target, "BPT", fu.LabelOptions(), overwrite=True, cube=cube)
     velocities = np.zeros((6, 4, 5), "f4")
     with fits.open(maps, mode="append") as hdus:
         cards = fits.Header({f"C{i:02d}": line for i, line in enumerate(LINES, 1)})

@@ -14,7 +14,7 @@ from astropy.wcs import WCS
 from conftest import train
 
 import data_io
-import eval_fns
+import inference
 import map_galaxies
 import run_folder
 from labels import LABEL_NONE, SF, class_middles, class_names
@@ -54,10 +54,10 @@ def own_map(own_run, tmp_path):
         ends = logoh - np.float32(0.02), logoh + np.float32(0.02)
         attrs, unlike = {"wcs_header": header}, np.zeros((7, 8), bool)
         unlike[6, 7] = True
-        shown = eval_fns.CubePrediction(
+        shown = inference.CubePrediction(
             "1-1", classes, probabilities, names, inside, attrs, values, part, logoh, *ends, unlike
         )
-        model = eval_fns.load_model(own_run, "cpu")
+        model = inference.load_model(own_run, "cpu")
         map_galaxies.write_map(tmp_path / "x.fits", shown, model, {}, bpt)
         return tmp_path / "x.fits", shown
 
@@ -70,7 +70,7 @@ def bpt_labels(root, plateifu):
 
 def test_map_holds_the_prediction(root, own_run):
     assert map_them(own_run, root, TEST_GALAXY) == 0
-    expected = eval_fns.predict_cube(own_run, utils.cube_path(root, TEST_GALAXY))
+    expected = inference.predict_cube(own_run, utils.cube_path(root, TEST_GALAXY))
     usable = expected.classes != LABEL_NONE
     with fits.open(own_run / "maps" / f"{TEST_GALAXY}.fits") as hdus:
         np.testing.assert_array_equal(hdus["CLASS"].data, expected.classes)
@@ -174,7 +174,7 @@ def test_without_bpt_labels_no_metallicity_is_trusted(own_data, own_run, caplog)
         row = table_of(own_run).loc[TEST_GALAXY]
         return row["trusted"], row["median_logoh"]
 
-    usable = eval_fns.predict_cube(own_run, utils.cube_path(own_data, TEST_GALAXY)).usable
+    usable = inference.predict_cube(own_run, utils.cube_path(own_data, TEST_GALAXY)).usable
     expected = (usable & (bpt_labels(own_data, TEST_GALAXY) == SF)).sum()
     count, median = trusted()
     assert (count, float(median) > 8.3) == (expected, True)
@@ -182,7 +182,7 @@ def test_without_bpt_labels_no_metallicity_is_trusted(own_data, own_run, caplog)
     utils.label_path(own_data, "BPT", TEST_GALAXY).unlink()
     count, median = trusted()  # made again, since the labels are gone
     assert (count, median) == (0, "")
-    assert f"1 of these galaxies ({TEST_GALAXY}, ...) have no spaxel that a BPT" in caplog.text
+    assert f"1 of the maps ({TEST_GALAXY}, ...) have no spaxel that a BPT" in caplog.text
 
 
 def test_bpt_labels_of_another_shape_are_refused(own_data, own_run):
@@ -232,7 +232,7 @@ def test_every_cube_is_mapped_once_and_tabulated(root, own_run, caplog):
     parts, _ = data_io.read_split(own_run / "split")
     part_of = {p: part for part, table in parts.items() for p in table["plateifu"]}
     assert map_them(own_run, root) == 0
-    assert f"{sum(p == 'train' for p in part_of.values())} of these galaxies" in caplog.text
+    assert f"{sum(p == 'train' for p in part_of.values())} of the maps" in caplog.text
     table = table_of(own_run)
     assert set(table.index) == set(mock_cubes.PLATEIFUS)
     assert table["part"].to_dict() == {p: part_of.get(p, "") for p in table.index}

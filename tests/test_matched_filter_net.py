@@ -11,6 +11,7 @@ from torch import Tensor
 from HSI_SSFTT import count_parameters
 from matched_filter_net import (
     COLOURS,
+    LINE_SIGMA,
     MatchedFilterConfig,
     MatchedFilterNet,
     Spectra,
@@ -45,7 +46,7 @@ def trained_like(config: MatchedFilterConfig, seed: int = 0) -> MatchedFilterNet
     return model
 
 
-def gaussian(centre: float, sigma: float = 1.3) -> np.ndarray:
+def gaussian(centre: float, sigma: float = LINE_SIGMA) -> np.ndarray:
     return np.exp(-0.5 * ((np.arange(BANDS) - centre) / sigma) ** 2)
 
 
@@ -240,7 +241,7 @@ def test_filters_start_at_the_lines_of_the_spectra_without_a_list():
 def test_half_of_the_filters_do_not_see_a_linear_continuum_or_other_lines():
     model = MatchedFilterNet(small_config())
     residual, weight = planted_lines(5, (60,))
-    model.start_filters(residual, weight, [60.0, 72.0, 200.0])
+    model.start_filters(residual, weight, [[(60.0, 1.0)], [(72.0, 1.0)], [(200.0, 1.0)]])
     with_side_bands = (model.filters * model.support)[:, 3:].detach().numpy()
     bins = np.arange(BANDS)
     for nuisance, seen_by in ((np.ones(BANDS), 3), (bins, 3), (gaussian(72), 1)):
@@ -250,7 +251,9 @@ def test_half_of_the_filters_do_not_see_a_linear_continuum_or_other_lines():
 
 def test_a_filter_sees_only_its_part_of_the_spectrum():
     model = trained_like(small_config())
-    model.start_filters(*planted_lines(50, (60, 150, 230)), [60.0, 150.0, 230.0])
+    model.start_filters(
+        *planted_lines(50, (60, 150, 230)), [[(60.0, 1.0)], [(150.0, 1.0)], [(230.0, 1.0)]]
+    )
     spectra = random_spectra(1)
     before = model.measure(*spectra).n
     spectra.residual[:, 81:] = 0
@@ -258,23 +261,39 @@ def test_a_filter_sees_only_its_part_of_the_spectrum():
     assert unchanged.tolist() == [True, False, False] * 2
 
 
-def test_the_ridge_is_that_of_sklearn_with_the_strength_chosen():
+def tensors(*arrays: np.ndarray) -> list[Tensor]:
+    return [torch.from_numpy(a) for a in arrays]
+
+
+def test_a_ridge_with_a_strength_for_each_group_is_that_of_sklearn():
     rng = np.random.default_rng(0)
     x, galaxy = rng.normal(size=(200, 6)), np.repeat(np.arange(20), 10)
-    y = x @ rng.normal(size=6) + 3 + rng.normal(size=200)
-    found, strength = ridge_by_galaxy(*(torch.from_numpy(a) for a in (x, y, galaxy)))
-    other = Ridge(alpha=strength * 200).fit(x, y)
-    np.testing.assert_allclose(found, [other.intercept_, *other.coef_], rtol=1e-6)
+    y, group = x @ rng.normal(size=6) + 3 + rng.normal(size=200), np.array([0, 0, 1, 1, 1, 0])
+    found = ridge_by_galaxy(*tensors(x, y, galaxy, group), strengths=((0.01,), (0.5,)))
+    scale = np.array([0.01, 0.5])[group] ** -0.5
+    other = Ridge(alpha=200).fit(x * scale, y)
+    np.testing.assert_allclose(found, [other.intercept_, *other.coef_ * scale], rtol=1e-6)
 
 
-def test_the_ridge_is_strong_where_features_only_tell_galaxies_apart():
+def test_features_that_only_tell_galaxies_apart_hardly_count():
     rng = np.random.default_rng(0)
     galaxy = np.repeat(np.arange(60), 10)
     names = rng.normal(size=(60, 40))[galaxy] + 0.01 * rng.normal(size=(600, 40))
-    y = rng.normal(size=60)[galaxy]
-    by_galaxy = ridge_by_galaxy(*(torch.from_numpy(a) for a in (names, y, galaxy)))[1]
-    by_spaxel = ridge_by_galaxy(*(torch.from_numpy(a) for a in (names, y, np.arange(600))))[1]
-    assert by_galaxy > 100 * by_spaxel
+    y, group = rng.normal(size=60)[galaxy], np.full(40, 2)
+    by_galaxy = ridge_by_galaxy(*tensors(names, y, galaxy, group))
+    by_spaxel = ridge_by_galaxy(*tensors(names, y, np.arange(600), group))
+    assert by_galaxy[1:].norm() < 0.3 * by_spaxel[1:].norm()
+
+
+def test_ridges_of_equal_error_count_alike_and_bad_ones_not():
+    rng = np.random.default_rng(0)
+    x, galaxy = rng.normal(size=(400, 3)), np.arange(400) % 20
+    y, group = x @ np.ones(3) + 0.1 * rng.normal(size=400), np.zeros(3, int)
+    known = tensors(x, y, galaxy, group)
+    good, other, bad = (ridge_by_galaxy(*known, strengths=[[s]]) for s in (1e-9, 1e-8, 1e3))
+    found = ridge_by_galaxy(*known, strengths=[[1e-9, 1e-8, 1e3]])
+    torch.testing.assert_close(found, (good + other) / 2)
+    assert (found - bad).abs().max() > 0.5
 
 
 def test_the_network_starts_as_a_ridge_regression_of_its_features():

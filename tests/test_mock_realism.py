@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import utils
-from utils import DataError
 
 import numpy as np
 import pytest
@@ -159,7 +158,7 @@ def test_galaxies_differ_in_their_stars_and_repeats_do_not():
 
 
 def survey(folder: Path, **settings) -> dict[str, str]:
-    config = mock_manga.MockConfig(folder, n_galaxies=1, bundles=(19,), **settings)
+    config = mock_manga.MockConfig(data_dir=folder, n_galaxies=1, bundles=(19,), **settings)
     return mock_manga.simulate_survey(config)
 
 
@@ -222,17 +221,12 @@ def test_metallicity_relation_has_the_correlation_asked_for():
     assert abs(np.corrcoef(plain[0], np.log10(plain[1]))[0, 1]) < 0.15
 
 
-@pytest.mark.parametrize("words", [{"depth": 0.0}, {"metallicity_relation": 1.5}])
-def test_settings_out_of_range_are_refused(tmp_path, words):
-    with pytest.raises(DataError, match=r"--(depth 0|metallicity-relation 1.5): expected"):
-        survey(tmp_path, **words)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_resynthesised_cube_can_be_shallower(real_maps, tmp_path):
     ivars = []
     for depth in (1.0, 0.25):
-        config = mock_manga.MockConfig(tmp_path / str(depth), from_maps=real_maps, depth=depth)
+        config = mock_manga.MockConfig(
+            data_dir=tmp_path / str(depth), from_maps=real_maps, depth=depth
+        )
         mock_manga.main(config)
         cube = utils.find_raw(tmp_path / str(depth), "7815-3702", "LOGCUBE")
         ivars.append(fits.getdata(cube, "IVAR"))
@@ -244,7 +238,7 @@ def test_a_resynthesised_cube_can_be_shallower(real_maps, tmp_path):
 
 
 def test_real_maps_give_the_values_that_the_mocks_are_set_to(real_maps):
-    values, _ = mock_realism.maps_values(real_maps)
+    values = mock_realism.maps_values(real_maps)
     assert values["scatter about N2"] == pytest.approx(0.0236, abs=5e-4)
     assert values["[SII] 6718/6732"] == pytest.approx(1.43, abs=0.02)
     assert values["gas dispersion"] == pytest.approx(42, abs=1)
@@ -269,7 +263,7 @@ def test_planted_scatter_is_measured_without_the_noise_of_the_lines(tmp_path):
             f["EMLINE_GFLUX"].data[row[line]] = value + error * rng.standard_normal(shape)
             f["EMLINE_GFLUX_IVAR"].data[row[line]] = error**-2
         f.writeto(tmp_path / "planted-MAPS.fits")
-    values, _ = mock_realism.maps_values(tmp_path / "planted-MAPS.fits")
+    values = mock_realism.maps_values(tmp_path / "planted-MAPS.fits")
     assert values["scatter about N2"] == pytest.approx(0.025, abs=0.002)
 
 
@@ -319,12 +313,9 @@ def test_without_real_files_the_comparison_is_skipped_in_one_line(tmp_path, caps
 
 @pytest.mark.slow
 def test_simulated_galaxies_pass_the_comparison(shared_manga, tmp_path):
-    config = mock_realism.Config(
-        real=shared_manga, n_galaxies=6, figures=tmp_path / "figures", results=tmp_path
-    )
+    config = mock_realism.Config(real=shared_manga, n_galaxies=6, results=tmp_path)
     assert mock_realism.main(config) == 0
     rows = json.loads((tmp_path / "mock_realism.json").read_text())["rows"]
     verdicts = [row["in_range"] for row in rows if "in_range" in row]
     assert len(verdicts) > 20
     assert np.mean(verdicts) > 0.7
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {"maps.png", "spectra.png"}

@@ -21,7 +21,7 @@ def root(tmp_path):
 
 
 def test_packed_file_holds_each_usable_spectrum_once_as_normalised_by_hand(root):
-    config = Config("hard", root, patch_norm="spatial", packed_type="float32", jobs=2)
+    config = Config("hard", "spatial", "float32", jobs=2, data_dir=root)
     assert pack_cubes.main(config) == 0
     path = packed_path(root, "hard", "spatial", "float32")
     packed = read_packed(path)
@@ -45,7 +45,10 @@ def test_packed_file_holds_each_usable_spectrum_once_as_normalised_by_hand(root)
 def test_several_processes_write_the_same_file_as_one_and_only_overwrite_replaces_it(root):
     path, content, files = packed_path(root, "easy", "PCA", "float16"), [], []
     for jobs, overwrite in ((1, False), (1, False), (2, True)):
-        assert pack_cubes.main(Config("easy", root, "PCA", jobs=jobs, overwrite=overwrite)) == 0
+        assert (
+            pack_cubes.main(Config("easy", "PCA", data_dir=root, jobs=jobs, overwrite=overwrite))
+            == 0
+        )
         packed = read_packed(path)
         content.append((packed.spectra.tobytes(), [r.tolist() for r in packed.rows.values()]))
         files.append(path.stat().st_ino)
@@ -129,7 +132,7 @@ def test_damaged_packed_file_is_packed_again_and_the_log_says_why(root, caplog):
 
 
 def test_command_line_reports_what_it_packed_and_what_is_missing(root, command):
-    for split, code, message in (("hard", 0, "3 galaxies"), ("no", 1, "create_data_splits.py")):
+    for split, code, message in (("hard", 0, "3 cubes"), ("no", 1, "create_data_splits.py")):
         words = ("--data-dir", root, "--split-dir", split, "--jobs", "1")
         found, said = command(pack_cubes.main, Config, *words)
         assert found == code

@@ -17,16 +17,20 @@ from utils import LABEL_TASKS, DataError
 
 import numpy as np
 import pytest
+from astropy.io import fits
 from scipy.special import erf
 
 import cube_patch_processing as patching
 import cube_processing
 import data_io
 import eval_fns
+import evidence
 import hsi_proc_fns
 import map_galaxies
 import mock.galaxy
 import mock.physics
+import mock.survey
+import mock.truth
 import mock_manga
 import process_single_cube
 import resample
@@ -49,7 +53,9 @@ BENCHMARKS = [
     p for p in sorted(ROOT.glob("benchmarks/*.py")) if "utils.run_command" in p.read_text()
 ]
 AS_PLANTED = {"remove_gas_velocity": False}
-NEED_TORCH = [p for p in SCRIPTS if p.stem in ("run_SSFTT_training", "eval_fns", "map_galaxies")]
+NEED_TORCH = [
+    p for p in SCRIPTS if p.stem in ("run_SSFTT_training", "eval_fns", "evidence", "map_galaxies")
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,7 @@ def galaxies_of(root):
 
 def truth_of(root, plateifu):
     """Maps that were planted."""
-    return mock_manga.read_truth(mock_manga.truth_path(root, plateifu))[0]
+    return mock.truth.read_truth(mock.truth.truth_path(root, plateifu))[0]
 
 
 def labels_and_truth(root, task, name):
@@ -114,12 +120,43 @@ def test_default_commands_lead_from_cubes_to_figures(survey, tmp_path, monkeypat
     assert process_single_cube.main(config) == 0
     assert process_single_cube.main(replace(config, data_dir=None)) == 0  # the run's, up to date
     eval_fns.predict_cube(run_dir, utils.cube_path(tmp_path, plateifu))
+    assert evidence.main(evidence.Config(run_dir, (plateifu,))) == 0
+    found = fits.getheader(run_dir / "evidence" / f"{plateifu}.fits")
+    assert found["DECISIVE"] > 0.6
+    assert found["MOVED"] > 10 * found["MOVEDOTH"]
     readme = (ROOT / "README.md").read_text().partition("## In Python\n\n")[2].partition("\n\n")[0]
     lines = textwrap.dedent(readme).replace("results/demo/logOH_hard", str(run_dir))
     lines = lines.replace("data/demo", str(survey)).replace("13001-1901", plateifu)
     monkeypatch.chdir(tmp_path)
     exec(lines, {})
     assert (tmp_path / "map.png").stat().st_size > 10_000
+
+
+def test_a_real_galaxy_is_mapped_by_a_model_of_simulated_ones(
+    survey, real_maps, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import real_galaxy
+
+    run_dir = tmp_path / "run"
+    train = run_SSFTT_training.train_config(data_dir=survey, run_dir=run_dir, epochs=1)
+    assert run_SSFTT_training.main(train) == 0
+    config = real_galaxy.Config(run_dir, tmp_path / "data", real_maps, results=tmp_path)
+    with pytest.raises(DataError, match="expected the scores of the run's test part"):
+        real_galaxy.main(config)
+    assert eval_fns.main(eval_fns.EvalConfig(run_dir)) == 0
+    assert real_galaxy.main(config) == 0
+    found = json.loads((tmp_path / "7815-3702.json").read_text())
+    cube = utils.cube_path(tmp_path / "data", "7815-3702")
+    prediction = eval_fns.predict_cube(run_dir, cube)
+    labels = data_io.read_labels(utils.label_path(tmp_path / "data", "logOH", "7815-3702"))
+    known = np.isfinite(labels) & prediction.usable
+    assert found["labelled"] == known.sum() > 500
+    error = np.abs(prediction.logoh - labels)[known]
+    assert found["rows"][0]["ours"] == pytest.approx(error.mean())
+    held = error <= (prediction.upper - prediction.lower)[known] / 2
+    assert found["held"] == pytest.approx(held.mean(), abs=2 / known.sum())
+    assert (tmp_path / "7815-3702.png").stat().st_size > 10_000
 
 
 def test_running_again_does_nothing(survey):
@@ -192,7 +229,7 @@ def planted_continuum(root, plateifu, z):
 
     From its parameters: in the LOGCUBE, MODEL - EMLINE is a fit, which errs by about 1 %.
     """
-    drawn = {p.plateifu: p for p in mock_manga.simulated_galaxies(root)}
+    drawn = {p.plateifu: p for p in mock.survey.simulated_galaxies(root)}
     scene = mock.galaxy.build_scene(drawn[plateifu])
     stars = mock.physics.to_image(scene, scene.stellar) * (1 + z)
     return to_h5_grid(stars, z).T.reshape(*stars.shape[1:], -1)
@@ -313,7 +350,7 @@ def test_one_galaxy_by_name_or_by_files(survey, tmp_path):
     np.testing.assert_array_equal(cubes[1:], [cubes[0]] * 2)
     other = utils.find_raw(survey, galaxies_of(survey)[1], "MAPS")
     wrong = process_single_cube.Config(**files, maps=other, data_dir=tmp_path / "4")
-    with pytest.raises(DataError, match=r"holds galaxy .*Check --maps"):
+    with pytest.raises(DataError, match=r"a file of galaxy .*Check --maps"):
         process_single_cube.main(wrong)
     assert not utils.processed_cubes(tmp_path / "4")
     config = process_single_cube.Config(

@@ -5,7 +5,7 @@ from utils import DataError
 import numpy as np
 import pytest
 
-from data_io import Recipe, digest_of, file_digest, file_stamp, require_alike
+from recipe import Recipe, digest_of, file_digest, file_stamp, require_alike
 
 OPTIONS = {"n_components": 30, "bands": [0, 5], "cube": {"wave_min": 5000.0, "redshift": None}}
 INPUTS = {"cubes": "aa", "galaxies": "bb"}
@@ -64,7 +64,7 @@ def test_products_are_used_together_only_if_they_share_their_options():
     one, other = (Recipe("cube", 3, {"grid": 5000, "redshift": z}, {"x": "y"}) for z in (None, 0.1))
     assert one.digest != other.digest
     require_alike(other.shared, one.shared, "b.h5", "that of a", "Rebuild it")
-    message = r"^b\.h5: made with grid=4800, that of a with grid=5000\. Rebuild it\.$"
+    message = r"^b\.h5: made with grid=4800 \(that of a: 5000\)\. Rebuild it\.$"
     with pytest.raises(DataError, match=message):
         require_alike({"grid": 4800}, one.shared, "b.h5", "that of a", "Rebuild it")
 

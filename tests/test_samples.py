@@ -13,7 +13,9 @@ import cube_patch_processing as patching
 import data_fns
 import data_io
 import pack_cubes
-from data_fns import DataOptions, PatchSpec, Samples
+from data_fns import DataOptions
+from recipe import DIGEST_LENGTH, digest_of
+from samples import PatchSpec, Samples, get_samples
 
 TRAIN, VAL, GALAXIES = mock_cubes.PLATEIFUS[:2], mock_cubes.PLATEIFUS[2], mock_cubes.PLATEIFUS[:4]
 
@@ -29,7 +31,7 @@ def samples_of(root, spec, part="train", split="hard"):
     table = data_io.read_split(utils.split_path(root, split))[0][part]
     galaxies = table["plateifu"].unique()
     packed = pack_cubes.open_packed(root, split, spec.patch_norm, galaxies)
-    return data_fns.get_samples(table, spec, root, packed)
+    return get_samples(table, spec, root, packed)
 
 
 def spaxels_of(found):
@@ -69,7 +71,7 @@ def test_classes_and_values_are_those_of_the_label_maps(root):
 def test_samples_come_in_the_order_of_the_split_then_of_the_map(root):
     table = pd.DataFrame({"plateifu": list(GALAXIES[::-1]), "mangaid": "1-0"})
     packed = pack_cubes.open_packed(root, "hard", "global", GALAXIES)
-    found = data_fns.get_samples(table, PatchSpec("BPT", patch_norm="global"), root, packed)
+    found = get_samples(table, PatchSpec("BPT", patch_norm="global"), root, packed)
     assert found.plateifus == list(table["plateifu"])
     assert (np.diff(found.galaxy.astype(int) * 10_000 + found.y * 100 + found.x) > 0).all()
     assert found.cubes == data_io.cube_digests(root, GALAXIES)
@@ -95,9 +97,9 @@ def test_samples_by_galaxy_in_any_order():
 
 def test_label_maps_that_changed_since_the_split_are_warned_of(own_data, caplog):
     parts, recipe = data_io.read_split(utils.split_path(own_data, "hard"))
-    digests = {p: data_io.digest_of(data_io.read_labels(label_file(own_data, p))) for p in GALAXIES}
+    digests = {p: digest_of(data_io.read_labels(label_file(own_data, p))) for p in GALAXIES}
     for name, table in parts.items():
-        short = table["plateifu"].map(digests).str[: data_io.DIGEST_LENGTH]
+        short = table["plateifu"].map(digests).str[:DIGEST_LENGTH]
         parts[name] = table.assign(label_digest=short)
     data_io.write_split(utils.split_path(own_data, "hard"), parts, recipe)
     samples_of(own_data, PatchSpec("logOH"))
@@ -161,11 +163,11 @@ REFUSED = {
     ),
     "validation cube on another grid": (
         later(rebuild_cube, VAL, wave_min=4800.0),
-        {}, rf"{VAL}\.h5: made with wave_min=4800.0, that of {TRAIN[0]} with wave_min=5000.0",
+        {}, rf"{VAL}\.h5: made with wave_min=4800.0 .that of {TRAIN[0]}: 5000.0",
     ),
     "cube of another galaxy": (
         lambda root: shutil.copyfile(*(utils.cube_path(root, p) for p in TRAIN)),
-        {}, f"holds the cube of {TRAIN[0]}, expected {TRAIN[1]}",
+        {}, f"the cube of {TRAIN[0]}, expected that of {TRAIN[1]}",
     ),
     "no cube": (
         lambda root: utils.cube_path(root, VAL).unlink(), {}, rf"{VAL}\.h5: no such file"
@@ -184,10 +186,10 @@ REFUSED = {
     ),
     "labels of two calibrations": (
         later(relabel, TRAIN[1:], diagnostic="N2-M13"),
-        {}, f"{TRAIN[1]} .*diagnostic=N2-M13, those of {TRAIN[0]} with diagnostic=O3N2-M13",
+        {}, f"{TRAIN[1]} .*diagnostic=N2-M13 .those of {TRAIN[0]}: O3N2-M13",
     ),
     "validation labels made otherwise": (
-        later(relabel, [VAL], min_snr=5.0), {}, "val part: .*min_snr=5.0, those of the train part"
+        later(relabel, [VAL], min_snr=5.0), {}, "val part: .*min_snr=5.0 .those of the train part"
     ),
     "patch files of other statistics": (
         rebuild_statistics,
@@ -203,7 +205,7 @@ REFUSED = {
     ),
     "patch files of cubes made otherwise": (
         later(patch_files_of_a_rebuilt_cube, True, remove_gas_velocity=False),
-        FULL, r"\(cube\): made with remove_gas_velocity=False, those of .* with .*=True",
+        FULL, r"\(cube\): made with remove_gas_velocity=False .those of .*: True",
     ),
     "patch files of other labels": (
         later(relabel, TRAIN, 0.01),

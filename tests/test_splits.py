@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import create_data_splits as cds
 import create_easy_data_splits as easy
 import data_io
-from data_io import Recipe, digest_of
+from recipe import DIGEST_LENGTH, Recipe, digest_of
 
 FRACTIONS = (0.7, 0.15, 0.15)
 ONE = "8003-1901"
@@ -113,7 +113,7 @@ def test_command_writes_a_readable_split_and_leaves_out_the_unlabelled(labelled)
     counts = [int(((labels >= a) & (labels < b)).sum()) for a, b in [(8.40, 8.44), (8.44, 8.48)]]
     assert [row["class_1"], row["class_2"]] == counts
     assert row["n_labelled"] == np.isfinite(labels).sum()
-    assert row["label_digest"] == digest_of(labels)[: data_io.DIGEST_LENGTH]
+    assert row["label_digest"] == digest_of(labels)[:DIGEST_LENGTH]
 
 
 def test_critical_galaxies_can_be_left_out(labelled):

@@ -26,14 +26,15 @@ from sklearn.linear_model import LogisticRegression
 
 import baselines
 import data_io
-import eval_fns
+import inference
+import network_start
 import networks
 import run_folder
 import run_SSFTT_training as script
 import training
-from data_fns import PatchSpec
 from labels import class_middles, class_names
 from run_SSFTT_training import TrainConfig, train_config
+from samples import PatchSpec
 
 REPO = Path(script.__file__).parent
 TRAIN, VAL = mock_cubes.PLATEIFUS[:4], mock_cubes.PLATEIFUS[4:6]
@@ -289,10 +290,10 @@ REFUSED = {
     ),
     "a test galaxy became a training galaxy": (
         then_statistics(exchanged("train", "test")), {},
-        "another split, another set of cubes, another set of training labels, "
-        "another set of statistics",
+        "another set of cubes, another set of statistics, another set of training labels, "
+        "another split",
     ),
-    "validation and test parts exchanged": (exchanged("val", "test"), {}, "with another split"),
+    "validation and test parts exchanged": (exchanged("val", "test"), {}, "another split. Start"),
     "statistics": (rebuild_statistics, {}, "old: made with another set of statistics. Start"),
     "training labels": (later(relabel, TRAIN[:1], 0.01), {}, "another set of training labels. S"),
     "validation labels": (later(relabel, VAL, 0.01), {}, "another set of training labels. Start"),
@@ -459,6 +460,62 @@ def test_config_of_a_run_folder_repeats_the_run(options, tmp_path, run_script):
     assert_same_run(options["run_dir"], again)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--network", "ssftt"), ("PCA", 5, 256, 1e-3, "accuracy")),
+        (("--network=ssftt", "--lr", "0.5"), ("PCA", 5, 256, 0.5, "accuracy")),
+        (("--network", "matched_filters"), ("residual", 9, 512, 0.002, "loss")),
+        (("--label_task", "BPT"), ("residual", 9, 512, 0.002, "accuracy")),
+        (("--seed", "1"), ("residual", 9, 512, 0.002, "loss")),
+    ],
+)
+def test_another_network_brings_its_own_defaults_to_the_config_of_a_run(
+    words, expected, tmp_path, command
+):
+    usual = {"cutout": 9, "batch_size": 512, "lr": 0.002, "monitor": "loss"}
+    script.write_config(train_config(**usual), tmp_path)
+    found = []
+    assert command(found.append, TrainConfig, *words, "--config", tmp_path)[0] == 0
+    config = utils.config_dict(found[0])
+    names = ("patch_norm", "cutout", "batch_size", "lr", "monitor")
+    assert tuple(config[name] for name in names) == expected
+    assert config["split_dir"] == ("hard_BPT" if "BPT" in words else "hard_logOH")
+    script.check_options(found[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"amp": "bf16"}, "--amp with --network"),
+        ({"spectral_stride": 2}, "--spectral-stride with --network"),
+        ({"compile": True}, "--compile with --network"),
+        ({"bands": (0, 5)}, "--bands with --network matched_filters: expected all bands"),
+        ({"source": "patches"}, "--source patches with --network matched_filters"),
+        ({"patch_size": 4, "augment": False}, "--patch-size 4 with --network matched_filters"),
+    ],
+)
+def test_what_matched_filters_cannot_use_is_refused_by_its_name(options, message):
+    with pytest.raises(DataError, match=message) as caught:
+        script.check_options(train_config(**options))
+    assert str(caught.value).count("--") <= 3  # no other option's name, but for the network's
+
+
+def test_run_whose_folder_is_removed_ends_with_an_error(options, monkeypatch):
+    at_step(monkeypatch, 2, lambda: shutil.rmtree(options["run_dir"]))
+    with pytest.raises(DataError, match=r"removed or emptied\. Start the run again"):
+        train(options)
+    assert not options["run_dir"].exists()
+
+
+def test_resumed_run_does_not_compute_the_start_that_its_checkpoint_replaces(options, monkeypatch):
+    options |= {"network": "matched_filters", "epochs": 1, "resume": "auto"}
+    assert train(options) == 0
+    monkeypatch.setattr(network_start, "start_filters", crashes)
+    assert train(options, epochs=2) == 0
+    assert len(numbers_of(options["run_dir"])) == 2
+
+
 def test_run_folder_records_where_it_came_from(options, trained):
     files = "config.json environment.json split log.txt metrics.csv last.pt model.json stats.h5"
     assert {p.name for p in trained.iterdir()} == {*files.split(), "best.safetensors"}
@@ -487,12 +544,12 @@ def test_class_that_never_occurs_and_slow_recipe_are_warned_of(options, caplog):
 def test_validation_by_maps_is_validation_by_patches(options, split, packed_type):
     ready = set_up(options, split_dir=split, packed_type=packed_type)
     network, loader, device = like_trained(ready.model), ready.loaders["val"], ready.device
-    maps, by_map = eval_fns.sample_outputs(network, loader, device)
+    maps, by_map = inference.sample_outputs(network, loader, device)
     for at_once in (2, 3, 99):
-        together, order = eval_fns.field_outputs(network, loader.dataset, device, "off", at_once)
+        together, order = inference.field_outputs(network, loader.dataset, device, "off", at_once)
         np.testing.assert_array_equal(order, by_map)
         np.testing.assert_allclose(together, maps, rtol=1e-4, atol=1e-5)
-    patches, by_patch = eval_fns.patch_outputs(network, loader, device)
+    patches, by_patch = inference.patch_outputs(network, loader, device)
     np.testing.assert_array_equal(np.sort(by_map), by_patch)
     np.testing.assert_allclose(maps[np.argsort(by_map)], patches, rtol=1e-4, atol=1e-5)
 
@@ -529,7 +586,7 @@ def test_every_task_scale_and_norm_trains(options, norm):
     task, n_classes = SCALES[norm]
     spec = {"label_task": task, "patch_norm": norm, "n_classes": max(n_classes, 6)}
     assert train(options, **spec, epochs=1, samples_per_epoch=128, balance=False) == 0
-    model = eval_fns.load_model(options["run_dir"], "cpu")
+    model = inference.load_model(options["run_dir"], "cpu")
     assert model.network.config.n_classes == n_classes
     assert np.isfinite(numbers_of(options["run_dir"]).to_numpy()).all()
 
@@ -638,7 +695,7 @@ def test_compiling_reaches_what_training_calls(options, monkeypatch):
     assert seen == ["forward"] * 3
     assert train(options, overwrite=True) == 0
     assert set(seen[3:]) == {"cutout_outputs"}
-    assert eval_fns.load_model(options["run_dir"], "cpu").network.config.n_classes == 6
+    assert inference.load_model(options["run_dir"], "cpu").network.config.n_classes == 6
 
 
 @pytest.mark.gpu
@@ -670,8 +727,11 @@ def test_class_values_are_means_of_training_labels_or_middles_of_classes_without
 def test_a_run_that_diverges_is_never_a_best_model(options, network):
     with pytest.raises(DataError, match=r"not finite|expected a finite number.*--lr"):
         train(options, network=network, lr=1e30, cutout=7, epochs=3)
+    if network == "matched_filters":  # their start is a model
+        assert inference.load_model(options["run_dir"], "cpu").card.best["epoch"] == 0
+        return
     with pytest.raises(DataError):
-        eval_fns.load_model(options["run_dir"], "cpu")
+        inference.load_model(options["run_dir"], "cpu")
 
 
 def test_weights_that_are_not_finite_are_no_model(trained, tmp_path):
@@ -680,4 +740,4 @@ def test_weights_that_are_not_finite_are_no_model(trained, tmp_path):
     weights["head.weight"][0, 0] = float("nan")
     run_folder.write_tensors(run / "best.safetensors", weights, about)
     with pytest.raises(DataError, match=r"head\.weight holds values that are not finite"):
-        eval_fns.load_model(run, "cpu")
+        inference.load_model(run, "cpu")

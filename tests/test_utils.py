@@ -44,35 +44,16 @@ def touch(root, kind, daptype="SPX-MILESHC-MASTARSSP"):
     return path
 
 
-def test_every_kind_of_file_leads_to_every_other(tmp_path):
-    files = {
-        "logcube": touch(tmp_path, "LOGCUBE"),
-        "maps": touch(tmp_path, "MAPS"),
-        "cube": utils.cube_path(tmp_path, "8485-1901"),
-        "label": utils.label_path(tmp_path, "BPT", "8485-1901"),
-        "patches": utils.patch_path(tmp_path, "BPT", "spatial", "8485-1901"),
-    }
-    for start in files.values():
-        found = {kind: utils.sibling(start, kind, "BPT", "spatial") for kind in files}
-        assert found == files
-    assert utils.sibling(files["patches"], "label") == files["label"]
-
-
-CUBE = "d/processed/cubes/8485/8485-1901.h5"
+WRONG = "8485 8485_1901 8485-1901-1 abc 84-19 ../../x 8485-1901/../.. \0 ٨٤٨٥-1901".split()
+"""No plateifus; the last one has digits of another script."""
 
 
 @pytest.mark.parametrize(
     ("function", "words", "message"),
     [
-        (utils.sibling, (CUBE, "label"), "label_task"),
-        (utils.sibling, (CUBE, "patches", "BPT"), "patch_norm"),
-        (utils.sibling, ("/elsewhere/8485-1901.h5", "cube"), "not in a data folder"),
         (utils.find_raw, ("nowhere", "8485-1901", "MAPS"), r"--data-dir, else \$MANGA_DATA_DIR"),
         (utils.plateifu_of, ("notes.txt",), r"notes\.txt"),
-        *(
-            (utils.split_plateifu, (text,), r"is not a valid plateifu .*e\.g\. 8485-1901")
-            for text in ("8485", "8485_1901", "8485-1901-1", "abc", "84-19", "../../x")
-        ),
+        *((utils.split_plateifu, (text,), r"not a valid plateifu .*8485-1901") for text in WRONG),
         *(
             (utils.split_path, (Path("data"), name), "expected the name of a folder")
             for name in ("", "..", "../../elsewhere", "a/b", "/tmp")
@@ -198,7 +179,7 @@ def test_config_file_or_run_folder_becomes_flags_and_the_users_flags_win(config_
         (b"\xff\xfe\x00", "not readable .*, expected a JSON file"),
         (b'{"rte": 3}', "unknown key 'rte'; did you mean 'rate'"),
         (b'["rate", 3]', "expected a JSON object of options, found list"),
-        (None, "not readable .No such file.*or the folder of a run"),
+        (None, "no such file, expected .*or the folder of a run"),
     ],
 )
 def test_unreadable_config_file_is_one_clear_line(config_file, content, message):
@@ -207,8 +188,6 @@ def test_unreadable_config_file_is_one_clear_line(config_file, content, message)
         with pytest.raises(DataError, match=f"{config_file}: {message}") as refused:
             utils.with_config_file(["--config", str(path)], Example)
         assert "\n" not in str(refused.value)
-    with pytest.raises(DataError, match="--config: no file given"):
-        utils.with_config_file(["--config"], Example)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +198,7 @@ def test_unreadable_config_file_is_one_clear_line(config_file, content, message)
         (DataError("a.fits: zero bytes."), [], 1, "error: a.fits: zero bytes.\n"),
         (BrokenPipeError("the archive hung up"), [], 1, "error: the archive hung up\n"),
         (None, ["--rte", "3"], 2, "--rte"),
+        (None, ["--config"], 2, "--config"),
     ],
 )
 def test_exit_codes(command, result, words, code, message):
@@ -264,14 +244,6 @@ def test_a_zombie_is_not_alive():
     assert utils._is_alive(os.getpid())
     assert utils._is_alive(1)
     child.wait()
-
-
-@pytest.mark.parametrize(
-    "name", ["٨٤٨٥-١٩٠١", "8485-19\u0660\u0661", "../../x", "8485-1901/../..", "\0"]
-)
-def test_plateifus_are_ascii_digits_only(name):
-    with pytest.raises(DataError, match="is not a valid plateifu"):
-        utils.split_plateifu(name)
 
 
 @pytest.mark.parametrize("error", [RecursionError("deep\nstack"), KeyError("x"), MemoryError()])

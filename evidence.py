@@ -1,0 +1,470 @@
+"""Evidence: which wavelengths decided what a network of matched filters says of each spaxel.
+
+Reads   a run folder of run_SSFTT_training.py; processed/cubes/<plate>/<plateifu>.h5.
+Writes  <run_dir>/evidence/<plateifu>.fits, the share of each wavelength bin in the answers;
+        <run_dir>/figures/<plateifu>_evidence.png.
+Layout: docs/data_formats.md#evidence. Prints for each galaxy the weight of the emission lines, and
+how far the answers move when bins are deleted, that is, replaced by the continuum.
+
+An answer (12+log(O/H) in dex, or the logarithm of the probability of the predicted class) is
+compared with that for line-free spectra: the same brightness, errors and continuum colours, but
+nothing above or below the continuum. The difference is divided among the bins by integrated
+gradients (Sundararajan, Taly & Yan 2017, Proc. ICML 70, 3319): added up over the bins, the shares
+give the difference. Shares of neighbouring spaxels count for the spaxel that is answered for.
+
+    python evidence.py --run-dir runs/demo --plateifu 8485-1901
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import utils
+from utils import DataError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from astropy.io import fits
+from matplotlib.figure import Figure
+from torch import Tensor
+
+import baselines
+import diagrams
+import inference
+import labels
+import line_fits
+import run_folder
+import vis_fns
+from inference import TrainedModel
+from line_fits import LINES
+from matched_filter_net import MatchedFilterNet, SpaxelSums, Spectra, neighbours, split
+from pack_cubes import NormalisedCube
+
+log = logging.getLogger(__name__)
+
+STEPS = 16
+"""Points on the path from the line-free to the observed spectra."""
+PATH_BEND = 5.0
+"""The points are even in asinh(sinh(PATH_BEND) t), as answers follow the logarithms of lines."""
+SPAXELS_AT_ONCE = 256
+WINDOW_AA = 10.0
+"""Bins this near to a line, and to no other line nearer, count as the line's."""
+ZOOMS = 3
+"""Groups of lines that are drawn larger."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Find the wavelengths that decided the predictions for galaxies."""
+
+    run_dir: Path
+    """Folder of a training run of matched filters."""
+    plateifu: tuple[str, ...]
+    """Galaxies, each of which needs a cube."""
+    data_dir: Path | None = None
+    """Data folder; default $MANGA_DATA_DIR, else the run's, else ./data/manga."""
+    per_spaxel: bool = False
+    """Also write the share of every bin for every spaxel: as large as a cube."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+# Attribution
+
+
+class Evidence(NamedTuple):
+    """What decided the answers for Q usable spaxels, in the order of the flattened map."""
+
+    shares: np.ndarray
+    """(Q, band) float32: of the difference between answer and line-free answer."""
+    answer: np.ndarray
+    """(Q,) 12+log(O/H) in dex, or the logarithm of the probability of the predicted class."""
+    line_free: np.ndarray
+    """(Q,) the same, of line-free spectra."""
+
+
+def explain(model: MatchedFilterNet, spectra: Spectra) -> Evidence:
+    """Divide the answers for a galaxy among the bins of its spectra.
+
+    Filters are linear, so gradients need only be followed back to what the filters measured; the
+    path is the same as that of the spectra.
+
+    Parameters
+    ----------
+    model : MatchedFilterNet
+        In evaluation mode.
+    spectra : Spectra
+        (y, x, band or colour), on the model's device. Weights of unusable spaxels are 0.
+    """
+    usable = (spectra.weight > 0).any(-1)
+    place = usable.flatten().cumsum(0) - 1
+    near = neighbours(usable[None], model.config.window)[usable.flatten()]
+    near = torch.where(near < 0, near, place[near])
+    residual, weight, colour = (part[usable].float() for part in spectra)
+    with torch.no_grad():
+        full = model.measure(residual, weight, colour)
+        free = model.measure(torch.zeros_like(residual), weight, colour)
+    gradient, answer, line_free = mean_gradient(model, full, free, colour, near)
+    bins = model.profiles.any(1)
+    with torch.no_grad():
+        # the last row stands for the neighbours that do not exist
+        signal = F.pad((residual * weight)[:, bins], (0, 0, 0, 1))
+        filters = model.profiles[bins].T
+        shares = torch.zeros_like(residual)
+        shares[:, bins] = sum(
+            signal[near[:, k]] * (gradient[:, k] @ filters) for k in range(near.shape[1])
+        )
+    return Evidence(*(part.cpu().numpy() for part in (shares, answer, line_free)))
+
+
+def mean_gradient(
+    model: MatchedFilterNet, full: SpaxelSums, free: SpaxelSums, colour: Tensor, near: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean gradient of each answer by what the filters measured in each neighbour, along the path.
+
+    Parameters
+    ----------
+    model : MatchedFilterNet
+    full, free : SpaxelSums
+        Of Q spaxels as observed and line-free.
+    colour : (Q, colour)
+    near : (Q, P*P) int64
+        Rows of the spaxels around each, itself in the middle; -1 where there is none.
+
+    Returns
+    -------
+    gradient : (Q, P*P, filter)
+    answer, line_free : (Q,)
+        At the ends of the path.
+    """
+    middle, some, is_there = near.shape[1] // 2, near.clamp(min=0), near >= 0
+    with torch.no_grad():
+        predicted = model.answer(model.features(full, near, near[:, middle])).argmax(1)
+
+    def answers(rows: Tensor, own: Tensor, n: Tensor, keys: Tensor) -> Tensor:
+        around = some[rows]
+        out = model.answer(
+            model.combine(own, n, full.d[around], full.level[around, None], keys, is_there[rows])
+        )
+        if not model.config.classes:
+            return model.in_units(out)[0]
+        return out.log_softmax(1).gather(1, predicted[rows, None])[:, 0]
+
+    blocks = torch.arange(len(near), device=near.device).split(SPAXELS_AT_ONCE)
+    with torch.no_grad():
+        ends = []
+        for sums in (full, free):
+            keys = model.key(sums.features)
+            blockwise = [
+                answers(r, sums.features[r], sums.n[some[r]], keys[some[r]]) for r in blocks
+            ]
+            ends.append(torch.cat(blockwise))
+    gradient = full.n.new_zeros(*near.shape, full.n.shape[1])
+    for u in (np.arange(STEPS) + 0.5) / STEPS:
+        step = PATH_BEND * np.cosh(PATH_BEND * u) / np.sinh(PATH_BEND) / STEPS
+        n = free.n + (full.n - free.n) * (np.sinh(PATH_BEND * u) / np.sinh(PATH_BEND))
+        n.requires_grad_()
+        sums = model.sums(n, full.d, colour, full.level)
+        # two features of each filter, of its own sum alone
+        pairs = sums.features[:, : 2 * n.shape[1]].chunk(2, 1)
+        slopes = torch.cat(
+            [torch.autograd.grad(p.sum(), n, retain_graph=True)[0] for p in pairs], 1
+        )
+        features, n = sums.features.detach(), n.detach()
+        keys = model.key(features).detach()
+        for rows in blocks:
+            around = some[rows]
+            parts = [p.requires_grad_() for p in (features[rows], n[around], keys[around])]
+            of_own, of_n, of_keys = torch.autograd.grad(answers(rows, *parts).sum(), parts)
+            of_features = of_keys @ model.key.weight.detach()[:, : slopes.shape[1]]
+            of_features[:, middle] += of_own[:, : slopes.shape[1]]
+            through = (of_features * slopes[around]).unflatten(-1, (2, -1)).sum(-2)
+            gradient[rows] += step * (of_n + through)
+    return gradient * is_there[..., None], ends[0], ends[1]
+
+
+# Lines
+
+
+def bins_of_lines(wave: np.ndarray) -> dict[str, np.ndarray]:
+    """Find the bins of each known emission line in range, by wavelength (band,) in Angstrom."""
+    names = [name for name, w in LINES.items() if wave[0] < w < wave[-1]]
+    distance = np.abs(wave[:, None] - [LINES[name] for name in names])
+    nearest, is_near = distance.argmin(1), distance.min(1) < WINDOW_AA
+    return {name: np.flatnonzero(is_near & (nearest == k)) for k, name in enumerate(names)}
+
+
+def defining_lines(label_options: dict[str, Any]) -> set[str]:
+    """Name the lines that decide a label, and those in a fixed ratio to them.
+
+    `label_options` are those of the labels' recipe: label_task, and for metallicities diagnostic.
+    """
+    names = set(labels.BPT_LINES)
+    if label_options["label_task"] == "logOH":
+        names = set(labels.RATIOS[labels.CALIBRATIONS[label_options["diagnostic"]].ratio])
+    doublets = [set(lines) for group in line_fits.GROUPS for lines in group.values()]
+    return names.union(*(doublet for doublet in doublets if doublet & names))
+
+
+def answers_without(
+    trained: TrainedModel, cube: NormalisedCube, bins: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """12+log(O/H) (dex), or probabilities of the classes, of (Q,) spaxels after a deletion.
+
+    In the deleted bins, the spectra of all spaxels are replaced by their continuum.
+    """
+    values = cube.values.copy()
+    values[..., bins] = 0  # the residual, which comes first
+    found = inference.map_answer(trained, values)
+    return (found.probabilities if found.value is None else found.value)[cube.usable]
+
+
+@dataclass
+class Report:
+    """The evidence of a galaxy in numbers.
+
+    Attributes
+    ----------
+    weight : dict of line -> float
+        Fraction of the weight: of the mean over spaxels of the shares' absolute values.
+    share : dict of line -> float
+        Mean over spaxels of the signed shares.
+    defining : list of str
+        Lines that decide the label, in range.
+    bins : int
+        Number of their bins.
+    moved, moved_by_others : float
+        Mean change of the answers after the deletion of these bins, and of as many others that
+        are drawn at random. Of a probability, half the sum over the classes.
+    incomplete : float
+        Largest deviation of the sum of a spaxel's shares from the difference of its answers.
+    unit : str
+        Of shares.
+    seconds, map_seconds : float
+        From the cube to the evidence, and to the map alone.
+    """
+
+    weight: dict[str, float]
+    share: dict[str, float]
+    defining: list[str]
+    bins: int
+    moved: float
+    moved_by_others: float
+    incomplete: float
+    unit: str
+    seconds: float = 0.0
+    map_seconds: float = 0.0
+
+    @property
+    def decisive(self) -> float:
+        """Fraction of the weight that the lines have that decide the label."""
+        return sum(self.weight[name] for name in self.defining)
+
+    def __str__(self) -> str:
+        """Lay out the numbers in lines."""
+        lines = [f"  {'line':<12}{'weight':>8}{f'mean share ({self.unit})':>28}"]
+        for name in sorted(self.weight, key=lambda name: -self.weight[name]):
+            mark = " *" if name in self.defining else ""
+            lines.append(f"  {name + mark:<12}{self.weight[name]:>8.1%}{self.share[name]:>28.4f}")
+        return "\n".join(
+            [
+                *lines,
+                f"  *: decides the label; together {self.decisive:.1%} of the weight, in "
+                f"{utils.counted(self.bins, 'bin')}",
+                f"  without these bins the answers move by {self.moved:.4f}, without as many "
+                f"others by {self.moved_by_others:.4f}",
+                f"  sums of shares are complete to {self.incomplete:.4f}; {self.seconds:.1f} s, "
+                f"{self.seconds / max(self.map_seconds, 1e-9):.1f} times as long as the map",
+            ]
+        )
+
+
+def examine(
+    trained: TrainedModel, cube: NormalisedCube, wave: np.ndarray, evidence: Evidence
+) -> Report:
+    """Weigh the lines in a galaxy's evidence, and delete them.
+
+    `wave` (band,) holds vacuum rest wavelengths in Angstrom.
+    """
+    strength, mean = np.abs(evidence.shares).mean(0), evidence.shares.mean(0)
+    of_lines = bins_of_lines(wave)
+    wanted = defining_lines(trained.card.recipe.options["labels"])
+    defining = [name for name in of_lines if name in wanted]
+    bins = np.concatenate([of_lines[name] for name in defining] or [np.zeros(0, int)])
+    rest = np.setdiff1d(np.arange(wave.size), bins)
+    others = np.random.default_rng(0).choice(rest, bins.size, replace=False)
+    before = answers_without(trained, cube, [])
+
+    def moved(deleted: np.ndarray) -> float:
+        change = np.abs(answers_without(trained, cube, deleted) - before)
+        return float(change.mean() if change.ndim == 1 else change.sum(1).mean() / 2)
+
+    left = evidence.shares.sum(1) - (evidence.answer - evidence.line_free)
+    return Report(
+        {name: float(strength[at].sum() / strength.sum()) for name, at in of_lines.items()},
+        {name: float(mean[at].sum()) for name, at in of_lines.items()},
+        defining,
+        bins.size,
+        moved(bins),
+        moved(others),
+        float(np.abs(left).max()),
+        "dex" if trained.spec.label_task == "logOH" else "log probability",
+    )
+
+
+# Output
+
+
+def evidence_figure(
+    wave: np.ndarray, evidence: Evidence, residual: np.ndarray, report: Report, title: str
+) -> Figure:
+    """Make the figure: weight of every bin, and shares around the lines that count most.
+
+    Parameters
+    ----------
+    wave : (band,) vacuum rest Angstrom
+    evidence : Evidence
+    residual : (band,)
+        Mean spectrum above the continuum, over the mean flux.
+    report : Report
+    title : str
+    """
+    strength, mean = np.abs(evidence.shares).mean(0), evidence.shares.mean(0)
+    groups = [[name for lines in group.values() for name in lines] for group in line_fits.GROUPS]
+    groups = [[name for name in names if name in report.weight] for names in groups]
+    groups = [names for names in groups if names]
+    groups.sort(key=lambda names: -sum(report.weight[n] for n in names))
+    groups = groups[:ZOOMS]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    grid = figure.add_gridspec(2, ZOOMS)
+    top = figure.add_subplot(grid[0, :])
+    top.bar(wave, strength, width=3 * np.gradient(wave), color=diagrams.MODEL_COLOUR)
+    top.set(xlim=(wave[0], wave[-1]), ylabel=f"mean |share| of a bin\n({report.unit})")
+    top.set_xlabel("rest wavelength in vacuum (Angstrom)")
+    top.set_title(title, pad=55)
+    diagrams.mark_lines(top, wave[0], wave[-1])
+    for k, names in enumerate(groups):
+        waves = [LINES[name] for name in names]
+        low = max(wave[0], min(waves) - 2 * WINDOW_AA)
+        high = min(wave[-1], max(waves) + 2 * WINDOW_AA)
+        seen, ax = (wave >= low) & (wave <= high), figure.add_subplot(grid[1, k])
+        ax.bar(wave[seen], mean[seen], width=np.gradient(wave)[seen], color=diagrams.MODEL_COLOUR)
+        ax.axhline(0, color=diagrams.LINE_GREY, lw=0.6)
+        ax.set(xlim=(low, high), xlabel="rest wavelength (Angstrom)")
+        ax.set_ylabel(f"mean share ({report.unit})" if k == 0 else "")
+        diagrams.mark_lines(ax, low, high)
+        lines = ax.twinx()
+        lines.plot(wave[seen], residual[seen], color=diagrams.OTHER_COLOUR, lw=0.9)
+        lines.tick_params(colors=diagrams.OTHER_COLOUR, labelsize=8)
+        if k == len(groups) - 1:
+            lines.set_ylabel(
+                "mean flux above the continuum\n(mean flux = 1)", color=diagrams.OTHER_COLOUR
+            )
+    return figure
+
+
+def write_evidence(
+    path: Path, cube: NormalisedCube, wave: np.ndarray, evidence: Evidence, report: Report,
+    cards: dict[str, Any], per_spaxel: bool,
+) -> None:  # fmt: skip
+    """Write a galaxy's evidence as FITS, whole or not at all; `cards` go in the primary header."""
+    primary = fits.PrimaryHDU()
+    primary.header.update(
+        {
+            "ORIGIN": ("MaNGA SSFTT", "software project"),
+            "CREATOR": (f"evidence.py {utils.VERSION}", "command and version"),
+            "DATE": (utils.utc_now().rstrip("Z"), "UTC"),
+            **cards,
+            "SPAXELS": (len(evidence.answer), "with a prediction"),
+            "DECISIVE": (report.decisive, "weight of the lines that decide the label"),
+            "MOVED": (report.moved, "mean change of the answers without them"),
+            "MOVEDOTH": (report.moved_by_others, "without as many other bins"),
+        }
+    )
+    columns = [
+        fits.Column("WAVELENGTH", "D", "Angstrom", array=wave),
+        fits.Column("SHARE", "E", report.unit, array=evidence.shares.mean(0)),
+        fits.Column("WEIGHT", "E", report.unit, array=np.abs(evidence.shares).mean(0)),
+    ]
+    hdus = fits.HDUList([primary, fits.BinTableHDU.from_columns(columns, name="BINS")])
+    if per_spaxel:
+        image = np.full((wave.size, *cube.usable.shape), np.nan, np.float32)
+        image[:, cube.usable] = evidence.shares.T
+        sky = fits.Header.fromstring(cube.attrs.get("wcs_header", ""), sep="\n")
+        hdus.append(fits.ImageHDU(image, sky, "SHARES"))
+        hdus["SHARES"].header["BUNIT"] = report.unit
+    with utils.atomic_path(path) as part:
+        hdus.writeto(part, overwrite=True, checksum=True)
+
+
+def explain_galaxy(trained: TrainedModel, path: Path) -> tuple[NormalisedCube, Evidence, Report]:
+    """Read a cube, find the evidence of its predictions, and weigh it.
+
+    Raises
+    ------
+    DataError
+        If the network is another one than matched filters, or the cube is unreadable, made
+        otherwise than the training's, or without a usable spaxel.
+    """
+    network = trained.network
+    if not isinstance(network, MatchedFilterNet):
+        raise DataError(
+            f"a run of {trained.card.network_name}, expected matched filters, whose evidence can "
+            "be found. Train with --network matched_filters."
+        )
+    start = time.perf_counter()
+    cube = inference.read_cube_for(trained, path)
+    read = time.perf_counter()
+    if not cube.usable.any():
+        raise DataError(f"{path}: no usable spaxel, expected some. Choose another galaxy.")
+    inference.map_answer(trained, cube.values)
+    mapped = time.perf_counter()
+    values = torch.from_numpy(cube.values).to(trained.device)
+    evidence = explain(network, split(values))
+    end = time.perf_counter()
+    wave = baselines.wave_of(trained.card.recipe.options["cube"])
+    report = examine(trained, cube, wave, evidence)
+    report.map_seconds, report.seconds = mapped - start, end - mapped + read - start
+    return cube, evidence, report
+
+
+def main(config: Config) -> int:
+    """Find, print, write and draw the evidence of the requested galaxies."""
+    trained = inference.load_model(config.run_dir, config.device)
+    root = run_folder.run_data_dir(config.run_dir, config.data_dir)
+    code = utils.EXIT_DONE
+    for plateifu in config.plateifu:
+        try:
+            cube, evidence, report = explain_galaxy(trained, utils.cube_path(root, plateifu))
+        except DataError as error:
+            log.error("%s: %s", plateifu, error)
+            code = utils.EXIT_DATA
+            continue
+        wave = baselines.wave_of(trained.card.recipe.options["cube"])
+        print(f"{plateifu}: {utils.counted(len(evidence.answer), 'spaxel')}\n{report}")
+        out = config.run_dir / run_folder.EVIDENCE_FOLDER / f"{plateifu}.fits"
+        cards = {
+            "PLATEIFU": (plateifu, "galaxy"),
+            "RUN": (config.run_dir.resolve().name, "folder of the training run"),
+            "TASK": (trained.spec.label_task, "label that was learned"),
+        }
+        write_evidence(out, cube, wave, evidence, report, cards, config.per_spaxel)
+        log.info("%s", out)
+        residual = cube.values[cube.usable][:, : wave.size].mean(0)
+        title = f"{plateifu}: lines that decide the label have {report.decisive:.0%} of the weight"
+        figure = evidence_figure(wave, evidence, residual, report, title)
+        folder = config.run_dir / run_folder.FIGURES_FOLDER
+        vis_fns.save(figure, folder / f"{plateifu}_evidence.png")
+    return code
+
+
+if __name__ == "__main__":
+    utils.run_command(main, Config, __doc__)

@@ -1,0 +1,134 @@
+"""Evidence: exact against gradients of the whole network, complete, and where a line is."""
+
+import utils
+
+import mock_cubes
+import numpy as np
+import pytest
+import torch
+from astropy.io import fits
+from conftest import train
+from test_matched_filter_net import random_spectra, small_config, trained_like
+
+import evidence
+from matched_filter_net import Spectra
+
+TEST_GALAXY = mock_cubes.PLATEIFUS[-1]
+
+
+def field(classes: int = 0):
+    """A network in which every weight matters, and a map with a spaxel missing."""
+    model = trained_like(small_config(classes=classes, window=3))
+    model.target_mean.fill_(8.5)
+    spectra = random_spectra(5, 4)
+    spectra.weight[2, 1] = 0
+    return model, spectra
+
+
+def output(model, spectra: Spectra, y: int, x: int, chosen: int) -> torch.Tensor:
+    out = model.map(*spectra)[y, x, :-1]
+    return out.log_softmax(0)[chosen] if model.config.classes else model.in_units(out)[0]
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_shares_are_the_integrated_gradients_of_the_whole_network(classes):
+    model, (residual, weight, colour) = field(classes)
+    found = evidence.explain(model, Spectra(residual, weight, colour))
+    u = (np.arange(evidence.STEPS) + 0.5) / evidence.STEPS
+    bend = evidence.PATH_BEND
+    usable = (weight > 0).any(-1)
+    for y, x in ((0, 0), (1, 1), (4, 2)):
+        chosen = int(model.map(residual, weight, colour)[y, x, :-1].argmax())
+        wanted = torch.zeros_like(residual)
+        for t, share in zip(
+            np.sinh(bend * u) / np.sinh(bend),
+            bend * np.cosh(bend * u) / np.sinh(bend) / evidence.STEPS,
+            strict=True,
+        ):
+            at = (t * residual).requires_grad_()
+            out = output(model, Spectra(at, weight, colour), y, x, chosen)
+            wanted += share * torch.autograd.grad(out, at)[0] * residual
+        row = int(usable.flatten()[: y * 4 + x].sum())
+        per_bin = wanted.sum((0, 1)).numpy()
+        np.testing.assert_allclose(found.shares[row], per_bin, atol=2e-5 * np.abs(per_bin).max())
+        free = output(model, Spectra(0 * residual, weight, colour), y, x, chosen)
+        assert found.line_free[row] == pytest.approx(free.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_shares_add_up_to_the_difference_of_the_answers(classes, monkeypatch):
+    model, spectra = field(classes)
+    difference = []
+    for steps in (evidence.STEPS, 400):
+        monkeypatch.setattr(evidence, "STEPS", steps)
+        found = evidence.explain(model, spectra)
+        left = found.shares.sum(1) - (found.answer - found.line_free)
+        difference.append(np.abs(left).max() / np.abs(found.shares).sum(1).max())
+    assert difference[0] < 0.05
+    assert difference[1] < 0.005
+
+
+def test_it_does_not_matter_how_many_spaxels_are_followed_at_once(monkeypatch):
+    model, spectra = field()
+    together = evidence.explain(model, spectra)
+    monkeypatch.setattr(evidence, "SPAXELS_AT_ONCE", 3)
+    for one, other in zip(evidence.explain(model, spectra), together, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_bins_of_lines_are_near_them_and_shared_by_none():
+    wave = np.linspace(5000, 8000, 2040)
+    bins = evidence.bins_of_lines(wave)
+    assert set(bins) == {name for name, w in evidence.LINES.items() if w > 5000}
+    for name, at in bins.items():
+        assert np.abs(wave[at] - evidence.LINES[name]).max() < evidence.WINDOW_AA
+    every = np.concatenate(list(bins.values()))
+    assert len(every) == len(set(every))
+    assert len(bins["Ha-6564"]) > 8
+
+
+def test_lines_that_decide_a_label_include_their_doublets():
+    o3n2 = {"Hb-4862", "OIII-5008", "OIII-4960", "NII-6585", "NII-6549", "Ha-6564"}
+    of = evidence.defining_lines
+    assert of({"label_task": "logOH", "diagnostic": "O3N2-M13"}) == o3n2
+    assert of({"label_task": "logOH", "diagnostic": "N2-M13"}) == o3n2 - {
+        "Hb-4862", "OIII-5008", "OIII-4960",
+    }  # fmt: skip
+    assert of({"label_task": "BPT", "diagnostic": None}) == o3n2
+
+
+@pytest.fixture(scope="module")
+def run(root, tmp_path_factory):
+    options = {"network": "matched_filters", "packed_type": "float16", "epochs": 4}
+    return train(root, tmp_path_factory.mktemp("evidence") / "run", cutout=7, **options)
+
+
+def test_the_command_names_the_bins_that_decide(root, run, capsys, monkeypatch):
+    # in these cubes one bin near no line follows the metallicity, so say that it is a line's
+    wave = mock_cubes.wave_grid()
+    telling = mock_cubes.N_BAND // 3
+    monkeypatch.setattr(evidence, "LINES", {"NII-6585": wave[telling], "HeI-5877": wave[-9]})
+    monkeypatch.setattr(evidence, "WINDOW_AA", 1.0)
+    config = evidence.Config(run, (TEST_GALAXY,), root, per_spaxel=True, device="cpu")
+    assert evidence.main(config) == 0
+    said = capsys.readouterr().out
+    with fits.open(run / "evidence" / f"{TEST_GALAXY}.fits", checksum=True) as hdus:
+        table, header, shares = hdus["BINS"].data, hdus[0].header, hdus["SHARES"].data
+        assert hdus["SHARES"].header["BUNIT"] == "dex"
+    assert table["WEIGHT"].argmax() == telling
+    np.testing.assert_allclose(table["WAVELENGTH"], wave)
+    np.testing.assert_allclose(np.nanmean(shares, (1, 2)), table["SHARE"], atol=1e-6)
+    assert np.isfinite(shares).all(0).sum() == header["SPAXELS"]
+    assert header["DECISIVE"] == pytest.approx(table["WEIGHT"][telling] / table["WEIGHT"].sum())
+    assert header["MOVED"] > 5 * header["MOVEDOTH"]
+    assert "NII-6585 *" in said
+    assert f"{header['DECISIVE']:.1%} of the weight, in 1 bin\n" in said
+    assert (run / "figures" / f"{TEST_GALAXY}_evidence.png").stat().st_size > 10_000
+
+
+def test_another_network_and_a_missing_cube_are_refused_in_one_line(root, run, trained_run, caplog):
+    config = evidence.Config(trained_run, (TEST_GALAXY,), root, device="cpu")
+    assert evidence.main(config) == utils.EXIT_DATA
+    assert "a run of ssftt, expected matched filters" in caplog.text
+    assert evidence.main(evidence.Config(run, ("8000-999",), root, device="cpu")) == 1
+    assert "8000-999" in caplog.text
