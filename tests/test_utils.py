@@ -270,7 +270,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "plateifu, remedy",
+    ("plateifu", "remedy"),
     [("8485-1901", "download_utils.py --plateifu 8485-1901"), ("8485-1999", "no such IFU")],
 )
 def test_missing_file_is_to_be_downloaded_only_if_it_can_exist(tmp_path, plateifu, remedy):
