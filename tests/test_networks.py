@@ -225,11 +225,11 @@ def test_classes_are_learned_too(root, tmp_path):
     [
         ({"patch_norm": "PCA"}, "--patch-norm PCA with --network matched_filters"),
         ({"network": "ssftt", "patch_norm": "residual"}, "--patch-norm residual with --network ss"),
-        ({"source": "patches", "cutout": 1}, "--source patches .* expected packed cubes"),
+        ({"source": "patches", "cutout": 1}, "--source patches with .* expected packed cubes"),
         ({"bands": (0, 9)}, "--bands with .* expected all bands"),
-        ({"patch_size": 4, "augment": False}, "--patch-size 4 with .* an odd one"),
-        ({"amp": "bf16"}, "--amp with --network matched_filters"),
-        ({"n_tokens": 5}, "--n-tokens with --network matched_filters"),
+        ({"patch_size": 4, "augment": False}, "--patch-size 4 with .* expected an odd one"),
+        ({"amp": "bf16"}, "--amp with .* expected with SSFTT alone"),
+        ({"n_tokens": 5}, "--n-tokens with .* expected with SSFTT alone"),
         ({"label_task": "BPT", "monitor": "mae_dex"}, "--monitor mae_dex with --label-task BPT"),
     ],
 )
