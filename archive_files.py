@@ -167,7 +167,13 @@ def read_logcube(path: Path, pixels: slice, deredden: bool, primary: fits.Header
     for name, hdu in iterate_hdus(path, (*ESSENTIAL, *(["REDCORR"] if is_dap else [])), pixels):
         hdus[name] = hdu
         if name == "WAVE":
-            _check_wave(hdu.data, path)
+            grid = _logcube_wave()
+            is_grid = hdu.shape == grid.shape and np.abs(hdu.data / grid - 1) <= WAVE_TOLERANCE
+            if not np.all(is_grid):
+                raise DataError(
+                    f"{path}: wrong wavelengths in WAVE, expected the LOGCUBE grid of {WAVE_N} "
+                    f"pixels from {grid[0]:.3f} to {grid[-1]:.3f} Angstrom. Give an uncut LOGCUBE."
+                )
             continue
         shape = shape or (WAVE_N, *hdu.shape[1:])
         n_axes = 1 if name == "REDCORR" else 3
@@ -204,16 +210,6 @@ def _check_array(path: Path, name: str, hdu: Hdu, shape: tuple[int, ...], n_axes
 def _logcube_wave() -> np.ndarray:
     """Wavelengths of the LOGCUBE grid, (WAVE_N,) Angstrom."""
     return 10 ** (LOG_FIRST + LOG_STEP * np.arange(WAVE_N))
-
-
-def _check_wave(wave: np.ndarray, path: Path) -> None:
-    """Raise a DataError unless WAVE is the LOGCUBE grid."""
-    expected = _logcube_wave()
-    if wave.shape != expected.shape or not np.all(np.abs(wave / expected - 1) <= WAVE_TOLERANCE):
-        raise DataError(
-            f"{path}: wrong wavelengths in WAVE, expected the LOGCUBE grid of {WAVE_N} pixels from "
-            f"{expected[0]:.3f} to {expected[-1]:.3f} Angstrom. Give an uncut LOGCUBE."
-        )
 
 
 def galactic_correction(primary: fits.Header, path: Path) -> np.ndarray:
@@ -303,12 +299,7 @@ def read_line_maps(path: Path, lines: Sequence[str]) -> tuple[LineMaps, Hdu, Hdu
 
 
 def count_bins(path: Path, is_labelled: np.ndarray) -> dict[str, Any]:
-    """Count the independent measurements among the labelled spaxels of a MAPS file.
-
-    Parameters
-    ----------
-    path : Path
-    is_labelled : (y, x) bool
+    """Count the independent measurements among the labelled spaxels, (y, x) bool, of a MAPS file.
 
     Returns
     -------

@@ -69,7 +69,7 @@ def terms_of(spectra: np.ndarray, spec: PatchSpec, wave: np.ndarray | None) -> n
     assert wave is not None
     residual, weight, _ = matched_filter_net.split(torch.from_numpy(spectra))
     lines = line_fits.fit_lines(residual.double().numpy(), weight.double().numpy(), wave)
-    ratios = line_fits.log_ratios(lines, [n for n in line_fits.RATIOS if n in lines])
+    ratios = line_fits.log_ratios(lines, [n for n in line_fits.RATIO_LINES if n in lines])
     first, second = np.triu_indices(ratios.shape[1])
     return np.concatenate([ratios, ratios[:, first] * ratios[:, second]], 1)
 

@@ -98,14 +98,7 @@ def usable_spectra(cube: data_io.Cube, min_snr: float) -> np.ndarray:
 def split_stats(
     root: Path, split_dir: str, plateifus: list[str], n_components: int, min_snr: float
 ) -> Stats:
-    """Compute the statistics of the spectra of the given galaxies.
-
-    Raises
-    ------
-    DataError
-        If a cube is missing, the cubes were made with different options, there are fewer usable
-        spectra than components, or more components than bands.
-    """
+    """Compute the statistics of the spectra of the given galaxies, whose cubes share options."""
     from tqdm import tqdm
 
     recipe = stats_recipe(root, plateifus, n_components, min_snr)

@@ -2,8 +2,8 @@
 
 No other module spells a dataset name or a column; docs/data_formats.md describes each layout.
 Axis order: cubes and patches (y, x, band), maps (y, x). Missing values: NaN in floats, LABEL_NONE
-in classes. Every file records the `Recipe` that decided its numbers. Needs neither astropy nor
-torch.
+in classes. Every file records the `Recipe` that decided its numbers; whatever is missing, damaged
+or of another version is a `DataError` when it is read. Needs neither astropy nor torch.
 """
 
 from __future__ import annotations
@@ -159,19 +159,9 @@ def write_cube_rows(
 
 
 def read_cube(path: Path, with_errors: bool = True) -> Cube:
-    """Read an H5 cube.
+    """Read an H5 cube, of this schema version and of the galaxy that its name says.
 
-    Parameters
-    ----------
-    path : Path
-    with_errors : bool
-        Also read ivar and the good fraction.
-
-    Raises
-    ------
-    DataError
-        If the file is missing, not a cube, of another schema version or of another galaxy than
-        its name says.
+    Without errors, ivar and the good fraction are not read.
     """
     with _open_cube(path) as (f, recipe, attrs):
         flux, wave = read_dataset(f, "cube"), read_dataset(f, "wave")
@@ -369,16 +359,9 @@ def patch_recipe(
     patch_size: int,
     stats: Stats | None,
 ) -> Recipe:
-    """Recipe of the patches of a cube and its labels.
+    """Recipe of the patches of a cube and its labels (y, x), whose own is None if it is unknown.
 
-    Parameters
-    ----------
-    cube : Recipe
-    labels : (y, x) array
-    label_recipe : Recipe or None
-        None: nothing says how the labels were made.
-    patch_norm, patch_size, stats
-        As in `hsi_proc_fns.normalise` and `extract_patches`.
+    The other arguments are those of `hsi_proc_fns.normalise` and `extract_patches`.
     """
     options = {"patch_norm": patch_norm, "patch_size": patch_size, "cube": cube.shared}
     options["labels"] = label_recipe.shared if label_recipe else {}
@@ -433,13 +416,9 @@ def write_split(
 
 
 def read_split(folder: Path) -> tuple[dict[str, pd.DataFrame], Recipe]:
-    """Read and check a split; return its parts and its recipe.
+    """Read a split; return its parts and its recipe.
 
-    Raises
-    ------
-    DataError
-        If a part is missing, unreadable or of another split than the others, or a galaxy of a hard
-        split (a spaxel of an easy one) is in two parts.
+    The parts must be of one split and disjoint: in galaxies, those of an easy split in spaxels.
     """
     folder, parts, recipes = Path(folder), {}, list[Recipe]()
     for part in utils.SPLIT_PARTS:
@@ -527,13 +506,9 @@ def stats_inputs(cubes: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_split_stats(root: Path, split_dir: str) -> Stats:
-    """Read the statistics of a split, checked against its training galaxies and their cubes.
+    """Read the statistics of a split, of its training galaxies and of their cubes as they are now.
 
-    Raises
-    ------
-    DataError
-        If they are missing or unreadable, of other galaxies than the split's training part, or of
-        other cubes than those there now. Cubes that are gone cannot be compared.
+    Cubes that are gone cannot be compared.
     """
     path = utils.stats_path(root, split_dir)
     stats = read_stats(path)

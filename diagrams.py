@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from hsi_proc_fns import Stats
@@ -56,7 +57,7 @@ def plot_bpt(
 ) -> Axes:
     """Draw spaxels in the [N II] BPT plane, coloured by class, with the two demarcations.
 
-    The rarest class is on top.
+    In random order, the rarest class on top, so that none hides another.
 
     Parameters
     ----------
@@ -65,17 +66,22 @@ def plot_bpt(
     classes : (N,) int
         Symbols of LABEL_NONE are hollow.
     """
-    colours = CLASS_COLOURS[label_task, n_classes]
+    colours = np.array(CLASS_COLOURS[label_task, n_classes])
+    unknown = classes == LABEL_NONE
+    counts = np.bincount(classes[~unknown], minlength=n_classes)
+    order = np.random.default_rng(0).permutation(np.flatnonzero(~unknown))
+    rarest = np.where(counts > 0, counts, len(classes)).argmin()
+    order = order[np.argsort(classes[order] == rarest, kind="stable")]
+    hollow: dict[str, Any] = {"s": 8, "fc": "none", "ec": LINE_GREY, "lw": 0.5}
+    ax.scatter(nitrogen[order], oxygen[order], s=8, c=colours[classes[order]], alpha=0.6, lw=0)
+    none = ax.scatter(nitrogen[unknown], oxygen[unknown], **hollow)
+    none.set_label(f"no label: {unknown.sum()}")
+    points: list[Artist] = [none] if unknown.any() else []
     names = class_names(label_task, n_classes)
-    points: list[Artist] = []
-    for k, name in [(LABEL_NONE, "no label"), *enumerate(names)]:
-        here = classes == k
-        if count := here.sum():
-            filled = {"fc": colours[k], "alpha": 0.5, "lw": 0}
-            hollow = {"fc": "none", "ec": LINE_GREY, "lw": 0.5}
-            style: dict[str, Any] = {"s": 10, "zorder": 2 + 1 / count, "label": f"{name}: {count}"}
-            style |= hollow if k == LABEL_NONE else filled
-            points.append(ax.scatter(nitrogen[here], oxygen[here], **style))
+    for name, colour, count in zip(names, colours, counts, strict=True):
+        if count:
+            symbol: dict[str, Any] = {"marker": "o", "ls": "", "ms": 3, "color": colour}
+            points.append(Line2D([], [], **symbol, label=f"{name}: {count}"))
     if label_task == "logOH":
         points.reverse()  # high above low, "no label" last
     x_limits = min(-1.5, nitrogen.min(initial=0) - 0.1), max(0.6, nitrogen.max(initial=0) + 0.1)
@@ -85,7 +91,7 @@ def plot_bpt(
     for lowest, name, line in ((COMPOSITE, "Kauffmann+ 2003", "--"), (AGN, "Kewley+ 2001", "-")):
         above = regions >= lowest  # the curve is its lower edge; there is none right of the pole
         curve = np.where(above[:, 0], np.nan, y[above.argmax(axis=1)])
-        points += ax.plot(x, curve, line, color="k", lw=1.4, label=name, zorder=4)
+        points += ax.plot(x, curve, line, color="k", lw=1.4, label=name)
     legend_beside(ax, points, TASK_TITLES[label_task])
     ax.set(xlim=x_limits, ylim=y_limits, title=title)
     ax.set_xlabel(r"log([NII] 6585 / H$\alpha$), vacuum wavelength")
@@ -98,10 +104,11 @@ def plot_training_curves(
 ) -> Sequence[Axes]:
     """Draw loss and accuracy (metrics.csv of a run) against the epoch in two axes.
 
-    The card marks the best epoch and the validation accuracy of the baselines.
+    The card marks the best epoch (0: the start) and the validation accuracy of the baselines.
     """
-    last = int(metrics["epoch"].max())
-    ticks = np.union1d(1, np.arange(last, 0, -max(1, -(-last // 5))))
+    best = card.best.get("epoch") if card is not None else None
+    first, last = 1 if best is None else min(1, best), int(metrics["epoch"].max())
+    ticks = np.union1d(first, np.arange(last, 0, -max(1, -(-last // 5))))
     for ax, name in zip(axes, ("loss", "accuracy"), strict=True):
         for part, colour, label in (
             ("train", OTHER_COLOUR, "training"),
@@ -109,10 +116,10 @@ def plot_training_curves(
         ):
             curve = metrics[f"{part}_{name}"]
             ax.plot(metrics["epoch"], curve, "o-", ms=3, color=colour, label=label)
-        if card is not None and (best := card.best.get("epoch")) is not None:
+        if best is not None:
             ax.axvline(best, color="k", lw=0.8, ls=":", label=f"best epoch: {best}")
         ax.set(xlabel="epoch", ylabel=name if name == "accuracy" else "loss (nat)")
-        ax.set(xlim=(1 - 0.03 * last, 1.03 * last), xticks=ticks)
+        ax.set(xlim=(first - 0.03 * last, 1.03 * last), xticks=ticks)
     baselines = card.baselines if card is not None else {}
     for key, name, line in (
         ("line_ratios", "line ratios", "-."),

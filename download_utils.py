@@ -97,21 +97,15 @@ def archive_url(kind: str, plateifu: str | None, daptype: str, base_url: str = A
     return f"{base_url.rstrip('/')}/{SdssPath(release=RELEASE).location(name, **keys)}"
 
 
-def local_path(root: Path, url: str, plateifu: str | None) -> Path:
-    """Path of an archive file in the data folder; plateifu None for the catalogue."""
-    folder = utils.raw_dir(root, plateifu) if plateifu else Path(root) / "raw"
-    return folder / url.rpartition("/")[2]
-
-
 def missing_files(root: Path, plateifu: str | None, config: Config) -> list[tuple[str, Path]]:
     """URL and path of each file of a galaxy that is missing or empty.
 
     For plateifu None: of the catalogue. With --overwrite existing files count as missing.
     """
-    wanted = []
+    wanted, folder = [], utils.raw_dir(root, plateifu) if plateifu else Path(root) / "raw"
     for kind in config.kinds if plateifu else ("dapall",):
         url = archive_url(kind, plateifu, config.daptype, config.base_url)
-        path = local_path(root, url, plateifu)
+        path = folder / url.rpartition("/")[2]
         if config.overwrite or not path.is_file() or path.stat().st_size == 0:
             wanted.append((url, path))
     return wanted

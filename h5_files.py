@@ -149,14 +149,9 @@ def _attributes(f: h5py.File) -> dict[str, Any]:
 def _crc(data: h5py.Dataset, fd: int, out: np.ndarray | None = None) -> int:
     """CRC-32 of a dataset as it is stored: of its layout, then of its chunks.
 
-    Parameters
-    ----------
-    data : Dataset
-    fd : int
-        Handle of the file, for reading chunks while the processor's cache holds them: faster than
-        HDF5 reads them without any check.
-    out : array, optional
-        The values, if known; those of `_is_plain` datasets are filled in.
+    `fd` is the file's handle: chunks read by it are still in the processor's cache for the sum,
+    which is faster than HDF5 without any check. `out` are the values, if known; those of
+    `_is_plain` datasets are filled in.
     """
     is_plain, dtype, shape = _is_plain(data), data.dtype, data.chunks
     layout = (dtype.str, data.shape, shape, is_plain, data.compression, data.shuffle)

@@ -49,7 +49,7 @@ LINES = {
 }
 """The fitted lines and their wavelengths; filters start there, too."""
 
-RATIOS = ("Hb", "OIII", "Ha", "NII", "SII")
+RATIO_LINES = ("Hb", "OIII", "Ha", "NII", "SII")
 """Lines of the classical ratios, where in range."""
 
 
@@ -107,7 +107,7 @@ def has_ratios(wave: np.ndarray) -> bool:
         for name in group
         if any(wave[0] + 4 < LINES[n] < wave[-1] - 4 for parts in group.values() for n in parts)
     }
-    return "Ha" in inside and len(inside & {*RATIOS, "SIIa"}) > 1
+    return "Ha" in inside and len(inside & {*RATIO_LINES, "SIIa"}) > 1
 
 
 def log_ratios(lines: dict[str, np.ndarray], names: list[str]) -> np.ndarray:

@@ -86,16 +86,17 @@ def read_galaxy_list(path: Path) -> list[str]:
     expected = "one plateifu per line or a CSV column plateifu"
     with utils.reading(path, expected, "Check --galaxy-list."):
         rows = [line.partition("#")[0].strip() for line in path.read_text().splitlines()]
-    rows = [row for row in rows if row]
-    header = [word.strip().lower() for word in rows[0].split(",")] if rows else []
-    if "plateifu" in header:
-        column = header.index("plateifu")
-        rows = [row.split(",")[column].strip() for row in rows[1:] if row.count(",") >= column]
-    wrong = [row for row in rows if not utils.PLATEIFU.fullmatch(row)]
-    if wrong or not rows:
-        what = f"{wrong[0][:80]!r} is not a valid plateifu" if wrong else "names no galaxy"
-        raise DataError(f"{path}: {what}, expected {expected}. Check --galaxy-list.")
-    return rows
+        rows = [row for row in rows if row]
+        header = [word.strip().lower() for word in rows[0].split(",")] if rows else []
+        if "plateifu" in header:
+            column = header.index("plateifu")
+            rows = [row.split(",")[column].strip() for row in rows[1:] if row.count(",") >= column]
+        if not rows:
+            raise ValueError("names no galaxy")
+        for row in rows:
+            if not utils.PLATEIFU.fullmatch(row):
+                raise ValueError(f"{row[:80]!r} is not a valid plateifu")
+        return rows
 
 
 def shard_of(items: Sequence[Any], shard: str | None) -> list[Any]:
@@ -128,8 +129,7 @@ def for_each_galaxy(
     Parameters
     ----------
     work : function of a plateifu, picklable
-        Returns a word for the outcome ("written", "skipped"). An exception fails this galaxy
-        only.
+        Returns a word for the outcome, e.g. "written". An exception fails this galaxy only.
     stage : str
         Name of the work, for the progress bar, the log and failed.csv.
     failed_csv : Path
@@ -138,9 +138,7 @@ def for_each_galaxy(
     jobs : int
         Number of processes; 1 works in the current process, 0 starts one per CPU.
 
-    Returns
-    -------
-    dict of plateifu -> outcome, "failed" for those that failed.
+    Returns the outcome of each, "failed" for those that failed.
     """
     from tqdm import tqdm  # here: --help does not need it
 

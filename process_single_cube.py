@@ -76,23 +76,10 @@ def process_galaxy(
     redshift: float | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Make the cube and the labels of one galaxy.
+    """Make the cube and the labels of one galaxy; the outcome is one of `fits_utils.process_cube`.
 
-    Parameters
-    ----------
-    root : Path
-        Data folder.
-    logcube, maps : Path, optional
-        Default: the galaxy's files in the raw folder; MAPS first beside the LOGCUBE.
-
-    Returns
-    -------
-    {"written", "up to date", "skipped: CRITICAL"}
-
-    Raises
-    ------
-    DataError
-        Any problem with the input. Outputs that were finished before are kept.
+    `logcube` and `maps` are by default the galaxy's files in the raw folder of the data folder
+    `root`, MAPS first beside the LOGCUBE. Outputs that were finished before an error are kept.
     """
     if logcube is None and not options.labels_only:
         logcube = utils.find_raw(root, plateifu, "LOGCUBE", options.daptype)

@@ -152,21 +152,9 @@ def raw_paths(root: Path, plateifu: str, kind: str, daptype: str | None = None) 
 
 
 def find_raw(root: Path, plateifu: str, kind: str, daptype: str | None = None) -> Path:
-    """Return the one FITS file of a kind that a galaxy has.
+    """Return the one FITS file of a kind (LOGCUBE or MAPS) that a galaxy has.
 
-    Parameters
-    ----------
-    root : Path
-        Data folder.
-    plateifu : str
-    kind : {"LOGCUBE", "MAPS"}
-    daptype : str, optional
-        Needed only where several analyses of the galaxy lie side by side.
-
-    Raises
-    ------
-    DataError
-        If there is no such file, or several (the message lists them).
+    None or several are a `DataError`; `daptype` chooses among several analyses.
     """
     found = raw_paths(root, plateifu, kind, daptype)
     dap = [p for p in found if f"-{kind}-" in p.name]

@@ -49,7 +49,7 @@ import run_SSFTT_training
 from create_data_splits import labelled_galaxies, split_galaxies
 from HSI_SSFTT import get_SSFTT_model
 from labels import LOGOH_EDGES
-from line_fits import RATIOS, fit_lines, log_ratios
+from line_fits import RATIO_LINES, fit_lines, log_ratios
 from matched_filter_net import neighbours, prepare_spectra
 from mock.physics import NOISE_KERNEL_SPAXELS, blur_matrix
 from mock.truth import read_truth, truth_path
@@ -251,7 +251,7 @@ def line_features(survey: Survey, kind: str) -> np.ndarray:
     """
     lines = survey.lines
     if kind == "ratios":
-        return log_ratios(lines, [n for n in RATIOS if n in lines])
+        return log_ratios(lines, [n for n in RATIO_LINES if n in lines])
     names = [n for n in lines if n != "SII"]
     snr = np.stack([np.arcsinh(lines[n][0] / np.sqrt(lines[n][1])) for n in names], 1)
     width = np.stack([lines[n][0] / np.maximum(np.abs(lines[n][2]), 1e-3) for n in names], 1)

@@ -225,9 +225,8 @@ def main(config: Config) -> int:
             "network, everywhere": value,
         }
         rows = compare(survey, given, star_forming)
-        print(
-            f"\ndepth 1/{factor**2}: {rows[0]['galaxies']} galaxies, {rows[0]['spaxels']} spaxels"
-        )
+        depth = f"1/{factor**2}" if factor > 1 else "1"
+        print(f"\ndepth {depth}: {rows[0]['galaxies']} galaxies, {rows[0]['spaxels']} spaxels")
         print(f"{'':<34}{'given':>7}{'right':>7}{'reliable':>10}{'gain':>7}{'MAE':>8}")
         for row in rows:
             low, high = row["gain_95"]
@@ -241,7 +240,7 @@ def main(config: Config) -> int:
         galaxy = int(np.bincount(shown).argmax())
         maps = {name: given[name] for name in (next(iter(given)), equal)}
         name = survey.galaxies["plateifu"][galaxy]
-        figure = picture(survey, galaxy, maps, width, f"{name}, depth 1/{factor**2}")
+        figure = picture(survey, galaxy, maps, width, f"{name}, depth {depth}")
         vis_fns.save(figure, config.results / f"depth_{factor**2}.png")
     measuring.write_rows(config.results / "table.json", table, config=utils.config_dict(config))
     return utils.EXIT_DONE

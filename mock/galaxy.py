@@ -40,11 +40,11 @@ from mock.physics import (
     elliptical_coordinates,
     extinction_curve,
     fit_continuum,
-    fit_lines,
-    fit_stars,
     galactic_coordinates,
     hexagon_distance,
     hii_ratios,
+    measure_lines,
+    measure_stars,
     mix_templates,
     nuclear_ratios,
     observe,
@@ -622,7 +622,7 @@ def simulate_galaxy(params: GalaxyParams) -> Galaxy:
     scene = build_scene(params)
     deepest = max(params.depth, 1.0) if params.deep_labels else params.depth
     galaxy = observe(scene, rng, deepest)
-    galaxy.fit = fit_lines(galaxy, rng) | fit_stars(galaxy, rng)
+    galaxy.fit = measure_lines(galaxy, rng) | measure_stars(galaxy, rng)
     if params.depth < deepest:
         deep, galaxy = galaxy, observe(scene, rng, params.depth, within=galaxy)
         galaxy.deep = deep

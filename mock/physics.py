@@ -6,7 +6,7 @@ Arrays in, arrays out; reads and writes nothing. Spectra are (band, spaxel) on t
     >>> templates = stellar_templates(z=0.03, sigma_kms=60)
     >>> ratios = hii_ratios(logoh, ionisation, nitrogen)
     >>> galaxy = observe(scene, rng)  # noise and masks
-    >>> galaxy.fit = fit_lines(galaxy, rng) | fit_stars(galaxy, rng)  # the quantities in MAPS
+    >>> galaxy.fit = measure_lines(galaxy, rng) | measure_stars(galaxy, rng)  # MAPS
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ class Galaxy:
     depth: float
     """Exposure time over that of the survey."""
     fit: dict[str, np.ndarray] = field(default_factory=dict)
-    """Results of `fit_lines` and `fit_stars`, (line, spaxel) or (spaxel,); empty before them."""
+    """Results of `measure_lines` and `measure_stars`, (line, spaxel) or (spaxel,)."""
     deep: Galaxy | None = None
     """Deeper observation that MAPS are measured on instead of this one."""
 
@@ -946,7 +946,7 @@ def draw_lines(scene: Scene) -> np.ndarray:
     return out
 
 
-def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def measure_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Measure the emission lines on the noise of the cube.
 
     The fitted continuum is subtracted and Gaussians of known wavelength and width are fitted by
@@ -1029,7 +1029,7 @@ def fit_lines(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]
     }  # fmt: skip
 
 
-def fit_stars(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def measure_stars(galaxy: Galaxy, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Measured stellar velocity and dispersion, and their 1-sigma errors; each (spaxel,) km/s.
 
     The error of the velocity is 0.74 times the observed width (dispersion and 70 km/s in

@@ -218,7 +218,7 @@ def test_command_fetches_missing_files_and_continues_after_failures(archive, tmp
 def test_dry_run_lists_missing_files_among_them_an_empty_catalogue(archive, tmp_path, capsys):
     config = du.Config(catalogue=True, data_dir=tmp_path, base_url=archive.base)
     url = url_of(archive, url=du.archive_url("dapall", None, config.daptype, archive.base))
-    path = du.local_path(tmp_path, url, None)
+    path = tmp_path / "raw" / "dapall-v3_1_1-3.1.0.fits"
     path.parent.mkdir(parents=True)
     path.touch()
     for printed in (f"{url} {path}\n", ""):

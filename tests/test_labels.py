@@ -11,6 +11,7 @@ from conftest import LINES
 from dust_extinction.parameter_averages import CCM89
 
 import labels as ll
+from line_fits import EMLINES
 
 
 def as_maps(flux, ivar, bad=None):
@@ -30,6 +31,13 @@ def changed(maps, kind, line, at, value):
     values = getattr(maps, kind)[line].copy()
     values[at] = value
     return replace(maps, **{kind: {**getattr(maps, kind), line: values}})
+
+
+def test_names_of_lines_are_their_wavelengths_as_in_the_dap():
+    assert len(EMLINES) == 35
+    for name, wave_aa in EMLINES.items():
+        assert int(wave_aa) == int(name.partition("-")[2]), name
+    assert {*ll.BPT_LINES, ll.OII_BLUE, ll.OII_RED} <= EMLINES.keys()
 
 
 @pytest.mark.parametrize(

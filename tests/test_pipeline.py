@@ -17,12 +17,14 @@ from utils import LABEL_TASKS, DataError
 
 import numpy as np
 import pytest
+from astropy.io import fits
 from scipy.special import erf
 
 import cube_patch_processing as patching
 import cube_processing
 import data_io
 import eval_fns
+import evidence
 import hsi_proc_fns
 import map_galaxies
 import mock.galaxy
@@ -118,12 +120,43 @@ def test_default_commands_lead_from_cubes_to_figures(survey, tmp_path, monkeypat
     assert process_single_cube.main(config) == 0
     assert process_single_cube.main(replace(config, data_dir=None)) == 0  # the run's, up to date
     eval_fns.predict_cube(run_dir, utils.cube_path(tmp_path, plateifu))
+    assert evidence.main(evidence.Config(run_dir, (plateifu,))) == 0
+    found = fits.getheader(run_dir / "evidence" / f"{plateifu}.fits")
+    assert found["DECISIVE"] > 0.6
+    assert found["MOVED"] > 10 * found["MOVEDOTH"]
     readme = (ROOT / "README.md").read_text().partition("## In Python\n\n")[2].partition("\n\n")[0]
     lines = textwrap.dedent(readme).replace("results/demo/logOH_hard", str(run_dir))
     lines = lines.replace("data/demo", str(survey)).replace("13001-1901", plateifu)
     monkeypatch.chdir(tmp_path)
     exec(lines, {})
     assert (tmp_path / "map.png").stat().st_size > 10_000
+
+
+def test_a_real_galaxy_is_mapped_by_a_model_of_simulated_ones(
+    survey, real_maps, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import real_galaxy
+
+    run_dir = tmp_path / "run"
+    train = run_SSFTT_training.train_config(data_dir=survey, run_dir=run_dir, epochs=1)
+    assert run_SSFTT_training.main(train) == 0
+    config = real_galaxy.Config(run_dir, tmp_path / "data", real_maps, results=tmp_path)
+    with pytest.raises(DataError, match="expected the scores of the run's test part"):
+        real_galaxy.main(config)
+    assert eval_fns.main(eval_fns.EvalConfig(run_dir)) == 0
+    assert real_galaxy.main(config) == 0
+    found = json.loads((tmp_path / "7815-3702.json").read_text())
+    cube = utils.cube_path(tmp_path / "data", "7815-3702")
+    prediction = eval_fns.predict_cube(run_dir, cube)
+    labels = data_io.read_labels(utils.label_path(tmp_path / "data", "logOH", "7815-3702"))
+    known = np.isfinite(labels) & prediction.usable
+    assert found["labelled"] == known.sum() > 500
+    error = np.abs(prediction.logoh - labels)[known]
+    assert found["rows"][0]["ours"] == pytest.approx(error.mean())
+    held = error <= (prediction.upper - prediction.lower)[known] / 2
+    assert found["held"] == pytest.approx(held.mean(), abs=2 / known.sum())
+    assert (tmp_path / "7815-3702.png").stat().st_size > 10_000
 
 
 def test_running_again_does_nothing(survey):

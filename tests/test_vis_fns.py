@@ -258,15 +258,21 @@ def test_bpt_curves_are_kauffmanns_and_kewleys_and_separate_the_points(ax):
         drawn = curve[np.isfinite(curve[:, 1]) & (curve[:, 0] > -1.2)]  # they cross left of that
         assert drawn[:, 0].max() < pole
         np.testing.assert_allclose(drawn[:, 1], 0.61 / (drawn[:, 0] - pole) + top, atol=2e-3)
-    drawn = {c.get_label().split(":")[0]: c for c in ax.collections}
-    for k, (name, colour) in enumerate(zip(BPT_CLASSES, CLASS_COLOURS["BPT", 3], strict=True)):
-        assert f"{name}: {(classes == k).sum()}" in legend_of(ax)
-        np.testing.assert_allclose(drawn[name].get_offsets()[:, 0], x[classes == k])
-        np.testing.assert_allclose(drawn[name].get_facecolor()[0, :3], to_rgb(colour))
-    assert "no label: 20" in legend_of(ax)
-    on_top = max(ax.collections, key=lambda points: points.get_zorder())
-    assert len(on_top.get_offsets()) == np.unique(classes, return_counts=True)[1].min()
-    assert drawn["no label"].get_facecolor().size == 0  # hollow
+    filled, hollow = ax.collections
+    counts = np.bincount(classes[20:], minlength=3)
+    names = [f"{name}: {count}" for name, count in zip(BPT_CLASSES, counts, strict=True)]
+    assert legend_of(ax)[:4] == ["no label: 20", *names]
+    np.testing.assert_array_equal(hollow.get_offsets(), np.stack([x, y], 1)[:20])
+    assert hollow.get_facecolor().size == 0
+    where = {(a, b): k for a, b, k in zip(x, y, classes, strict=True)}
+    shown = np.array([where[tuple(point)] for point in filled.get_offsets()])
+    np.testing.assert_array_equal(np.bincount(shown), counts)
+    wanted = np.array([to_rgb(colour) for colour in CLASS_COLOURS["BPT", 3]])[shown]
+    np.testing.assert_allclose(filled.get_facecolor()[:, :3], wanted)
+    rarest = counts.argmin()
+    assert (shown[-counts[rarest] :] == rarest).all()  # on top
+    others = shown[: -counts[rarest]]
+    assert (np.diff(others) != 0).mean() > 0.2  # in random order
     for label, line in ((ax.get_xlabel(), "6585"), (ax.get_ylabel(), "5008")):
         assert line in label
         assert "vacuum" in label
@@ -300,7 +306,8 @@ def test_bpt_figure_shows_the_lines_of_the_maps_that_the_labels_were_derived_fro
     wanted = np.log10([nii / ha, oiii / hb]).T
     for ax, entry in zip(figure.axes, ("composite: 18", "star-forming: 18"), strict=True):
         assert entry in legend_of(ax)
-        np.testing.assert_allclose(ax.collections[0].get_offsets(), wanted, atol=1e-5)
+        found = ax.collections[0].get_offsets()
+        np.testing.assert_allclose(np.sort(found, axis=0), np.sort(wanted, axis=0), atol=1e-5)
     for about, message in (
         ({}, "2 MAPS files"),
         ({"source_file": "my.fits"}, r"my\.fits: no such file.* Copy or link it there"),
@@ -375,6 +382,9 @@ def test_training_curves_show_every_epoch_the_best_and_the_baselines(card, epoch
     assert set(drawn["validation, linear model"].get_ydata()) == {0.6}
     assert set(drawn["validation, majority class"].get_ydata()) == {0.2}
     assert legend_of(axes[1]) == list(drawn)
+    start = replace(card, best={"epoch": 0})
+    axes = diagrams.plot_training_curves(Figure().subplots(1, 2), metrics, start)
+    assert axes[0].get_xlim()[0] < 0
     axes = diagrams.plot_training_curves(Figure().subplots(1, 2), metrics)
     assert legend_of(axes[1]) == ["training", "validation"]  # all that metrics.csv alone says
 

@@ -1,17 +1,21 @@
 """Train a network on a data set: gamma or hadron, and energy; beside it, boosted Hillas parameters.
 
 Reads   a data set of image_extractor.py or mock_showers.py that was split into Training, Validation
-        and Test, with gammas and other particles, charge and time.
+        and Test, with gammas and other particles, charge and time, and one type of camera.
 Writes  the run folder: config.json, environment.json, log.txt, metrics.csv (a row per epoch),
-        network.pt, events.csv (test events: truth and results), summary.json, roc.png, energy.png.
+        network.pt, events.csv (test events: truth and results), summary.json, roc.png, energy.png;
+        with --parameters, the table of image parameters, for later runs on the same events.
 
-The network sees all images of an event: a small residual network makes numbers of each image; these
-and the telescope's position are averaged over telescopes. The baseline has the same events: Hillas,
-leakage, concentration, morphology and timing parameters, and ctapipe's stereo reconstruction, in
-scikit-learn's gradient boosting (which ctapipe installs). Both learn from Training; Validation
-decides which epoch of the network is kept and scales its scores to probabilities; Test is for the
-scores alone. Intervals are 95 %, from drawing whole showers of Test again, because the uses of one
-shower are not independent.
+The baseline is gradient boosting of scikit-learn (which ctapipe installs) on the Hillas, leakage,
+concentration, morphology and timing parameters of each event and ctapipe's stereo reconstruction.
+The network has these, too, and all images of the event: a small residual network makes numbers of
+each image; these, with the places of the telescope and the image, are averaged over telescopes.
+Thus their difference is what the images add. It is trained on events that are reflected along the
+camera's axes, which hexagonal and square lattices allow, and its results are the mean over these.
+
+Both learn from Training; Validation decides which epoch of the network is kept and scales its
+scores to probabilities; Test is for the scores alone. Intervals are 95 %, from drawing whole
+showers of Test again, because the uses of one shower are not independent.
 
     python scripts/train_cta.py mock.h5 --run-dir runs/mock
 """
@@ -24,9 +28,10 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from io import BytesIO
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +45,9 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import nn
 
-from image_extractor import __version__
+from image_extractor import __version__, layout
 from image_extractor.errors import DataError
-from image_extractor.reader import Events
+from image_extractor.reader import Events, offset_deg, unit_vector
 from image_extractor.torch_reader import loader
 from image_extractor.transaction import write_whole
 
@@ -50,39 +55,160 @@ log = logging.getLogger("train_cta")
 PARTS = ("Training", "Validation", "Test")
 CLEANING = {"picture_threshold_pe": 6.0, "boundary_threshold_pe": 3.0}
 BRIGHT_PE = 3.0  # cells with less have noise as peak time
-WINDOW = 32  # cells of a cut-out
+WINDOW = 16  # cells of a cut-out, a power of 2
 PLACES = 5  # numbers per telescope beside the image
+# Of the network; the last two help it to learn where showers are.
+RESULTS = ("logit of gamma", "log10(energy/TeV)", *("core x", "core y"), *("up", "side"))
+KEPT_BYTES = 300_000_000  # of the prepared events of a part
 N_BOOTSTRAP = 400
 ENERGY_EDGES = np.log10([0.1, 0.3, 1.0, 3.0, 10.0])  # log10(TeV), of the energy table
 
 
-# The network
+# Events
 
 
-def prepare(sample: dict) -> dict:
-    """Cut out the shower of each image of an event, and scale it.
+class Lattice:
+    """The lattice of a camera in its stored images.
 
-    `images` become (2, WINDOW, WINDOW) about the centre of charge: the logarithm of the charge, and
-    the peak time relative to the image's mean; cells with noise alone are 0. `positions` become
-    (x, y of the telescope, x, y of the cut-out, log10 of the charge), all about 1.
+    Parameters
+    ----------
+    path : Path
+        Data set with one type of camera.
+
+    Attributes
+    ----------
+    scale : int
+        Number of times that each cell is repeated.
+    axes : (2, 2) array
+        Steps (x, y) in the camera frame, deg, of one cell along the first and the second axis.
+    origin : (2,) array
+        Place (x, y) of cell 0, 0, deg.
+    turns : (n, 2, 2) array
+        Symmetries of the lattice: none, half a turn, and reflections along x and y.
+    sources : (n, WINDOW^2) int array
+        The cell of a cut-out that each cell is taken from under a symmetry; WINDOW^2 if from none.
+
+    Raises
+    ------
+    DataError
+        If there are several types of camera, or vectors of pixels instead of images.
     """
-    images, places = [], []
-    for charge, samples in sample["images"]:
-        bright = charge > BRIGHT_PE
-        weights = charge * bright
-        total = max(float(weights.sum()), 1e-9)
-        centre = [
-            float((weights.sum(1 - axis) @ np.arange(n)) / total) if total > 1 else n / 2
-            for axis, n in enumerate(charge.shape)
-        ]
-        mean = float((weights * samples).sum() / total)
-        whole = np.stack([np.log1p(weights) / 3, np.where(bright, (samples - mean) / 5, 0)])
-        padded = np.pad(whole, ((0, 0), *[(WINDOW // 2, WINDOW // 2)] * 2))
-        x, y = (round(c) for c in centre)
-        images.append(padded[:, x : x + WINDOW, y : y + WINDOW].astype(np.float32))
-        places.append([*(np.array(centre) / charge.shape - 0.5) * 4, np.log10(total) - 2])
-    positions = np.c_[sample["positions"][:, :2] / 100, np.array(places)]
-    return {**sample, "images": images, "positions": positions}
+
+    def __init__(self, path: Path) -> None:
+        with layout.open_layout(path) as h5:
+            self.scale = int(layout.check_schema(h5)["scale_factor"])
+            keys = {row["camera"].decode() for row in layout.tel_table(h5)}
+            pixels, matrix, attrs = layout.camera_pixels(h5, sorted(keys)[0])
+        shape = json.loads(attrs["image_shape"])
+        if len(keys) > 1 or len(shape) != 2:
+            raise DataError(
+                f"{path}: has {len(keys)} types of camera, with {len(shape)} axes of an image "
+                "(expected one type, with two axes). Extract one telescope type, mapped."
+            )
+        cells = np.c_[(*np.unravel_index(matrix["cell"], shape), np.ones(len(matrix)))]
+        places = np.c_[pixels["derotated_x"], pixels["derotated_y"]][matrix["pixel"]]
+        degrees = np.degrees(places / float(attrs["focal_length_m"]))
+        *axes, self.origin = np.linalg.lstsq(cells, degrees)[0]
+        self.axes = np.array(axes)
+        turns, sources = [], []
+        around = np.indices((WINDOW, WINDOW)).reshape(2, -1) - WINDOW // 2
+        # Of all steps to neighbouring cells, those that turn the axes x and y into themselves.
+        for steps in product((-1, 0, 1), repeat=4):
+            step = np.array(steps).reshape(2, 2)
+            turn = self.axes.T @ step @ np.linalg.inv(self.axes.T)
+            if np.allclose(abs(turn), np.eye(2), atol=0.01):
+                first, second = np.rint(np.linalg.inv(step) @ around).astype(int) + WINDOW // 2
+                inside = (np.minimum(first, second) >= 0) & (np.maximum(first, second) < WINDOW)
+                source = np.where(inside, first * WINDOW + second, WINDOW**2)
+                place = 0 if (step == np.eye(2)).all() else len(turns)
+                turns.insert(place, turn)
+                sources.insert(place, source)
+        self.turns = torch.tensor(np.array(turns), dtype=torch.float32)
+        self.sources = torch.tensor(np.array(sources))
+
+
+class Prepared:
+    """Events as the network sees them, kept in memory after they were first read.
+
+    `images` are cut-outs (2, WINDOW, WINDOW) around the centre of charge: the logarithm of the
+    charge, and the peak time relative to the image's mean; cells with noise alone are 0.
+    `positions` are (x, y of the telescope in 100 m, x, y of the cut-out in deg, log10 of the
+    charge), and `core` (x, y) in 100 m, all in the camera frame: in the plane across the pointing.
+    """
+
+    def __init__(self, data: Events, lattice: Lattice) -> None:
+        self.data, self.lattice = data, lattice
+        self.kept: dict[int, dict] = {}
+        self.room = KEPT_BYTES
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def particles(self) -> np.ndarray:
+        """Return 1 for each gamma, else 0."""
+        return self.data.particles()
+
+    def __getitem__(self, number: int) -> dict:
+        if number in self.kept:
+            return self.kept[number]
+        sample = self._prepare(self.data[number])
+        self.room -= sum(image.nbytes for image in sample["images"]) + 1000
+        if self.room > 0:
+            self.kept[number] = sample
+        return sample
+
+    def _prepare(self, sample: dict) -> dict:
+        lattice, images, places = self.lattice, [], []
+        half = WINDOW // 2
+        for image in sample["images"]:
+            charge, samples = image[:, :: lattice.scale, :: lattice.scale]
+            weights = charge * (charge > BRIGHT_PE)
+            total = float(weights.sum())
+            centre = np.array(charge.shape) / 2
+            if total > 0:
+                centre = [weights.sum(1 - k) @ np.arange(n) for k, n in enumerate(charge.shape)]
+                centre = np.array(centre) / total
+            times = np.where(weights > 0, samples - (weights * samples).sum() / max(total, 1), 0)
+            padded = np.pad(
+                np.stack([np.log1p(weights) / 3, times / 5]), ((0, 0), *[(half,) * 2] * 2)
+            )
+            x, y = np.rint(centre).astype(int)
+            images.append(padded[:, x : x + WINDOW, y : y + WINDOW].astype(np.float32))
+            place = np.array([x, y]) @ lattice.axes + lattice.origin
+            places.append([*place, np.log10(max(total, 1)) - 2])
+        azimuth, altitude = sample["pointing"].astype(float)
+        up = unit_vector(azimuth, altitude + np.pi / 2)
+        across = np.array([up, [-np.sin(azimuth), -np.cos(azimuth), 0]]).T / 100
+        return {
+            **sample,
+            "images": images,
+            "positions": np.c_[sample["positions"] @ across, places].astype(np.float32),
+            "core": (sample["core"] @ across[:2]).astype(np.float32),
+        }
+
+
+def turned(batch: dict, lattice: Lattice, which: torch.Tensor) -> dict:
+    """Turn each event of a batch, with its array, by one of the lattice's symmetries."""
+    images, turns = batch["images"], lattice.turns[which]
+    flat = nn.functional.pad(images.flatten(3), (0, 1))
+    sources = lattice.sources[which][:, None, None].expand(*images.shape[:3], -1)
+
+    def turn(places: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("nij,n...j->n...i", turns, places)
+
+    positions, table = batch["positions"], batch["parameters"]
+    places = [turn(positions[..., k : k + 2]) for k in (0, 2)]
+    return {
+        **batch,
+        "images": flat.gather(3, sources).view_as(images),
+        "positions": torch.cat([*places, positions[..., 4:]], -1),
+        "parameters": torch.cat([turn(table[:, :2]), table[:, 2:]], 1),
+        "core": turn(batch["core"]),
+        "direction": turn(batch["direction"]),
+    }
+
+
+# The network
 
 
 class Residual(nn.Module):
@@ -104,91 +230,116 @@ class Residual(nn.Module):
 
 
 class ShowerNetwork(nn.Module):
-    """From the images of an event to (logit of gamma, log10 of the energy in TeV)."""
+    """From the images and the `n_parameters` parameters of an event to its RESULTS."""
 
-    def __init__(self, widths: tuple[int, ...] = (16, 32, 48), hidden: int = 64) -> None:
+    def __init__(
+        self, n_parameters: int, widths: tuple[int, ...] = (16, 32, 48), hidden: int = 96
+    ) -> None:
         super().__init__()
         stem = [nn.Conv2d(2, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
         blocks = [Residual(a, b, 2) for a, b in pairwise(widths)]
-        self.trunk = nn.Sequential(*stem, *blocks)
+        n_cells = (WINDOW >> len(blocks)) ** 2
+        self.trunk = nn.Sequential(
+            *(*stem, *blocks, nn.Flatten()),
+            *(nn.Linear(widths[-1] * n_cells, hidden), nn.ReLU(), nn.Dropout(0.2)),
+        )
         self.telescope = nn.Sequential(
-            nn.Linear(2 * widths[-1] + PLACES, hidden),
-            nn.ReLU(),
-            nn.Linear(hidden, hidden),
-            nn.ReLU(),
+            *(nn.Linear(hidden + PLACES, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
         )
         self.single = nn.Linear(hidden, 1)  # logit of one image, for learning alone
-        self.head = nn.Sequential(
-            nn.Linear(2 * hidden + 1, hidden), nn.ReLU(), nn.Dropout(0.3), nn.Linear(hidden, 2)
+        n = 2 * hidden + 2 + n_parameters
+        # Dropout hinders regression, so that the energy has layers of its own.
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                *(nn.Linear(n, hidden), nn.ReLU(), nn.Dropout(dropout)),
+                *(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_out)),
+            )
+            for dropout, n_out in ((0.2, 1), (0.0, 1), (0.2, len(RESULTS) - 2))
         )
+        self.shortcut = nn.Linear(n_parameters, len(RESULTS))
 
-    def forward(
-        self, images: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Evaluate a batch.
-
-        Parameters
-        ----------
-        images : (event, telescope, 2, x, y), see `prepare`
-        mask : (event, telescope) bool
-        positions : (event, telescope, PLACES)
+    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Evaluate a batch of events, see `Prepared`.
 
         Returns
         -------
-        (event, 2), and (image,): the logit from each image alone, in the order of the mask
+        (event, RESULTS), and (image,): the logit from each image alone, in the order of the mask
         """
-        seen = self.trunk(images[mask])  # (image, channel, x, y)
-        pooled = torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1)
-        own = self.telescope(torch.cat([pooled, positions[mask]], 1))  # (image, hidden)
+        mask, positions = batch["mask"], batch["positions"]
+        own = self.telescope(torch.cat([self.trunk(batch["images"][mask]), positions[mask]], 1))
         of_event = own.new_zeros(*mask.shape, own.shape[1])
         of_event[mask] = own
         n = mask.sum(1, keepdim=True)
-        both = torch.cat([of_event.sum(1) / n, of_event.amax(1), n / 4], 1)
-        return self.head(both), self.single(own)[:, 0]
+        charge = torch.log10((10 ** positions[..., -1] * mask).sum(1, keepdim=True))
+        parameters = batch["parameters"]
+        both = torch.cat([of_event.sum(1) / n, of_event.amax(1), n / 4, charge, parameters], 1)
+        found = torch.cat([head(both) for head in self.heads], 1)
+        return found + self.shortcut(parameters), self.single(own)[:, 0]
 
 
-def apply(network: nn.Module, batches: object) -> np.ndarray:
-    """Results (n_events, 2) of a network, in the order of the events."""
+def batches_of(data: Prepared, table: torch.Tensor, size: int, seed: int | None) -> Iterator[dict]:
+    """Batches of events with their parameters; in the order of the file without a seed."""
+    batches = loader(data, size, shuffle=seed is not None, seed=seed or 0)
+    return ({**b, "parameters": table[b["event"]]} for b in batches)
+
+
+def apply(
+    network: nn.Module, data: Prepared, table: torch.Tensor, symmetries: int | None = None
+) -> np.ndarray:
+    """Results (n_events, RESULTS): means over the symmetries of the lattice, or the first few."""
     network.eval()
+    found = []
     with torch.no_grad():
-        found = [network(b["images"], b["mask"], b["positions"])[0] for b in batches]
+        for batch in batches_of(data, table, 256, None):
+            n, count = len(batch["event"]), symmetries or len(data.lattice.turns)
+            views = (turned(batch, data.lattice, torch.full((n,), k)) for k in range(count))
+            found.append(torch.stack([network(view)[0] for view in views]).mean(0))
     return torch.cat(found).double().numpy()
 
 
-def train(data: dict[str, Events], epochs: int, batch_size: int, seed: int, run: Path) -> nn.Module:
+def train(
+    data: dict[str, Prepared],
+    tables: dict[str, torch.Tensor],
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    run: Path,
+) -> nn.Module:
     """Train; return the network of the epoch with the smallest loss on Validation."""
     torch.manual_seed(seed)
-    rng = torch.Generator().manual_seed(seed)
-    network = ShowerNetwork()
-    batches = loader(data["Training"], batch_size, seed=seed)
-    held_out = loader(data["Validation"], 4 * batch_size, shuffle=False)
+    network, lattice = ShowerNetwork(tables["Training"].shape[1]), data["Training"].lattice
+    steps = epochs * -(-len(data["Training"]) // batch_size)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, epochs * len(batches))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, steps)
+    held_out = data["Validation"].data
+    truth = {
+        "particle": torch.from_numpy(held_out.particles()),
+        "log_energy": torch.from_numpy(np.log10(held_out.events["mc_energy"])).float(),
+    }
     rows: list[dict] = []
     best: tuple[float, dict] | None = None
     for epoch in range(1, epochs + 1):
         started, total = time.perf_counter(), 0.0
         network.train()
-        for b in (varied(batch, rng) for batch in batches):
-            found, single = network(b["images"], b["mask"], b["positions"])
+        for batch in batches_of(data["Training"], tables["Training"], batch_size, seed + epoch):
+            b = turned(batch, lattice, torch.randint(len(lattice.turns), batch["event"].shape))
+            found, single = network(b)
             of_image = b["particle"][:, None].expand_as(b["mask"])[b["mask"]].float()
             loss = loss_of(found, b)
-            loss = loss + nn.functional.binary_cross_entropy_with_logits(single, of_image)
+            total += loss.item() * len(b["event"])
+            for columns, name in ((slice(2, 4), "core"), (slice(4, 6), "direction")):
+                error = nn.functional.smooth_l1_loss(found[:, columns], b[name], beta=0.1)
+                loss = loss + 0.3 * error
+            alone = nn.functional.binary_cross_entropy_with_logits(single, of_image)
             optimiser.zero_grad()
-            loss.backward()
+            (loss + alone / 2).backward()
             optimiser.step()
             schedule.step()
-            total += loss_of(found, b).item() * len(b["event"])
-        found = torch.from_numpy(apply(network, held_out)).float()
-        events = data["Validation"].events
-        truth = {
-            "particle": torch.from_numpy(data["Validation"].particles()),
-            "log_energy": torch.from_numpy(np.log10(events["mc_energy"])).float(),
-        }
+        found = torch.from_numpy(apply(network, data["Validation"], tables["Validation"], 1))
         row = {
             "epoch": epoch,
             "training_loss": total / len(data["Training"]),
-            "validation_loss": float(loss_of(found, truth)),
+            "validation_loss": float(loss_of(found.float(), truth)),
             "validation_auc": roc_auc_score(truth["particle"].numpy(), found[:, 0].numpy()),
             "seconds": time.perf_counter() - started,
         }
@@ -207,40 +358,25 @@ def train(data: dict[str, Events], epochs: int, batch_size: int, seed: int, run:
     return network
 
 
-def varied(batch: dict, rng: torch.Generator) -> dict:
-    """Vary a batch: turn half of the events by 180 deg, and leave out a fifth of the images.
-
-    Turned are the images and the places of telescopes and cut-outs, so that an event stays one that
-    an array could have seen; one image of each event is kept.
-    """
-    images, mask, positions = batch["images"].clone(), batch["mask"], batch["positions"].clone()
-    turned = torch.rand(len(mask), generator=rng) < 0.5
-    images[turned] = images[turned].flip(-1, -2)
-    positions[..., : PLACES - 1][turned] *= -1
-    chance = torch.rand(mask.shape, generator=rng).masked_fill(~mask, -1)
-    kept = mask & ((chance > 0.2) | (chance == chance.amax(1, keepdim=True)))
-    return {**batch, "images": images, "mask": kept, "positions": positions}
-
-
 def loss_of(found: torch.Tensor, truth: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross-entropy of the particle; for gammas, also the error of log10(energy)."""
+    """Cross-entropy of the particle; for gammas, also thrice the error of log10(energy)."""
     particle = truth["particle"].float()
     loss = nn.functional.binary_cross_entropy_with_logits(found[:, 0], particle)
     error = nn.functional.smooth_l1_loss(
         found[:, 1], truth["log_energy"], reduction="none", beta=0.1
     )
-    return loss + (error * particle).sum() / particle.sum().clamp(min=1)
+    return loss + 3 * (error * particle).sum() / particle.sum().clamp(min=1)
 
 
 # The baseline
 
 
-def parameters(path: Path, part: str) -> np.ndarray:
-    """Hillas and stereo parameters of the events of a part, (n_events, n_parameters).
+def parameters(path: Path, part: str) -> dict[tuple[int, int], np.ndarray]:
+    """Hillas and stereo parameters of the events of a part: (run, event) -> (n_parameters,).
 
-    Of each event: the mean over telescopes, weighted by charge, and the values of the brightest
-    image; number of images; reconstructed height of the maximum, core and direction. Missing values
-    are NaN.
+    Of each event: the direction relative to the pointing (deg), height of the maximum and core from
+    ctapipe's reconstruction; number of images; the mean of each image parameter over telescopes,
+    weighted by charge, and its value in the brightest image. Missing values are NaN.
     """
     warnings.simplefilter("ignore")  # ctapipe's, of empty images
     from ctapipe.image import ImageProcessor
@@ -250,15 +386,15 @@ def parameters(path: Path, part: str) -> np.ndarray:
     from image_extractor.ctapipe_source import DatasetSource
 
     config = Config({"TailcutsImageCleaner": CLEANING})
-    found = []
+    found = {}
     with DatasetSource(path, part=part) as source:
         process = ImageProcessor(source.subarray, config=config)
         reconstruct = ShowerProcessor(source.subarray)
         for event in source:
             process(event)
             reconstruct(event)
-            found.append(_event_parameters(event))
-    return np.array(found)
+            found[event.index.obs_id, event.index.event_id] = _event_parameters(event)
+    return found
 
 
 def _event_parameters(event: object) -> np.ndarray:
@@ -276,28 +412,63 @@ def _event_parameters(event: object) -> np.ndarray:
     table, weight = np.array(rows), np.nan_to_num(size)
     weighted = np.where(np.isnan(table), 0, table * weight[:, None]).sum(0)
     mean = weighted / np.maximum((~np.isnan(table) * weight[:, None]).sum(0), 1e-9)
-    stereo = event.dl2.stereo.geometry["HillasReconstructor"]
-    whole = [len(rows), np.isfinite(size).sum(), np.log10(max(weight.sum(), 1e-9))]
-    whole += [stereo.h_max.to_value("km"), np.hypot(stereo.core_x, stereo.core_y).to_value("m")]
-    pointing = event.monitoring.pointing
-    whole += [
-        (stereo.alt - pointing.array_altitude).to_value("deg"),
-        (stereo.az - pointing.array_azimuth).wrap_at("180d").to_value("deg")
-        if stereo.is_valid
-        else np.nan,
-    ]
-    return np.r_[mean, table[weight.argmax()], whole]
+    stereo, pointing = event.dl2.stereo.geometry["HillasReconstructor"], event.monitoring.pointing
+    whole = [np.nan, np.nan]
+    if stereo.is_valid:
+        angles = [q.to_value("rad") for q in (stereo.az, stereo.alt)]
+        angles += [q.to_value("rad") for q in (pointing.array_azimuth, pointing.array_altitude)]
+        whole = offset_deg(*angles)
+    core = np.hypot(stereo.core_x, stereo.core_y).to_value("m")
+    whole = [*whole, stereo.h_max.to_value("km"), core]
+    whole += [len(rows), np.isfinite(size).sum(), np.log10(max(weight.sum(), 1e-9))]
+    return np.r_[whole, mean, table[weight.argmax()]]
 
 
-def boosted(data: dict[str, Events], path: Path, seed: int) -> np.ndarray:
+def parameter_tables(
+    path: Path, data: dict[str, Prepared], kept: Path | None
+) -> dict[str, np.ndarray]:
+    """Make the parameters of all events, (n_events, n_parameters) per part.
+
+    `kept` is a file in which they are found, or written after they were computed.
+    """
+    found: dict[tuple[int, int], np.ndarray] = {}
+    if kept is not None and kept.is_file():
+        numbers, values = (np.load(kept)[name] for name in ("events", "parameters"))
+        found = dict(zip(map(tuple, numbers.tolist()), values, strict=True))
+    wanted = {
+        part: d.data.events[["run_number", "event_number"]].tolist() for part, d in data.items()
+    }
+    if not all(event in found for events in wanted.values() for event in events):
+        with multiprocessing.get_context("spawn").Pool(2) as pool:
+            for of_part in pool.starmap(parameters, [(path, part) for part in data], 1):
+                found |= of_part
+        if kept is not None:
+            buffer = BytesIO()
+            np.savez(buffer, events=list(found), parameters=list(found.values()))
+            write_whole(kept, buffer.getvalue())
+    return {part: np.array([found[event] for event in wanted[part]]) for part in data}
+
+
+def standardised(tables: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Scale parameters to mean 0 and rms 1 in Training; missing values become 0, and are marked.
+
+    The direction, the first two columns, is only divided by its rms, so that it can be turned.
+    """
+    mean, rms = np.nanmean(tables["Training"], 0), np.nanstd(tables["Training"], 0) + 1e-6
+    mean[:2], rms[:2] = 0, rms[:2].mean()
+    scaled = {}
+    for part, table in tables.items():
+        values = np.clip((table - mean) / rms, -4, 4)
+        missing = np.isnan(values[:, [0, -1]])
+        scaled[part] = torch.tensor(np.c_[np.nan_to_num(values), missing], dtype=torch.float32)
+    return scaled
+
+
+def boosted(data: dict[str, Prepared], tables: dict[str, np.ndarray], seed: int) -> np.ndarray:
     """Results (n_test_events, 2) of gradient boosting: log odds of gamma, log10(energy in TeV)."""
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        tables = pool.starmap(parameters, [(path, "Training"), (path, "Test")])
-    learn, test = tables
-    if (len(learn), len(test)) != (len(data["Training"]), len(data["Test"])):
-        raise DataError(f"{path}: the baseline has other events than the network. Report this.")
+    learn, test = tables["Training"], tables["Test"]
     is_gamma = data["Training"].particles() == 1
-    tev = data["Training"].events["mc_energy"]
+    tev = data["Training"].data.events["mc_energy"]
     options = {"max_iter": 200, "learning_rate": 0.06, "random_state": seed}
     classifier = HistGradientBoostingClassifier(**options).fit(learn, is_gamma)
     regressor = HistGradientBoostingRegressor(**options)
@@ -363,14 +534,13 @@ def score(results: dict[str, np.ndarray], data: Events, seed: int) -> dict:
                 if (place == k).sum() >= 20
             ],
         }
-    if len(results) == 2:
-        ours, theirs = results.values()
+    ours, theirs = results.values()
 
-        def gain(weights: np.ndarray) -> float:
-            a, b = (roc_auc_score(truth, r[:, 0], sample_weight=weights) for r in (ours, theirs))
-            return a - b
+    def gain(weights: np.ndarray) -> float:
+        a, b = (roc_auc_score(truth, r[:, 0], sample_weight=weights) for r in (ours, theirs))
+        return a - b
 
-        scores["auc_gain"] = interval(gain, showers, seed)
+    scores["auc_gain"] = interval(gain, showers, seed)
     return scores
 
 
@@ -451,7 +621,8 @@ def main(args: argparse.Namespace) -> dict:
     environment = {"python": platform.python_version(), "image-extractor": __version__, **packages}
     environment |= {"command": sys.argv, "threads": torch.get_num_threads()}
     write_whole(run / "environment.json", json.dumps(environment, indent=1).encode())
-    data = {part: Events(args.file, part, transform=prepare) for part in PARTS}
+    lattice = Lattice(args.file)
+    data = {part: Prepared(Events(args.file, part), lattice) for part in PARTS}
     for part, events in data.items():
         n = np.bincount(events.particles(), minlength=2)
         if not n.all():
@@ -460,28 +631,30 @@ def main(args: argparse.Namespace) -> dict:
                 "each). Extract both, and split them."
             )
         log.info("%s: %d gammas, %d others", part, n[1], n[0])
-    shared = np.isin(data["Test"].events["shower"], data["Training"].events["shower"])
+    test = data["Test"].data
+    shared = np.isin(test.events["shower"], data["Training"].data.events["shower"])
     if shared.any():
         log.warning(
             "%d of %d test events have their shower in Training, too: the scores are too good. "
             "Split with --split-by shower.",
             *(shared.sum(), shared.size),
         )
-    network = train(data, args.epochs, args.batch_size, args.seed, run)
-    trained = time.perf_counter() - started
+    tables = parameter_tables(args.file, data, args.parameters)
+    prepared = time.perf_counter() - started
+    log.info("%d parameters per event, after %.0f s", tables["Test"].shape[1], prepared)
+    scaled = standardised(tables)
+    network = train(data, scaled, args.epochs, args.batch_size, args.seed, run)
+    trained = time.perf_counter() - started - prepared
     log.info("trained in %.0f s; scoring", trained)
     buffer = BytesIO()
     torch.save(network.state_dict(), buffer)
     write_whole(run / "network.pt", buffer.getvalue())
-    found = {
-        part: apply(network, loader(data[part], 4 * args.batch_size, shuffle=False))
-        for part in ("Validation", "Test")
-    }
+    found = {part: apply(network, data[part], scaled[part]) for part in ("Validation", "Test")}
     scale = temperature(found["Validation"][:, 0], data["Validation"].particles())
-    results = {"network": found["Test"] / [scale, 1]}
-    if args.baseline:
-        results["Hillas, boosted"] = boosted(data, args.file, args.seed)
-    test = data["Test"]
+    results = {
+        "network": found["Test"][:, :2] / [scale, 1],
+        "Hillas, boosted": boosted(data, tables, args.seed),
+    }
     scores = score(results, test, args.seed)
     probability = expit(results["network"][:, 0])
     summary = {
@@ -522,9 +695,8 @@ def table(summary: dict) -> str:
                 "{:.3f} ({:.3f}-{:.3f})".format(*s[k]) for k in ("auc", "energy_resolution")
             )
             lines.append(f"{name:18}{auc:>24}{width:>28}{s['energy_bias']:8.3f}")
-    if "auc_gain" in summary:
-        gain = "{:+.3f} ({:+.3f} to {:+.3f})".format(*summary["auc_gain"])
-        lines.append(f"AUC of the network minus that of the baseline: {gain}")
+    gain = "{:+.3f} ({:+.3f} to {:+.3f})".format(*summary["auc_gain"])
+    lines.append(f"AUC of the network minus that of the baseline: {gain}")
     return "\n".join(lines)
 
 
@@ -534,14 +706,13 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("file", type=Path, help="data set, split into Training, Validation and Test")
     add("--run-dir", type=Path, required=True, help="folder of the results")
-    add("--epochs", type=int, default=10, help="passes over the training events (default: 10)")
-    add("--batch-size", type=int, default=32, help="events per step (default: 32)")
+    add("--epochs", type=int, default=15, help="passes over the training events (default: 15)")
+    add("--batch-size", type=int, default=64, help="events per step (default: 64)")
     add("--seed", type=int, default=1, help="random seed of weights and order (default: 1)")
     add(
-        "--baseline",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="train the boosted Hillas parameters, too (default: yes)",
+        "--parameters",
+        type=Path,
+        help="npz file that keeps the table of image parameters, most of the time of a short run",
     )
     add(
         "--threads",

@@ -7,7 +7,7 @@ crashes (ended by a signal), hangs.
 
 Writes  a line per fault and the counts to the screen; exit code 1 if there was a fault.
 
-    PYTHONPATH=. python tests/faults.py --mutations 500 --seed 1
+    python tests/faults.py --mutations 500 --seed 1      # or make faults
 """
 
 import argparse

@@ -90,7 +90,9 @@ def test_inputs_that_do_not_fit_are_refused(tmp_path, capsys):
             merge([paths["sst"], paths[name]], tmp_path / "o.h5")
     with tables.open_file(str(paths["sst"]), "a") as h5:
         h5.root.Tel_Table.cols.tel_x[0] += 1
-    assert cli.main(["merge", str(paths["sst"]), "--output", str(tmp_path / "o.h5")]) == 1
-    assert re.search(r"sst\.h5: cannot be merged, .*/Tel_Table: differs", capsys.readouterr().err)
+    for command in ("merge", "export"):
+        assert cli.main([command, str(paths["sst"]), "--output", str(tmp_path / "o.h5")]) == 1
+        message = rf"sst\.h5: cannot be {command}e?d, .*/Tel_Table: differs"
+        assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "o.h5").exists()
     assert not list(tmp_path.glob(".*"))

@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 
+import astropy.units as u
 import numpy as np
 import pytest
 from conftest import PACKAGE, all_images, real_file
@@ -103,6 +104,20 @@ def test_light_time_and_impact_follow_from_the_shower(mock, camera):
     assert len(data) == sum(len(images) for _, images in all_images(mock).values())
 
 
+def test_a_cascade_is_the_skewed_gaussian_of_ctapipe(camera):
+    from ctapipe.image.toymodel import SkewedGaussian, obtain_time_image
+
+    toy = mock_showers.ToyTelescope(mock_showers.array_of(camera)[0])
+    view = mock_showers.View(500.0, np.array([0.1, -0.3]), 2.0, 0.08, 0.03, 4.0, 20.0)
+    charge, times = toy._cascade(view)
+    (x, y), psi, geometry = view.middle * u.m, view.psi * u.rad, camera.geometry
+    model = SkewedGaussian(x, y, view.length * u.m, view.width * u.m, psi, mock_showers.SKEWNESS)
+    assert charge == pytest.approx(model.expected_signal(geometry, view.intensity), abs=1e-12)
+    gradient, at_middle = view.gradient * u.ns / u.m, view.time * u.ns
+    args = (geometry.pix_x, geometry.pix_y, x, y, psi, gradient, at_middle)
+    assert times == pytest.approx(obtain_time_image(*args))
+
+
 def test_training_writes_a_run_and_scores_the_test_events(mock, tmp_path, caplog):
     words = [str(mock), "--run-dir", str(tmp_path / "run"), "--epochs", "1", "--threads", "1"]
     summary = train_cta.main(train_cta.parsed(words))
@@ -128,39 +143,98 @@ def test_training_writes_a_run_and_scores_the_test_events(mock, tmp_path, caplog
 def test_a_split_by_event_is_reported_as_a_leak(camera, tmp_path, caplog):
     path = tmp_path / "leaky.h5"
     mock_showers.write(path, camera, 4, 6, seed=3, jobs=2, split=SPLIT, split_by="event")
-    words = [str(path), "--run-dir", str(tmp_path / "run"), "--epochs", "1", "--no-baseline"]
+    words = [str(path), "--run-dir", str(tmp_path / "run"), "--epochs", "1"]
     summary = train_cta.main(train_cta.parsed([*words, "--threads", "1"]))
     assert summary["test_events_with_shower_in_training"] > 0
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "test events have their shower in Training, too: the scores are too good" in log
 
 
-def test_the_network_ignores_padding(mock):
-    data = train_cta.Events(mock, transform=train_cta.prepare)
-    network = train_cta.ShowerNetwork().eval()
-    few = min(range(len(data)), key=lambda i: len(data[i]["images"]))
-    many = max(range(len(data)), key=lambda i: len(data[i]["images"]))
-    assert len(data[few]["images"]) < len(data[many]["images"])
-    alone, beside = (torch_reader.collate([data[i] for i in n]) for n in ([few], [few, many]))
+@pytest.fixture(scope="module")
+def prepared(mock):
+    return train_cta.Prepared(train_cta.Events(mock), train_cta.Lattice(mock))
+
+
+def batch_of(prepared, numbers):
+    batch = torch_reader.collate([prepared[i] for i in numbers])
+    return {**batch, "parameters": torch.ones(len(numbers), 3)}
+
+
+def test_the_network_ignores_padding(prepared):
+    network = train_cta.ShowerNetwork(3).eval()
+    few = min(range(len(prepared)), key=lambda i: len(prepared[i]["images"]))
+    many = max(range(len(prepared)), key=lambda i: len(prepared[i]["images"]))
+    assert len(prepared[few]["images"]) < len(prepared[many]["images"])
+    alone, beside = (batch_of(prepared, numbers) for numbers in ([few], [few, many]))
     with torch.no_grad():
-        found = [network(b["images"], b["mask"], b["positions"])[0][0] for b in (alone, beside)]
+        found = [network(b)[0][0] for b in (alone, beside)]
     assert torch.allclose(*found, atol=1e-5)
 
 
-def test_a_varied_batch_keeps_an_image_of_each_event_and_turns_whole_events(mock):
-    data = train_cta.Events(mock, transform=train_cta.prepare)
-    batch = torch_reader.collate([data[i] for i in range(40)])
-    found = train_cta.varied(batch, torch.Generator().manual_seed(0))
-    assert found["mask"].any(1).all()
-    assert not (found["mask"] & ~batch["mask"]).any()
-    assert 0.1 < 1 - found["mask"].sum() / batch["mask"].sum() < 0.3
-    turned = (found["positions"] != batch["positions"]).flatten(1).any(1)
-    assert 10 < turned.sum() < 30
-    assert torch.equal(found["images"][~turned], batch["images"][~turned])
-    assert torch.equal(found["images"][turned], batch["images"][turned].flip(-1, -2))
-    twice = -found["positions"][turned][..., :4]
-    assert torch.equal(twice, batch["positions"][turned][..., :4])
-    assert torch.equal(found["positions"][..., 4], batch["positions"][..., 4])
+def test_each_symmetry_of_the_lattice_turns_whole_events(prepared, camera):
+    lattice = prepared.lattice
+    spacing = np.degrees(0.05 / camera.focal_length_m)  # pixels of FlashCam: 5 cm
+    assert np.linalg.norm(lattice.axes, axis=1) == pytest.approx(spacing, rel=0.02)
+    assert len(lattice.turns) == 4
+    assert torch.allclose(lattice.turns[0], torch.eye(2))
+    batch = batch_of(prepared, range(4))
+    found = train_cta.turned(batch, lattice, torch.arange(4))
+    assert torch.equal(found["images"][0], batch["images"][0])
+    half = train_cta.WINDOW // 2
+    x, y = np.tensordot(lattice.axes.T, np.indices((2 * half, 2 * half)) - half, 1).reshape(2, -1)
+
+    def middle(images):
+        """Middle of the charge within the largest circle (kept by all symmetries), and its rms."""
+        weights = np.expm1(3 * images[:, 0].numpy().reshape(len(images), -1).astype(float))
+        weights *= np.hypot(x, y) < (half - 1) * spacing * np.sqrt(3) / 2
+        total = np.maximum(weights.sum(1), 1e-9)
+        return np.stack([(weights * v).sum(1) / total for v in (x, y, x * x + y * y)], 1)
+
+    for before, after, turn in zip(
+        *(b["images"] for b in (batch, found)), lattice.turns.numpy(), strict=True
+    ):
+        (old, new), turn = (middle(images) for images in (before, after)), turn.astype(float)
+        assert new[:, :2] == pytest.approx(old[:, :2] @ turn.T, abs=1e-3)
+        assert new[:, 2] == pytest.approx(old[:, 2], abs=1e-3)
+    for name in ("core", "direction"):
+        expected = torch.einsum("nij,nj->ni", lattice.turns, batch[name])
+        assert torch.allclose(found[name], expected, atol=1e-6)
+    lengths = [b["positions"][..., k : k + 2].norm(dim=-1) for b in (batch, found) for k in (0, 2)]
+    assert torch.allclose(lengths[0], lengths[2], atol=1e-5)
+    assert torch.allclose(lengths[1], lengths[3], atol=1e-5)
+
+
+def test_prepared_images_lie_in_the_direction_of_the_shower(mock, prepared):
+    """Images of gammas point at the direction; their centre is displaced towards the core."""
+    cosines = []
+    for sample in (prepared[i] for i in np.flatnonzero(prepared.particles())):
+        for x, y, image_x, image_y, _ in sample["positions"]:
+            away = np.array([image_x, image_y]) - sample["direction"]
+            to_core = sample["core"] - [x, y]
+            cosines.append(away @ to_core / np.linalg.norm(away) / np.linalg.norm(to_core))
+    assert np.median(cosines) > 0.95  # 0 for a wrong axis, -1 for a wrong sign
+
+
+def test_kept_events_are_the_same_and_end_at_the_limit(mock, monkeypatch):
+    monkeypatch.setattr(train_cta, "KEPT_BYTES", 30_000)
+    prepared = train_cta.Prepared(train_cta.Events(mock), train_cta.Lattice(mock))
+    first = [prepared[i]["images"][0].copy() for i in range(20)]
+    assert 1 < len(prepared.kept) < 20
+    assert all(np.array_equal(prepared[i]["images"][0], first[i]) for i in range(20))
+
+
+def test_parameters_are_kept_for_later_runs(mock, tmp_path, monkeypatch):
+    lattice, kept = train_cta.Lattice(mock), tmp_path / "parameters.npz"
+    data = {p: train_cta.Prepared(train_cta.Events(mock, p), lattice) for p in train_cta.PARTS}
+    first = train_cta.parameter_tables(mock, data, kept)
+    monkeypatch.delattr(train_cta, "parameters")
+    again = train_cta.parameter_tables(mock, data, kept)
+    for part, table in first.items():
+        assert table.shape == (len(data[part]), 39)
+        assert np.array_equal(table, again[part], equal_nan=True)
+    scaled = train_cta.standardised(first)
+    assert scaled["Training"][:, 2:-2].mean(0).abs().max() < 0.2
+    assert all(values.isfinite().all() for values in scaled.values())
 
 
 def test_scores_of_known_results():
