@@ -37,6 +37,7 @@ class Usual:
     patch_norm: Norm
     cutout: int
     batch_size: int
+    epochs: int
     lr: float
     learns_dex: bool
     """Whether metallicities are learned as values in dex, not as classes."""
@@ -51,8 +52,8 @@ class Usual:
 
 
 USUAL: dict[NetworkName, Usual] = {
-    "matched_filters": Usual("residual", 21, 1024, 1.5e-3, True, 50, 1.0, 0.98, True),
-    "ssftt": Usual("PCA", 5, 256, 1e-3, False),
+    "matched_filters": Usual("residual", 21, 1024, 8, 1.5e-3, True, 50, 1.0, 0.98, True),
+    "ssftt": Usual("PCA", 5, 256, 30, 1e-3, False),
 }
 FILTER_LR = 0.1
 """Learning rate of matched filters, which start at the lines, relative to the others'."""

@@ -120,6 +120,7 @@ class TrainConfig:
         """Fill in the defaults that depend on other options."""
         data, optimisation = self.data.resolved(), self.optimisation
         defaults: dict[str, Any] = {
+            "epochs": USUAL[data.network].epochs,
             "lr": USUAL[data.network].lr,
             "monitor": "mae_dex" if data.learns_dex else "accuracy",
         }
@@ -172,7 +173,7 @@ def check_options(config: TrainConfig) -> None:
         "n_tokens": (model.n_tokens, 1, infinity),
         "spectral_kernel": (model.spectral_kernel, 1, infinity),
         "spectral_stride": (model.spectral_stride, 1, infinity),
-        "epochs": (optimisation.epochs, 1, infinity),
+        "epochs": (optimisation.epochs or 0, 1, infinity),
         "batch_size": (data.batch_size or 0, 1, infinity),
         "samples_per_epoch": (data.samples_per_epoch or 1, 1, infinity),
         "patience": (optimisation.patience, 0, infinity),
@@ -325,6 +326,7 @@ def learning_rate(
     options: OptimisationOptions, steps_per_epoch: int, warm_up: int = 0
 ) -> Callable[[int], float]:
     """Make the function from a step to its learning rate, as a fraction of the peak."""
+    assert options.epochs is not None
     total = max(1, options.epochs * steps_per_epoch)
     if options.schedule == "cosine":
         warm_up = min(warm_up, total // 10)

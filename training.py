@@ -50,8 +50,8 @@ CHECK_STEPS = 50
 class OptimisationOptions:
     """How the network learns."""
 
-    epochs: int = 30
-    """Passes over the training samples."""
+    epochs: int | None = None
+    """Passes over the training samples; default 8 for matched filters, 30 for SSFTT."""
     lr: float | None = None
     """Peak learning rate of Adam; default 1.5e-3 for matched filters, 1e-3 for SSFTT (where that
     learns full spectra or a projection on cutouts, 3e-4 is better)."""
@@ -119,6 +119,12 @@ class Training:
     progress: Progress = field(default_factory=Progress)
 
     @property
+    def epochs(self) -> int:
+        """Passes over the training samples."""
+        assert self.options.epochs is not None
+        return self.options.epochs
+
+    @property
     def evaluated(self) -> Network:
         """Network that is validated and saved."""
         return self.model if self.average is None else cast(Network, self.average.module)
@@ -175,7 +181,7 @@ def train_epoch(training: Training, stopper: Stopper) -> bool:
 
     bar = tqdm(
         training.loaders["train"],
-        desc=f"epoch {progress.epoch + 1}/{options.epochs}",
+        desc=f"epoch {progress.epoch + 1}/{training.epochs}",
         initial=progress.step,
         total=len(training.sampler),
         unit="batch",
@@ -354,21 +360,21 @@ def finish_epoch(training: Training, scores: dict[str, float]) -> None:
         "epoch %d/%d: loss %.4f, accuracy %.3f; validation loss %.4f, %s%s; %.0f spaxels/s, "
         "%.1f min left",
         progress.epoch + 1,
-        options.epochs,
+        training.epochs,
         row["train_loss"],
         row["train_accuracy"],
         scores["loss"],
         in_words({k: v for k, v in scores.items() if k in SHOWN}),
         " (best)" if better else "",
         row["spaxels_per_s"],
-        (options.epochs - progress.epoch - 1) * progress.seconds / 60,
+        (training.epochs - progress.epoch - 1) * progress.seconds / 60,
     )
     progress.epoch += 1
     progress.step = progress.seen = 0
     progress.loss_sum = progress.hits = progress.weight = progress.seconds = 0.0
     if out_of_patience(training):
         log.info("stopping early: no better epoch in %d", progress.epoch - progress.best_epoch)
-    progress.finished = out_of_patience(training) or progress.epoch >= options.epochs
+    progress.finished = out_of_patience(training) or progress.epoch >= training.epochs
 
 
 def keep_if_best(training: Training, row: dict[str, float]) -> bool:
@@ -433,7 +439,7 @@ def restore(training: Training) -> None:
     DataError
         If the run was made with other options or data than those of now.
     """
-    run_dir, epochs = training.run_dir, training.options.epochs
+    run_dir, epochs = training.run_dir, training.epochs
     card = ModelCard.read(run_dir)
     remedy = "Start again with --overwrite, or put back what the run began with"
     training.card.recipe.require(card.recipe, run_dir, remedy)

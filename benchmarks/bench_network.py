@@ -238,7 +238,7 @@ class Step:
         optimiser = torch.optim.AdamW(self.model.parameters(), 1e-3, fused=True)
         self.training = Training(
             data=DataOptions(network="ssftt", patch_size=bench.config.patch_size),
-            options=OptimisationOptions(amp=bench.amp),
+            options=OptimisationOptions(epochs=1, amp=bench.amp),
             run_dir=bench.config.results,
             device=bench.device,
             loaders={},

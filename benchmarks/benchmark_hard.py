@@ -85,8 +85,8 @@ class Config:
     """Rows to compute; default all."""
     ssftt_epochs: int = 15
     """Epochs of SSFTT."""
-    epochs: int = 30
-    """Epochs of the network, at most."""
+    epochs: int | None = None
+    """Epochs of the network; default as training."""
     jobs: int = 2
     """Processes that simulate and process galaxies."""
     results: Path = measuring.ROOT / "results" / "benchmark-hard"
@@ -385,7 +385,7 @@ def ssftt_row(survey: Survey, galaxies: np.ndarray, seed: int, config: Config) -
 
 
 def train_network(
-    survey: Survey, galaxies: np.ndarray, seed: int, work_dir: Path, epochs: int
+    survey: Survey, galaxies: np.ndarray, seed: int, work_dir: Path, epochs: int | None
 ) -> Path:
     """Train the network as run_SSFTT_training.py does by default; return the run's folder."""
     parts = split_galaxies(survey.galaxies, FRACTIONS, seed)

@@ -61,8 +61,8 @@ class Config:
     """Blue end of the rest-frame grid, Angstrom."""
     seed: int = 0
     """Random seed of the split, the network and the noise of MAPS."""
-    epochs: int = 30
-    """Epochs of the network, at most."""
+    epochs: int | None = None
+    """Epochs of the network; default as training."""
     jobs: int = 2
     """Processes that simulate and process galaxies."""
     results: Path = measuring.ROOT / "results" / "beyond-the-cut"
