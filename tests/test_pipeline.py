@@ -455,7 +455,8 @@ def test_modules_depend_on_each_other_in_one_direction():
     mocks = {m for m in graph if m.startswith("mock")}
     users = {m: graph[m] & mocks for m in set(graph) - mocks if graph[m] & mocks}
     assert users == {"vis_fns": {"mock.truth"}}  # figures show the truth beside a prediction
-    for module in ("hsi_proc_fns", "data_io", "cube_patch_processing", "data_fns"):
+    layouts = ("recipe", "h5_files", "data_io")
+    for module in ("hsi_proc_fns", *layouts, "cube_patch_processing", "samples", "batches", "data_fns"):
         assert not every[module] & {"astropy", "fits_utils", "sdss_access"}, module
 
 
