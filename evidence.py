@@ -45,9 +45,11 @@ from inference import TrainedModel
 from line_fits import LINES
 from matched_filter_net import MatchedFilterNet, SpaxelSums, Spectra, neighbours, split
 from pack_cubes import NormalisedCube
+from recipe import Recipe, file_digest
 
 log = logging.getLogger(__name__)
 
+EVIDENCE_VERSION = 1
 STEPS = 16
 """Points on the path from the line-free to the observed spectra."""
 PATH_BEND = 5.0
@@ -202,14 +204,15 @@ def bins_of_lines(wave: np.ndarray) -> dict[str, np.ndarray]:
     return {name: np.flatnonzero(is_near & (nearest == k)) for k, name in enumerate(names)}
 
 
-def defining_lines(label_options: dict[str, Any]) -> set[str]:
+def defining_lines(label_task: str, diagnostic: str | None = None) -> set[str]:
     """Name the lines that decide a label, and those in a fixed ratio to them.
 
-    `label_options` are those of the labels' recipe: label_task, and for metallicities diagnostic.
+    `diagnostic` is that of metallicities; of labels that do not say how they were made, no line is
+    known to decide.
     """
     names = set(labels.BPT_LINES)
-    if label_options["label_task"] == "logOH":
-        names = set(labels.RATIOS[labels.CALIBRATIONS[label_options["diagnostic"]].ratio])
+    if label_task == "logOH":
+        names = set(labels.RATIOS[labels.CALIBRATIONS[diagnostic].ratio]) if diagnostic else set()
     doublets = [set(lines) for group in line_fits.GROUPS for lines in group.values()]
     return names.union(*(doublet for doublet in doublets if doublet & names))
 
@@ -296,11 +299,12 @@ def examine(
     """
     strength, mean = np.abs(evidence.shares).mean(0), evidence.shares.mean(0)
     of_lines = bins_of_lines(wave)
-    wanted = defining_lines(trained.card.recipe.options["labels"])
+    diagnostic = trained.card.recipe.options["labels"].get("diagnostic")
+    wanted = defining_lines(trained.spec.label_task, diagnostic)
     defining = [name for name in of_lines if name in wanted]
     bins = np.concatenate([of_lines[name] for name in defining] or [np.zeros(0, int)])
     rest = np.setdiff1d(np.arange(wave.size), bins)
-    others = np.random.default_rng(0).choice(rest, bins.size, replace=False)
+    others = np.random.default_rng(0).permutation(rest)[: bins.size]
     before = answers_without(trained, cube, [])
 
     def moved(deleted: np.ndarray) -> float:
@@ -440,6 +444,7 @@ def main(config: Config) -> int:
     """Find, print, write and draw the evidence of the requested galaxies."""
     trained = inference.load_model(config.run_dir, config.device)
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
+    weights = file_digest(config.run_dir / run_folder.WEIGHTS_FILE)
     code = utils.EXIT_DONE
     for plateifu in config.plateifu:
         try:
@@ -451,9 +456,13 @@ def main(config: Config) -> int:
         wave = baselines.wave_of(trained.card.recipe.options["cube"])
         print(f"{plateifu}: {utils.counted(len(evidence.answer), 'spaxel')}\n{report}")
         out = config.run_dir / run_folder.EVIDENCE_FOLDER / f"{plateifu}.fits"
+        inputs = {"weights": weights, "cube": cube.recipe.digest}
+        recipe = Recipe("evidence", EVIDENCE_VERSION, {"per_spaxel": config.per_spaxel}, inputs)
         cards = {
             "PLATEIFU": (plateifu, "galaxy"),
-            "RUN": (config.run_dir.resolve().name, "folder of the training run"),
+            "RUN": (run_folder.card_name(config.run_dir), "folder of the training run"),
+            "NEPOCH": (trained.card.best["epoch"], "training epoch of the weights"),
+            "RECIPE": (recipe.digest, "of the model and the cube"),
             "TASK": (trained.spec.label_task, "label that was learned"),
         }
         write_evidence(out, cube, wave, evidence, report, cards, config.per_spaxel)

@@ -245,7 +245,7 @@ def map_galaxies(
         if not result.usable.any():
             log.warning("%s: no usable spaxel, hence no prediction", plateifu)
         cards = {
-            "RUN": (run_dir.resolve().name, "folder of the training run"),
+            "RUN": (run_folder.card_name(run_dir), "folder of the training run"),
             "RECIPE": map_recipe(weights, cube.recipe, bpt).digest,
         }
         write_map(folder / f"{plateifu}.fits", result, trained, cards, bpt)

@@ -53,8 +53,10 @@ def start_filters(
     order = order[: int(np.searchsorted(counted, START_SPAXELS)) + 1]
     rows = np.concatenate([rows for _, rows in order])
     target = samples.classes if model.config.classes else samples.values
-    chosen = torch.from_numpy(target[rows]), torch.from_numpy(samples.galaxy[rows].astype(np.int64))
-    if len(order) < 2:
+    # a galaxy that was observed twice counts once
+    mangaid = np.array([samples.mangaids[p] for p in samples.plateifus])[samples.galaxy[rows]]
+    galaxies, galaxy = np.unique(mangaid, return_inverse=True)
+    if len(galaxies) < 2:
         raise DataError(
             f"{card.split_dir}: spaxels of one training galaxy, expected at least two galaxies. "
             "Use more galaxies, or --network ssftt."
@@ -64,12 +66,13 @@ def start_filters(
             f"{card.split_dir}: all training spaxels are of one class, expected at least two. "
             "Choose another split or --label-task."
         )
+    chosen = torch.from_numpy(target[rows]), torch.from_numpy(galaxy)
     model.start_head(together(dataset, order, model.config.window), *chosen)
     log.info(
         "matched filters start at %d places, their head from %d spaxels of %d galaxies",
         min(len(places), model.config.lines),
         rows.size,
-        len(order),
+        len(galaxies),
     )
 
 

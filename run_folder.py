@@ -104,7 +104,8 @@ class ModelCard:
     split_dir, data_dir : str
         Split that it learned from, and the data folder at the time.
     best : dict
-        Row of metrics.csv of the best epoch, and the monitored value's name; empty before it.
+        Scores of the best epoch as in metrics.csv (0: of the start), and the name of the monitored
+        one; empty before it.
     baselines : dict of str -> float
         Validation accuracy (and mean absolute error, dex) without a network.
     calibration : Calibration
@@ -454,6 +455,11 @@ def read_model(
     split = data_io.read_split(run_dir / SPLIT_FOLDER)[0] if has_split else {}
     parts = {m: part for part in reversed(split) for m in split[part]["mangaid"]}
     return card, weights, stats, parts
+
+
+def card_name(run_dir: Path) -> str:
+    """Name of a run in a FITS card, which holds ASCII alone."""
+    return run_dir.resolve().name.encode("ascii", "replace").decode()
 
 
 def run_data_dir(run_dir: Path, flag: Path | None = None) -> Path:

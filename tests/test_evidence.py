@@ -90,11 +90,12 @@ def test_bins_of_lines_are_near_them_and_shared_by_none():
 def test_lines_that_decide_a_label_include_their_doublets():
     o3n2 = {"Hb-4862", "OIII-5008", "OIII-4960", "NII-6585", "NII-6549", "Ha-6564"}
     of = evidence.defining_lines
-    assert of({"label_task": "logOH", "diagnostic": "O3N2-M13"}) == o3n2
-    assert of({"label_task": "logOH", "diagnostic": "N2-M13"}) == o3n2 - {
+    assert of("logOH", "O3N2-M13") == o3n2
+    assert of("logOH", "N2-M13") == o3n2 - {
         "Hb-4862", "OIII-5008", "OIII-4960",
     }  # fmt: skip
-    assert of({"label_task": "BPT", "diagnostic": None}) == o3n2
+    assert of("BPT") == o3n2
+    assert of("logOH") == set()  # labels that do not say how they were made
 
 
 @pytest.fixture(scope="module")
