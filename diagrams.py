@@ -31,6 +31,14 @@ LINE_GREY = "#9A9A9A"
 MODEL_COLOUR, OTHER_COLOUR = "#0072B2", "#D55E00"
 PART_COLOURS = {"train": "#0072B2", "val": "#E69F00", "test": "#882255"}
 
+SCORE_TITLES = {
+    "loss": "loss: minus log likelihood (nat)",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "mae_dex": "mean absolute error (dex)",
+}
+"""Axis labels of the columns of metrics.csv that training curves show."""
+
 PERMITTED = {"Hb": r"H$\beta$", "HeI": "HeI", "Ha": r"H$\alpha$"}
 
 
@@ -107,23 +115,28 @@ def plot_bpt(
 def plot_training_curves(
     axes: Sequence[Axes], metrics: pd.DataFrame, card: ModelCard | None = None
 ) -> Sequence[Axes]:
-    """Draw loss and accuracy (metrics.csv of a run) against the epoch in two axes.
+    """Draw the loss and a score (metrics.csv of a run) against the epoch in two axes.
 
-    The card marks the best epoch (0: the start) and the validation accuracy of the baselines.
+    The card chooses the score, that which selected the best epoch (accuracy if that was the loss),
+    and marks this epoch, the start if that was best (epoch 0), and the score of the baselines.
     """
-    best = card.best.get("epoch") if card is not None else None
+    about = card.best if card is not None else {}
+    best, score = about.get("epoch"), about.get("monitor", "loss")
+    score = "accuracy" if score == "loss" else score
     first, last = 1 if best is None else min(1, best), int(metrics["epoch"].max())
     ticks = np.union1d(first, np.arange(last, 0, -max(1, -(-last // 5))))
-    for ax, name in zip(axes, ("loss", "accuracy"), strict=True):
+    for ax, name in zip(axes, ("loss", score), strict=True):
         for part, colour, label in (
             ("train", OTHER_COLOUR, "training"),
             ("val", MODEL_COLOUR, "validation"),
         ):
-            curve = metrics[f"{part}_{name}"]
-            ax.plot(metrics["epoch"], curve, "o-", ms=3, color=colour, label=label)
+            if (curve := metrics.get(f"{part}_{name}")) is not None:
+                ax.plot(metrics["epoch"], curve, "o-", ms=3, color=colour, label=label)
+        if best == 0:
+            ax.plot(0, about[f"val_{name}"], "D", color=MODEL_COLOUR, label="validation, start")
         if best is not None:
             ax.axvline(best, color="k", lw=0.8, ls=":", label=f"best epoch: {best}")
-        ax.set(xlabel="epoch", ylabel=name if name == "accuracy" else "loss (nat)")
+        ax.set(xlabel="epoch", ylabel=SCORE_TITLES[name])
         ax.set(xlim=(first - 0.03 * last, 1.03 * last), xticks=ticks)
     baselines = card.baselines if card is not None else {}
     for key, name, line in (
@@ -131,11 +144,13 @@ def plot_training_curves(
         ("spectrum_only", "linear model", "-."),
         ("majority", "majority class", "--"),
     ):
-        if (value := baselines.get(f"val_{key}_accuracy")) is not None:
+        if (value := baselines.get(f"val_{key}_{score}")) is not None:
             label = f"validation, {name}"
             axes[1].axhline(value, color=MODEL_COLOUR, lw=1, ls=line, label=label)
-    axes[1].set_ylim(0, 1)
-    legend_beside(axes[1], axes[1].get_legend_handles_labels()[0])
+    if score != "mae_dex":
+        axes[1].set_ylim(0, 1)
+    entries = {artist.get_label(): artist for ax in axes for artist in ax.lines}
+    legend_beside(axes[1], list(entries.values()))
     return axes
 
 

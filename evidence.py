@@ -509,7 +509,7 @@ def main(config: Config) -> int:
             "PLATEIFU": (plateifu, "galaxy"),
             "RUN": (run_folder.card_name(config.run_dir), "folder of the training run"),
             "NEPOCH": (trained.card.best["epoch"], "training epoch of the weights"),
-            "RECIPE": (recipe.digest, "of the model and the cube"),
+            "RECIPE": recipe.digest,
             "TASK": (trained.spec.label_task, "label that was learned"),
         }
         write_evidence(out, cube, wave, evidence, report, cards, config.per_spaxel)

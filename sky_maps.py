@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import utils
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.colors import ListedColormap
@@ -26,6 +27,7 @@ from labels import (
     CLASS_COLOURS,
     LABEL_NONE,
     MASKED_COLOUR,
+    SF,
     TASK_TITLES,
     class_names,
     label_classes,
@@ -36,9 +38,13 @@ if TYPE_CHECKING:
 
 HATCHED: dict[str, Any] = {"hatch": "////", "ec": LINE_GREY, "lw": 0}
 RIGHT_COLOUR, WRONG_COLOUR = "#DDE6ED", "#D55E00"
+DISTRUST_COLOUR = "#D55E00"
+"""Of the hatching over a map: seen on every colour of viridis."""
 SPAXEL_ARCSEC = 0.5
 """Side of a MaNGA spaxel (Law et al. 2016, AJ 152, 83), for cubes without a WCS."""
 SCALE_BAR_ARCSEC = 5.0
+SAME_DEX = 1e-4
+"""Intervals whose half-widths differ by less have no colour bar, which would show rounding."""
 
 
 class Sky(NamedTuple):
@@ -281,7 +287,7 @@ def plot_answer(ax: Axes, prediction: CubePrediction, values: np.ndarray, title:
     shown = prediction.logoh[prediction.usable]
     low, high = np.quantile(shown, (0.01, 0.99)) if shown.size else (8.0, 9.0)
     limits = float(low), float(max(high, low + 0.05))
-    return plot_value_map(ax, values, sky, "12+log(O/H) (dex)", title, limits)
+    return plot_value_map(ax, values, sky, "12+log(O/H) (dex)", title, limits, "viridis")
 
 
 def plot_difference(
@@ -295,7 +301,7 @@ def plot_difference(
     classes = label_classes(wanted, task, len(prediction.class_names))
     both = prediction.usable & (classes != LABEL_NONE)
     agrees = np.ma.masked_where(~both, prediction.classes == classes)
-    title = f"accuracy {agrees.mean():.0%}" if both.any() else f"no {name}"
+    title = f"class accuracy {agrees.mean():.0%}" if both.any() else f"no {name}"
     if prediction.logoh is None:
         _, others = _draw_map(ax, agrees, sky, title, **_scale([WRONG_COLOUR, RIGHT_COLOUR]))
         handles = _patches(["agrees", "differs"], [RIGHT_COLOUR, WRONG_COLOUR])
@@ -323,15 +329,36 @@ def plot_doubt(ax: Axes, prediction: CubePrediction, labels: np.ndarray | None =
     if labels is not None and (known := np.isfinite(labels) & prediction.usable).any():
         held = ((labels >= lower) & (labels <= upper))[known].mean()
         title += f": holds {held:.0%} of the labels"
-    return plot_value_map(ax, (upper - lower) / 2, sky, "half-width (dex)", title)
-
-
-def mark_unlike(ax: Axes, prediction: CubePrediction) -> Axes:
-    """Cross out the spaxels whose spectra are unlike those of training."""
-    if prediction.unlike is None or not prediction.unlike.any():
+    width, name = (upper - lower) / 2, "half-width (dex)"
+    shown = width[prediction.usable]
+    if shown.size and np.ptp(shown) < SAME_DEX:
+        one = ListedColormap([RIGHT_COLOUR])
+        _, others = _draw_map(ax, np.ma.masked_invalid(width), sky, title, cmap=one)
+        handles = _patches([f"constant: +-{shown[0]:.3f} dex"], [RIGHT_COLOUR])
+        legend_beside(ax, handles + others)
         return ax
-    edges = sky_edges(prediction.unlike.shape, prediction.attrs.get("wcs_header"))
-    x, y = ((edges[:, :-1, :-1] + edges[:, 1:, 1:]) / 2)[:, prediction.unlike]
-    ax.plot(x, y, "x", color="white", ms=2.5, mew=0.6, label="unlike the training spectra")
-    ax.legend(loc="upper left", fontsize=6, framealpha=1, facecolor="0.5", labelcolor="white")
+    return plot_value_map(ax, width, sky, name, title)
+
+
+def mark_distrusted(ax: Axes, prediction: CubePrediction, bpt: np.ndarray | None = None) -> Axes:
+    """Mark the spaxels whose prediction is not to be trusted, with a legend below.
+
+    Crosses where the spectra are unlike those of training; hatched where metallicities are of
+    spaxels that are not known to be star-forming by the BPT labels (y, x), if there are any.
+    """
+    edges = sky_edges(prediction.inside.shape, prediction.attrs.get("wcs_header"))
+    marks: list[Artist] = []
+    if bpt is not None and prediction.logoh is not None:
+        unknown = prediction.usable & (bpt != SF)
+        if unknown.any():
+            hatched = HATCHED | {"ec": DISTRUST_COLOUR}
+            ax.pcolor(*edges, np.ma.masked_equal(~unknown, True), **_scale(["none"]), **hatched)
+            marks.append(Patch(fc="none", **hatched, label="composite, AGN or no BPT label"))
+    if prediction.unlike is not None and prediction.unlike.any():
+        x, y = ((edges[:, :-1, :-1] + edges[:, 1:, 1:]) / 2)[:, prediction.unlike]
+        cross: dict[str, Any] = {"color": "white", "ms": 2.5, "mew": 0.6}
+        marks += ax.plot(x, y, "x", **cross, label="unlike the training spectra")
+    if marks:
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+        ax.legend(handles=marks, fontsize=7, facecolor="0.8", **place)
     return ax

@@ -37,7 +37,7 @@ from diagrams import (
     plot_spectrum,
     plot_training_curves,
 )
-from hsi_proc_fns import Stats
+from hsi_proc_fns import Stats, check_label_shape
 from labels import BPT_LINES, TASK_TITLES, detected, label_classes, log_ratio
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def galaxy_figure(
 ) -> tuple[Figure, CubePrediction]:
     """Make a galaxy's maps: prediction and interval (or probability).
 
+    Predicted metallicities of spaxels that BPT labels do not call star-forming are hatched.
     With labels, also these and their difference from the prediction; of a simulated galaxy, also
     the noiseless truth and the difference from that.
 
@@ -97,6 +98,10 @@ def galaxy_figure(
     label_file = utils.label_path(root, task, plateifu)
     if label_file.is_file():
         labels = inference.read_labels_for(trained, label_file, found.usable)
+    bpt, bpt_file = None, utils.label_path(root, "BPT", plateifu)
+    if bpt_file.is_file():
+        bpt = data_io.read_labels(bpt_file)
+        check_label_shape(bpt, found.usable, bpt_file)
     truth = true_labels(root, plateifu, task)
     n = 2 + 2 * (labels is not None) + 2 * (truth is not None)
     rows = 2 if n == 6 else 1
@@ -107,7 +112,8 @@ def galaxy_figure(
         sky_maps.plot_answer(next(ax), found, labels, "label")
     seen = {"train": " (training galaxy)", "val": " (validation galaxy)"}.get(found.part, "")
     answer = found.classes if found.logoh is None else found.logoh
-    sky_maps.mark_unlike(sky_maps.plot_answer(next(ax), found, answer, f"prediction{seen}"), found)
+    predicted = sky_maps.plot_answer(next(ax), found, answer, f"prediction{seen}")
+    sky_maps.mark_distrusted(predicted, found, bpt)
     if labels is not None:
         sky_maps.plot_difference(next(ax), found, labels)
     sky_maps.plot_doubt(next(ax), found, labels)

@@ -108,7 +108,7 @@ def main(config: Config) -> int:
     }
     for ax, (title, values) in zip(axes, maps.items(), strict=False):
         sky_maps.plot_value_map(ax, values, sky, "12+log(O/H) (dex)", title, limits)
-    sky_maps.mark_unlike(axes[2], prediction)
+    sky_maps.mark_distrusted(axes[2], prediction)
     sky_maps.plot_difference(axes[3], prediction, np.where(known, labels, np.nan))
     vis_fns.save(figure, config.results / f"{plateifu}.png")
     measuring.write_rows(

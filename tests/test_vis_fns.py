@@ -26,10 +26,13 @@ import inference
 import sky_maps
 import vis_fns
 from labels import (
+    AGN,
     BPT_CLASSES,
     BPT_LINES,
     CLASS_COLOURS,
+    COMPOSITE,
     LABEL_NONE,
+    SF,
     class_middles,
     class_names,
     demarcate,
@@ -178,7 +181,7 @@ def test_difference_map_shows_value_minus_label():
     shown = mesh_of(error).get_array()
     assert (~shown.mask).sum() == 2
     assert [shown[2, 3], shown[4, 1]] == pytest.approx([0.08, 0.01], abs=1e-5)
-    assert error.get_title() == "MAE 0.045 dex, accuracy 50%"
+    assert error.get_title() == "MAE 0.045 dex, class accuracy 50%"
     assert error.child_axes[0].get_ylabel() == "prediction - label (dex)"
     empty = sky_maps.plot_difference(Figure().subplots(), prediction, labels * np.nan, "truth")
     assert empty.get_title() == "no truth"
@@ -189,7 +192,7 @@ def test_bpt_classes_agree_or_differ(ax):
     labels[0], classes = LABEL_NONE, labels.copy()
     classes[:], classes[1, 0] = 0, 2
     sky_maps.plot_difference(ax, prediction_of(classes, 3), labels)
-    assert ax.get_title() == "accuracy 67%"
+    assert ax.get_title() == "class accuracy 67%"
     shown = mesh_of(ax).get_array()
     np.testing.assert_array_equal(shown[1], [False, True, True])
     assert shown[0].mask.all()
@@ -208,8 +211,30 @@ def test_interval_map_counts_the_labels_inside_and_strange_spaxels_are_crossed_o
     sky_maps.plot_doubt(ax, prediction, labels)
     assert ax.get_title() == "90% interval: holds 50% of the labels"
     np.testing.assert_allclose(mesh_of(ax).get_array(), 0.02)
-    (crosses,) = sky_maps.mark_unlike(Figure().subplots(), prediction).lines
+    assert mesh_of(ax).colorbar is None  # of one value
+    assert legend_of(ax) == ["constant: +-0.020 dex"]
+    prediction.upper[0, 0] += 0.02
+    sky_maps.plot_doubt(other := Figure().subplots(), prediction)
+    assert mesh_of(other).get_clim() == pytest.approx((0.02, 0.03))
+    assert mesh_of(other).colorbar is not None
+    (crosses,) = sky_maps.mark_distrusted(Figure().subplots(), prediction).lines
     np.testing.assert_allclose(crosses.get_xydata(), [[-1.25, -1.25]])  # the lower right spaxel
+
+
+def test_metallicities_of_spaxels_not_known_to_be_star_forming_are_hatched(ax):
+    classes, bpt = np.zeros((3, 4), np.int16), np.full((3, 4), SF)
+    classes[2, 3] = LABEL_NONE  # not usable
+    bpt[0, :3], bpt[2, 3] = (COMPOSITE, AGN, LABEL_NONE), AGN
+    prediction = prediction_of(classes, 6)
+    assert not sky_maps.mark_distrusted(ax, prediction, bpt).collections  # classes alone
+    prediction = replace(prediction, logoh=np.full((3, 4), 8.5))
+    (hatched,) = sky_maps.mark_distrusted(ax, prediction, bpt).collections
+    assert hatched.get_hatch()
+    assert len(hatched.get_paths()) == 3
+    assert hatched.to_rgba([0.0])[0, 3] == 0  # the map stays visible
+    assert legend_of(ax) == ["composite, AGN or no BPT label"]
+    alike = sky_maps.mark_distrusted(Figure().subplots(), prediction, 0 * bpt)
+    assert alike.get_legend() is None
 
 
 @pytest.mark.parametrize(
@@ -382,9 +407,18 @@ def test_training_curves_show_every_epoch_the_best_and_the_baselines(card, epoch
     assert set(drawn["validation, linear model"].get_ydata()) == {0.6}
     assert set(drawn["validation, majority class"].get_ydata()) == {0.2}
     assert legend_of(axes[1]) == list(drawn)
-    start = replace(card, best={"epoch": 0})
+    metrics["val_mae_dex"] = 0.02
+    best = {"epoch": 0, "monitor": "mae_dex", "val_loss": 0.4, "val_mae_dex": 0.01}
+    start = replace(card, best=best, baselines={"val_line_ratios_mae_dex": 0.03})
     axes = diagrams.plot_training_curves(Figure().subplots(1, 2), metrics, start)
-    assert axes[0].get_xlim()[0] < 0
+    for ax, at_start, title in zip(axes, (0.4, 0.01), ("loss", "mean absolute"), strict=True):
+        assert ax.get_xlim()[0] < 0
+        (point,) = (line for line in ax.lines if line.get_label() == "validation, start")
+        np.testing.assert_allclose(point.get_xydata(), [[0, at_start]])
+        assert ax.get_ylabel().startswith(title)
+    assert set(axes[1].lines[0].get_ydata()) == {0.02}
+    wanted = ["training", "validation", "validation, start", "best epoch: 0"]
+    assert legend_of(axes[1]) == [*wanted, "validation, line ratios"]
     axes = diagrams.plot_training_curves(Figure().subplots(1, 2), metrics)
     assert legend_of(axes[1]) == ["training", "validation"]  # all that metrics.csv alone says
 
