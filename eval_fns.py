@@ -44,7 +44,6 @@ from inference import (
     read_cube_for,
     read_labels_for,
 )
-from inference import predict_cube as predict_cube  # notebooks also find it here
 from intervals import LEVELS
 from labels import LABEL_NONE, label_classes
 from networks import Answer

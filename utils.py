@@ -64,6 +64,13 @@ EXIT_DONE, EXIT_DATA, EXIT_USAGE, EXIT_AGAIN = 0, 1, 2, 75
 
 PLATEIFU = re.compile(r"(?<![0-9])([0-9]{4,5})-([0-9]{3,5})(?![0-9])")  # \d: any script's digits
 
+IFUS = tuple(
+    f"{fibres}{number:02d}"
+    for fibres, bundles in ((19, 2), (37, 4), (61, 4), (91, 2), (127, 5))
+    for number in range(1, bundles + 1)
+)
+"""IFUs of a plate: number of fibres, number of the bundle (all 11,273 rows of DR17's drpall)."""
+
 PART = re.compile(r"\..+\.(?P<host>[^.]*)\.(?P<pid>\d{1,9})\.part(\.[^.]+)?")
 """Name of a file that `atomic_path` is still writing, or that a killed process left."""
 PART_LIFE_S = 24 * 3600
@@ -167,11 +174,16 @@ def find_raw(root: Path, plateifu: str, kind: str, daptype: str | None = None) -
         )
     if not found:
         wanted = f"manga-{plateifu}-{kind}-{daptype or '*'}.fits.gz"
+        remedy = (
+            f"Download it with python download_utils.py --plateifu {plateifu}, or give files of "
+            "your own to process_single_cube.py (--fits, --maps)."
+        )
+        if split_plateifu(plateifu)[1] not in IFUS:
+            remedy = f"MaNGA has no such IFU; expected one of {', '.join(IFUS)}."
         raise DataError(
             f"{plateifu}: no {wanted} in {raw_dir(root, plateifu)}, expected it in this data "
             "folder (--data-dir, else $MANGA_DATA_DIR, else that of the run, else ./data/manga). "
-            f"Download it with python download_utils.py --plateifu {plateifu}, or give files of "
-            "your own to process_single_cube.py (--fits, --maps)."
+            f"{remedy}"
         )
     return found[0]
 

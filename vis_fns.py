@@ -37,11 +37,8 @@ from diagrams import (
     plot_spectrum,
     plot_training_curves,
 )
-from diagrams import plot_class_shares as plot_class_shares  # notebooks find these here, too
-from diagrams import plot_histograms as plot_histograms
 from hsi_proc_fns import Stats
 from labels import BPT_LINES, TASK_TITLES, detected, label_classes, log_ratio
-from sky_maps import plot_part_map as plot_part_map
 
 if TYPE_CHECKING:
     from inference import CubePrediction, TrainedModel

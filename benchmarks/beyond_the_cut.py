@@ -34,7 +34,7 @@ from benchmark_hard import Survey
 from matplotlib.figure import Figure
 
 import archive_files
-import eval_fns
+import inference
 import vis_fns
 from labels import BPT_LINES, SF, LineMaps, metallicity
 from mock.truth import read_truth, truth_path
@@ -102,12 +102,12 @@ def true_classes(root: Path, survey: Survey) -> np.ndarray:
 
 def network_maps(survey: Survey, run_dir: Path) -> tuple[np.ndarray, np.ndarray]:
     """12+log(O/H) and half-width of its calibrated interval, (N,) dex, for held-out galaxies."""
-    model = eval_fns.load_model(run_dir)
+    model = inference.load_model(run_dir)
     value, width = np.full((2, survey.galaxy.size), np.nan)
     for galaxy in np.unique(survey.galaxy[survey.part != "train"]):
         rows = survey.galaxy == galaxy
         path = utils.cube_path(survey.root, survey.galaxies["plateifu"][galaxy])
-        found, at = eval_fns.predict_cube(model, path), (survey.y[rows], survey.x[rows])
+        found, at = inference.predict_cube(model, path), (survey.y[rows], survey.x[rows])
         assert found.logoh is not None
         assert found.lower is not None
         assert found.upper is not None

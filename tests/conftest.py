@@ -21,6 +21,14 @@ NO_GPU = pytest.StashKey[int]()
 """Number of tests that were left out for want of a GPU."""
 
 
+def pytest_configure(config) -> None:
+    """Make warnings of every module of ours errors."""
+    root = Path(__file__).resolve().parents[1]
+    for path in (*root.glob("*.py"), *root.glob("mock/*.py")):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        config.addinivalue_line("filterwarnings", f"error:::{module}$")
+
+
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config, items) -> None:
     """Leave out the tests that need a GPU where there is none."""

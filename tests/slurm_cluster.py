@@ -55,6 +55,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 KillWait=5
+MinJobAge=86400
 ReturnToService=2
 GresTypes=gpu
 SlurmdParameters=config_overrides

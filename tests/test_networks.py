@@ -21,6 +21,7 @@ import inference
 import networks
 import run_folder
 from HSI_SSFTT import get_SSFTT_model
+from intervals import Calibration
 from labels import LABEL_NONE, logoh_edges
 from matched_filter_net import MatchedFilterConfig, MatchedFilterNet, join, prepare_spectra, split
 
@@ -56,6 +57,16 @@ def test_probabilities_are_those_of_a_laplace_distribution():
     wanted[:, 0], wanted[:, -1] = below[:, 0], 1 - below[:, -1]
     np.testing.assert_allclose(found.probabilities, wanted, atol=1e-5)
     np.testing.assert_allclose(found.unlikeness, [1, 1, 9])
+
+
+def test_probabilities_are_as_wide_as_the_calibration_says():
+    outputs = torch.tensor([[0.3, -0.5, 1.0], [-2.0, -4.0, 1.0]])
+    twice = Calibration(20, 100, [8.5], {"0.9": [2 * np.log(10)]})
+    found = networks.answer(value_network(), outputs, EDGES, None, twice)
+    wider = outputs + torch.tensor([0, np.log(2), 0])
+    wanted = networks.answer(value_network(), wider, EDGES, None)
+    np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=1e-6)
+    assert (found.scale < 0.6 * wanted.scale).all()
 
 
 def test_classes_of_values_are_those_that_contain_them():

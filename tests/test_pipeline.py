@@ -26,6 +26,7 @@ import data_io
 import eval_fns
 import evidence
 import hsi_proc_fns
+import inference
 import map_galaxies
 import mock.galaxy
 import mock.physics
@@ -119,7 +120,7 @@ def test_default_commands_lead_from_cubes_to_figures(survey, tmp_path, monkeypat
     assert config.remove_gas_velocity  # unlike the training cubes
     assert process_single_cube.main(config) == 0
     assert process_single_cube.main(replace(config, data_dir=None)) == 0  # the run's, up to date
-    eval_fns.predict_cube(run_dir, utils.cube_path(tmp_path, plateifu))
+    inference.predict_cube(run_dir, utils.cube_path(tmp_path, plateifu))
     assert evidence.main(evidence.Config(run_dir, (plateifu,))) == 0
     found = fits.getheader(run_dir / "evidence" / f"{plateifu}.fits")
     assert found["DECISIVE"] > 0.6
@@ -148,7 +149,7 @@ def test_a_real_galaxy_is_mapped_by_a_model_of_simulated_ones(
     assert real_galaxy.main(config) == 0
     found = json.loads((tmp_path / "7815-3702.json").read_text())
     cube = utils.cube_path(tmp_path / "data", "7815-3702")
-    prediction = eval_fns.predict_cube(run_dir, cube)
+    prediction = inference.predict_cube(run_dir, cube)
     labels = data_io.read_labels(utils.label_path(tmp_path / "data", "logOH", "7815-3702"))
     known = np.isfinite(labels) & prediction.usable
     assert found["labelled"] == known.sum() > 500
@@ -455,7 +456,15 @@ def test_modules_depend_on_each_other_in_one_direction():
     mocks = {m for m in graph if m.startswith("mock")}
     users = {m: graph[m] & mocks for m in set(graph) - mocks if graph[m] & mocks}
     assert users == {"vis_fns": {"mock.truth"}}  # figures show the truth beside a prediction
-    for module in ("hsi_proc_fns", "data_io", "cube_patch_processing", "data_fns"):
+    layouts = ("recipe", "h5_files", "data_io")
+    for module in (
+        "hsi_proc_fns",
+        *layouts,
+        "cube_patch_processing",
+        "samples",
+        "batches",
+        "data_fns",
+    ):
         assert not every[module] & {"astropy", "fits_utils", "sdss_access"}, module
 
 

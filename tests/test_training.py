@@ -290,10 +290,9 @@ REFUSED = {
     ),
     "a test galaxy became a training galaxy": (
         then_statistics(exchanged("train", "test")), {},
-        "another set of cubes, another set of statistics, another set of training labels, "
-        "another split",
+        "(?=.*another split)(?=.*set of cubes)(?=.*set of training labels)(?=.*set of statistics)",
     ),
-    "validation and test parts exchanged": (exchanged("val", "test"), {}, "another split. Start"),
+    "validation and test parts exchanged": (exchanged("val", "test"), {}, "another split"),
     "statistics": (rebuild_statistics, {}, "old: made with another set of statistics. Start"),
     "training labels": (later(relabel, TRAIN[:1], 0.01), {}, "another set of training labels. S"),
     "validation labels": (later(relabel, VAL, 0.01), {}, "another set of training labels. Start"),

@@ -267,3 +267,12 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
     assert utils.in_one_line(full.value).startswith(f"{out}: File too large. Check that")
     assert list(tmp_path.iterdir()) == [out]
     assert out.read_text() == '"old"\n'
+
+
+@pytest.mark.parametrize(
+    ("plateifu", "remedy"),
+    [("8485-1901", "download_utils.py --plateifu 8485-1901"), ("8485-1999", "no such IFU")],
+)
+def test_missing_file_is_to_be_downloaded_only_if_it_can_exist(tmp_path, plateifu, remedy):
+    with pytest.raises(DataError, match=f"{plateifu}: no manga-{plateifu}-MAPS.*{remedy}"):
+        utils.find_raw(tmp_path, plateifu, "MAPS")

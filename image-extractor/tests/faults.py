@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from conftest import extract
 
 from image_extractor import cli
 
-TIME_LIMIT_S = 60
+CPU_LIMIT_S, TIME_LIMIT_S = 60, 1800  # the second for what waits for ever
 FAULTS = ("silent", "tracebacks", "crashes", "hangs")
 OTHERS = ("inspect", "plot", "gallery", "merge", "export")
 DATA_SETS = {
@@ -95,13 +96,14 @@ def words(command: str, path: Path) -> list[str]:
 def forked(function: object, *arguments: object, log: Path) -> int:
     """Exit code of a function in a child process, negative for a signal; its output goes to log.
 
-    A child that takes longer than TIME_LIMIT_S is ended by SIGALRM.
+    A child that takes longer than CPU_LIMIT_S or TIME_LIMIT_S is ended by SIGXCPU or SIGALRM.
     """
     pid = os.fork()
     if not pid:
         code = 99
         try:
             signal.alarm(TIME_LIMIT_S)
+            resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S + 1))
             out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             os.dup2(out, 1)
             os.dup2(out, 2)
@@ -120,7 +122,7 @@ def outcome(path: Path, command: str, sound: dict[str, str]) -> str:
     log = path.with_suffix(".log")
     code = forked(cli.main, words(command, path), log=log)
     text = log.read_text(errors="replace")
-    if code == -14:
+    if code in (-signal.SIGALRM, -signal.SIGXCPU):
         return "hangs"
     if code < 0:
         return "crashes"
