@@ -174,12 +174,14 @@ def find_raw(root: Path, plateifu: str, kind: str, daptype: str | None = None) -
         )
     if not found:
         wanted = f"manga-{plateifu}-{kind}-{daptype or '*'}.fits.gz"
-        remedy = (
-            f"Download it with python download_utils.py --plateifu {plateifu}, or give files of "
-            "your own to process_single_cube.py (--fits, --maps)."
-        )
+        remedy = f"Download it with python download_utils.py --plateifu {plateifu}."
         if split_plateifu(plateifu)[1] not in IFUS:
             remedy = f"MaNGA has no such IFU; expected one of {', '.join(IFUS)}."
+        remedy += " Or give a file of your own to process_single_cube.py: "
+        remedy += {
+            "LOGCUBE": "--fits FILE.",
+            "MAPS": "--maps FILE; without, --no-remove-gas-velocity --label-tasks makes the cube.",
+        }[kind]
         raise DataError(
             f"{plateifu}: no {wanted} in {raw_dir(root, plateifu)}, expected it in this data "
             "folder (--data-dir, else $MANGA_DATA_DIR, else that of the run, else ./data/manga). "
@@ -466,6 +468,8 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
                 description=description,
                 config=(tyro.conf.OmitArgPrefixes,),  # groups of options, but flat flags
             )
+            if getattr(config, "seed", 0) < 0:
+                raise DataError(f"--seed {config.seed}: expected 0 or more.")  # type: ignore[attr-defined]
             code = main(config)
         finally:
             sys.stdout.flush()  # here, where it is noticed that the reader has left
