@@ -9,6 +9,7 @@ or of another version is a `DataError` when it is read. Needs neither astropy no
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -187,6 +188,11 @@ def cube_digests(root: Path, plateifus: Iterable[str]) -> dict[str, str]:
 @contextlib.contextmanager
 def _open_cube(path: Path) -> Iterator[OpenFile]:
     """Open a cube after checking that it is one, and of the galaxy that its name says."""
+    if not Path(path).is_file():
+        raise DataError(
+            f"{path}: no such file, expected a processed cube. Make it with process_single_cube.py "
+            f"--plateifu {Path(path).stem} (and --like-run RUN, for the model of a run)."
+        )
     with open_h5(path, CUBE_SCHEMA, CUBE_VERSION, "process_single_cube.py --overwrite") as opened:
         named, found = utils.PLATEIFU.search(Path(path).name), opened.attrs.get("plateifu")
         if named and found and found != named[0]:
@@ -439,6 +445,8 @@ def _read_part(path: Path) -> tuple[pd.DataFrame, Recipe]:
     """Read one file of a split."""
     import pandas as pd
 
+    if not path.is_file():
+        raise DataError(f"{path}: no such file, expected a table of a split. {_other_split(path)}")
     remedy = "Create the split with create_data_splits.py --overwrite."
     with utils.reading(path, "a table of a split", remedy):
         text = path.read_bytes().decode()
@@ -454,6 +462,21 @@ def _read_part(path: Path) -> tuple[pd.DataFrame, Recipe]:
             if not utils.PLATEIFU.fullmatch(str(plateifu)):
                 raise ValueError(f"{plateifu!r} is not a valid plateifu")
         return table, recipe
+
+
+def _other_split(path: Path) -> str:
+    """Say what to do instead of reading a file of a split that does not exist."""
+    name, splits = path.parent.name, path.parent.parent
+    root = splits.parent
+    if splits.name != "splits":
+        return "Copy the run again, or retrain."
+    if not root.is_dir() or not any(root.iterdir()):
+        return f"The data folder {root} is missing or empty: check --data-dir and $MANGA_DATA_DIR."
+    there = [p.parent.name for p in utils.files_in(splits, f"*/{path.name}")]
+    near = difflib.get_close_matches(name, there, 1)
+    meant = f"; did you mean {near[0]}?" if near else "."
+    found = f"There is {', '.join(there)}{meant} Else create" if there else "Create"
+    return f"{found} it with create_data_splits.py --label-task TASK --split-dir {name}."
 
 
 def split_digest(parts: Mapping[str, pd.DataFrame]) -> str:

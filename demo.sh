@@ -13,6 +13,11 @@ out=results/demo
 galaxies=36   # one of them twice; 19-fibre bundles, the smallest: 34 x 34 spaxels per galaxy
 seed=1
 
+problem=$("$python" -c 'import mock_manga, run_SSFTT_training, vis_fns' 2>&1) || {
+    echo "error: PYTHON=$python does not run the demo (${problem##*$'\n'}). Expected Python 3.11 or newer with" \
+        "the packages of requirements.txt: activate the environment, or create one with make setup." >&2
+    exit 1
+}
 if [ -e "$out" ]; then
     before=$out-before-$(date +%Y%m%dT%H%M%S)
     mv "$out" "$before"

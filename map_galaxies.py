@@ -257,7 +257,9 @@ def map_galaxies(
 def warn(table: pd.DataFrame, words: str) -> None:
     """Warn of some maps, if there are any."""
     if len(table):
-        log.warning("%d of the maps (%s, ...) %s", len(table), table["plateifu"].iloc[0], words)
+        more = ", ..." if len(table) > 1 else ""
+        first = table["plateifu"].iloc[0]
+        log.warning("%d of the maps (%s%s) %s", len(table), first, more, words)
 
 
 def main(config: Config) -> int:
@@ -266,6 +268,9 @@ def main(config: Config) -> int:
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
     galaxies = loops.chosen_galaxies(config, [p.stem for p in utils.processed_cubes(root)])
     folder = config.run_dir / run_folder.MAPS_FOLDER
+    if not (config.plateifu or config.galaxy_list or config.shard):  # then all are tried now
+        for path in utils.files_in(folder, "failed*.csv"):
+            path.unlink()
     outcome = map_galaxies(config, trained, root, galaxies)
     if len(table := tabulate_maps(folder)):
         is_gone = ~table["plateifu"].map(lambda p: utils.cube_path(root, p).is_file())
@@ -285,7 +290,9 @@ def main(config: Config) -> int:
             chosen[chosen["part"] == "train"],
             "show galaxies that the model was trained on, not how well it works on new ones",
         )
-    return loops.report(outcome, "maps", folder)
+    only = folder / f"{galaxies[0]}.fits"
+    where = only if len(galaxies) == 1 and only.is_file() else folder
+    return loops.report(outcome, "maps", where)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ import utils
 from utils import LABEL_TASKS, DataError, LabelTask
 
 import cube_patch_processing as patches
+import data_io
 import fits_utils
+from fits_stream import read_hdus
 
 log = logging.getLogger(__name__)
 
@@ -161,14 +163,22 @@ def vetted(options: Chosen) -> Chosen:
     from run_folder import ModelCard  # here: it needs torch
 
     made = ModelCard.read(options.like_run).recipe.options
-    names = {f.name for f in fields(options)}
-    same = {k: v for k, v in {**made["cube"], **made["labels"]}.items() if k in names}
+    usual = {f.name: f.default for f in fields(options)}
+    same = {k: v for k, v in {**made["cube"], **made["labels"]}.items() if k in usual}
+    for name, value in same.items():
+        if (given := getattr(options, name)) not in (value, usual[name]):
+            raise DataError(
+                f"--{name.replace('_', '-')}: {given}, but --like-run {options.like_run} expects "
+                f"the run's {value}. Leave out one of the two."
+            )
     return replace(options, **same)
 
 
 def main(config: Config) -> int:
     """Process the galaxy and log where the outputs are."""
     root, config = data_dir_for(config, config.data_dir), vetted(config)
+    if config.labels_only and config.redshift is not None:
+        raise DataError("--labels-only: expected no --redshift, which only a cube needs.")
     if config.plateifu is None and config.fits is None and config.maps is None:
         raise DataError("no galaxy given. Expected --plateifu, e.g. 8485-1901, or --fits FILE.")
     for flag, kind, other in (("fits", "LOGCUBE", "MAPS"), ("maps", "MAPS", "LOGCUBE")):
@@ -178,16 +188,23 @@ def main(config: Config) -> int:
             raise DataError(f"{path}: {found}. Expected a {kind} file (FITS). Check --{flag}.")
         if path is not None and f"-{other}" in path.name:
             raise DataError(f"{path}: a {other} file by its name, expected a {kind} file.")
+        if path is not None:
+            read_hdus(path, ("PRIMARY",))  # is it a FITS file at all?
     plateifu = config.plateifu or utils.plateifu_of(config.fits or config.maps)  # type: ignore[arg-type]
     utils.split_plateifu(plateifu)
     files = config.fits, config.maps, config.redshift
     patches.stats_for(root, config)  # missing ones are reported before the work, not after
     word = process_galaxy(plateifu, root, config, *files, config.overwrite)
-    task = config.label_tasks[0] if config.labels_only else ""
-    where = utils.label_path(root, task, plateifu) if task else utils.cube_path(root, plateifu)
-    log.info(f"{plateifu}: {word}. {'Labels' if task else 'Cube'}: {where}")
-    done = [] if word.startswith("skipped") else [plateifu]
-    return cut_patches(root, config, done, overwrite=config.overwrite, jobs=1)
+    log.info("%s: %s", plateifu, word)
+    if word.startswith("skipped"):
+        return utils.EXIT_DONE
+    if not config.labels_only:
+        log.info("cube: %s", utils.cube_path(root, plateifu))
+    for task in config.label_tasks:
+        path = utils.label_path(root, task, plateifu)
+        n = data_io.read_label_meta(path)["n_labelled"]
+        log.info("%s labels of %s: %s", task, utils.counted(n, "spaxel"), path)
+    return cut_patches(root, config, [plateifu], overwrite=config.overwrite, jobs=1)
 
 
 if __name__ == "__main__":

@@ -175,7 +175,8 @@ class ModelCard:
                 return cls(**{**content, **parts})
         raise DataError(
             f"{path}: schema {found[0]} version {found[1]}, this code needs {MODEL_SCHEMA} version "
-            f"{MODEL_VERSION}. Retrain the model."
+            f"{MODEL_VERSION}. Retrain the model: python run_SSFTT_training.py --config {run_dir} "
+            f"--run-dir {run_dir} --overwrite"
         )
 
 

@@ -329,7 +329,7 @@ def validation_outputs(
     k, n = distributed.share()
     if n == 1:
         return sample_outputs(model, loader, device, amp)
-    has_any = k < len(dataset_of(loader).samples.plateifus)
+    has_any = k < len(np.unique(dataset_of(loader).samples.galaxy))
     part = sample_outputs(model, loader, device, amp, (k, n)) if has_any else None
     outputs, rows = zip(*filter(None, distributed.gathered(part)), strict=True)
     order = np.argsort(np.concatenate(rows))
@@ -513,8 +513,9 @@ def train(training: Training, stopper: Stopper) -> int:
     if training.card.class_values and calibration.galaxies < intervals.ENOUGH_GALAXIES:
         log.warning(
             "intervals are calibrated on %d validation galaxies that were not trained on (without "
-            "any there are none): with fewer than %d their coverage of further galaxies is not "
-            "assured. Use more galaxies, or a larger validation part (create_data_splits.py)",
+            "any, as in an easy split, there are none): with fewer than %d their coverage of "
+            "further galaxies is not assured. Use a split by galaxies (create_data_splits.py) with "
+            "more of them, or a larger validation part",
             calibration.galaxies,
             intervals.ENOUGH_GALAXIES,
         )

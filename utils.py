@@ -174,12 +174,14 @@ def find_raw(root: Path, plateifu: str, kind: str, daptype: str | None = None) -
         )
     if not found:
         wanted = f"manga-{plateifu}-{kind}-{daptype or '*'}.fits.gz"
-        remedy = (
-            f"Download it with python download_utils.py --plateifu {plateifu}, or give files of "
-            "your own to process_single_cube.py (--fits, --maps)."
-        )
+        remedy = f"Download it with python download_utils.py --plateifu {plateifu}."
         if split_plateifu(plateifu)[1] not in IFUS:
             remedy = f"MaNGA has no such IFU; expected one of {', '.join(IFUS)}."
+        remedy += " Or give a file of your own to process_single_cube.py: "
+        remedy += {
+            "LOGCUBE": "--fits FILE.",
+            "MAPS": "--maps FILE; without, --no-remove-gas-velocity --label-tasks makes the cube.",
+        }[kind]
         raise DataError(
             f"{plateifu}: no {wanted} in {raw_dir(root, plateifu)}, expected it in this data "
             "folder (--data-dir, else $MANGA_DATA_DIR, else that of the run, else ./data/manga). "
@@ -386,7 +388,7 @@ def config_args(path: Path | str, config_class: Any, given: Sequence[str] = ()) 
 
     `given` are the words that will follow. `config_class.followers`, if there is one, names the
     options whose defaults depend on another one: they are left out if that is given with another
-    value, so that they get its defaults and not the saved ones.
+    value than the saved one, so that they get its defaults and not the saved ones.
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
@@ -400,7 +402,7 @@ def config_args(path: Path | str, config_class: Any, given: Sequence[str] = ()) 
     for name in followers:
         parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", default=saved.get(name))
     chosen = vars(parser.parse_known_args(given)[0])
-    changed = [name for name in followers if chosen[name] != saved.get(name)]
+    changed = [name for name in followers if name in saved and chosen[name] != saved[name]]
     left_out = {follower for name in changed for follower in followers[name]}
     for key, value in saved.items():
         if key not in known:
@@ -466,6 +468,8 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
                 description=description,
                 config=(tyro.conf.OmitArgPrefixes,),  # groups of options, but flat flags
             )
+            if getattr(config, "seed", 0) < 0:
+                raise DataError(f"--seed {config.seed}: expected 0 or more.")  # type: ignore[attr-defined]
             code = main(config)
         finally:
             sys.stdout.flush()  # here, where it is noticed that the reader has left

@@ -216,7 +216,7 @@ READERS = {
     "splits": data_io.read_split,
 }
 REFUSED = {
-    "no cube": (CUBE, Path.unlink, r"no such file, expected an HDF5 file .*Re-run process"),
+    "no cube": (CUBE, Path.unlink, f"no such file, .*_single_cube.py --plateifu {GALAXY} .and"),
     "not HDF5": (CUBE, content("not hdf5"), r"not readable \(.*\), expected an HDF5 file"),
     "other flux": (CUBE, values("cube", np.negative), "the checksum of cube differs.*Re-run proc"),
     "one bit of flux": (
@@ -274,6 +274,23 @@ REFUSED = {
     "no mangaid": (VAL, replaced("mangaid", "name"), r"val\.csv: not readable .*mangaid"),
     "part of another split": (VAL, replaced('"seed": 3', '"seed": 4'), "different splits.*--overw"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ((), r"data folder .* is missing or empty"),
+        (("processed/cubes",), r"table of a split. Create it with .* --split-dir hard_logH\.$"),
+        (("splits/hard_BPT", "splits/hard_logOH"), "hard_BPT, hard_logOH; did you mean hard_logO"),
+    ],
+)
+def test_a_missing_split_is_told_by_those_that_exist(tmp_path, made, message):
+    for folder in made:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "train.csv").touch()
+    with pytest.raises(DataError, match=message) as refused:
+        data_io.read_split(tmp_path / "splits" / "hard_logH")
+    assert "--overwrite" not in str(refused.value)
 
 
 @pytest.mark.parametrize("case", REFUSED)

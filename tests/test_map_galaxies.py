@@ -2,8 +2,10 @@
 
 import logging
 import warnings
+from dataclasses import replace
 
 import utils
+from utils import DataError
 
 import mock_cubes
 import numpy as np
@@ -16,6 +18,7 @@ from conftest import train
 import data_io
 import inference
 import map_galaxies
+import process_single_cube
 import run_folder
 from labels import LABEL_NONE, SF, class_middles, class_names
 
@@ -182,7 +185,7 @@ def test_without_bpt_labels_no_metallicity_is_trusted(own_data, own_run, caplog)
     utils.label_path(own_data, "BPT", TEST_GALAXY).unlink()
     count, median = trusted()  # made again, since the labels are gone
     assert (count, median) == (0, "")
-    assert f"1 of the maps ({TEST_GALAXY}, ...) have no spaxel that a BPT" in caplog.text
+    assert f"1 of the maps ({TEST_GALAXY}) have no spaxel that a BPT" in caplog.text
 
 
 def test_bpt_labels_of_another_shape_are_refused(own_data, own_run):
@@ -259,8 +262,22 @@ def test_bad_cube_stops_no_other_and_the_map_of_one_that_is_gone_is_marked(
     assert "(any more)" not in caplog.text
     utils.cube_path(own_data, gone).unlink()
     assert map_them(own_run, own_data, left) == 0
-    assert f"1 of the maps ({gone}, ...) are of cubes that are not in" in caplog.text
+    assert f"1 of the maps ({gone}) are of cubes that are not in" in caplog.text
     assert table_of(own_run)["cube"].to_dict() == {gone: "gone", left: ""}
+    assert f"Results: {own_run / 'maps' / left}.fits" in caplog.text
+    assert map_them(own_run, own_data, gone) == utils.EXIT_DATA
+    assert map_them(own_run, own_data) == utils.EXIT_DATA
+    failed = pd.read_csv(own_run / "maps" / "failed.csv")
+    assert failed["plateifu"].tolist() == [bad]  # no longer the one that is gone
+
+
+def test_options_against_those_of_the_run_to_be_processed_for_are_refused(own_run):
+    config = process_single_cube.Config(like_run=own_run)
+    same = process_single_cube.vetted(config)
+    assert same.n_band == mock_cubes.N_BAND
+    assert process_single_cube.vetted(replace(config, n_band=same.n_band)) == same
+    with pytest.raises(DataError, match=rf"--n-band: 7, but --like-run {own_run} .*{same.n_band}"):
+        process_single_cube.vetted(replace(config, n_band=7))
 
 
 def test_map_of_another_cube_or_model_is_made_again(own_data, own_run):

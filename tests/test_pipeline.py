@@ -338,7 +338,8 @@ def test_loop_over_galaxies_continues_past_bad_files(survey, tmp_path):
     assert not [p for p in (tmp_path / "processed").rglob(".*") if p.is_file()]
 
 
-def test_one_galaxy_by_name_or_by_files(survey, tmp_path):
+def test_one_galaxy_by_name_or_by_files(survey, tmp_path, caplog):
+    caplog.set_level("INFO")
     plateifu, cubes = galaxies_of(survey)[0], []
     files = {"fits": utils.find_raw(survey, plateifu, "LOGCUBE")}
     shutil.copytree(utils.raw_dir(survey, plateifu), utils.raw_dir(tmp_path, plateifu))
@@ -346,7 +347,9 @@ def test_one_galaxy_by_name_or_by_files(survey, tmp_path):
     for i, choice in enumerate(({"plateifu": plateifu}, files, both)):
         target = tmp_path / str(i) if i else tmp_path  # without --maps, MAPS lies beside --fits
         assert process_single_cube.main(process_single_cube.Config(**choice, data_dir=target)) == 0
-        assert utils.label_path(target, "BPT", plateifu).is_file()
+        label = utils.label_path(target, "BPT", plateifu)
+        n = (data_io.read_labels(label) >= 0).sum()
+        assert f"BPT labels of {n} spaxels: {label}" in caplog.text
         cubes.append(data_io.read_cube(utils.cube_path(target, plateifu)).flux)
     np.testing.assert_array_equal(cubes[1:], [cubes[0]] * 2)
     other = utils.find_raw(survey, galaxies_of(survey)[1], "MAPS")
@@ -371,6 +374,8 @@ def test_one_galaxy_by_name_or_by_files(survey, tmp_path):
         ((), 1, "no galaxy given. Expected --plateifu"),
         (("--fits", "absent-8485-1901.fits"), 1, "absent-8485-1901.fits: no such file"),
         (("--fits", "manga-8485-1901-MAPS-X.fits"), 1, "MAPS file by its name, expected a LOGCUBE"),
+        (("--fits", "README.md"), 1, "README.md: not a FITS file"),
+        (("--labels-only", "--plateifu", "7000-1901", "--redshift", "0.1"), 1, "no --redshift"),
         (("--plateifu", "7000-1901", "--nband", "3"), 2, "--nband"),
         (("--plateifu", "7000-1901", "--n-band", "x"), 2, "--n-band"),
         (("--config", "absent.json"), 2, "absent.json"),
@@ -383,6 +388,7 @@ def test_bad_command_line_is_one_line_and_its_exit_code(
     data = tmp_path / "data"
     monkeypatch.chdir(tmp_path)
     Path("manga-8485-1901-MAPS-X.fits").touch()
+    Path("README.md").write_text("# not a FITS file\n" * 300)
     words = *words, "--data-dir", data
     found, said = command(process_single_cube.main, process_single_cube.Config, *words)
     assert found == code

@@ -62,7 +62,11 @@ def half(path):
     ("name", "damage", "message"),
     [
         ("model.json", os.unlink, r"no model\.json\. Expected the folder of a training run"),
-        ("model.json", edited(schema_version=1), "manga-model version 1, this code needs .* 5"),
+        (
+            "model.json",
+            edited(schema_version=1),
+            r"version 1, .* 5\. Retrain .* --config .* --over",
+        ),
         ("model.json", edited(spec="gone"), r"model\.json: not readable"),
         ("model.json", edited(colour="red"), r"model\.json: not readable"),
         ("model.json", edited(recipe=[]), r"model\.json: its recipe is damaged"),

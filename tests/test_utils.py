@@ -152,6 +152,7 @@ class Example:
     names: tuple[str, ...] = ()
     fast: bool = True
     where: Path | None = None
+    seed: int = 0
     debug: bool = False
 
 
@@ -197,6 +198,7 @@ def test_unreadable_config_file_is_one_clear_line(config_file, content, message)
         (75, [], 75, ""),
         (DataError("a.fits: zero bytes."), [], 1, "error: a.fits: zero bytes.\n"),
         (BrokenPipeError("the archive hung up"), [], 1, "error: the archive hung up\n"),
+        (None, ["--seed", "-1"], 1, "error: --seed -1: expected 0 or more.\n"),
         (None, ["--rte", "3"], 2, "--rte"),
         (None, ["--config"], 2, "--config"),
     ],
@@ -271,7 +273,10 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("plateifu", "remedy"),
-    [("8485-1901", "download_utils.py --plateifu 8485-1901"), ("8485-1999", "no such IFU")],
+    [
+        ("8485-1901", r"download_utils.py --plateifu 8485-1901\. .*--maps FILE"),
+        ("8485-1999", "no such IFU"),
+    ],
 )
 def test_missing_file_is_to_be_downloaded_only_if_it_can_exist(tmp_path, plateifu, remedy):
     with pytest.raises(DataError, match=f"{plateifu}: no manga-{plateifu}-MAPS.*{remedy}"):
