@@ -191,7 +191,7 @@ class CubePrediction:
         seen = f"in the run's {self.part} part" if self.part else "not in the run's split"
         last = ""
         if self.logoh is not None and self.usable.any():
-            last = "; median 12+log(O/H) of all of them, star-forming or not, "
+            last = "; median 12+log(O/H) of all classified spaxels, star-forming or not, "
             last += f"{np.nanmedian(self.logoh):.3f} dex"
             if self.upper is not None and np.isfinite(self.upper).any():
                 width = np.nanmedian(self.upper - self.logoh)

@@ -115,7 +115,9 @@ def test_model_and_prediction_describe_themselves_in_three_lines(root, model):
     first, second, third = repr(prediction).splitlines()
     assert first == f"{TEST_GALAXY}: 11 x 12 spaxels, {prediction.usable.sum()} classified"
     assert f"< 8.40: {prediction.class_counts[0]}, 8.40-8.44: " in second
-    median = f"of all of them, star-forming or not, {np.nanmedian(prediction.logoh):.3f} dex"
+    median = (
+        f"of all classified spaxels, star-forming or not, {np.nanmedian(prediction.logoh):.3f} dex"
+    )
     width = f"90% intervals of +-{np.nanmedian(prediction.upper - prediction.logoh):.3f} dex"
     assert third == f"  in the run's test part; median 12+log(O/H) {median}, {width}"
 
