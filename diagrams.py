@@ -32,10 +32,15 @@ MODEL_COLOUR, OTHER_COLOUR = "#0072B2", "#D55E00"
 PART_COLOURS = {"train": "#0072B2", "val": "#E69F00", "test": "#882255"}
 
 PERMITTED = {"Hb": r"H$\beta$", "HeI": "HeI", "Ha": r"H$\alpha$"}
-EMISSION_LINES = {
-    f"{PERMITTED.get(ion, f'[{ion}]')} {wave}": LINES[f"{ion}-{wave}"]
-    for ion, wave in (name.split("-") for name in LINES)
-}
+
+
+def line_title(name: str) -> str:
+    """Name of an emission line in figures, e.g. "[OIII] 5008" for "OIII-5008"."""
+    ion, wave = name.split("-")
+    return f"{PERMITTED.get(ion, f'[{ion}]')} {wave}"
+
+
+EMISSION_LINES = {line_title(name): wave for name, wave in LINES.items()}
 """Lines that figures mark: name and vacuum wavelength, Angstrom."""
 
 

@@ -50,15 +50,17 @@ from recipe import Recipe, file_digest
 log = logging.getLogger(__name__)
 
 EVIDENCE_VERSION = 1
-STEPS = 16
+STEPS = 48
 """Points on the path from the line-free to the observed spectra."""
-PATH_BEND = 5.0
+PATH_BEND = 6.0
 """The points are even in asinh(sinh(PATH_BEND) t), as answers follow the logarithms of lines."""
 SPAXELS_AT_ONCE = 256
 WINDOW_AA = 10.0
 """Bins this near to a line, and to no other line nearer, count as the line's."""
 ZOOMS = 3
 """Groups of lines that are drawn larger."""
+LARGEST_MISS = 0.1
+"""Deviation of the sums of shares, over the sums of their absolute values, above which to warn."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,8 @@ def defining_lines(label_task: str, diagnostic: str | None = None) -> set[str]:
     """
     names = set(labels.BPT_LINES)
     if label_task == "logOH":
-        names = set(labels.RATIOS[labels.CALIBRATIONS[diagnostic].ratio]) if diagnostic else set()
+        ratio = labels.RATIOS[labels.CALIBRATIONS[diagnostic].ratio] if diagnostic else {}
+        names = {line for group in ratio for line in group.split("+")}
     doublets = [set(lines) for group in line_fits.GROUPS for lines in group.values()]
     return names.union(*(doublet for doublet in doublets if doublet & names))
 
@@ -240,17 +243,20 @@ class Report:
         Fraction of the weight: of the mean over spaxels of the shares' absolute values.
     share : dict of line -> float
         Mean over spaxels of the signed shares.
-    defining : list of str
-        Lines that decide the label, in range.
+    defining, out_of_range : list of str
+        Lines that decide the label, in the range of the cubes and outside it.
     bins : int
         Number of their bins.
     moved, moved_by_others : float
         Mean change of the answers after the deletion of these bins, and of as many others that
         are drawn at random. Of a probability, half the sum over the classes.
-    incomplete : float
-        Largest deviation of the sum of a spaxel's shares from the difference of its answers.
-    unit : str
-        Of shares.
+    difference, size : float
+        Mean over spaxels of the absolute difference between answer and line-free answer, and of
+        the sum of the shares' absolute values.
+    miss, largest_miss : float
+        Mean and largest deviation of the sum of a spaxel's shares from that difference.
+    unit, moved_unit : str
+        Of shares, difference and deviations; of `moved`.
     seconds, map_seconds : float
         From the cube to the evidence, and to the map alone.
     """
@@ -258,11 +264,16 @@ class Report:
     weight: dict[str, float]
     share: dict[str, float]
     defining: list[str]
+    out_of_range: list[str]
     bins: int
     moved: float
     moved_by_others: float
-    incomplete: float
+    difference: float
+    size: float
+    miss: float
+    largest_miss: float
     unit: str
+    moved_unit: str
     seconds: float = 0.0
     map_seconds: float = 0.0
 
@@ -271,20 +282,30 @@ class Report:
         """Fraction of the weight that the lines have that decide the label."""
         return sum(self.weight[name] for name in self.defining)
 
+    @property
+    def incomplete(self) -> float:
+        """Mean deviation of the sums of shares, as a fraction of `size`."""
+        return self.miss / max(self.size, 1e-30)
+
     def __str__(self) -> str:
         """Lay out the numbers in lines."""
-        lines = [f"  {'line':<12}{'weight':>8}{f'mean share ({self.unit})':>28}"]
+        lines = [f"  {'line':<12}{'weight':>8}{f'mean share ({self.unit})':>32}"]
         for name in sorted(self.weight, key=lambda name: -self.weight[name]):
             mark = " *" if name in self.defining else ""
-            lines.append(f"  {name + mark:<12}{self.weight[name]:>8.1%}{self.share[name]:>28.4f}")
+            lines.append(f"  {name + mark:<12}{self.weight[name]:>8.1%}{self.share[name]:>32.4f}")
+        absent = f"; out of range: {', '.join(self.out_of_range)}" if self.out_of_range else ""
         return "\n".join(
             [
                 *lines,
                 f"  *: decides the label; together {self.decisive:.1%} of the weight, in "
-                f"{utils.counted(self.bins, 'bin')}",
-                f"  without these bins the answers move by {self.moved:.4f}, without as many "
-                f"others by {self.moved_by_others:.4f}",
-                f"  sums of shares are complete to {self.incomplete:.4f}; {self.seconds:.1f} s, "
+                f"{utils.counted(self.bins, 'bin')}{absent}",
+                f"  without these bins the answers move by {self.moved:.4f} ({self.moved_unit}), "
+                f"without as many others by {self.moved_by_others:.4f}",
+                f"  answers differ from line-free ones by {self.difference:.4f} ({self.unit}) on "
+                f"average, the sums of shares from that",
+                f"  by {self.miss:.4f} on average, {self.incomplete:.1%} of the shares' absolute "
+                f"sum, and by {self.largest_miss:.4f} at most",
+                f"  {self.seconds:.1f} s, "
                 f"{self.seconds / max(self.map_seconds, 1e-9):.1f} times as long as the map",
             ]
         )
@@ -311,16 +332,22 @@ def examine(
         change = np.abs(answers_without(trained, cube, deleted) - before)
         return float(change.mean() if change.ndim == 1 else change.sum(1).mean() / 2)
 
-    left = evidence.shares.sum(1) - (evidence.answer - evidence.line_free)
+    difference = evidence.answer - evidence.line_free
+    miss, learns_dex = np.abs(evidence.shares.sum(1) - difference), before.ndim == 1
     return Report(
         {name: float(strength[at].sum() / strength.sum()) for name, at in of_lines.items()},
         {name: float(mean[at].sum()) for name, at in of_lines.items()},
         defining,
+        sorted(wanted.difference(of_lines)),
         bins.size,
         moved(bins),
         moved(others),
-        float(np.abs(left).max()),
-        "dex" if trained.spec.label_task == "logOH" else "log probability",
+        float(np.abs(difference).mean()),
+        float(np.abs(evidence.shares).sum(1).mean()),
+        float(miss.mean()),
+        float(miss.max()),
+        "dex" if learns_dex else "log probability",
+        "dex" if learns_dex else "probability",
     )
 
 
@@ -328,7 +355,7 @@ def examine(
 
 
 def evidence_figure(
-    wave: np.ndarray, evidence: Evidence, residual: np.ndarray, report: Report, title: str
+    wave: np.ndarray, evidence: Evidence, residual: np.ndarray, report: Report, plateifu: str
 ) -> Figure:
     """Make the figure: weight of every bin, and shares around the lines that count most.
 
@@ -339,7 +366,7 @@ def evidence_figure(
     residual : (band,)
         Mean spectrum above the continuum, over the mean flux.
     report : Report
-    title : str
+    plateifu : str
     """
     strength, mean = np.abs(evidence.shares).mean(0), evidence.shares.mean(0)
     groups = [[name for lines in group.values() for name in lines] for group in line_fits.GROUPS]
@@ -350,10 +377,20 @@ def evidence_figure(
     figure = Figure(figsize=(11, 7), layout="constrained")
     grid = figure.add_gridspec(2, ZOOMS)
     top = figure.add_subplot(grid[0, :])
-    top.bar(wave, strength, width=3 * np.gradient(wave), color=diagrams.MODEL_COLOUR)
+    bars = top.bar(wave, strength, width=3 * np.gradient(wave), color=diagrams.MODEL_COLOUR)
     top.set(xlim=(wave[0], wave[-1]), ylabel=f"mean |share| of a bin\n({report.unit})")
     top.set_xlabel("rest wavelength in vacuum (Angstrom)")
-    top.set_title(title, pad=55)
+    deciding, absent = (
+        ", ".join(map(diagrams.line_title, names))
+        for names in (report.defining, report.out_of_range)
+    )
+    top.set_title(
+        f"{plateifu}: {report.decisive:.0%} of the weight in lines that decide the label"
+        f" ({deciding or 'none in range'})"
+        + (f"\ndeciding too, but out of the cubes' range: {absent}" if absent else ""),
+        pad=55,
+        fontsize=11,
+    )
     diagrams.mark_lines(top, wave[0], wave[-1])
     for k, names in enumerate(groups):
         waves = [LINES[name] for name in names]
@@ -363,15 +400,15 @@ def evidence_figure(
         ax.bar(wave[seen], mean[seen], width=np.gradient(wave)[seen], color=diagrams.MODEL_COLOUR)
         ax.axhline(0, color=diagrams.LINE_GREY, lw=0.6)
         ax.set(xlim=(low, high), xlabel="rest wavelength (Angstrom)")
-        ax.set_ylabel(f"mean share ({report.unit})" if k == 0 else "")
+        ax.set_ylabel(f"mean share of a bin\n({report.unit})" if k == 0 else "")
         diagrams.mark_lines(ax, low, high)
         lines = ax.twinx()
-        lines.plot(wave[seen], residual[seen], color=diagrams.OTHER_COLOUR, lw=0.9)
+        (curve,) = lines.plot(wave[seen], residual[seen], color=diagrams.OTHER_COLOUR, lw=0.9)
         lines.tick_params(colors=diagrams.OTHER_COLOUR, labelsize=8)
         if k == len(groups) - 1:
-            lines.set_ylabel(
-                "mean flux above the continuum\n(mean flux = 1)", color=diagrams.OTHER_COLOUR
-            )
+            lines.set_ylabel("flux above the continuum\n/ mean flux", color=diagrams.OTHER_COLOUR)
+            handles, words = (bars[0], curve), ("share of a bin in the answers", "mean spectrum")
+            figure.legend(handles, words, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -388,15 +425,18 @@ def write_evidence(
             "DATE": (utils.utc_now().rstrip("Z"), "UTC"),
             **cards,
             "SPAXELS": (len(evidence.answer), "with a prediction"),
-            "DECISIVE": (report.decisive, "weight of the lines that decide the label"),
+            "DECISIVE": (report.decisive, "weight of lines that decide the label"),
             "MOVED": (report.moved, "mean change of the answers without them"),
             "MOVEDOTH": (report.moved_by_others, "without as many other bins"),
+            "INCOMPL": (report.incomplete, "mean miss of sums / sum|shares|"),
+            "MAXMISS": (report.largest_miss, "largest miss of a sum of shares"),
         }
     )
+    unit = "dex" if report.unit == "dex" else None  # logarithms of probabilities have none
     columns = [
         fits.Column("WAVELENGTH", "D", "Angstrom", array=wave),
-        fits.Column("SHARE", "E", report.unit, array=evidence.shares.mean(0)),
-        fits.Column("WEIGHT", "E", report.unit, array=np.abs(evidence.shares).mean(0)),
+        fits.Column("SHARE", "E", unit, array=evidence.shares.mean(0)),
+        fits.Column("WEIGHT", "E", unit, array=np.abs(evidence.shares).mean(0)),
     ]
     hdus = fits.HDUList([primary, fits.BinTableHDU.from_columns(columns, name="BINS")])
     if per_spaxel:
@@ -404,7 +444,7 @@ def write_evidence(
         image[:, cube.usable] = evidence.shares.T
         sky = fits.Header.fromstring(cube.attrs.get("wcs_header", ""), sep="\n")
         hdus.append(fits.ImageHDU(image, sky, "SHARES"))
-        hdus["SHARES"].header["BUNIT"] = report.unit
+        hdus["SHARES"].header["BUNIT"] = unit or ""
     with utils.atomic_path(path) as part:
         hdus.writeto(part, overwrite=True, checksum=True)
 
@@ -415,15 +455,10 @@ def explain_galaxy(trained: TrainedModel, path: Path) -> tuple[NormalisedCube, E
     Raises
     ------
     DataError
-        If the network is another one than matched filters, or the cube is unreadable, made
-        otherwise than the training's, or without a usable spaxel.
+        If the cube is unreadable, made otherwise than the training's, or without a usable spaxel.
     """
     network = trained.network
-    if not isinstance(network, MatchedFilterNet):
-        raise DataError(
-            f"a run of {trained.card.network_name}, expected matched filters, whose evidence can "
-            "be found. Train with --network matched_filters."
-        )
+    assert isinstance(network, MatchedFilterNet)
     start = time.perf_counter()
     cube = inference.read_cube_for(trained, path)
     read = time.perf_counter()
@@ -443,6 +478,11 @@ def explain_galaxy(trained: TrainedModel, path: Path) -> tuple[NormalisedCube, E
 def main(config: Config) -> int:
     """Find, print, write and draw the evidence of the requested galaxies."""
     trained = inference.load_model(config.run_dir, config.device)
+    if not isinstance(trained.network, MatchedFilterNet):
+        raise DataError(
+            f"{config.run_dir}: a run of {trained.card.network_name}, expected matched filters, "
+            "whose evidence can be found. Use another run, or train with --network matched_filters."
+        )
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
     weights = file_digest(config.run_dir / run_folder.WEIGHTS_FILE)
     code = utils.EXIT_DONE
@@ -455,6 +495,13 @@ def main(config: Config) -> int:
             continue
         wave = baselines.wave_of(trained.card.recipe.options["cube"])
         print(f"{plateifu}: {utils.counted(len(evidence.answer), 'spaxel')}\n{report}")
+        if report.incomplete > LARGEST_MISS:
+            log.warning(
+                "%s: the sums of shares miss the differences of the answers by %.0f%% of the "
+                "shares' absolute sum: do not trust the weights",
+                plateifu,
+                100 * report.incomplete,
+            )
         out = config.run_dir / run_folder.EVIDENCE_FOLDER / f"{plateifu}.fits"
         inputs = {"weights": weights, "cube": cube.recipe.digest}
         recipe = Recipe("evidence", EVIDENCE_VERSION, {"per_spaxel": config.per_spaxel}, inputs)
@@ -468,8 +515,7 @@ def main(config: Config) -> int:
         write_evidence(out, cube, wave, evidence, report, cards, config.per_spaxel)
         log.info("%s", out)
         residual = cube.values[cube.usable][:, : wave.size].mean(0)
-        title = f"{plateifu}: lines that decide the label have {report.decisive:.0%} of the weight"
-        figure = evidence_figure(wave, evidence, residual, report, title)
+        figure = evidence_figure(wave, evidence, residual, report, plateifu)
         folder = config.run_dir / run_folder.FIGURES_FOLDER
         vis_fns.save(figure, folder / f"{plateifu}_evidence.png")
     return code

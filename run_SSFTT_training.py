@@ -131,7 +131,7 @@ class TrainConfig:
     @staticmethod
     def followers() -> dict[str, tuple[str, ...]]:
         """Options whose defaults depend on another one: see `utils.config_args`."""
-        of_network = ("patch_norm", "cutout", "batch_size", "lr", "monitor")
+        of_network = ("patch_norm", "cutout", "batch_size", "epochs", "lr", "monitor")
         return {"network": of_network, "label_task": ("split_dir", "monitor")}
 
     @property

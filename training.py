@@ -329,7 +329,7 @@ def validation_outputs(
     k, n = distributed.share()
     if n == 1:
         return sample_outputs(model, loader, device, amp)
-    has_any = k < len(dataset_of(loader).samples.plateifus)
+    has_any = k < len(np.unique(dataset_of(loader).samples.galaxy))
     part = sample_outputs(model, loader, device, amp, (k, n)) if has_any else None
     outputs, rows = zip(*filter(None, distributed.gathered(part)), strict=True)
     order = np.argsort(np.concatenate(rows))

@@ -388,7 +388,7 @@ def config_args(path: Path | str, config_class: Any, given: Sequence[str] = ()) 
 
     `given` are the words that will follow. `config_class.followers`, if there is one, names the
     options whose defaults depend on another one: they are left out if that is given with another
-    value, so that they get its defaults and not the saved ones.
+    value than the saved one, so that they get its defaults and not the saved ones.
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
@@ -402,7 +402,7 @@ def config_args(path: Path | str, config_class: Any, given: Sequence[str] = ()) 
     for name in followers:
         parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", default=saved.get(name))
     chosen = vars(parser.parse_known_args(given)[0])
-    changed = [name for name in followers if chosen[name] != saved.get(name)]
+    changed = [name for name in followers if name in saved and chosen[name] != saved[name]]
     left_out = {follower for name in changed for follower in followers[name]}
     for key, value in saved.items():
         if key not in known:

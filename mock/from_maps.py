@@ -169,7 +169,7 @@ def read_scene(path: Path, seed: int) -> Scene:
         star_sigma=np.full(ys.size, star_sigma),
         noise_scale=1.0,
         cards=cards,
-        meta={"from_maps": path.name, "sha256": file_digest(path)},
+        meta={"from_maps": path.name, "sha256": file_digest(path), "stellar_reddening": "Balmer"},
         snr=np.maximum(snr, 0.1),
         bin_ids=bin_ids.astype(np.int32),
     )

@@ -29,7 +29,8 @@ mkdir -p logs
 submit() {  # a stage: its name, the condition on which it starts, flags and arguments of sbatch
     local name=$1 condition=$2
     shift 2
-    job=$(sbatch --parsable --kill-on-invalid-dep=yes ${condition:+"--dependency=$condition"} "$@")
+    job=$(sbatch --parsable --job-name="manga-$name" --kill-on-invalid-dep=yes \
+        ${condition:+"--dependency=$condition"} "$@")
     job=${job%%;*}
     echo "$name: job $job${condition:+, starts $condition}"
 }
@@ -37,5 +38,6 @@ submit cubes "" $array ${CUBES:-} slurm/process.sbatch --data-dir "$data"
 submit splits "afterany:$job" ${CUBES:-} slurm/split.sbatch "$data" "${MAX_FAILED:-0}"
 submit training "afterok:$job" ${TRAIN:-} slurm/train.sbatch --data-dir "$data" --run-dir "$run" "$@"
 trained=afterok:$job
-submit maps "$trained" $array ${MAPS:-} slurm/evaluate.sbatch --data-dir "$data" --run-dir "$run"
+[ -n "$array" ] &&  # else one job maps and evaluates
+    submit maps "$trained" $array ${MAPS:-} slurm/evaluate.sbatch --data-dir "$data" --run-dir "$run"
 submit evaluation "$trained,afterany:$job" ${MAPS:-} slurm/evaluate.sbatch --data-dir "$data" --run-dir "$run"

@@ -1,5 +1,7 @@
 """Evidence: exact against gradients of the whole network, complete, and where a line is."""
 
+from dataclasses import replace
+
 import utils
 
 import mock_cubes
@@ -11,6 +13,7 @@ from conftest import train
 from test_matched_filter_net import random_spectra, small_config, trained_like
 
 import evidence
+import inference
 from matched_filter_net import Spectra
 
 TEST_GALAXY = mock_cubes.PLATEIFUS[-1]
@@ -95,6 +98,7 @@ def test_lines_that_decide_a_label_include_their_doublets():
         "Hb-4862", "OIII-5008", "OIII-4960",
     }  # fmt: skip
     assert of("BPT") == o3n2
+    assert {"OII-3727", "OII-3729"} < of("logOH", "N2O2-KD02")
     assert of("logOH") == set()  # labels that do not say how they were made
 
 
@@ -122,14 +126,56 @@ def test_the_command_names_the_bins_that_decide(root, run, capsys, monkeypatch):
     assert np.isfinite(shares).all(0).sum() == header["SPAXELS"]
     assert header["DECISIVE"] == pytest.approx(table["WEIGHT"][telling] / table["WEIGHT"].sum())
     assert header["MOVED"] > 5 * header["MOVEDOTH"]
+    assert 0 < header["INCOMPL"] < evidence.LARGEST_MISS
     assert "NII-6585 *" in said
-    assert f"{header['DECISIVE']:.1%} of the weight, in 1 bin\n" in said
+    assert "; out of range: Ha-6564, Hb-4862, NII-6549, OIII-4960, OIII-5008\n" in said
+    assert f"the answers move by {header['MOVED']:.4f} (dex), without" in said
+    assert f"{header['INCOMPL']:.1%} of the shares' absolute sum" in said
+    assert f"{header['DECISIVE']:.1%} of the weight, in 1 bin;" in said
     assert (run / "figures" / f"{TEST_GALAXY}_evidence.png").stat().st_size > 10_000
 
 
+def test_too_few_steps_are_reported(root, run, monkeypatch, caplog):
+    monkeypatch.setattr(evidence, "STEPS", 1)
+    assert evidence.main(evidence.Config(run, (TEST_GALAXY,), root, device="cpu")) == 0
+    assert f"{TEST_GALAXY}: the sums of shares miss the differences" in caplog.text
+
+
+def test_probabilities_have_no_unit_and_the_table_of_lines_has_aligned_columns(root, run, tmp_path):
+    trained = inference.load_model(run, "cpu")
+    cube, found, report = evidence.explain_galaxy(trained, utils.cube_path(root, TEST_GALAXY))
+    miss = np.abs(found.shares.sum(1) - (found.answer - found.line_free))
+    assert report.incomplete == pytest.approx(miss.mean() / np.abs(found.shares).sum(1).mean())
+    report = replace(report, unit="log probability", moved_unit="probability")
+    head, *rows = str(report).splitlines()[: 1 + len(report.weight)]
+    assert "weight  mean share (log probability)" in " ".join(head.split(" " * 3))
+    assert {len(row) for row in rows} == {len(head)}
+    wave, path = mock_cubes.wave_grid(), tmp_path / "evidence.fits"
+    evidence.write_evidence(path, cube, wave, found, report, {}, per_spaxel=True)
+    with fits.open(path) as hdus:
+        assert hdus[0].header["MAXMISS"] == pytest.approx(miss.max())
+        assert hdus["BINS"].columns.units == ["Angstrom", "", ""]
+        assert hdus["SHARES"].header["BUNIT"] == ""
+
+
+def test_the_figure_names_the_lines_that_decide_and_those_out_of_range(root, run):
+    trained = inference.load_model(run, "cpu")
+    _, found, report = evidence.explain_galaxy(trained, utils.cube_path(root, TEST_GALAXY))
+    weight = {"NII-6585": 0.75, "Ha-6564": 0.1}
+    report = replace(report, weight=weight, defining=["NII-6585"], out_of_range=["Hb-4862"])
+    wave = np.linspace(6400, 6700, found.shares.shape[1])
+    figure = evidence.evidence_figure(wave, found, 0 * wave, report, "1-1")
+    first, second = figure.axes[0].get_title().splitlines()
+    assert first == "1-1: 75% of the weight in lines that decide the label ([NII] 6585)"
+    assert second == r"deciding too, but out of the cubes' range: H$\beta$ 4862"
+    words = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert words == ["share of a bin in the answers", "mean spectrum"]
+
+
 def test_another_network_and_a_missing_cube_are_refused_in_one_line(root, run, trained_run, caplog):
-    config = evidence.Config(trained_run, (TEST_GALAXY,), root, device="cpu")
-    assert evidence.main(config) == utils.EXIT_DATA
-    assert "a run of ssftt, expected matched filters" in caplog.text
+    for galaxies in ((TEST_GALAXY,), ("8000-998", "8000-999")):  # before any galaxy
+        config = evidence.Config(trained_run, galaxies, root, device="cpu")
+        with pytest.raises(utils.DataError, match=f"^{trained_run}: a run of ssftt, expected "):
+            evidence.main(config)
     assert evidence.main(evidence.Config(run, ("8000-999",), root, device="cpu")) == 1
     assert "8000-999" in caplog.text

@@ -19,7 +19,8 @@ COMMANDS = {
     "evaluate": ["eval_fns.py [--run-dir] [runs/a]", "map_galaxies.py [--run-dir] [runs/a]"],
 }
 STUBS = {
-    "python": 'echo "$PWD: python $(script=$1; shift; printf %s "$script"; '
+    "python": '[ -z "${MADE:-}" ] || cp "$MADE" "${MADE%.made}"; '
+    'echo "$PWD: python $(script=$1; shift; printf %s "$script"; '
     'for word; do printf " [%s]" "$word"; done)"; exit ${CODE:-0}',
     "srun": 'echo "srun ${SRUN_CPUS_PER_TASK:-}"; shift; exec "$@"',  # its own flag is one word
     "scontrol": 'echo "scontrol $*"; echo "MaxArraySize = ${MOST:-1001}"',
@@ -34,15 +35,8 @@ def batch(tmp_path):
     for name, text in STUBS.items():
         (bin_dir / name).write_text(f"#!/bin/bash\n{text}\n")
         (bin_dir / name).chmod(0o755)
-    for tool in (
-        "bash",
-        "dirname",
-        "grep",
-        "find",
-        "wc",
-        "awk",
-        "mkdir",
-    ):  # no srun of the machine's
+    tools = "bash dirname grep find wc awk mkdir rm cp"  # no srun of the machine's
+    for tool in tools.split():
         (bin_dir / tool).symlink_to(shutil.which(tool))
 
     def run(name, *words, script=None, cwd=ROOT, without=(), **variables):
@@ -137,11 +131,21 @@ def test_splits_follow_unless_more_galaxies_fail_than_allowed(
 ):
     (tmp_path / "processed").mkdir()
     rows = [f'8485-190{i},cubes,"cut, in\ntwo"' for i in range(1, failed + 1)]
-    (tmp_path / "processed/failed.csv").write_text("\n".join(["plateifu,stage,reason", *rows]))
-    done = batch("split", tmp_path, allowed, CODE="1" if failed else "0")
+    made = tmp_path / "processed/failed.csv.made"
+    made.write_text("\n".join(["plateifu,stage,reason", *rows]))
+    done = batch("split", tmp_path, allowed, CODE="1" if failed else "0", MADE=str(made))
     assert done.returncode == code
     assert done.stdout.count("create_data_splits.py") == splits
     assert (f"error: {failed} galaxies failed" in done.stderr) == bool(code)
+
+
+def test_another_error_than_failed_galaxies_ends_the_chain(batch, tmp_path):
+    """The table of an earlier run does not count."""
+    (tmp_path / "processed").mkdir()
+    (tmp_path / "processed/failed.csv").write_text("plateifu,stage,reason\n8485-1901,cubes,cut\n")
+    done = batch("split", tmp_path, 5, CODE="1")
+    assert done.returncode == 1
+    assert "create_data_splits.py" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -158,15 +162,18 @@ def test_pipeline_submits_the_chain_in_few_calls(batch, tmp_path, galaxies, per_
     )
     assert done.returncode == 0
     calls = done.stderr.splitlines()
-    assert len(calls) == 5
-    assert [f"--array={array}" in call for call in calls] == [bool(array), 0, 0, bool(array), 0]
+    stages = ["cubes", "splits", "training", *(["maps"] if array else []), "evaluation"]
+    assert [call.split("--job-name=manga-")[1].split()[0] for call in calls] == stages
+    assert [f"--array={array}" in call for call in calls] == [
+        bool(array) and stage in ("cubes", "maps") for stage in stages
+    ]
     jobs = [line.split()[2].rstrip(",") for line in done.stdout.splitlines()]
     conditions = [
         None,
         f"afterany:{jobs[0]}",
         f"afterok:{jobs[1]}",
-        f"afterok:{jobs[2]}",
-        f"afterok:{jobs[2]},afterany:{jobs[3]}",
+        *([f"afterok:{jobs[2]}"] if array else []),
+        f"afterok:{jobs[2]},afterany:{jobs[-2]}",
     ]
     for call, condition in zip(calls, conditions, strict=True):
         assert condition is None or f"--dependency={condition} " in call

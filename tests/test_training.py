@@ -483,6 +483,21 @@ def test_another_network_brings_its_own_defaults_to_the_config_of_a_run(
     script.check_options(found[0])
 
 
+def test_what_a_config_says_without_naming_the_network_holds_for_any(tmp_path, command):
+    utils.write_json(tmp_path / "some.json", {"lr": 0.01, "cutout": 11, "epochs": 5})
+    for network in ("ssftt", "matched_filters"):
+        found = []
+        words = ("--network", network, "--config", tmp_path / "some.json")
+        assert command(found.append, TrainConfig, *words)[0] == 0
+        config = utils.config_dict(found[0])
+        assert [config[name] for name in ("network", "lr", "cutout", "epochs")] == [
+            network,
+            0.01,
+            11,
+            5,
+        ]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
