@@ -385,7 +385,9 @@ def _save_npy(path: Path, array: np.ndarray) -> None:
 
 def _load_npy(path: Path, maker: str, ndim: int) -> np.ndarray:
     """Map an array of `ndim` axes of numbers into memory; nothing is allocated."""
-    with utils.reading(path, f"a .npy file of {ndim} axes", f"Re-run {maker} --overwrite."):
+    is_there = Path(path).is_file()
+    remedy = f"Re-run {maker} --overwrite." if is_there else f"Make it with {maker}."
+    with utils.reading(path, f"a .npy file of {ndim} axes", remedy):
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         if array.ndim != ndim or array.dtype.kind not in "iuf":
             raise ValueError(f"{array.ndim} axes of {array.dtype}")

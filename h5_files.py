@@ -199,7 +199,9 @@ def open_h5(path: Path, schema: str, version: int, maker: str) -> Iterator[OpenF
     `maker` is the command that rebuilds it; whatever fails inside of the `with` is taken for damage
     of the file.
     """
-    with utils.reading(path, f"an HDF5 file ({schema})", f"Re-run {maker}."), h5py.File(path) as f:
+    again, new = f"Re-run {maker}.", f"Make it with {maker.removesuffix(' --overwrite')}."
+    remedy = again if Path(path).is_file() else new
+    with utils.reading(path, f"an HDF5 file ({schema})", remedy), h5py.File(path) as f:
         attrs = _attributes(f)
         found = (attrs.get("schema"), attrs.get("schema_version"))
         if found != (schema, version):

@@ -63,6 +63,8 @@ MIN_LABELLED = 20
 WINDOW = 7
 COMPONENTS = 30
 N_BOOTSTRAP = 1000
+ROWS_VERSION = 1
+"""Of the finished rows: to be raised when a method, a score or the simulation changes."""
 
 
 @dataclass(frozen=True)
@@ -175,11 +177,15 @@ def make_shallow(root: Path, factor: int) -> Path:
             (shallow / name).symlink_to((root / name).resolve())
     for number, plateifu in enumerate(labelled_galaxies(root, "logOH", MIN_LABELLED)["plateifu"]):
         path = utils.cube_path(shallow, plateifu)
-        if not path.is_file():
+        deep = data_io.read_cube_head(utils.cube_path(root, plateifu)).recipe
+        noise = {"noise": f"factor {factor}, seed {number}"}
+        recipe = replace(deep, inputs={**deep.inputs, **noise})
+        if not path.is_file() or data_io.read_cube_head(path).recipe != recipe:
             cube = data_io.read_cube(utils.cube_path(root, plateifu))
             assert cube.ivar is not None
             flux = add_noise(cube.flux, cube.ivar, factor, seed=number)
-            data_io.write_cube(path, replace(cube, flux=flux, ivar=cube.ivar / factor**2))
+            ivar = cube.ivar / factor**2
+            data_io.write_cube(path, replace(cube, flux=flux, ivar=ivar, recipe=recipe))
     return shallow
 
 
@@ -400,7 +406,7 @@ def train_network(
         baselines=False, run_dir=run_dir, overwrite=True,
     )  # fmt: skip
     if run_SSFTT_training.main(options) != utils.EXIT_DONE:
-        raise DataError(f"{name}: stopped by a signal. Give the same command again to continue.")
+        raise DataError(f"{name}: stopped by a signal. The same command trains it anew.")
     utils.setup_logging()  # no longer into the run's log file
     return run_dir
 
@@ -483,7 +489,9 @@ def main(config: Config) -> int:
             for n, name in itertools.product(config.n_train, names)
             for seed in config.seeds
         ]
-        missing = [w for w in wanted if not row_path(config, wave_min, factor, *w).is_file()]
+        missing = [
+            w for w in wanted if not read_row(config, row_path(config, wave_min, factor, *w))
+        ]
         if not missing:
             continue
         root = make_cubes(config, wave_min)
@@ -495,6 +503,7 @@ def main(config: Config) -> int:
             row = {
                 "name": name, "depth": 1 / factor**2, "wave_min": wave_min,
                 "n_train": len(survey.train_galaxies(n)), "limit": n, "seed": seed,
+                "made_with": made_with(config, name),
                 **scores_of(survey, predicted), "seconds": time.monotonic() - start,
                 "galaxies": galaxy_errors(survey, predicted),
             }  # fmt: skip
@@ -512,11 +521,25 @@ def row_path(config: Config, wave_min: float, factor: int, name: str, n: int, se
     return config.work_dir / "rows" / f"{name}_{wave_min:.0f}_{factor}_{n}_{seed}.json"
 
 
+def made_with(config: Config, name: str) -> dict[str, Any]:
+    """Gather what decides a row besides what its file's name says."""
+    epochs = {"ours": config.epochs, "ssftt_before": config.ssftt_epochs}.get(name)
+    return {"version": ROWS_VERSION, "n_galaxies": config.n_galaxies, "epochs": epochs}
+
+
+def read_row(config: Config, path: Path) -> dict[str, Any] | None:
+    """Read a finished row; None if there is none, or one made with other options."""
+    row = json.loads(path.read_text()) if path.is_file() else {}
+    return row if row and row.get("made_with") == made_with(config, row["name"]) else None
+
+
 def table(config: Config) -> list[dict[str, Any]]:
     """Average the finished rows over seeds; compare each with ours."""
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for path in sorted((config.work_dir / "rows").glob("*.json")):
-        row = json.loads(path.read_text())
+        row = read_row(config, path)
+        if row is None:
+            continue
         key = (-row["wave_min"], -row["depth"], row["limit"], list(ROWS).index(row["name"]))
         found.setdefault(key, []).append(row)
     rows = []

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+import utils
 
 import numpy as np
 import pandas as pd
@@ -15,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import benchmark_hard
 from benchmark_hard import Config, Survey
 
+import data_io
 import line_fits
 from mock.physics import EMLINES
 
@@ -83,6 +87,36 @@ def test_the_paired_bootstrap_of_a_row_with_itself_is_one():
     assert benchmark_hard.compare(runs, runs) == {"label": [1, 1], "truth": [1, 1]}
     doubled = [{**r, "galaxies": (2 * np.array(r["galaxies"])).tolist()} for r in runs]
     np.testing.assert_allclose(benchmark_hard.compare(doubled, runs)["truth"], 2)
+
+
+def test_rows_made_with_other_options_do_not_count(tmp_path):
+    config = Config(work_dir=tmp_path, epochs=3)
+    for name in ("ours", "majority", "ssftt_before"):
+        path = benchmark_hard.row_path(config, 5000, 1, name, 0, 0)
+        row = {"name": name, "wave_min": 5000.0, "depth": 1.0, "n_train": 9, "limit": 0, "seed": 0}
+        row |= {"made_with": benchmark_hard.made_with(config, name), "galaxies": [[1.0] * 4] * 3}
+        utils.write_json(path, row)
+
+    def counting(**changed):
+        return {row["name"] for row in benchmark_hard.table(replace(config, **changed))}
+
+    assert counting() == {"ours", "majority", "ssftt_before"}
+    assert counting(epochs=4) == {"majority", "ssftt_before"}
+    assert counting(ssftt_epochs=4) == {"majority", "ours"}
+    assert counting(n_galaxies=4) == set()
+
+
+def test_noisy_cubes_record_their_noise_and_those_of_other_noise_are_made_again(own_data):
+    (own_data / "truth").mkdir()
+    shallow = benchmark_hard.make_shallow(own_data, 2)
+    path = utils.processed_cubes(shallow)[0]
+    deep = data_io.read_cube(utils.cube_path(own_data, path.stem))
+    noisy = data_io.read_cube(path)
+    assert noisy.recipe.inputs == {**deep.recipe.inputs, "noise": "factor 2, seed 0"}
+    np.testing.assert_array_equal(noisy.ivar, deep.ivar / 4)
+    data_io.write_cube(path, deep)  # as made before noise was recorded
+    benchmark_hard.make_shallow(own_data, 2)
+    np.testing.assert_array_equal(data_io.read_cube(path).flux, noisy.flux)
 
 
 @pytest.mark.slow

@@ -233,7 +233,7 @@ REFUSED = {
         CUBE, attribute(plateifu="8485-1902"), f"the cube of 8485-1902, expected that of {GALAXY}"
     ),
     "cube without recipe": (CUBE, attribute(recipe="{"), "its recipe is damaged .* Rebuild the"),
-    "no labels": (LABEL, Path.unlink, "no such file"),
+    "no labels": (LABEL, Path.unlink, r"no such file.* Make it with process_single_cube\.py\.$"),
     "edited labels": (
         LABEL, lambda path: np.save(path, LABELS + 1), r"values are not those that the \.json desc"
     ),
