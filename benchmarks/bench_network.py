@@ -247,7 +247,7 @@ class Step:
             scheduler=torch.optim.lr_scheduler.LambdaLR(optimiser, lambda _: 1.0),
             scaler=torch.amp.GradScaler(bench.device.type, enabled=bench.amp == "fp16"),
             card=describe_model(bench, self.model),
-            config={},
+            config={"seed": 0},
         )
         self.batch = make_batch(bench, self.model.config, dense, n)
 

@@ -376,7 +376,7 @@ def test_unchanged_data_in_another_place_are_resumed_on(options, root, trained, 
     [
         ("--lrr", "1", 2, "--lrr"),
         ("--patch-norm", "none", 2, "patch-norm"),
-        ("--data-dir", "nowhere", 1, "create_data_splits.py"),
+        ("--data-dir", "nowhere", 1, "check --data-dir"),
         ("--config", "nowhere.json", 2, "nowhere.json"),
         ("--device", "cuda", 1, "no GPU found"),
     ],
