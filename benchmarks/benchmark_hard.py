@@ -406,7 +406,10 @@ def train_network(
         baselines=False, run_dir=run_dir, overwrite=True,
     )  # fmt: skip
     if run_SSFTT_training.main(options) != utils.EXIT_DONE:
-        raise DataError(f"{name}: stopped by a signal. The same command trains it anew.")
+        raise DataError(
+            f"{name}: stopped by a signal, expected the training to finish. "
+            "Run the same command again; the training then starts from the beginning."
+        )
     utils.setup_logging()  # no longer into the run's log file
     return run_dir
 
