@@ -61,6 +61,12 @@ class Simulation:
         with layout.open_layout(path) as h5:
             index, runs = layout.index_table(h5), layout.runs_table(h5)
         sources = np.unique(index["source"][index["primary_id"] == primary_id])
+        if not sources.size:
+            held = ", ".join(map(str, np.unique(index["primary_id"]))) or "no event at all"
+            raise DataError(
+                f"{path}: it has no event of primary_id {primary_id} (it holds {held}). "
+                "Name one of these."
+            )
         runs = runs[sources]
         # A file has another row each time that further events of it were added.
         runs = runs[np.unique(runs[["file", "run_number"]], return_index=True)[1]]
@@ -73,7 +79,7 @@ class Simulation:
             found = (
                 f"{unread[0].decode()} was not read to its end"
                 if unread.size
-                else (f"its events of primary {primary_id} were simulated in {len(drawn)} ways")
+                else f"its events of primary_id {primary_id} were simulated in {len(drawn)} ways"
             )
             raise DataError(
                 f"{path}: {found} (expected whole files with one energy range, spectral index, "

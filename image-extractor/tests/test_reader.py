@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 
@@ -171,16 +172,25 @@ def test_batches_of_images_and_events(files):
         assert not batch["images"][i, n:].any()
 
 
-def test_the_reading_example_of_the_readme(files, monkeypatch):
-    """Its five lines train a classifier."""
+def test_the_reading_examples_of_the_readme(files, monkeypatch):
+    """Its lines train a classifier, and weigh the events of a file."""
     pytest.importorskip("torch", reason="torch is absent: pip install '.[torch]'")
     text = (PACKAGE / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(from image_extractor\.reader.*?)```", text, re.DOTALL)
+    training, weighting = re.findall(
+        r"```python\n(from image_extractor\.reader.*?)```", text, re.DOTALL
+    )
     monkeypatch.chdir(files[0].parent)
-    files[0].with_name("dataset.h5").write_bytes(files[0].read_bytes())
     names = {}
-    exec(code, names)
+    for code, path, name in (
+        (training, files[0], "dataset.h5"),
+        (weighting, files[1], "gammas.h5"),
+    ):
+        shutil.copy(path, name)
+        exec(code, names)
     assert float(names["loss"].detach()) > 0
+    assert len(names["weight"]) == len(names["gammas"])
+    assert (names["weight"] > 0).all()
+    assert names["area"].shape == (2,)
 
 
 def test_every_event_has_its_source(files):
