@@ -225,7 +225,7 @@ def tiny_run(tmp_path_factory):
 @pytest.mark.slow
 def test_network_rows_cover_every_front_end(tiny_run):
     front_ends = {f"front_end_{v}" for v in bench_network.VARIANTS if v != "published"}
-    names = {"dense_forward", "dense_training", "recommended_training", "map_latency"}
+    names = {"dense_forward", "dense_training", "recommended_training", "map_latency", "evidence"}
     names |= {"matched_filters_training", "matched_filters_training_vs_pca30"}
     assert set(ratios(tiny_run["rows"])) >= front_ends | names | {"training_memory"}
     assert [row["variant"] for row in tiny_run["roofline"]] == list(bench_network.VARIANTS)
