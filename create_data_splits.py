@@ -138,7 +138,8 @@ def split_galaxies(
     means = galaxies.groupby("mangaid")["mean_label"].mean()
     if len(means) < 3:
         raise DataError(
-            f"{len(means)} galaxies: expected at least 3, one for each part. Process more."
+            f"{utils.counted(len(means), 'galaxy', 'galaxies')}: expected at least 3, one for each "
+            "part. Process more."
         )
     order = means.index[np.lexsort((rng.random(len(means)), means.to_numpy()))]
     part_of = dict(zip(order, _interleave(len(order), fractions, rng), strict=True))

@@ -146,7 +146,7 @@ def bpt_figure(root: Path, prediction: CubePrediction, label_task: str) -> Figur
     Raises
     ------
     DataError
-        If the MAPS file is not in the data folder.
+        If the MAPS file is neither in the data folder nor where it was when the labels were made.
     """
     import archive_files
     import fits_utils
@@ -157,9 +157,11 @@ def bpt_figure(root: Path, prediction: CubePrediction, label_task: str) -> Figur
     if name := meta.get("source_file"):
         maps_file = utils.raw_dir(root, plateifu) / name
         if not maps_file.is_file():
+            maps_file = Path(meta.get("source_path", maps_file))
+        if not maps_file.is_file():
             raise DataError(
                 f"{maps_file}: no such file, expected the MAPS file that the labels of {plateifu} "
-                "were made from. Copy or link it there."
+                f"were made from. Copy or link it to {utils.raw_dir(root, plateifu)}."
             )
     else:
         maps_file = utils.find_raw(root, plateifu, "MAPS")
