@@ -56,8 +56,8 @@ COPIED_CARDS = {
 """Attributes of a cube that are cards of the LOGCUBE's primary header."""
 SKIPPED = "skipped: CRITICAL"
 OTHER_CUBES = (
-    "Replace it with --overwrite, or make the other cube in a second --data-dir, whose raw/ can be a "
-    "link to this one's"
+    "Replace it with --overwrite, or make the other cube in a second --data-dir, whose raw/ can be "
+    "a link to this one's"
 )
 """What to do about a cube that was made with other options, as a sentence without its full stop."""
 
