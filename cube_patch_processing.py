@@ -43,7 +43,7 @@ class PatchOptions:
     """How patches are cut."""
 
     patch_norms: tuple[utils.PatchNorm, ...] = ()
-    """Normalisations to write patch files for (global spatial spectral PCA)."""
+    """Normalisations to write patch files for (global spatial spectral PCA); default none."""
     patch_size: int = 7
     """Side of a patch in spaxels."""
     split_dir: str | None = None
