@@ -8,7 +8,7 @@ Layouts: docs/data_formats.md. Outputs that are up to date are skipped.
 
     python process_single_cube.py --plateifu 8485-1901
     python process_single_cube.py --fits manga-8485-1901-LOGCUBE-SPX-MILESHC-MASTARSSP.fits.gz
-    python process_single_cube.py --plateifu 8485-1901 --like-run runs/a   # so that runs/a can map it
+    python process_single_cube.py --plateifu 8485-1901 --like-run runs/a  # then runs/a can map it
 """
 
 from __future__ import annotations
