@@ -52,6 +52,11 @@ class PatchOptions:
     """Refuse to write more patch files than this, in GB: a patch holds each spectrum P x P times.
     Packed cubes (pack_cubes.py), which training reads by default, hold it once."""
 
+    def __post_init__(self) -> None:
+        """Check the size of patches here, before any work is done."""
+        if self.patch_size < 1:
+            raise DataError(f"--patch-size {self.patch_size}: expected 1 or more.")
+
 
 @dataclass(frozen=True)
 class Config(PatchOptions, loops.GalaxyChoice):
