@@ -32,6 +32,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import hashlib
 import io
 import json
 import logging
@@ -372,6 +373,19 @@ def config_dict(config: Any) -> dict[str, Any]:
     groups = [v for v in values.values() if isinstance(v, dict)]  # options grouped for --help
     flat = {k: v for k, v in values.items() if not isinstance(v, dict)}
     return {k: v for group in (*groups, flat) for k, v in group.items()}
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with reading(path, "a file to read", "Check the path."), Path(path).open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def file_stamp(path: Path) -> str:
+    """Size and time of a file: while they stay, it is not read again to see what is in it."""
+    with reading(path, "a file to read", "Check the path."):
+        stat = Path(path).stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 # Commands
