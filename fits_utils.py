@@ -55,6 +55,11 @@ COPIED_CARDS = {
 }  # fmt: skip
 """Attributes of a cube that are cards of the LOGCUBE's primary header."""
 SKIPPED = "skipped: CRITICAL"
+OTHER_CUBES = (
+    "Replace it with --overwrite, or make the other cube in a second --data-dir, whose raw/ can be "
+    "a link to this one's"
+)
+"""What to do about a cube that was made with other options, as a sentence without its full stop."""
 
 Diagnostic = Literal["O3N2-M13", "N2-M13", "O3N2-PP04", "N2O2-KD02"]
 
@@ -156,7 +161,7 @@ def process_cube(
         if inputs["LOGCUBE"] != made.inputs.get("LOGCUBE"):
             read_hdus(source, archive_files.ESSENTIAL)  # if it is damaged, says that
         today = Recipe("cube", data_io.CUBE_VERSION, chosen, inputs)
-        today.require(made, target, "Replace it with --overwrite")
+        today.require(made, target, OTHER_CUBES)
         return SKIPPED if skip_critical and head.attrs.get("critical") else "up to date"
     with ThreadPoolExecutor(1) as pool:
         hashing = pool.submit(utils.file_digest, source)
@@ -365,6 +370,7 @@ def process_map(
         "critical": critical,
         **version,
         "source_file": source.name,
+        "source_path": str(source.resolve()),
         "wcs_header": archive_files.celestial(flux_hdu.header),
         **utils.made_now(),
     }

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import utils
+from utils import DataError
 
 import numpy as np
 import pandas as pd
 from astropy.io import fits
 
 import data_io
+import fits_stream
 import hsi_proc_fns
 import inference
 import loops
@@ -119,10 +121,11 @@ def spaxel_mask(result: inference.CubePrediction, bpt: np.ndarray | None) -> np.
 
 
 def read_map_header(path: Path) -> fits.Header:
-    """Read the primary header of a map; an empty one if there is no readable map."""
+    """Read the primary header of a map; an empty one if there is no map, or a damaged one."""
     try:
-        return fits.getheader(path)
-    except OSError:
+        return fits_stream.check_whole(path) if path.is_file() else fits.Header()
+    except DataError as error:
+        log.warning("%s", str(error).replace(fits_stream.FETCH_AGAIN, "It has to be made again."))
         return fits.Header()
 
 
@@ -188,7 +191,7 @@ def write_map(
 
 
 def tabulate_maps(folder: Path) -> pd.DataFrame:
-    """Tabulate all maps in a folder from their headers, one row per observation.
+    """Tabulate all sound maps in a folder from their headers, one row per observation.
 
     Returns
     -------
@@ -200,6 +203,8 @@ def tabulate_maps(folder: Path) -> pd.DataFrame:
     rows = []
     for path in utils.files_in(folder, "*.fits"):
         header = read_map_header(path)
+        if not header:  # damaged
+            continue
         row = {k: header.get(k.upper()) for k in ("plateifu", "mangaid", "redshift", "part")}
         row["spaxels"] = header.get("SPAXELS")
         if header.get("TASK") == "logOH":

@@ -201,6 +201,26 @@ def write_maps(path: Path, flux, ivar, mask, lines=LINES, **cards) -> Path:
     return path
 
 
+def write_fits(folder: Path, plateifu: str) -> None:
+    """Write LOGCUBE and MAPS of a galaxy of 3 x 4 spaxels."""
+    rng, (ny, nx) = np.random.default_rng(0), (3, 4)
+    flux = (1 + 0.3 * rng.random((N_WAVE, ny, nx))).astype("f4")
+    ivar = (50 + 50 * rng.random(flux.shape)).astype("f4")
+    logcube, maps_file = (folder / f"manga-{plateifu}-{k}-X.fits" for k in ("LOGCUBE", "MAPS"))
+    write_logcube(logcube, flux, ivar, np.zeros(flux.shape, "i2"), PLATEIFU=plateifu)
+    typical = dict(zip(LINES, (60, 80, 35, 30, 100, 30), strict=True))
+    maps = {k: v * (1 + 0.1 * rng.random((ny, nx))) for k, v in typical.items()}
+    ivars, masks = ({k: np.full((ny, nx), value) for k in LINES} for value in (4.0, 0))
+    write_maps(maps_file, maps, ivars, masks, PLATEIFU=plateifu)
+    with fits.open(maps_file, mode="append") as hdus:
+        channels = {f"C{i:02d}": line for i, line in enumerate(LINES, 1)}
+        for name, data in (
+            ("EMLINE_GVEL", rng.normal(0, 80, (6, ny, nx)).astype(">f4")),
+            ("EMLINE_GVEL_MASK", np.zeros((6, ny, nx), ">i4")),
+        ):
+            hdus.append(fits.ImageHDU(data, fits.Header(channels), name=name))
+
+
 @pytest.fixture
 def plain_arrays():
     """FLUX, IVAR, MASK of a 4 x 5 cube: positive spectra, all good."""

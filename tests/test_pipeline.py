@@ -395,7 +395,7 @@ def test_bad_command_line_is_one_line_and_its_exit_code(
     assert found == code
     assert expected in said
     assert ("Traceback" in said) == ("--debug" in words)
-    assert code == 2 or "--debug" in words or said.count("\n") == 1
+    assert "--debug" in words or said.count("\n") == 1
     assert not data.exists()
 
 
