@@ -45,7 +45,7 @@ from inference import TrainedModel
 from line_fits import LINES
 from matched_filter_net import MatchedFilterNet, SpaxelSums, Spectra, neighbours, split
 from pack_cubes import NormalisedCube
-from recipe import Recipe, file_digest
+from recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -495,7 +495,7 @@ def main(config: Config) -> int:
             "whose evidence can be found. Use another run, or train with --network matched_filters."
         )
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
-    weights = file_digest(config.run_dir / run_folder.WEIGHTS_FILE)
+    weights = utils.file_digest(config.run_dir / run_folder.WEIGHTS_FILE)
     code = utils.EXIT_DONE
     for plateifu in config.plateifu:
         try:

@@ -146,7 +146,7 @@ def bpt_figure(root: Path, prediction: CubePrediction, label_task: str) -> Figur
     Raises
     ------
     DataError
-        If the MAPS file is not in the data folder.
+        If the MAPS file is neither in the data folder nor where it was when the labels were made.
     """
     import archive_files
     import fits_utils
@@ -157,9 +157,11 @@ def bpt_figure(root: Path, prediction: CubePrediction, label_task: str) -> Figur
     if name := meta.get("source_file"):
         maps_file = utils.raw_dir(root, plateifu) / name
         if not maps_file.is_file():
+            maps_file = Path(meta.get("source_path", maps_file))
+        if not maps_file.is_file():
             raise DataError(
                 f"{maps_file}: no such file, expected the MAPS file that the labels of {plateifu} "
-                "were made from. Copy or link it there."
+                f"were made from. Copy or link it to {utils.raw_dir(root, plateifu)}."
             )
     else:
         maps_file = utils.find_raw(root, plateifu, "MAPS")
@@ -225,26 +227,15 @@ def run_figures(run_dir: Path, card: ModelCard, part: str = "test") -> dict[str,
     figures = {}
     metrics = run_dir / run_folder.METRICS_FILE
     if metrics.is_file():
-        figures["training_curves"], axes = _figure(11, 3.4, columns=2)
-        plot_training_curves(axes, pd.read_csv(metrics), card)
+        with utils.reading(metrics, "a table with a row per epoch", "Copy it again, or retrain."):
+            figures["training_curves"], axes = _figure(11, 3.4, columns=2)
+            plot_training_curves(axes, pd.read_csv(metrics), card)
     else:
         command = f"python run_SSFTT_training.py --config {run_dir / run_folder.CONFIG_FILE}"
         log.warning("no training curves: no %s; retrain with %s --run-dir NEW", metrics, command)
     evaluation = run_dir / part / run_folder.RESULT_FILE
     if evaluation.is_file():
-        result = json.loads(evaluation.read_text())
-        epochs = (result["best_epoch"], card.best["epoch"])
-        if epochs[0] != epochs[1]:
-            log.warning("%s: epoch %d, the model: epoch %d; evaluate again", evaluation, *epochs)
-        table = pd.read_csv(run_dir / part / run_folder.CONFUSION_FILE, index_col="true")
-        figures[f"confusion_{part}"], (ax,) = _figure(6, 5.6)
-        spaxels = utils.counted(result["spaxels"], "spaxel")
-        galaxies = utils.counted(result["galaxies"], "galaxy", "galaxies")
-        title = (
-            f"{TASK_TITLES[result['label_task']]}, {part} part of the {result['split_kind']} split"
-            f"\naccuracy {result['accuracy']:.3f}: {spaxels}, {galaxies}"
-        )
-        plot_confusion(ax, table.to_numpy(), list(table.columns), title)
+        figures[f"confusion_{part}"] = confusion_figure(run_dir, card, part)
     else:
         command = f"python eval_fns.py --run-dir {run_dir} --part {part}"
         log.warning("no confusion matrix: no %s; create it with %s", evaluation, command)
@@ -252,6 +243,28 @@ def run_figures(run_dir: Path, card: ModelCard, part: str = "test") -> dict[str,
     if stats.is_file():
         figures["explained_variance"] = variance_figure(data_io.read_stats(stats))
     return figures
+
+
+def confusion_figure(run_dir: Path, card: ModelCard, part: str) -> Figure:
+    """Draw the confusion matrix of an evaluation by eval_fns.py."""
+    import run_folder
+
+    folder, (figure, (ax,)) = run_dir / part, _figure(6, 5.6)
+    remedy = f"Evaluate again: python eval_fns.py --run-dir {run_dir} --part {part}"
+    with utils.reading(folder, "scores and a confusion matrix", remedy):
+        result = json.loads((folder / run_folder.RESULT_FILE).read_text())
+        epochs = (result["best_epoch"], card.best["epoch"])
+        if epochs[0] != epochs[1]:
+            log.warning("%s: epoch %d, the model: epoch %d; evaluate again", folder, *epochs)
+        table = pd.read_csv(folder / run_folder.CONFUSION_FILE, index_col="true")
+        spaxels = utils.counted(result["spaxels"], "spaxel")
+        galaxies = utils.counted(result["galaxies"], "galaxy", "galaxies")
+        title = (
+            f"{TASK_TITLES[result['label_task']]}, {part} part of the {result['split_kind']} split"
+            f"\naccuracy {result['accuracy']:.3f}: {spaxels}, {galaxies}"
+        )
+        plot_confusion(ax, table.to_numpy(), list(table.columns), title)
+    return figure
 
 
 def save(figure: Figure, path: Path) -> None:
