@@ -15,6 +15,7 @@ it is asked for. A pickled object, e.g. in a worker process, opens the files aga
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -65,6 +66,7 @@ class _Reader:
         self.paths = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
         self.transform = transform
         self._open: dict[int, tables.File] = {}
+        weakref.finalize(self, _close, self._open)  # also at exit, before PyTables warns
         self._nodes: dict[tuple[int, int, int], tuple[tables.Leaf, str]] = {}
         self._tables: list[list[str]] = []  # of each file
         self._telescopes: list[np.ndarray] = []
@@ -153,9 +155,7 @@ class _Reader:
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
-        for h5 in self._open.values():
-            h5.close()
-        self._open.clear()
+        _close(self._open)
         self._nodes.clear()
 
     def _node(self, file: int, table: int, slot: int) -> tuple[tables.Leaf, str]:
@@ -325,6 +325,11 @@ class Events(_Reader):
     def particles(self) -> np.ndarray:
         """Return `particle` of every event, (n_events,) int64, without reading images."""
         return self._particle
+
+
+def _close(files: dict[int, tables.File]) -> None:
+    while files:
+        files.popitem()[1].close()
 
 
 def _is_named(telescope: np.void, item: str | None) -> bool:
