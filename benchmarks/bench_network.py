@@ -92,7 +92,7 @@ RUN_BATCHES = (256, 4096, 16384)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(measuring.Options):
     """The network's speed on this device."""
 
     device: Literal["auto", "cpu", "cuda"] = "cpu"
@@ -121,8 +121,6 @@ class Config:
     """Also measure under torch.compile (needs a C++ compiler; takes minutes)."""
     trace: bool = False
     """Only show where the time of a training step goes, and write it beside the JSON."""
-    results: Path = measuring.RESULTS
-    """Folder of the JSON."""
 
 
 class Bench(NamedTuple):

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import numbers_of
 from torch import nn
 
 import distributed
@@ -168,10 +169,6 @@ def test_gradients_and_scores_are_those_of_one_process(root, tmp_path, task, n):
 
 def train_here(options):
     return script.main(train_config(**options))
-
-
-def numbers_of(run):
-    return pd.read_csv(run / "metrics.csv").drop(columns=["seconds", "spaxels_per_s"])
 
 
 def assert_close(one, other):
