@@ -513,7 +513,7 @@ def train(training: Training, stopper: Stopper) -> int:
     if training.card.class_values and calibration.galaxies < intervals.ENOUGH_GALAXIES:
         log.warning(
             "%d validation galaxies calibrate the intervals (galaxies that were trained on do not "
-            "count), fewer than the %d that assure the coverage of other galaxies; with none, there "
+            "count), fewer than the %d that assure the coverage of others; with none, there "
             "are no intervals. Use a split by galaxies (create_data_splits.py) with a larger "
             "validation part",
             calibration.galaxies,
