@@ -107,6 +107,8 @@ def galaxy_figure(
     rows = 2 if n == 6 else 1
     figure, axes = _figure(4.9 * n / rows, 4.1 * rows, rows, n // rows)
     figure.suptitle(plateifu)
+    for ax_above in axes:
+        ax_above.tick_params(labelbottom=True)
     ax = iter(axes)
     if labels is not None:
         sky_maps.plot_answer(next(ax), found, labels, "label")
@@ -270,7 +272,7 @@ def confusion_figure(run_dir: Path, card: ModelCard, part: str) -> Figure:
 def save(figure: Figure, path: Path) -> None:
     """Save a figure, whole or not at all."""
     with utils.atomic_path(path) as part, mpl.rc_context({"hatch.linewidth": 0.5}):
-        figure.savefig(part, dpi=DPI)
+        figure.savefig(part, dpi=DPI, bbox_inches="tight")  # legends can push labels off the page
     log.info("%s", path)
 
 
