@@ -113,6 +113,8 @@ def galaxy_figure(
         counted = found.usable & (true_classes == SF)
         title += "\n" + reach(found.logoh[counted], labels[counted], truth[counted])
     figure.suptitle(title)
+    for ax_above in axes:
+        ax_above.tick_params(labelbottom=True)
     ax = iter(axes)
     if labels is not None:
         sky_maps.plot_answer(next(ax), found, labels, "label")
@@ -285,7 +287,7 @@ def confusion_figure(run_dir: Path, card: ModelCard, part: str) -> Figure:
 def save(figure: Figure, path: Path) -> None:
     """Save a figure, whole or not at all."""
     with utils.atomic_path(path) as part, mpl.rc_context({"hatch.linewidth": 0.5}):
-        figure.savefig(part, dpi=DPI)
+        figure.savefig(part, dpi=DPI, bbox_inches="tight")  # legends can push labels off the page
     log.info("%s", path)
 
 

@@ -6,11 +6,14 @@ import functools
 import gzip
 import io
 import itertools
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import utils
 from utils import DataError
@@ -20,6 +23,10 @@ import pytest
 from astropy.io import fits
 
 import download_utils as du
+from mock.galaxy import draw_params, simulate_galaxy
+from mock.survey import write_galaxy
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @functools.cache  # its CHECKSUM cards contain the time
@@ -411,6 +418,38 @@ def test_proxy_and_netrc_are_respected(archive, tmp_path, monkeypatch):
     assert du.fetch(["http://archive.test/a.fits.gz"], path, retries=0) == len(CONTENT)
     said = archive.headers_seen[0]["Authorization"].removeprefix("Basic ")
     assert base64.b64decode(said) == b"astronomer:secret"
+
+
+@pytest.mark.slow
+def test_the_real_demo_runs_through_on_galaxies_that_are_like_real_ones(archive, tmp_path):
+    commands = subprocess.run(
+        ["make", "-n", "SETUP=no", f"python={sys.executable}", "demo-real"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    names = utils.PLATEIFU.findall(commands.splitlines()[0])
+    for i, name in enumerate(names, 1):  # these are star-forming
+        params = draw_params(1, i, (19,), 0)
+        write_galaxy(tmp_path, simulate_galaxy(replace(params, plateifu="-".join(name))))
+    for file in (tmp_path / "raw").rglob("*.fits.gz"):
+        kind, plateifu = file.name.split("-")[3], utils.plateifu_of(file)
+        path = du.archive_path(kind, plateifu, du.DEFAULT_DAPTYPE)
+        assert path.endswith(file.name)
+        put(archive, file.read_bytes(), path)
+    for name in ("data", "results"):
+        commands = commands.replace(f"{name}/real", str(tmp_path / name))
+    mine = commands.replace("download_utils.py", f"download_utils.py --base-url {archive.base}")
+    done = subprocess.run(["bash", "-e", "-c", mine], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "results" / "maps").glob("*.fits"))) == len(names) == 3
+    assert len(list((tmp_path / "results" / "figures").glob("*_maps.png"))) == 3
+    nowhere = commands.replace(
+        "download_utils.py", "download_utils.py --base-url http://127.0.0.1:1"
+    )
+    nowhere = nowhere.replace(str(tmp_path / "data"), str(tmp_path / "new"))
+    done = subprocess.run(["bash", "-e", "-c", nowhere], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: http://127.0.0.1:1: no connection")
+    assert done.stderr.count("\n") == 1
 
 
 def test_dry_run_lists_missing_files_among_them_an_empty_catalogue(archive, tmp_path, capsys):
