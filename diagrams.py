@@ -214,8 +214,9 @@ def plot_spectrum(
         sigma = np.divide(1, np.sqrt(ivar), out=np.full(ivar.shape, np.nan), where=ivar > 0)
         ax.plot(wave, sigma, color=OTHER_COLOUR, label=r"1$\sigma$ error", **style)
     mark_lines(ax, wave[0], wave[-1])
+    edge = 0.01 * (wave[-1] - wave[0])  # [O III] 5008 is close to the end of the usual range
     ax.set(
-        xlim=(wave[0], wave[-1]),
+        xlim=(wave[0] - edge, wave[-1] + edge),
         xlabel="rest wavelength in vacuum (Angstrom)",
         ylabel="flux density\n" r"($10^{-17}$ erg/s/cm$^2$/$\AA$/spaxel)",
     )

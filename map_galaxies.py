@@ -38,7 +38,7 @@ import run_folder
 from intervals import LEVEL
 from labels import LABEL_NONE, SF
 from pack_cubes import NormalisedCube
-from recipe import Recipe, digest_of, file_digest
+from recipe import Recipe, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ def map_galaxies(
 ) -> dict[str, str]:
     """Map observations; say of each whether its map was written, is up to date, or failed."""
     run_dir, folder = config.run_dir, config.run_dir / run_folder.MAPS_FOLDER
-    weights = file_digest(run_dir / run_folder.WEIGHTS_FILE)
+    weights = utils.file_digest(run_dir / run_folder.WEIGHTS_FILE)
     readers = utils.processes(config.jobs) if config.jobs else inference.count_readers()
 
     def read(plateifu: str) -> tuple[NormalisedCube, np.ndarray | None] | Exception | None:

@@ -230,7 +230,7 @@ def set_up(config: TrainConfig, run_dir: Path, resuming: bool = False) -> Traini
     with distributed.first_one_ahead():  # which creates what is missing
         create_statistics(data)
         loaders = data_fns.get_dataloaders(data, sampler_seed, ("train", "val"), device)
-    share_batches(config, loaders)
+        share_batches(config, loaders)
     dataset = dataset_of(loaders["train"])
     if min(data.batch_size, len(dataset)) < 2 and data.cutout_size == 1:
         raise DataError(

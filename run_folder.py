@@ -223,6 +223,8 @@ def choose(
                 if not option_differences(own_options(found), options):
                     return found, True
         return RUNS_FOLDER / f"{time.strftime('%Y%m%dT%H%M%S')}_{name}", False
+    if run_dir.is_file():
+        raise DataError(f"{run_dir}: a file, expected a new folder or a run's. Check --run-dir.")
     if (run_dir / CHECKPOINT_FILE).is_file() and not overwrite:
         if not resume:
             raise DataError(

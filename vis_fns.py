@@ -107,6 +107,8 @@ def galaxy_figure(
     rows = 2 if n == 6 else 1
     figure, axes = _figure(4.9 * n / rows, 4.1 * rows, rows, n // rows)
     figure.suptitle(plateifu)
+    for ax_above in axes:
+        ax_above.tick_params(labelbottom=True)
     ax = iter(axes)
     if labels is not None:
         sky_maps.plot_answer(next(ax), found, labels, "label")
@@ -146,7 +148,7 @@ def bpt_figure(root: Path, prediction: CubePrediction, label_task: str) -> Figur
     Raises
     ------
     DataError
-        If the MAPS file is not in the data folder.
+        If the MAPS file is neither in the data folder nor where it was when the labels were made.
     """
     import archive_files
     import fits_utils
@@ -157,9 +159,11 @@ def bpt_figure(root: Path, prediction: CubePrediction, label_task: str) -> Figur
     if name := meta.get("source_file"):
         maps_file = utils.raw_dir(root, plateifu) / name
         if not maps_file.is_file():
+            maps_file = Path(meta.get("source_path", maps_file))
+        if not maps_file.is_file():
             raise DataError(
                 f"{maps_file}: no such file, expected the MAPS file that the labels of {plateifu} "
-                "were made from. Copy or link it there."
+                f"were made from. Copy or link it to {utils.raw_dir(root, plateifu)}."
             )
     else:
         maps_file = utils.find_raw(root, plateifu, "MAPS")
@@ -268,7 +272,7 @@ def confusion_figure(run_dir: Path, card: ModelCard, part: str) -> Figure:
 def save(figure: Figure, path: Path) -> None:
     """Save a figure, whole or not at all."""
     with utils.atomic_path(path) as part, mpl.rc_context({"hatch.linewidth": 0.5}):
-        figure.savefig(part, dpi=DPI)
+        figure.savefig(part, dpi=DPI, bbox_inches="tight")  # legends can push labels off the page
     log.info("%s", path)
 
 

@@ -42,7 +42,7 @@ SPLIT = utils.default_split(TASK)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(measuring.Options):
     """How fast loaders feed training."""
 
     galaxies: int = 2
@@ -59,8 +59,6 @@ class Config:
     """Worker processes to compare with none."""
     runs: int = 3
     """Timed passes of each loader, after one that is not counted."""
-    results: Path = measuring.RESULTS
-    """Folder of the JSON."""
 
 
 def make_data(root: Path, config: Config) -> dict[str, float]:

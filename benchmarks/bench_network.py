@@ -9,6 +9,7 @@ Measures on random spectra, whose values do not change the time; what is compare
   run       on a GPU: epochs of run_SSFTT_training.py itself, recommended variant, cutouts 5 wide,
             for several batch sizes, eager and under torch.compile
   map       a whole galaxy from flux to class map: normalised, and inference.map_answer
+  evidence  which wavelengths decided, for every spaxel of a galaxy, against its map
   memory    what a training step adds, for the same number of spaxels patch-wise and dense
   roofline  the training rates against the bound that arithmetic and memory traffic set, from the
             network's sizes and this device's measured ceilings: roofline.py
@@ -44,6 +45,7 @@ from torch.utils.data import DataLoader
 
 import batches
 import data_io
+import evidence
 import hsi_proc_fns
 import inference
 import networks
@@ -53,7 +55,14 @@ from batches import Batch, CutoutBatch, PackedDataset, SpaxelBatchSampler
 from data_fns import DataOptions
 from hsi_proc_fns import Stats
 from HSI_SSFTT import SSFTT, SSFTTConfig, count_parameters, get_SSFTT_model
-from matched_filter_net import MatchedFilterConfig, MatchedFilterNet, joined_size
+from line_fits import line_places
+from matched_filter_net import (
+    MatchedFilterConfig,
+    MatchedFilterNet,
+    Spectra,
+    joined_size,
+    split,
+)
 from pack_cubes import PackedCubes
 from recipe import Recipe
 from run_folder import MODEL_VERSION, ModelCard
@@ -92,7 +101,7 @@ RUN_BATCHES = (256, 4096, 16384)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(measuring.Options):
     """The network's speed on this device."""
 
     device: Literal["auto", "cpu", "cuda"] = "cpu"
@@ -121,8 +130,6 @@ class Config:
     """Also measure under torch.compile (needs a C++ compiler; takes minutes)."""
     trace: bool = False
     """Only show where the time of a training step goes, and write it beside the JSON."""
-    results: Path = measuring.RESULTS
-    """Folder of the JSON."""
 
 
 class Bench(NamedTuple):
@@ -570,6 +577,34 @@ def map_rows(bench: Bench) -> list[Row]:
     return [make_row(*row[:3], "s", row[3], shape=[side, side]) for row in table]
 
 
+def evidence_rows(bench: Bench, folder: Path) -> list[Row]:
+    """Compare the evidence of a whole galaxy with its map, both from its cube, matched filters."""
+    side, bands = bench.config.map_size, bench.config.bands
+    wave = np.geomspace(5000, 8000, bands)  # Angstrom, as cubes usually have
+    flux = random_spectra(1, side, side, bands)[0, 0].permute(1, 2, 0).numpy()
+    path = folder / "cube.h5"
+    recipe = Recipe("cube", data_io.CUBE_VERSION)
+    data_io.write_cube(path, data_io.Cube(flux, wave, recipe, ivar=np.ones_like(flux)))
+    network = MatchedFilterNet(MatchedFilterConfig(bands))
+
+    def spectra() -> Spectra:
+        values = pack_cubes.read_normalised(path, "residual", None).values
+        return split(torch.from_numpy(values).to(bench.device))
+
+    residual, weight = (part.flatten(0, 1).cpu() for part in spectra()[:2])
+    network.start_filters(residual, weight, line_places(wave))
+    network = network.to(bench.device).eval()
+
+    @torch.inference_mode()
+    def galaxy_map() -> None:
+        network.map(*spectra()).cpu()
+
+    works = {"map": galaxy_map, "evidence": lambda: evidence.explain(network, spectra())}
+    took = measuring.in_turn(works, bench.config.runs)
+    against, more = "its map by the same network", {"shape": [side, side]}
+    return [make_row("evidence", took["evidence"], took["map"], "s", against, **more)]
+
+
 def trained_model(bench: Bench, variant: str) -> inference.TrainedModel:
     """Wrap an untrained network for prediction; the components have random directions."""
     network = make_model(bench, variant).eval()
@@ -722,6 +757,8 @@ def main(config: Config) -> int:
         report.part("pipeline", pipeline_rows, Path(folder), steps)
     steps.clear()
     report.part("map", map_rows)
+    with tempfile.TemporaryDirectory() as folder:
+        report.part("evidence", evidence_rows, Path(folder))
     report.part("memory", memory_rows)
     measuring.print_rows(report.rows)
     if "roofline" in report.more:

@@ -56,7 +56,7 @@ SHUFFLED = {"shuffle": True}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(measuring.Options):
     """Time and disk space for 10,000 galaxies, and the layout of cubes."""
 
     galaxies: int = 1
@@ -69,8 +69,6 @@ class Config:
     """Timed runs of each way, after one that is not counted."""
     data_dir: Path | None = None
     """Folder for the simulated galaxies, which are kept and reused; default a temporary one."""
-    results: Path = measuring.RESULTS
-    """Folder of the JSON."""
 
 
 # Galaxies

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,16 @@ PACKAGES = "numpy scipy h5py astropy isal torch scikit-learn tensorly hdf5plugin
 """Packages whose versions are recorded."""
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of every benchmark."""
+
+    results: Path = RESULTS
+    """Folder of the JSON."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 def timed(work: Callable[[], object]) -> float:

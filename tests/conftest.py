@@ -143,10 +143,24 @@ def trained_run(root, tmp_path_factory) -> Path:
     return train(root, tmp_path_factory.mktemp("runs") / "logOH")
 
 
+@pytest.fixture(scope="session")
+def filters_run(root, tmp_path_factory) -> Path:
+    """A trained run of matched filters; its model may not be changed."""
+    options = {"network": "matched_filters", "packed_type": "float16", "epochs": 4, "cutout": 7}
+    return train(root, tmp_path_factory.mktemp("runs") / "filters", **options)
+
+
 @pytest.fixture
 def own_run(trained_run, tmp_path) -> Path:
     """A copy of the trained run that a test may change."""
     return shutil.copytree(trained_run, tmp_path / "run")
+
+
+def numbers_of(run_dir: Path):
+    """Rows of a run's metrics.csv without the clock's columns."""
+    import pandas as pd
+
+    return pd.read_csv(run_dir / "metrics.csv").drop(columns=["seconds", "spaxels_per_s"])
 
 
 def write_logcube(path: Path, flux, ivar, mask, drop=(), redcorr=None, wave=None, **cards) -> Path:

@@ -319,23 +319,30 @@ def test_bpt_figure_shows_the_lines_of_the_maps_that_the_labels_were_derived_fro
         path = utils.label_path(tmp_path, "BPT", plateifu)
         data_io.write_labels(path, labels, 0 * labels, recipe, about)
 
-    write_labels(source_file=f"manga-{plateifu}-MAPS-HYB10.fits")
+    in_raw = raw / f"manga-{plateifu}-MAPS-HYB10.fits"
     classes = np.zeros(shape, np.int16)
     classes[3, 3] = LABEL_NONE
     prediction = prediction_of(classes, 3, plateifu)
-    figure = vis_fns.bpt_figure(tmp_path, prediction, "BPT")
-    assert figure.get_suptitle() == f"{plateifu}: 18 spaxels with S/N > 2 in all four lines"
     keep = np.ones(shape, bool)
     keep[0, 0] = keep[3, 3] = False
     ha, hb, nii, oiii = flux[:, keep]
     wanted = np.log10([nii / ha, oiii / hb]).T
-    for ax, entry in zip(figure.axes, ("composite: 18", "star-forming: 18"), strict=True):
-        assert entry in legend_of(ax)
-        found = ax.collections[0].get_offsets()
-        np.testing.assert_allclose(np.sort(found, axis=0), np.sort(wanted, axis=0), atol=1e-5)
+    own = tmp_path / "my.fits"  # a file that was given as --maps, outside of raw/
+    for about in ({"source_file": in_raw.name}, {"source_file": own.name, "source_path": str(own)}):
+        write_labels(**about)
+        figure = vis_fns.bpt_figure(tmp_path, prediction, "BPT")
+        assert figure.get_suptitle() == f"{plateifu}: 18 spaxels with S/N > 2 in all four lines"
+        for ax, entry in zip(figure.axes, ("composite: 18", "star-forming: 18"), strict=True):
+            assert entry in legend_of(ax)
+            found = ax.collections[0].get_offsets()
+            np.testing.assert_allclose(np.sort(found, axis=0), np.sort(wanted, axis=0), atol=1e-5)
+        own.write_bytes(in_raw.read_bytes())
     for about, message in (
         ({}, "2 MAPS files"),
-        ({"source_file": "my.fits"}, r"my\.fits: no such file.* Copy or link it there"),
+        (
+            {"source_file": "my.fits"},
+            r"8000/101/my\.fits: no such file.* Copy or link it to .*raw/8000/101",
+        ),
     ):
         write_labels(**about)
         with pytest.raises(utils.DataError, match=message):

@@ -26,7 +26,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 GAMMAS = "gamma_test.simtel.gz"
 SST_GAMMAS = "gamma_20deg_0deg_run102___cta-prod4-sst-1m_desert-2150m-Paranal-sst-1m.simtel.gz"
 CUT_OFF = "gamma_test_large_truncated.simtel.gz"  # LSTs, MSTs with FlashCam, SSTs with ASTRICam
-SHOWERS, USES = 500, 5
+SHOWERS, USES = 1000, 3
 MAPPED = """\
 storage_mode = mapped
 [image]
