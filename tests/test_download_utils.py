@@ -62,6 +62,8 @@ class Archive(BaseHTTPRequestHandler):
     """Bytes sent every 10 ms; 0: all at once."""
     modified: str | None = "Mon, 06 Dec 2021 08:49:37 GMT"
     """Last-Modified; None: the server does not say."""
+    says_sizes = True
+    """Answer HEAD."""
     shift = 0
     """Bytes by which a rest begins too late."""
     log: list[tuple[str, str | None]] = []  # noqa: RUF012
@@ -70,7 +72,7 @@ class Archive(BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         self.asked_sizes.append(self.path)
-        content = self.files.get(self.path)
+        content = self.files.get(self.path) if self.says_sizes else None
         self.send_response(404 if content is None else 200)
         if content is not None:
             self.send_header("Content-Length", str(len(content)))
@@ -355,6 +357,14 @@ def test_the_total_size_is_said_before_and_refused_if_the_disk_is_too_small(
         du.main(config)
     assert "6 files to fetch, about 0.01 GB" in caplog.text
     assert len(archive.asked_sizes) == 3  # the root and two files
+
+
+def test_a_server_that_says_no_sizes_is_fetched_from_all_the_same(archive, tmp_path, caplog):
+    put_galaxy(archive, "8485-1901")
+    archive.says_sizes = False
+    caplog.set_level("INFO")
+    assert du.main(config_of(tmp_path, archive, plateifu=("8485-1901",))) == 0
+    assert "2 files to fetch, of unknown size" in caplog.text
 
 
 def test_a_mirror_takes_over_whatever_the_archive_does(archive, mirror, tmp_path):
