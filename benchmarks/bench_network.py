@@ -428,7 +428,8 @@ def matched_filters_rows(bench: Bench, steps: Steps) -> list[Row]:
         return bench.steps * weights.numel()
 
     learn()
-    works = {"ours": learn, **{k: steps[k] for k in (BASE, RECOMMENDED)}}
+    works: dict[str, Callable[[], float]] = {"ours": learn}
+    works |= {k: steps[k] for k in (BASE, RECOMMENDED)}
     rates = measuring.rates_of(works, bench.config.runs)
     more: dict[str, Any] = {"variant": "matched filters", "cutout": usual.cutout}
     name, against = "matched_filters_training", f"{RECOMMENDED} on cutouts"
