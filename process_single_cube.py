@@ -160,6 +160,8 @@ def vetted(options: Chosen) -> Chosen:
         from archive_files import catalogue_rows  # here: it needs astropy
 
         catalogue_rows(options.catalogue)
+    if not options.min_snr >= 0:  # nan is not, either
+        raise DataError(f"--min-snr {options.min_snr:g}: expected 0 or more.")
     if options.labels_only and (options.patch_norms or not options.label_tasks):
         raise DataError(
             "--labels-only: expected some --label-tasks and no --patch-norms, which need a cube."

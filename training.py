@@ -521,10 +521,10 @@ def train(training: Training, stopper: Stopper) -> int:
     calibration = training.card.calibration
     if training.card.class_values and calibration.galaxies < intervals.ENOUGH_GALAXIES:
         log.warning(
-            "intervals are calibrated on %d validation galaxies that were not trained on (without "
-            "any, as in an easy split, there are none): with fewer than %d their coverage of "
-            "further galaxies is not assured. Use a split by galaxies (create_data_splits.py) with "
-            "more of them, or a larger validation part",
+            "%d validation galaxies calibrate the intervals (galaxies that were trained on do not "
+            "count), fewer than the %d that assure the coverage of others; with none, there "
+            "are no intervals. Use a split by galaxies (create_data_splits.py) with a larger "
+            "validation part",
             calibration.galaxies,
             intervals.ENOUGH_GALAXIES,
         )

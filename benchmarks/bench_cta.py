@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -31,8 +32,15 @@ import numpy as np
 
 PACKAGE = ROOT / "image-extractor"
 BINARIES = Path(sys.executable).parent
-FILES = {"proton": ("proton", 100, 600), "sct": ("gamma", 50, 450)}
-"""Name in the tests, how often its events are repeated, and how many there are then."""
+FILES = {
+    "proton": ("proton", 100, 600),
+    "proton_short": ("proton", 1, 6),
+    "sct": ("gamma", 50, 450),
+    "sct_short": ("gamma", 1, 9),
+}
+"""Name in the tests, how often its events are repeated, and how many there are then. The short ones
+show what starting a program costs.
+"""
 STORED = [
     ("uint16", "gzip"),
     ("uint16", "none"),
@@ -67,6 +75,38 @@ from eventio import SimTelFile
 with SimTelFile(sys.argv[1], zcat=False) as f:
     print(sum(1 for _ in f))
 """
+READING = """\
+import sys, time, warnings
+import numpy as np
+warnings.simplefilter("ignore")
+path, seconds = sys.argv[1], float(sys.argv[2])
+{load}
+order = np.random.default_rng().permutation(n)
+count, end = 0, time.perf_counter() + seconds
+while time.perf_counter() < end:
+    read(order[np.arange(count, count + 64) % n].tolist())
+    count += 64
+print(count)
+"""
+"""A program that reads batches of 64 images in random order."""
+READERS = {
+    "ours": """\
+from image_extractor.reader import Images
+data = Images(path)
+n = len(data)
+def read(numbers):
+    np.stack([data[i]["image"] for i in numbers])
+""",
+    "dl1dh": """\
+from dl1_data_handler.reader import DLImageReader
+data = DLImageReader([path], channels=["image", "peak_time"], force_dl1_lookup=True,
+    image_mapper_type=[("type", "*", "AxialMapper")], focal_length_choice="EQUIVALENT")
+n = len(data.example_identifiers)
+read = data.generate_mono_batch
+""",
+}
+READING_S = 10
+"""Seconds that readers read."""
 
 Words = list[str | Path]
 """The words of a command."""
@@ -154,12 +194,19 @@ def jobs_row(source: Path, folder: Path, n_events: int) -> Row:
     return make_row("four_files_jobs_2_vs_1", two, one, "events/s", "the same with --jobs 1")
 
 
-def read_raw(data: Any, order: list[int]) -> list[np.ndarray]:
+def read_all(data: Any, order: list[int]) -> None:
+    """Read images as training does: with units and labels, none of them kept."""
+    for i in order:
+        data[i]
+
+
+def read_raw(data: Any, order: list[int]) -> None:
     """Read the arrays of images as they are stored."""
     nodes = {}
     for slot in np.unique(data._images["slot"]).tolist():
         nodes[slot] = data._node(0, 0, slot)[0]
-    return [nodes[int(i["slot"])][int(i["row"])] for i in data._images[order]]
+    for i in data._images[order]:
+        nodes[int(i["slot"])][int(i["row"])]
 
 
 def is_stored(values: np.ndarray) -> np.ndarray:
@@ -188,8 +235,7 @@ def storage_table(source: Path, folder: Path, repeats: int) -> tuple[list[Row], 
     exact = data["float32", "none"]
     order = np.random.default_rng(0).permutation(len(exact))[:N_READ].tolist()
     works: dict[str, Callable[[], object]] = {
-        " ".join(key): functools.partial(lambda d: [d[i] for i in order], d)
-        for key, d in data.items()
+        " ".join(key): functools.partial(read_all, d, order) for key, d in data.items()
     }
     works["raw"] = functools.partial(read_raw, data[STORED[0]], order)
     seconds = measuring.in_turn(works, repeats)
@@ -210,7 +256,35 @@ def storage_table(source: Path, folder: Path, repeats: int) -> tuple[list[Row], 
     return rows, table
 
 
-def main(out: Path, repeats: int) -> None:
+def reading_rate(python: str | Path, reader: str, path: Path, workers: int) -> float:
+    """Images/s that processes of one of READERS read together."""
+    words = [str(python), "-c", READING.format(load=READERS[reader]), str(path), str(READING_S)]
+    processes = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(workers)]
+    counts = [process.communicate()[0] for process in processes]
+    if not all(counts):
+        raise utils.DataError(
+            f"{python}: cannot read {path}, see above (expected an environment with "
+            "dl1-data-handler). Install it, or leave --dl1dh out."
+        )
+    return sum(map(int, counts)) / READING_S
+
+
+def reader_rows(path: Path, dl1dh: Path) -> list[Row]:
+    """Compare the reader with that of dl1-data-handler, on the same images in ctapipe's format."""
+    exported = path.with_suffix(".dl1.h5")
+    words: Words = [BINARIES / "image-extractor", "export", path, "--output", exported]
+    words.append("--parameters")
+    measuring.run_watched(words)
+    rows = []
+    for workers in (1, 4):
+        ours_rate = reading_rate(sys.executable, "ours", path, workers)
+        other = reading_rate(dl1dh, "dl1dh", exported, workers)
+        name = f"reader_images_vs_dl1dh{'' if workers == 1 else f'_{workers}_workers'}"
+        rows.append(make_row(name, ours_rate, other, "images/s", "dl1-data-handler"))
+    return rows
+
+
+def main(out: Path, repeats: int, dl1dh: Path | None) -> None:
     """Measure, print, write."""
     if repeats < 1:
         raise utils.DataError(f"--repeats {repeats}: expected at least 1.")
@@ -237,8 +311,10 @@ def main(out: Path, repeats: int) -> None:
             took[key] = {name: of._asdict() for name, of in found.items()}
             if key == "proton":
                 rows.append(jobs_row(long, folder, n_events))
-                reader_rows, storage = storage_table(long, folder, repeats)
-                rows += reader_rows
+                storage_rows, storage = storage_table(long, folder, repeats)
+                rows += storage_rows
+                if dl1dh is not None:
+                    rows += reader_rows(folder / "uint16_gzip.h5", dl1dh)
     measuring.print_rows(rows)
     for row in storage:
         print(
@@ -258,8 +334,13 @@ if __name__ == "__main__":
         default=2,
         help="timed runs of each program, in turn, after one that is not counted",
     )
+    parser.add_argument(
+        "--dl1dh",
+        type=Path,
+        help="Python of an environment with dl1-data-handler, to compare with its reader, too",
+    )
     arguments = parser.parse_args()
     try:
-        main(arguments.out, arguments.repeats)
+        main(arguments.out, arguments.repeats, arguments.dl1dh)
     except utils.DataError as error:
         sys.exit(f"error: {error}")

@@ -30,7 +30,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ import numpy as np
 import pandas as pd
 from astropy.io import fits
 from conftest import train, write_fits
-from interruptions import interrupt_stages
+from interruptions import interrupt_stages, summed
 
 import archive_files
 import data_io
@@ -457,23 +457,6 @@ def split_forgeries() -> list[tuple[str, Callable]]:
 # Judging
 
 
-def summed(content: Any) -> Any:
-    """Content as plain values and digests that can be compared."""
-    if isinstance(content, np.ndarray):
-        return digest_of(np.asarray(content)) if content.dtype != object else str(content)
-    if isinstance(content, pd.DataFrame):
-        return content.to_csv()
-    if type(content).__module__.startswith("torch"):
-        return summed(content.detach().numpy())
-    if is_dataclass(content) and not isinstance(content, type):
-        return summed(vars(content))
-    if isinstance(content, dict):
-        return {str(k): summed(v) for k, v in content.items()}
-    if isinstance(content, list | tuple):
-        return [summed(v) for v in content]
-    return repr(content)
-
-
 def outcome_of(read: Callable[[Path], Any], folder: Path, expected: str | None) -> tuple[str, str]:
     """Read in a fork; return outcome and message, or with `expected` None the digest of content."""
     receive, send = os.pipe()
@@ -567,6 +550,7 @@ def campaign(n: int, seed: int, n_forged: int, only: str = "") -> tuple[Counter,
                 path.unlink()
                 path.write_bytes(content)
             shutil.rmtree(path.parent / "out", ignore_errors=True)
+            print(f"damaged: {target.file}; faults so far: {len(failures)}", flush=True)
     return counts, failures
 
 

@@ -3,8 +3,8 @@
 A stage is killed (SIGKILL) at a random moment, meets a full disk, a read-only folder, another
 process with the same work, or a wrong clock. Where it says that it is done, and always after the
 next run, each file of its data folder must be byte for byte that of a run that was never
-disturbed; nothing may be missing or left over. Times are held (`hold_time`) and log.txt is left
-out, as it says how often a training was resumed.
+disturbed (weights and checkpoints: value for value); nothing may be missing or left over. Times
+are held (`hold_time`) and log.txt is left out, as it says how often a training was resumed.
 
     >>> counts, failures = interrupt_stages({"kill": 14, "full disk": 4}, seed=1)
 """
@@ -19,20 +19,25 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass
 from functools import partial
 from hashlib import sha256
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import utils
 from utils import DataError
 
 import mock_cubes
 import numpy as np
+import pandas as pd
 from astropy.io.fits.hdu.base import _ValidHDU
 from conftest import train, write_fits
 from test_download_utils import Archive, fits_file
+
+from recipe import digest_of
 
 TIME_LIMIT_S = 300
 """Longest that a stage may take, by the clock."""
@@ -75,7 +80,7 @@ def stages(archive: str) -> dict[str, Callable[[Path], object]]:
         "download": on(
             download_utils, plateifu=GALAXIES[1:], kinds=("DRPCUBE",), base_url=(archive,)
         ),
-        "simulate": on(mock_manga, "MockConfig", n_galaxies=2, bundles=(19,)),
+        "simulate": on(mock_manga, "MockConfig", n_galaxies=1, bundles=(19,)),
         "one cube": on(process_single_cube, plateifu=GALAXIES[0], n_band=200),
         "all cubes": on(cube_processing, n_band=200, jobs=2, splits=False),
         "hard split": on(create_data_splits, **split),
@@ -253,15 +258,42 @@ WAYS = {"kill": kill, "full disk": full_disk, "read-only": read_only,
         "two writers": two_writers, "wrong clock": wrong_clock}  # fmt: skip
 
 
+def summed(content: Any) -> Any:
+    """Content as plain values and digests that can be compared."""
+    if isinstance(content, np.ndarray):
+        return digest_of(np.asarray(content)) if content.dtype != object else str(content)
+    if isinstance(content, pd.DataFrame):
+        return content.to_csv()
+    if type(content).__module__.startswith("torch"):
+        return summed(content.detach().numpy())
+    if is_dataclass(content) and not isinstance(content, type):
+        return summed(vars(content))
+    if isinstance(content, dict):
+        return {str(k): summed(v) for k, v in content.items()}
+    if isinstance(content, list | tuple):
+        return [summed(v) for v in content]
+    return repr(content)
+
+
 def contents(folder: Path) -> dict[str, str]:
-    """Digest of each file in a folder, empty for a folder; without log.txt."""
-    paths = [path for path in folder.rglob("*") if path.name != "log.txt"]
-    return {
-        str(path.relative_to(folder)): sha256(path.read_bytes()).hexdigest()
-        if path.is_file()
-        else ""
-        for path in paths
-    }
+    """Digest of each file in a folder, empty for a folder; without log.txt.
+
+    Of weights and checkpoints, that of the content: their writers order names at random
+    (safetensors), and write alike what is equal or the same object in two ways (pickle).
+    """
+    import run_folder
+
+    found = {}
+    for path in folder.rglob("*"):
+        digest = sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        with contextlib.suppress(DataError):  # damaged: it differs in any case
+            if path.suffix == ".safetensors":
+                digest = digest_of(summed(run_folder.read_tensors(path)))
+            elif path.name == run_folder.CHECKPOINT_FILE:
+                digest = digest_of(summed(run_folder.read_checkpoint(path.parent)))
+        if path.name != run_folder.LOG_FILE:
+            found[str(path.relative_to(folder))] = digest
+    return found
 
 
 def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
@@ -291,12 +323,7 @@ def interrupt_stages(times: dict[str, int], seed: int, only: str = "") -> tuple[
     failures, rng = [], np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as scratch, local_archive() as archive:
         sound, data = Path(scratch) / "sound", Path(scratch) / "data"
-        pid = os.fork()  # training starts threads, which a fork would not have
-        if not pid:
-            hold_time()
-            make_data(sound)
-            os._exit(0)
-        os.waitpid(pid, 0)
+        make_data(sound)  # here, so that forks need not import what it needs
         for name, act in stages(archive).items():
             if only not in name:
                 continue
@@ -307,4 +334,5 @@ def interrupt_stages(times: dict[str, int], seed: int, only: str = "") -> tuple[
                     counts["kills" if way == "kill" else "interruptions"] += 1
                     counts.update(line.partition(":")[0] for line in found)
                     failures += [f"{line} ({name}, {way})" for line in found]
+            print(f"interrupted: {name}; faults so far: {len(failures)}", flush=True)
     return counts, failures

@@ -2,15 +2,21 @@
 
 import base64
 import contextlib
+import errno
 import functools
 import gzip
 import io
 import itertools
+import os
+import resource
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import utils
 from utils import DataError
@@ -20,6 +26,10 @@ import pytest
 from astropy.io import fits
 
 import download_utils as du
+from mock.galaxy import draw_params, simulate_galaxy
+from mock.survey import write_galaxy
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @functools.cache  # its CHECKSUM cards contain the time
@@ -55,6 +65,8 @@ class Archive(BaseHTTPRequestHandler):
     """Bytes sent every 10 ms; 0: all at once."""
     modified: str | None = "Mon, 06 Dec 2021 08:49:37 GMT"
     """Last-Modified; None: the server does not say."""
+    says_sizes = True
+    """Answer HEAD."""
     shift = 0
     """Bytes by which a rest begins too late."""
     log: list[tuple[str, str | None]] = []  # noqa: RUF012
@@ -63,7 +75,7 @@ class Archive(BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         self.asked_sizes.append(self.path)
-        content = self.files.get(self.path)
+        content = self.files.get(self.path) if self.says_sizes else None
         self.send_response(404 if content is None else 200)
         if content is not None:
             self.send_header("Content-Length", str(len(content)))
@@ -325,6 +337,8 @@ def test_a_random_choice_is_always_the_same_and_part_of_a_larger_one(archive, tm
     assert sorted(halves[0] + halves[1]) == chosen[1]
     with pytest.raises(DataError, match="no such galaxy with a redshift"):
         du.choose_galaxies(tmp_path, replace(config, z=(3, 4)))
+    with pytest.raises(DataError, match="--n 0: expected 1 or more"):
+        du.main(replace(config, n=0))
 
 
 def test_the_total_size_is_said_before_and_refused_if_the_disk_is_too_small(
@@ -348,6 +362,14 @@ def test_the_total_size_is_said_before_and_refused_if_the_disk_is_too_small(
         du.main(config)
     assert "6 files to fetch, about 0.01 GB" in caplog.text
     assert len(archive.asked_sizes) == 3  # the root and two files
+
+
+def test_a_server_that_says_no_sizes_is_fetched_from_all_the_same(archive, tmp_path, caplog):
+    put_galaxy(archive, "8485-1901")
+    archive.says_sizes = False
+    caplog.set_level("INFO")
+    assert du.main(config_of(tmp_path, archive, plateifu=("8485-1901",))) == 0
+    assert "2 files to fetch, of unknown size" in caplog.text
 
 
 def test_a_mirror_takes_over_whatever_the_archive_does(archive, mirror, tmp_path):
@@ -413,6 +435,38 @@ def test_proxy_and_netrc_are_respected(archive, tmp_path, monkeypatch):
     assert base64.b64decode(said) == b"astronomer:secret"
 
 
+@pytest.mark.slow
+def test_the_real_demo_runs_through_on_galaxies_that_are_like_real_ones(archive, tmp_path):
+    commands = subprocess.run(
+        ["make", "-n", "SETUP=no", f"python={sys.executable}", "demo-real"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    names = utils.PLATEIFU.findall(commands.splitlines()[0])
+    for i, name in enumerate(names, 1):  # these are star-forming
+        params = draw_params(1, i, (19,), 0)
+        write_galaxy(tmp_path, simulate_galaxy(replace(params, plateifu="-".join(name))))
+    for file in (tmp_path / "raw").rglob("*.fits.gz"):
+        kind, plateifu = file.name.split("-")[3], utils.plateifu_of(file)
+        path = du.archive_path(kind, plateifu, du.DEFAULT_DAPTYPE)
+        assert path.endswith(file.name)
+        put(archive, file.read_bytes(), path)
+    for name in ("data", "results"):
+        commands = commands.replace(f"{name}/real", str(tmp_path / name))
+    mine = commands.replace("download_utils.py", f"download_utils.py --base-url {archive.base}")
+    done = subprocess.run(["bash", "-e", "-c", mine], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "results" / "maps").glob("*.fits"))) == len(names) == 3
+    assert len(list((tmp_path / "results" / "figures").glob("*_maps.png"))) == 3
+    nowhere = commands.replace(
+        "download_utils.py", "download_utils.py --base-url http://127.0.0.1:1"
+    )
+    nowhere = nowhere.replace(str(tmp_path / "data"), str(tmp_path / "new"))
+    done = subprocess.run(["bash", "-e", "-c", nowhere], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: http://127.0.0.1:1: no connection")
+    assert done.stderr.count("\n") == 1
+
+
 def test_dry_run_lists_missing_files_among_them_an_empty_catalogue(archive, tmp_path, capsys):
     config = config_of(tmp_path, archive, catalogue=True)
     (url,) = put(archive, path=du.archive_path("drpall", None, config.daptype))
@@ -463,6 +517,23 @@ def test_a_server_that_drips_counts_as_failed_and_is_resumed(archive, tmp_path, 
     assert archive.log[1][1] is not None
     archive.step = 0
     assert du.fetch(put(archive), tmp_path / "a.fits.gz", retries=0) == len(CONTENT)
+
+
+def test_a_full_disk_is_no_damaged_file_and_what_came_is_kept(archive, tmp_path):
+    urls, path, code = put(archive), tmp_path / "a.fits.gz", 0
+    pid = os.fork()
+    if not pid:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+        try:
+            du.fetch(urls, path)
+        except OSError as error:
+            code = error.errno
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == errno.EFBIG
+    assert (tmp_path / ".a.fits.gz.part").read_bytes() == CONTENT[:200_000]
+    assert du.fetch(urls, path) == len(CONTENT)
+    assert archive.log[1][1] == "bytes=200000-"
 
 
 @pytest.mark.parametrize("length", [None, ""])

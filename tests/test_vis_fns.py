@@ -124,6 +124,14 @@ def test_maps_without_wcs_have_north_up_and_east_left_and_claim_nothing_unknown(
         assert not ax.patches
 
 
+def test_a_metallicity_near_the_truth_counts_and_a_missing_one_does_not():
+    truth = np.full(4, 8.5)
+    labels, predicted = np.array([8.5, np.nan, 8.7, np.nan]), np.array([8.45, 8.59, 8.3, 8.41])
+    said = vis_fns.reach(predicted, labels, truth)
+    wanted = "prediction in 3, label in 1 of 4 star-forming spaxels"
+    assert said == f"within 0.1 dex of the truth: {wanted}"
+
+
 def test_radius_and_kiloparsecs_are_drawn_where_the_galaxy_is(ax):
     """The scale by Hogg (1999, arXiv:astro-ph/9905116, eqs. 15, 18), flat, Planck 2018."""
     z, h0, matter = 0.05, 67.66, 0.3097
@@ -460,6 +468,23 @@ def test_what_a_run_lacks_or_what_is_outdated_is_reported(run_dir, card, tmp_pat
     figure = vis_fns.run_figures(tmp_path, card)["confusion_test"]
     assert figure.axes[0].get_title().endswith(": 1 spaxel, 1 galaxy")
     assert f"epoch 7, the model: epoch {card.best['epoch']}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("metrics.csv", "Copy it again, or retrain"),
+        ("test/metrics.json", "python eval_fns.py --run-dir"),
+        ("test/confusion.csv", "python eval_fns.py --run-dir"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"\xff", b"{}", b"a,b\n1"])
+def test_damaged_results_are_refused_in_one_line(run_dir, card, tmp_path, file, remedy, content):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    (run / file).write_bytes(content)
+    with pytest.raises(utils.DataError, match=remedy) as refused:
+        vis_fns.run_figures(run, card)
+    assert "\n" not in str(refused.value)
 
 
 def test_components_and_their_variances_are_drawn_with_the_remainder(run_dir, ax):

@@ -305,7 +305,7 @@ def _description(row: np.void, pixels: np.ndarray, attrs: dict[str, Any]) -> Tel
     readout = CameraReadout(
         attrs["name"],
         sampling_rate=rate * u.GHz,
-        reference_pulse_shape=np.full((1, 1), np.nan),
+        reference_pulse_shape=np.zeros((1, 1)),  # NaN would make an array differ from itself
         reference_pulse_sample_width=1 / rate * u.ns,
         n_channels=1,
         n_pixels=len(pixels),

@@ -525,10 +525,10 @@ def node_checksum(node: tables.Node) -> int:
     return total
 
 
-def open_layout(path: str | Path) -> tables.File:
-    """Open a file of this layout for reading. Raises DataError."""
+def open_layout(path: str | Path, **parameters: int) -> tables.File:
+    """Open a file of this layout for reading, with parameters of PyTables. Raises DataError."""
     try:
-        h5 = tables.open_file(str(path))
+        h5 = tables.open_file(str(path), **parameters)
     # PyTables has no error type of its own for damaged files: almost any error occurs.
     except Exception as error:
         reason = "no such file" if not Path(path).exists() else "not an HDF5 file"

@@ -15,6 +15,7 @@ it is asked for. A pickled object, e.g. in a worker process, opens the files aga
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -65,6 +66,7 @@ class _Reader:
         self.paths = [Path(p) for p in ([paths] if isinstance(paths, str | Path) else paths)]
         self.transform = transform
         self._open: dict[int, tables.File] = {}
+        weakref.finalize(self, _close, self._open)  # also at exit, before PyTables warns
         self._nodes: dict[tuple[int, int, int], tuple[tables.Leaf, str]] = {}
         self._tables: list[list[str]] = []  # of each file
         self._telescopes: list[np.ndarray] = []
@@ -80,9 +82,7 @@ class _Reader:
                 f"{', '.join(map(str, self.paths))}: have the channels {' and '.join(channels)} "
                 "(expected the same in all files). Extract them with one configuration."
             )
-        names = json.loads(channels.pop())
-        self._kept = [i for i, name in enumerate(names) if name != "zero"]
-        self.channels = tuple(names[i] for i in self._kept)
+        self.channels = tuple(name for name in json.loads(channels.pop()) if name != "zero")
         labels = self.events
         self._log_energy = np.log10(labels["mc_energy"]).astype(np.float32)
         self._direction = offset_deg(labels["az"], labels["alt"], *labels["pointing"].T)
@@ -155,20 +155,21 @@ class _Reader:
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
-        for h5 in self._open.values():
-            h5.close()
-        self._open.clear()
+        _close(self._open)
         self._nodes.clear()
 
     def _node(self, file: int, table: int, slot: int) -> tuple[tables.Leaf, str]:
         """Node that has the images of a telescope, and their column in it, if any."""
         key = (file, table, slot)
         if key not in self._nodes:
-            if file not in self._open:
-                self._open[file] = layout.open_layout(self.paths[file])
             path = self._tables[file][table]
             name = f"T{self._telescopes[file]['tel_id'][slot]}"
-            if self._attrs[file]["storage_mode"] == "mapped":
+            is_mapped = self._attrs[file]["storage_mode"] == "mapped"
+            if file not in self._open:
+                # A chunk is an image: nothing to keep, and HDF5 would keep 16 MB of each telescope.
+                cache = {"chunk_cache_size": 0} if is_mapped else {}
+                self._open[file] = layout.open_layout(self.paths[file], **cache)
+            if is_mapped:
                 path, name = f"{path.rpartition('/')[0]}/{name}", ""
             self._nodes[key] = self._open[file].get_node(path), name
         return self._nodes[key]
@@ -187,10 +188,9 @@ class _Reader:
             ) from error
         if attrs["dim_order"] != "channels_first":
             stored = stored.transpose(-1, *range(stored.ndim - 1))
-        scale = {"charge": attrs["charge_unit_pe"], "time": attrs["time_unit_samples"]}
-        read = np.empty((len(self._kept), *stored.shape[1:]), np.float32)
-        for channel, (name, k) in enumerate(zip(self.channels, self._kept, strict=True)):
-            np.multiply(stored[k], np.float32(scale[name]), out=read[channel], casting="unsafe")
+        read = stored[: len(self.channels)].astype(np.float32, order="C")  # zeros come last
+        for channel, name in zip(read, ("charge_unit_pe", "time_unit_samples"), strict=False):
+            channel *= np.float32(attrs[name])
         return read
 
     def _labels(self, number: int) -> Sample:
@@ -325,6 +325,11 @@ class Events(_Reader):
     def particles(self) -> np.ndarray:
         """Return `particle` of every event, (n_events,) int64, without reading images."""
         return self._particle
+
+
+def _close(files: dict[int, tables.File]) -> None:
+    while files:
+        files.popitem()[1].close()
 
 
 def _is_named(telescope: np.void, item: str | None) -> bool:

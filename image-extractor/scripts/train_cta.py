@@ -4,14 +4,14 @@ Reads   a data set of image_extractor.py or mock_showers.py that was split into 
         and Test, with gammas and other particles, charge and time, and one type of camera.
 Writes  the run folder: config.json, environment.json, log.txt, metrics.csv (a row per epoch),
         network.pt, events.csv (test events: truth and results), summary.json, roc.png, energy.png;
-        with --parameters, the table of image parameters, for later runs on the same events.
+        with --parameters, the tables of parameters, for later runs on the same events.
 
 The baseline is gradient boosting of scikit-learn (which ctapipe installs) on the Hillas, leakage,
-concentration, morphology and timing parameters of each event and ctapipe's stereo reconstruction.
-The network has these, too, and all images of the event: a small residual network makes numbers of
-each image; these, with the places of the telescope and the image, are averaged over telescopes.
-Thus their difference is what the images add. It is trained on events that are reflected along the
-camera's axes, which hexagonal and square lattices allow, and its results are the mean over these.
+concentration, morphology and timing parameters of each event and its stereo reconstruction, see
+shower_parameters.py. The network has these, too, those of each telescope, and all images: a small
+residual network makes numbers of each image, which are averaged over telescopes. Images are turned
+so that the reconstructed direction always lies on the same side; what is left of symmetry, the
+reflection along the axis, is drawn at random in training and averaged over in results.
 
 Both learn from Training; Validation decides which epoch of the network is kept and scales its
 scores to probabilities; Test is for the scores alone. Intervals are 95 %, from drawing whole
@@ -23,22 +23,22 @@ showers of Test again, because the uses of one shower are not independent.
 import argparse
 import json
 import logging
-import multiprocessing
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from io import BytesIO
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import shower_parameters
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.ndimage import affine_transform
 from scipy.optimize import minimize_scalar
 from scipy.special import expit
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
@@ -47,18 +47,15 @@ from torch import nn
 
 from image_extractor import __version__, layout
 from image_extractor.errors import DataError
-from image_extractor.reader import Events, offset_deg, unit_vector
+from image_extractor.reader import Events
 from image_extractor.torch_reader import loader
 from image_extractor.transaction import write_whole
 
 log = logging.getLogger("train_cta")
 PARTS = ("Training", "Validation", "Test")
-CLEANING = {"picture_threshold_pe": 6.0, "boundary_threshold_pe": 3.0}
 BRIGHT_PE = 3.0  # cells with less have noise as peak time
 WINDOW = 16  # cells of a cut-out, a power of 2
-PLACES = 5  # numbers per telescope beside the image
-# Of the network; the last two help it to learn where showers are.
-RESULTS = ("logit of gamma", "log10(energy/TeV)", *("core x", "core y"), *("up", "side"))
+RESULTS = ("logit of gamma", "log10(energy/TeV)")  # of the network
 KEPT_BYTES = 300_000_000  # of the prepared events of a part
 N_BOOTSTRAP = 400
 ENERGY_EDGES = np.log10([0.1, 0.3, 1.0, 3.0, 10.0])  # log10(TeV), of the energy table
@@ -83,10 +80,8 @@ class Lattice:
         Steps (x, y) in the camera frame, deg, of one cell along the first and the second axis.
     origin : (2,) array
         Place (x, y) of cell 0, 0, deg.
-    turns : (n, 2, 2) array
-        Symmetries of the lattice: none, half a turn, and reflections along x and y.
-    sources : (n, WINDOW^2) int array
-        The cell of a cut-out that each cell is taken from under a symmetry; WINDOW^2 if from none.
+    step : float
+        Side of a square with the area of a cell, deg.
 
     Raises
     ------
@@ -110,34 +105,46 @@ class Lattice:
         degrees = np.degrees(places / float(attrs["focal_length_m"]))
         *axes, self.origin = np.linalg.lstsq(cells, degrees)[0]
         self.axes = np.array(axes)
-        turns, sources = [], []
-        around = np.indices((WINDOW, WINDOW)).reshape(2, -1) - WINDOW // 2
-        # Of all steps to neighbouring cells, those that turn the axes x and y into themselves.
-        for steps in product((-1, 0, 1), repeat=4):
-            step = np.array(steps).reshape(2, 2)
-            turn = self.axes.T @ step @ np.linalg.inv(self.axes.T)
-            if np.allclose(abs(turn), np.eye(2), atol=0.01):
-                first, second = np.rint(np.linalg.inv(step) @ around).astype(int) + WINDOW // 2
-                inside = (np.minimum(first, second) >= 0) & (np.maximum(first, second) < WINDOW)
-                source = np.where(inside, first * WINDOW + second, WINDOW**2)
-                place = 0 if (step == np.eye(2)).all() else len(turns)
-                turns.insert(place, turn)
-                sources.insert(place, source)
-        self.turns = torch.tensor(np.array(turns), dtype=torch.float32)
-        self.sources = torch.tensor(np.array(sources))
+        self.step = float(np.sqrt(abs(np.linalg.det(self.axes))))
+
+    def cut_out(self, image: np.ndarray, direction: np.ndarray) -> np.ndarray:
+        """Cut the surroundings of the centre of charge out of an image (charge and time, x, y).
+
+        Returns
+        -------
+        (2, WINDOW, WINDOW) float32 array
+            Square cells of the size of a pixel; the first axis points to `direction` (2,), deg.
+        """
+        charge, samples = image[:, :: self.scale, :: self.scale]
+        charge = charge * (charge > BRIGHT_PE)
+        total = max(float(charge.sum()), 1e-6)
+        times = samples - (charge * samples).sum() / total
+        centre = np.tensordot(np.indices(charge.shape), charge) / total
+        along = direction - (centre @ self.axes + self.origin)
+        along /= max(float(np.linalg.norm(along)), 1e-6)
+        steps = self.step * np.array([along, [-along[1], along[0]]])
+        cells = np.linalg.solve(self.axes.T, steps.T)  # (2, 2): of one step along each new axis
+        offset = centre - cells.sum(1) * (WINDOW - 1) / 2
+        charge, moment = (
+            affine_transform(x, cells, offset, (WINDOW, WINDOW), order=1)
+            for x in (charge, charge * times)
+        )
+        times = moment / np.maximum(charge, 1e-6)
+        return np.stack([np.log1p(charge) / 3, times / 5]).astype(np.float32)
 
 
 class Prepared:
     """Events as the network sees them, kept in memory after they were first read.
 
-    `images` are cut-outs (2, WINDOW, WINDOW) around the centre of charge: the logarithm of the
-    charge, and the peak time relative to the image's mean; cells with noise alone are 0.
-    `positions` are (x, y of the telescope in 100 m, x, y of the cut-out in deg, log10 of the
-    charge), and `core` (x, y) in 100 m, all in the camera frame: in the plane across the pointing.
+    `images` are cut-outs (2, WINDOW, WINDOW) around the centre of charge, turned so that their
+    first axis points to the reconstructed direction: the logarithm of the charge, and the peak time
+    relative to the image's mean; cells with noise alone are 0.
     """
 
-    def __init__(self, data: Events, lattice: Lattice) -> None:
-        self.data, self.lattice = data, lattice
+    def __init__(
+        self, data: Events, lattice: Lattice, direction: np.ndarray, scaled: tuple[np.ndarray, ...]
+    ) -> None:
+        self.data, self.lattice, self.direction, self.scaled = data, lattice, direction, scaled
         self.kept: dict[int, dict] = {}
         self.room = KEPT_BYTES
 
@@ -151,61 +158,13 @@ class Prepared:
     def __getitem__(self, number: int) -> dict:
         if number in self.kept:
             return self.kept[number]
-        sample = self._prepare(self.data[number])
+        sample = self.data[number]
+        direction = self.direction[number]
+        sample["images"] = [self.lattice.cut_out(x, direction) for x in sample["images"]]
         self.room -= sum(image.nbytes for image in sample["images"]) + 1000
         if self.room > 0:
             self.kept[number] = sample
         return sample
-
-    def _prepare(self, sample: dict) -> dict:
-        lattice, images, places = self.lattice, [], []
-        half = WINDOW // 2
-        for image in sample["images"]:
-            charge, samples = image[:, :: lattice.scale, :: lattice.scale]
-            weights = charge * (charge > BRIGHT_PE)
-            total = float(weights.sum())
-            centre = np.array(charge.shape) / 2
-            if total > 0:
-                centre = [weights.sum(1 - k) @ np.arange(n) for k, n in enumerate(charge.shape)]
-                centre = np.array(centre) / total
-            times = np.where(weights > 0, samples - (weights * samples).sum() / max(total, 1), 0)
-            padded = np.pad(
-                np.stack([np.log1p(weights) / 3, times / 5]), ((0, 0), *[(half,) * 2] * 2)
-            )
-            x, y = np.rint(centre).astype(int)
-            images.append(padded[:, x : x + WINDOW, y : y + WINDOW].astype(np.float32))
-            place = np.array([x, y]) @ lattice.axes + lattice.origin
-            places.append([*place, np.log10(max(total, 1)) - 2])
-        azimuth, altitude = sample["pointing"].astype(float)
-        up = unit_vector(azimuth, altitude + np.pi / 2)
-        across = np.array([up, [-np.sin(azimuth), -np.cos(azimuth), 0]]).T / 100
-        return {
-            **sample,
-            "images": images,
-            "positions": np.c_[sample["positions"] @ across, places].astype(np.float32),
-            "core": (sample["core"] @ across[:2]).astype(np.float32),
-        }
-
-
-def turned(batch: dict, lattice: Lattice, which: torch.Tensor) -> dict:
-    """Turn each event of a batch, with its array, by one of the lattice's symmetries."""
-    images, turns = batch["images"], lattice.turns[which]
-    flat = nn.functional.pad(images.flatten(3), (0, 1))
-    sources = lattice.sources[which][:, None, None].expand(*images.shape[:3], -1)
-
-    def turn(places: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("nij,n...j->n...i", turns, places)
-
-    positions, table = batch["positions"], batch["parameters"]
-    places = [turn(positions[..., k : k + 2]) for k in (0, 2)]
-    return {
-        **batch,
-        "images": flat.gather(3, sources).view_as(images),
-        "positions": torch.cat([*places, positions[..., 4:]], -1),
-        "parameters": torch.cat([turn(table[:, :2]), table[:, 2:]], 1),
-        "core": turn(batch["core"]),
-        "direction": turn(batch["direction"]),
-    }
 
 
 # The network
@@ -230,10 +189,16 @@ class Residual(nn.Module):
 
 
 class ShowerNetwork(nn.Module):
-    """From the images and the `n_parameters` parameters of an event to its RESULTS."""
+    """From the images of an event and their parameters to its RESULTS.
+
+    Parameters
+    ----------
+    n_image, n_event : int
+        Number of parameters of an image, and of an event.
+    """
 
     def __init__(
-        self, n_parameters: int, widths: tuple[int, ...] = (16, 32, 48), hidden: int = 96
+        self, n_image: int, n_event: int, widths: tuple[int, ...] = (16, 32, 48), hidden: int = 96
     ) -> None:
         super().__init__()
         stem = [nn.Conv2d(2, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()]
@@ -244,70 +209,68 @@ class ShowerNetwork(nn.Module):
             *(nn.Linear(widths[-1] * n_cells, hidden), nn.ReLU(), nn.Dropout(0.2)),
         )
         self.telescope = nn.Sequential(
-            *(nn.Linear(hidden + PLACES, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+            *(nn.Linear(hidden + n_image, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
         )
         self.single = nn.Linear(hidden, 1)  # logit of one image, for learning alone
-        n = 2 * hidden + 2 + n_parameters
+        n = 2 * hidden + n_event
         # Dropout hinders regression, so that the energy has layers of its own.
         self.heads = nn.ModuleList(
             nn.Sequential(
                 *(nn.Linear(n, hidden), nn.ReLU(), nn.Dropout(dropout)),
-                *(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_out)),
+                *(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1)),
             )
-            for dropout, n_out in ((0.2, 1), (0.0, 1), (0.2, len(RESULTS) - 2))
+            for dropout in (0.2, 0.0)
         )
-        self.shortcut = nn.Linear(n_parameters, len(RESULTS))
+        self.shortcut = nn.Linear(n_event, len(RESULTS))
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Evaluate a batch of events, see `Prepared`.
+        """Evaluate a batch of events.
 
         Returns
         -------
         (event, RESULTS), and (image,): the logit from each image alone, in the order of the mask
         """
-        mask, positions = batch["mask"], batch["positions"]
-        own = self.telescope(torch.cat([self.trunk(batch["images"][mask]), positions[mask]], 1))
-        of_event = own.new_zeros(*mask.shape, own.shape[1])
-        of_event[mask] = own
+        mask, of_event = batch["mask"], batch["event_parameters"]
+        both = torch.cat([self.trunk(batch["images"][mask]), batch["image_parameters"][mask]], 1)
+        own = self.telescope(both)
+        by_event = own.new_zeros(*mask.shape, own.shape[1])
+        by_event[mask] = own
         n = mask.sum(1, keepdim=True)
-        charge = torch.log10((10 ** positions[..., -1] * mask).sum(1, keepdim=True))
-        parameters = batch["parameters"]
-        both = torch.cat([of_event.sum(1) / n, of_event.amax(1), n / 4, charge, parameters], 1)
+        both = torch.cat([by_event.sum(1) / n, by_event.amax(1), of_event], 1)
         found = torch.cat([head(both) for head in self.heads], 1)
-        return found + self.shortcut(parameters), self.single(own)[:, 0]
+        return found + self.shortcut(of_event), self.single(own)[:, 0]
 
 
-def batches_of(data: Prepared, table: torch.Tensor, size: int, seed: int | None) -> Iterator[dict]:
+def batches_of(data: Prepared, size: int, seed: int | None) -> Iterator[dict]:
     """Batches of events with their parameters; in the order of the file without a seed."""
-    batches = loader(data, size, shuffle=seed is not None, seed=seed or 0)
-    return ({**b, "parameters": table[b["event"]]} for b in batches)
+    for batch in loader(data, size, shuffle=seed is not None, seed=seed or 0):
+        n_event, n_image = (torch.from_numpy(x[batch["event"]]) for x in data.scaled)
+        n_image = n_image[:, : batch["mask"].shape[1]]
+        yield {**batch, "event_parameters": n_event, "image_parameters": n_image}
 
 
-def apply(
-    network: nn.Module, data: Prepared, table: torch.Tensor, symmetries: int | None = None
-) -> np.ndarray:
-    """Results (n_events, RESULTS): means over the symmetries of the lattice, or the first few."""
+def mirrored(batch: dict) -> dict:
+    """Reflect each image of a batch along its axis, which leaves its parameters as they are."""
+    return {**batch, "images": batch["images"].flip(-1)}
+
+
+def apply(network: nn.Module, data: Prepared) -> np.ndarray:
+    """Results (n_events, RESULTS): means over both reflections."""
     network.eval()
     found = []
     with torch.no_grad():
-        for batch in batches_of(data, table, 256, None):
-            n, count = len(batch["event"]), symmetries or len(data.lattice.turns)
-            views = (turned(batch, data.lattice, torch.full((n,), k)) for k in range(count))
-            found.append(torch.stack([network(view)[0] for view in views]).mean(0))
+        for batch in batches_of(data, 256, None):
+            found.append((network(batch)[0] + network(mirrored(batch))[0]) / 2)
     return torch.cat(found).double().numpy()
 
 
 def train(
-    data: dict[str, Prepared],
-    tables: dict[str, torch.Tensor],
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    run: Path,
+    data: dict[str, Prepared], epochs: int, batch_size: int, seed: int, run: Path
 ) -> nn.Module:
     """Train; return the network of the epoch with the smallest loss on Validation."""
     torch.manual_seed(seed)
-    network, lattice = ShowerNetwork(tables["Training"].shape[1]), data["Training"].lattice
+    of_event, of_image = data["Training"].scaled
+    network = ShowerNetwork(of_image.shape[-1], of_event.shape[-1])
     steps = epochs * -(-len(data["Training"]) // batch_size)
     optimiser = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, steps)
@@ -321,21 +284,17 @@ def train(
     for epoch in range(1, epochs + 1):
         started, total = time.perf_counter(), 0.0
         network.train()
-        for batch in batches_of(data["Training"], tables["Training"], batch_size, seed + epoch):
-            b = turned(batch, lattice, torch.randint(len(lattice.turns), batch["event"].shape))
-            found, single = network(b)
+        for b in batches_of(data["Training"], batch_size, seed + epoch):
+            found, single = network(mirrored(b) if torch.rand(()) < 0.5 else b)
             of_image = b["particle"][:, None].expand_as(b["mask"])[b["mask"]].float()
             loss = loss_of(found, b)
             total += loss.item() * len(b["event"])
-            for columns, name in ((slice(2, 4), "core"), (slice(4, 6), "direction")):
-                error = nn.functional.smooth_l1_loss(found[:, columns], b[name], beta=0.1)
-                loss = loss + 0.3 * error
             alone = nn.functional.binary_cross_entropy_with_logits(single, of_image)
             optimiser.zero_grad()
             (loss + alone / 2).backward()
             optimiser.step()
             schedule.step()
-        found = torch.from_numpy(apply(network, data["Validation"], tables["Validation"], 1))
+        found = torch.from_numpy(apply(network, data["Validation"]))
         row = {
             "epoch": epoch,
             "training_loss": total / len(data["Training"]),
@@ -371,104 +330,21 @@ def loss_of(found: torch.Tensor, truth: dict[str, torch.Tensor]) -> torch.Tensor
 # The baseline
 
 
-def parameters(path: Path, part: str) -> dict[tuple[int, int], np.ndarray]:
-    """Hillas and stereo parameters of the events of a part: (run, event) -> (n_parameters,).
-
-    Of each event: the direction relative to the pointing (deg), height of the maximum and core from
-    ctapipe's reconstruction; number of images; the mean of each image parameter over telescopes,
-    weighted by charge, and its value in the brightest image. Missing values are NaN.
-    """
-    warnings.simplefilter("ignore")  # ctapipe's, of empty images
-    from ctapipe.image import ImageProcessor
-    from ctapipe.reco import ShowerProcessor
-    from traitlets.config import Config
-
-    from image_extractor.ctapipe_source import DatasetSource
-
-    config = Config({"TailcutsImageCleaner": CLEANING})
-    found = {}
-    with DatasetSource(path, part=part) as source:
-        process = ImageProcessor(source.subarray, config=config)
-        reconstruct = ShowerProcessor(source.subarray)
-        for event in source:
-            process(event)
-            reconstruct(event)
-            found[event.index.obs_id, event.index.event_id] = _event_parameters(event)
-    return found
-
-
-def _event_parameters(event: object) -> np.ndarray:
-    rows, size = [], []
-    for tel_id, dl1 in event.dl1.tel.items():
-        p = dl1.parameters
-        impact = event.dl2.tel[tel_id].impact["HillasReconstructor"].distance.to_value("m")
-        row = [np.log10(p.hillas.intensity), impact, p.morphology.n_pixels, p.morphology.n_islands]
-        row += [getattr(p.hillas, n).to_value("deg") for n in ("length", "width", "r")]
-        row += [p.hillas.skewness, p.hillas.kurtosis, p.timing.slope.value, p.timing.deviation]
-        row += [p.leakage.intensity_width_1, p.leakage.intensity_width_2]
-        row += [p.concentration.cog, p.concentration.core, p.concentration.pixel]
-        rows.append(np.array(row, float))
-        size.append(p.hillas.intensity)
-    table, weight = np.array(rows), np.nan_to_num(size)
-    weighted = np.where(np.isnan(table), 0, table * weight[:, None]).sum(0)
-    mean = weighted / np.maximum((~np.isnan(table) * weight[:, None]).sum(0), 1e-9)
-    stereo, pointing = event.dl2.stereo.geometry["HillasReconstructor"], event.monitoring.pointing
-    whole = [np.nan, np.nan]
-    if stereo.is_valid:
-        angles = [q.to_value("rad") for q in (stereo.az, stereo.alt)]
-        angles += [q.to_value("rad") for q in (pointing.array_azimuth, pointing.array_altitude)]
-        whole = offset_deg(*angles)
-    core = np.hypot(stereo.core_x, stereo.core_y).to_value("m")
-    whole = [*whole, stereo.h_max.to_value("km"), core]
-    whole += [len(rows), np.isfinite(size).sum(), np.log10(max(weight.sum(), 1e-9))]
-    return np.r_[whole, mean, table[weight.argmax()]]
-
-
-def parameter_tables(
-    path: Path, data: dict[str, Prepared], kept: Path | None
-) -> dict[str, np.ndarray]:
-    """Make the parameters of all events, (n_events, n_parameters) per part.
-
-    `kept` is a file in which they are found, or written after they were computed.
-    """
-    found: dict[tuple[int, int], np.ndarray] = {}
-    if kept is not None and kept.is_file():
-        numbers, values = (np.load(kept)[name] for name in ("events", "parameters"))
-        found = dict(zip(map(tuple, numbers.tolist()), values, strict=True))
-    wanted = {
-        part: d.data.events[["run_number", "event_number"]].tolist() for part, d in data.items()
+def standardised(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Scale parameters, the last axis, to mean 0 and rms 1 in Training; missing values become 0."""
+    axes = tuple(range(values["Training"].ndim - 1))
+    mean, rms = np.nanmean(values["Training"], axes), np.nanstd(values["Training"], axes) + 1e-6
+    return {
+        part: np.nan_to_num(np.clip((x - mean) / rms, -4, 4)).astype(np.float32)
+        for part, x in values.items()
     }
-    if not all(event in found for events in wanted.values() for event in events):
-        with multiprocessing.get_context("spawn").Pool(2) as pool:
-            for of_part in pool.starmap(parameters, [(path, part) for part in data], 1):
-                found |= of_part
-        if kept is not None:
-            buffer = BytesIO()
-            np.savez(buffer, events=list(found), parameters=list(found.values()))
-            write_whole(kept, buffer.getvalue())
-    return {part: np.array([found[event] for event in wanted[part]]) for part in data}
 
 
-def standardised(tables: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Scale parameters to mean 0 and rms 1 in Training; missing values become 0, and are marked.
-
-    The direction, the first two columns, is only divided by its rms, so that it can be turned.
-    """
-    mean, rms = np.nanmean(tables["Training"], 0), np.nanstd(tables["Training"], 0) + 1e-6
-    mean[:2], rms[:2] = 0, rms[:2].mean()
-    scaled = {}
-    for part, table in tables.items():
-        values = np.clip((table - mean) / rms, -4, 4)
-        missing = np.isnan(values[:, [0, -1]])
-        scaled[part] = torch.tensor(np.c_[np.nan_to_num(values), missing], dtype=torch.float32)
-    return scaled
-
-
-def boosted(data: dict[str, Prepared], tables: dict[str, np.ndarray], seed: int) -> np.ndarray:
+def boosted(data: dict[str, Events], tables: dict[str, np.ndarray], seed: int) -> np.ndarray:
     """Results (n_test_events, 2) of gradient boosting: log odds of gamma, log10(energy in TeV)."""
     learn, test = tables["Training"], tables["Test"]
     is_gamma = data["Training"].particles() == 1
-    tev = data["Training"].data.events["mc_energy"]
+    tev = data["Training"].events["mc_energy"]
     options = {"max_iter": 200, "learning_rate": 0.06, "random_state": seed}
     classifier = HistGradientBoostingClassifier(**options).fit(learn, is_gamma)
     regressor = HistGradientBoostingRegressor(**options)
@@ -621,45 +497,50 @@ def main(args: argparse.Namespace) -> dict:
     environment = {"python": platform.python_version(), "image-extractor": __version__, **packages}
     environment |= {"command": sys.argv, "threads": torch.get_num_threads()}
     write_whole(run / "environment.json", json.dumps(environment, indent=1).encode())
-    lattice = Lattice(args.file)
-    data = {part: Prepared(Events(args.file, part), lattice) for part in PARTS}
-    for part, events in data.items():
-        n = np.bincount(events.particles(), minlength=2)
+    events = {part: Events(args.file, part) for part in PARTS}
+    for part, of_part in events.items():
+        n = np.bincount(of_part.particles(), minlength=2)
         if not n.all():
             raise DataError(
                 f"{args.file}: {part} has {n[1]} gammas and {n[0]} other events (expected some of "
                 "each). Extract both, and split them."
             )
         log.info("%s: %d gammas, %d others", part, n[1], n[0])
-    test = data["Test"].data
-    shared = np.isin(test.events["shower"], data["Training"].data.events["shower"])
+    test = events["Test"]
+    shared = np.isin(test.events["shower"], events["Training"].events["shower"])
     if shared.any():
         log.warning(
             "%d of %d test events have their shower in Training, too: the scores are too good. "
             "Split with --split-by shower.",
             *(shared.sum(), shared.size),
         )
-    tables = parameter_tables(args.file, data, args.parameters)
+    found = shower_parameters.of_parts(args.file, events, args.parameters)
+    tables = {part: p.table() for part, p in found.items()}
+    scaled = [standardised(x) for x in (tables, {part: p.images for part, p in found.items()})]
+    lattice = Lattice(args.file)
+    data = {
+        part: Prepared(of_part, lattice, found[part].direction, tuple(x[part] for x in scaled))
+        for part, of_part in events.items()
+    }
     prepared = time.perf_counter() - started
     log.info("%d parameters per event, after %.0f s", tables["Test"].shape[1], prepared)
-    scaled = standardised(tables)
-    network = train(data, scaled, args.epochs, args.batch_size, args.seed, run)
+    network = train(data, args.epochs, args.batch_size, args.seed, run)
     trained = time.perf_counter() - started - prepared
     log.info("trained in %.0f s; scoring", trained)
     buffer = BytesIO()
     torch.save(network.state_dict(), buffer)
     write_whole(run / "network.pt", buffer.getvalue())
-    found = {part: apply(network, data[part], scaled[part]) for part in ("Validation", "Test")}
-    scale = temperature(found["Validation"][:, 0], data["Validation"].particles())
+    outputs = {part: apply(network, data[part]) for part in ("Validation", "Test")}
+    scale = temperature(outputs["Validation"][:, 0], events["Validation"].particles())
     results = {
-        "network": found["Test"][:, :2] / [scale, 1],
-        "Hillas, boosted": boosted(data, tables, args.seed),
+        "network": outputs["Test"] / [scale, 1],
+        "Hillas, boosted": boosted(events, tables, args.seed),
     }
     scores = score(results, test, args.seed)
     probability = expit(results["network"][:, 0])
     summary = {
         "file": args.file.name,
-        "events": {part: len(events) for part, events in data.items()},
+        "events": {part: len(of_part) for part, of_part in events.items()},
         "test_events_with_shower_in_training": int(shared.sum()),
         "temperature": scale,
         "brier": float(np.mean((probability - test.particles()) ** 2)),

@@ -6,6 +6,7 @@ import astropy.units as u
 import numpy as np
 import pytest
 from conftest import all_images, decompressed, extract, other_production, real_file
+from ctapipe.instrument import SubarrayDescription
 
 from image_extractor import cli
 from image_extractor.ctapipe_source import DatasetSource
@@ -61,6 +62,9 @@ def test_table_loader_reads_ctapipes_images_and_true_values(key, storage, dl1, t
             np.testing.assert_allclose(getattr(ours, name).value, getattr(theirs, name).value)
         assert (ours.neighbor_matrix != theirs.neighbor_matrix).sum() == 0
         assert u.isclose(ours.pix_rotation, theirs.pix_rotation, atol=1e-6 * u.deg)
+    # What dl1-data-handler and ctapipe-merge ask of their files, and NaN in an array prevents.
+    again = SubarrayDescription.from_hdf(tmp_path / "d.h5", focal_length_choice="EQUIVALENT")
+    assert array == again
 
 
 @pytest.mark.parametrize("key", ["gamma", "sst", "proton"])

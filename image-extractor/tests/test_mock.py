@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,10 +15,11 @@ from conftest import PACKAGE, all_images, real_file
 from image_extractor import layout
 from image_extractor.ctapipe_source import DatasetSource
 from image_extractor.look import validate
-from image_extractor.reader import Images
+from image_extractor.reader import Events, Images
 
 sys.path.append(str(PACKAGE / "scripts"))
 import mock_showers
+import shower_parameters
 
 ABSENT = "torch is absent: pip install '.[torch]'"
 torch = pytest.importorskip("torch", reason=ABSENT)
@@ -62,8 +65,8 @@ def test_the_seed_determines_a_mock_data_set_whatever_the_processes(camera, tmp_
     assert sums[0] == sums[1] != sums[2]
 
 
-def test_ctapipe_reconstructs_the_true_directions_and_cores_of_mock_gammas(mock):
-    """Images lie where geometry puts them: HillasReconstructor is the independent reference."""
+def test_true_directions_and_cores_of_mock_gammas_are_reconstructed(mock):
+    """By ctapipe's HillasReconstructor, which is independent of us, and by shower_parameters."""
     from ctapipe.image import ImageProcessor
     from ctapipe.reco import ShowerProcessor
 
@@ -85,6 +88,15 @@ def test_ctapipe_reconstructs_the_true_directions_and_cores_of_mock_gammas(mock)
     angle, distance = np.median(off, axis=0)
     assert angle < 0.15  # deg; a sign or axis that is wrong gives more than 1
     assert distance < 20  # m
+    data, found = Events(mock), shower_parameters.compute(mock)
+    assert list(map(tuple, found.numbers.tolist())) == (
+        data.events[["run_number", "event_number"]].tolist()
+    )
+    gammas = np.flatnonzero(data.particles())
+    truth = np.array([data[i]["direction"] for i in gammas])
+    assert np.median(np.linalg.norm(found.direction[gammas] - truth, axis=1)) < 1.2 * angle
+    impact = [s["impact"] for s in Images(mock) if s["particle"]]
+    assert np.nanmedian(found.images[gammas][..., 1]) == pytest.approx(np.median(impact), rel=0.1)
 
 
 def test_light_time_and_impact_follow_from_the_shower(mock, camera):
@@ -128,7 +140,7 @@ def test_training_writes_a_run_and_scores_the_test_events(mock, tmp_path, caplog
         assert (run / name).read_bytes().startswith(b"\x89PNG")
     assert json.loads((run / "summary.json").read_text())["events"] == summary["events"]
     rows = list(csv.DictReader((run / "events.csv").open()))
-    assert len(rows) == summary["events"]["Test"] == len(train_cta.Events(mock, "Test"))
+    assert len(rows) == summary["events"]["Test"] == len(Events(mock, "Test"))
     for name in ("network", "Hillas, boosted"):
         value, low, high = summary[name]["auc"]
         truth = np.array([int(r["particle"]) for r in rows])
@@ -150,91 +162,106 @@ def test_a_split_by_event_is_reported_as_a_leak(camera, tmp_path, caplog):
     assert "test events have their shower in Training, too: the scores are too good" in log
 
 
-@pytest.fixture(scope="module")
-def prepared(mock):
-    return train_cta.Prepared(train_cta.Events(mock), train_cta.Lattice(mock))
+def prepare(mock):
+    """All events, with four parameters that are 1."""
+    data = Events(mock)
+    ones = np.ones((len(data), 4), np.float32), np.ones((len(data), 4, 4), np.float32)
+    directions = np.array([sample["direction"] for sample in data])
+    return train_cta.Prepared(data, train_cta.Lattice(mock), directions, ones)
 
 
-def batch_of(prepared, numbers):
-    batch = torch_reader.collate([prepared[i] for i in numbers])
-    return {**batch, "parameters": torch.ones(len(numbers), 3)}
-
-
-def test_the_network_ignores_padding(prepared):
-    network = train_cta.ShowerNetwork(3).eval()
+def test_the_network_ignores_padding(mock):
+    network, prepared = train_cta.ShowerNetwork(4, 4).eval(), prepare(mock)
     few = min(range(len(prepared)), key=lambda i: len(prepared[i]["images"]))
     many = max(range(len(prepared)), key=lambda i: len(prepared[i]["images"]))
-    assert len(prepared[few]["images"]) < len(prepared[many]["images"])
-    alone, beside = (batch_of(prepared, numbers) for numbers in ([few], [few, many]))
+    n = len(prepared[few]["images"])
+    assert n < len(prepared[many]["images"])
+    batch = torch_reader.collate([prepared[few], prepared[many]])
+    of_event, of_image = (torch.from_numpy(x[[few, many]]) for x in prepared.scaled)
+    both = {**batch, "event_parameters": of_event, "image_parameters": of_image}
+    alone = {k: v[:1] for k, v in both.items()}
+    alone |= {k: alone[k][:, :n] for k in ("mask", "images", "image_parameters")}
     with torch.no_grad():
-        found = [network(b)[0][0] for b in (alone, beside)]
+        found = [network(b)[0][0] for b in (alone, both)]
     assert torch.allclose(*found, atol=1e-5)
 
 
-def test_each_symmetry_of_the_lattice_turns_whole_events(prepared, camera):
-    lattice = prepared.lattice
+def test_a_cut_out_points_from_its_centre_of_charge_to_the_direction(mock, camera):
+    lattice = train_cta.Lattice(mock)
     spacing = np.degrees(0.05 / camera.focal_length_m)  # pixels of FlashCam: 5 cm
     assert np.linalg.norm(lattice.axes, axis=1) == pytest.approx(spacing, rel=0.02)
-    assert len(lattice.turns) == 4
-    assert torch.allclose(lattice.turns[0], torch.eye(2))
-    batch = batch_of(prepared, range(4))
-    found = train_cta.turned(batch, lattice, torch.arange(4))
-    assert torch.equal(found["images"][0], batch["images"][0])
-    half = train_cta.WINDOW // 2
-    x, y = np.tensordot(lattice.axes.T, np.indices((2 * half, 2 * half)) - half, 1).reshape(2, -1)
-
-    def middle(images):
-        """Middle of the charge within the largest circle (kept by all symmetries), and its rms."""
-        weights = np.expm1(3 * images[:, 0].numpy().reshape(len(images), -1).astype(float))
-        weights *= np.hypot(x, y) < (half - 1) * spacing * np.sqrt(3) / 2
-        total = np.maximum(weights.sum(1), 1e-9)
-        return np.stack([(weights * v).sum(1) / total for v in (x, y, x * x + y * y)], 1)
-
-    for before, after, turn in zip(
-        *(b["images"] for b in (batch, found)), lattice.turns.numpy(), strict=True
-    ):
-        (old, new), turn = (middle(images) for images in (before, after)), turn.astype(float)
-        assert new[:, :2] == pytest.approx(old[:, :2] @ turn.T, abs=1e-3)
-        assert new[:, 2] == pytest.approx(old[:, 2], abs=1e-3)
-    for name in ("core", "direction"):
-        expected = torch.einsum("nij,nj->ni", lattice.turns, batch[name])
-        assert torch.allclose(found[name], expected, atol=1e-6)
-    lengths = [b["positions"][..., k : k + 2].norm(dim=-1) for b in (batch, found) for k in (0, 2)]
-    assert torch.allclose(lengths[0], lengths[2], atol=1e-5)
-    assert torch.allclose(lengths[1], lengths[3], atol=1e-5)
-
-
-def test_prepared_images_lie_in_the_direction_of_the_shower(mock, prepared):
-    """Images of gammas point at the direction; their centre is displaced towards the core."""
-    cosines = []
-    for sample in (prepared[i] for i in np.flatnonzero(prepared.particles())):
-        for x, y, image_x, image_y, _ in sample["positions"]:
-            away = np.array([image_x, image_y]) - sample["direction"]
-            to_core = sample["core"] - [x, y]
-            cosines.append(away @ to_core / np.linalg.norm(away) / np.linalg.norm(to_core))
-    assert np.median(cosines) > 0.95  # 0 for a wrong axis, -1 for a wrong sign
+    image = np.zeros((2, 56, 56), np.float32)
+    image[0, 25:28, 26:31] = 50  # p.e.
+    image[0, 31, 28] = 60
+    cells = np.argwhere(image[0])
+    places, charge = cells @ lattice.axes + lattice.origin, image[0][tuple(cells.T)]
+    centre = charge @ places / charge.sum()
+    half = (train_cta.WINDOW - 1) / 2
+    for angle in (0.0, 1.0, 4.0):
+        along = np.array([np.cos(angle), np.sin(angle)])
+        along, aside = (places - centre) @ along, (places - centre) @ [-along[1], along[0]]
+        image[1][tuple(cells.T)] = 10 + 5 * aside  # samples
+        direction = centre + 2 * np.array([np.cos(angle), np.sin(angle)])
+        charges, times = lattice.cut_out(image, direction)
+        pe = np.expm1(3 * charges)
+        x, y = (np.indices(pe.shape) - half) * lattice.step
+        assert pe.sum() == pytest.approx(charge.sum(), rel=0.1)
+        for ours, true in ((x, along), (y, aside)):
+            assert (pe * ours).sum() / pe.sum() == pytest.approx(0, abs=0.1 * spacing)
+            skewness = (charge @ true**3) / charge.sum()  # tells the two sides apart
+            assert (pe * ours**3).sum() / pe.sum() == pytest.approx(skewness, abs=0.1 * spacing)
+        assert (pe * times * y).sum() / (pe * y * y).sum() == pytest.approx(1, rel=0.3)
 
 
 def test_kept_events_are_the_same_and_end_at_the_limit(mock, monkeypatch):
-    monkeypatch.setattr(train_cta, "KEPT_BYTES", 30_000)
-    prepared = train_cta.Prepared(train_cta.Events(mock), train_cta.Lattice(mock))
+    monkeypatch.setattr(train_cta, "KEPT_BYTES", 100_000)
+    prepared = prepare(mock)
     first = [prepared[i]["images"][0].copy() for i in range(20)]
     assert 1 < len(prepared.kept) < 20
     assert all(np.array_equal(prepared[i]["images"][0], first[i]) for i in range(20))
 
 
 def test_parameters_are_kept_for_later_runs(mock, tmp_path, monkeypatch):
-    lattice, kept = train_cta.Lattice(mock), tmp_path / "parameters.npz"
-    data = {p: train_cta.Prepared(train_cta.Events(mock, p), lattice) for p in train_cta.PARTS}
-    first = train_cta.parameter_tables(mock, data, kept)
-    monkeypatch.delattr(train_cta, "parameters")
-    again = train_cta.parameter_tables(mock, data, kept)
-    for part, table in first.items():
-        assert table.shape == (len(data[part]), 39)
-        assert np.array_equal(table, again[part], equal_nan=True)
-    scaled = train_cta.standardised(first)
-    assert scaled["Training"][:, 2:-2].mean(0).abs().max() < 0.2
-    assert all(values.isfinite().all() for values in scaled.values())
+    kept = tmp_path / "parameters.npz"
+    events = {part: Events(mock, part) for part in train_cta.PARTS}
+    first = shower_parameters.of_parts(mock, events, kept)
+    monkeypatch.delattr(shower_parameters, "compute")
+    again = shower_parameters.of_parts(mock, events, kept)
+    for part, found in first.items():
+        assert found.table().shape == (len(events[part]), 38)
+        for name, values in vars(found).items():
+            assert np.array_equal(values, getattr(again[part], name), equal_nan=True)
+    for name in ("table", "images"):
+        values = {p: f.table() if name == "table" else f.images for p, f in first.items()}
+        scaled = train_cta.standardised(values)
+        axes = tuple(range(scaled["Training"].ndim - 1))
+        assert abs(scaled["Training"].mean(axes)).max() < 0.2
+        assert all(np.isfinite(x).all() for x in scaled.values())
+
+
+def test_reading_many_files_takes_little_memory(mock, tmp_path):
+    """HDF5 would keep up to 16 MB of images of each telescope of each file."""
+    for k in range(20):
+        shutil.copy(mock, tmp_path / f"{k}.h5")
+    code = """
+import re, sys
+from pathlib import Path
+from image_extractor.reader import Images
+
+def used():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1000
+
+data = Images(sorted(Path(sys.argv[1]).glob("*.h5")))
+for i in range(0, len(data), 20):
+    data[i]
+before = used()
+print(sum(data[i]["image"].nbytes for i in range(len(data))) / 1e6, used() - before)
+"""
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    size, grown = map(float, done.stdout.split())
+    assert size > 100  # MB
+    assert grown < 20
 
 
 def test_scores_of_known_results():
