@@ -38,7 +38,7 @@ from diagrams import (
     plot_training_curves,
 )
 from hsi_proc_fns import Stats, check_label_shape
-from labels import BPT_LINES, TASK_TITLES, detected, label_classes, log_ratio
+from labels import BPT_LINES, SF, TASK_TITLES, detected, label_classes, log_ratio
 
 if TYPE_CHECKING:
     from inference import CubePrediction, TrainedModel
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DPI = 150
+CLOSE_DEX = 0.1
+"""Distance from the truth within which a metallicity counts as right."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def galaxy_figure(
 
     Predicted metallicities of spaxels that BPT labels do not call star-forming are hatched.
     With labels, also these and their difference from the prediction; of a simulated galaxy, also
-    the noiseless truth and the difference from that.
+    the noiseless truth, the difference from that, and how many metallicities are near it.
 
     Raises
     ------
@@ -106,7 +108,11 @@ def galaxy_figure(
     n = 2 + 2 * (labels is not None) + 2 * (truth is not None)
     rows = 2 if n == 6 else 1
     figure, axes = _figure(4.9 * n / rows, 4.1 * rows, rows, n // rows)
-    figure.suptitle(plateifu)
+    title, true_classes = plateifu, true_labels(root, plateifu, "BPT")
+    if not (found.logoh is None or labels is None or truth is None or true_classes is None):
+        counted = found.usable & (true_classes == SF)
+        title += "\n" + reach(found.logoh[counted], labels[counted], truth[counted])
+    figure.suptitle(title)
     for ax_above in axes:
         ax_above.tick_params(labelbottom=True)
     ax = iter(axes)
@@ -123,6 +129,15 @@ def galaxy_figure(
         sky_maps.plot_answer(next(ax), found, truth, "truth (simulated, no noise)")
         sky_maps.plot_difference(next(ax), found, truth, "truth")
     return figure, found
+
+
+def reach(predicted: np.ndarray, labels: np.ndarray, truth: np.ndarray) -> str:
+    """Say in how many of n star-forming spaxels predictions and labels (n,) dex are near truth."""
+    close = [int((np.abs(values - truth) < CLOSE_DEX).sum()) for values in (predicted, labels)]
+    return (
+        f"within {CLOSE_DEX} dex of the truth: prediction in {close[0]}, label in {close[1]} of "
+        f"{utils.counted(truth.size, 'star-forming spaxel')}"
+    )
 
 
 def true_labels(root: Path, plateifu: str, label_task: str) -> np.ndarray | None:

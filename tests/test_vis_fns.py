@@ -124,6 +124,14 @@ def test_maps_without_wcs_have_north_up_and_east_left_and_claim_nothing_unknown(
         assert not ax.patches
 
 
+def test_a_metallicity_near_the_truth_counts_and_a_missing_one_does_not():
+    truth = np.full(4, 8.5)
+    labels, predicted = np.array([8.5, np.nan, 8.7, np.nan]), np.array([8.45, 8.59, 8.3, 8.41])
+    said = vis_fns.reach(predicted, labels, truth)
+    wanted = "prediction in 3, label in 1 of 4 star-forming spaxels"
+    assert said == f"within 0.1 dex of the truth: {wanted}"
+
+
 def test_radius_and_kiloparsecs_are_drawn_where_the_galaxy_is(ax):
     """The scale by Hogg (1999, arXiv:astro-ph/9905116, eqs. 15, 18), flat, Planck 2018."""
     z, h0, matter = 0.05, 67.66, 0.3097
