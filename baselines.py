@@ -117,16 +117,12 @@ def fit(
         n_classes = len(dataset.spec.class_names)
         weight, bias = np.zeros((n_classes, terms.shape[1])), np.full(n_classes, -np.inf)
         present = np.unique(classes)
-        if present.size == 1:
-            bias[present] = 0.0
-        else:
+        bias[present] = 0.0
+        if present.size > 1:
             regression = LogisticRegression(max_iter=300).fit(scaled, classes)
-            coefficients, intercept = regression.coef_, regression.intercept_
-            if present.size == 2:  # sklearn keeps one row for two classes
-                coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
-                intercept = np.concatenate([-intercept / 2, intercept / 2])
-            weight[present] = coefficients @ whiten
-            bias[present] = intercept - weight[present] @ mean
+            given = present[-len(regression.coef_) :]  # of two, the second against the first
+            weight[given] = regression.coef_ @ whiten
+            bias[given] = regression.intercept_ - weight[given] @ mean
     return {
         "weight": torch.from_numpy(weight.astype(np.float32)),
         "bias": torch.from_numpy(bias.astype(np.float32)),

@@ -113,10 +113,15 @@ def labelled_galaxies(
     return pd.DataFrame(rows)
 
 
-def check_fractions(fractions: tuple[float, float, float]) -> None:
-    """Raise a DataError unless the fractions are positive and sum to 1."""
-    if min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise DataError(f"--fractions {fractions}: expected three positive numbers summing to 1.")
+def check_options(config: Config, kind: str) -> Path:
+    """Check options before anything is read; return the folder of the "hard" or "easy" split."""
+    if min(config.fractions) <= 0 or abs(sum(config.fractions) - 1) > 1e-6:
+        numbers = " ".join(map(str, config.fractions))
+        raise DataError(f"--fractions {numbers}: expected three positive numbers summing to 1.")
+    if config.min_labelled < 1:
+        raise DataError(f"--min-labelled {config.min_labelled}: expected 1 or more.")
+    split_dir = config.split_dir or f"{kind}_{config.label_task}"
+    return utils.split_path(utils.data_dir(config.data_dir), split_dir)
 
 
 def split_galaxies(
@@ -129,12 +134,12 @@ def split_galaxies(
     dict of part -> DataFrame
         Disjoint in mangaid. Each part's number of galaxies is within one of its share.
     """
-    check_fractions(fractions)
     rng = np.random.default_rng(seed)
     means = galaxies.groupby("mangaid")["mean_label"].mean()
     if len(means) < 3:
         raise DataError(
-            f"{len(means)} galaxies: expected at least 3, one for each part. Process more."
+            f"{utils.counted(len(means), 'galaxy', 'galaxies')}: expected at least 3, one for each "
+            "part. Process more."
         )
     order = means.index[np.lexsort((rng.random(len(means)), means.to_numpy()))]
     part_of = dict(zip(order, _interleave(len(order), fractions, rng), strict=True))
@@ -162,6 +167,7 @@ def _interleave(n: int, fractions: tuple[float, ...], rng: np.random.Generator) 
 def write_checked(
     config: Config,
     kind: str,
+    folder: Path,
     galaxies: pd.DataFrame,
     parts: dict[str, pd.DataFrame],
     warning: str = "",
@@ -171,8 +177,6 @@ def write_checked(
     The recipe holds the options and the label maps of `galaxies` (from `labelled_galaxies`).
     Another split of this name is replaced only with --overwrite.
     """
-    split_dir = config.split_dir or f"{kind}_{config.label_task}"
-    folder = utils.split_path(utils.data_dir(config.data_dir), split_dir)
     names = ("label_task", "fractions", "min_labelled", "skip_critical", "seed")
     options = {"kind": kind, **{name: getattr(config, name) for name in names}}
     maps = galaxies[["plateifu", "mangaid", "label_digest"]].to_numpy().tolist()
@@ -185,17 +189,18 @@ def write_checked(
     for name, table in parts.items():
         spaxels = int(table["n_labelled"].sum()) if "n_labelled" in table else len(table)
         count = table["mangaid"].nunique()
-        log.info(f"{split_dir}/{name}: {count} galaxies, {spaxels} labelled spaxels")
+        log.info(f"{folder.name}/{name}: {count} galaxies, {spaxels} labelled spaxels")
     log.info("Split: %s", folder)
 
 
 def main(config: Config) -> int:
     """Write the split."""
+    folder = check_options(config, "hard")
     root, task = utils.data_dir(config.data_dir), config.label_task
     cuts = config.min_labelled, config.skip_critical, config.galaxy_list
     galaxies = labelled_galaxies(root, task, *cuts)
     parts = split_galaxies(galaxies, config.fractions, config.seed)
-    write_checked(config, "hard", galaxies, parts)
+    write_checked(config, "hard", folder, galaxies, parts)
     return utils.EXIT_DONE
 
 

@@ -51,7 +51,6 @@ def easy_split(
 
     Returns a table by part: plateifu, mangaid, y, x.
     """
-    hard.check_fractions(fractions)
     rng = np.random.default_rng(seed)
     tables = []
     for plateifu, mangaid in galaxies[["plateifu", "mangaid"]].itertuples(index=False):
@@ -69,6 +68,7 @@ def easy_split(
 
 def main(config: Config) -> int:
     """Write the split, with a warning."""
+    folder = hard.check_options(config, "easy")
     root, task = utils.data_dir(config.data_dir), config.label_task
     cuts = config.min_labelled, config.skip_critical, config.galaxy_list
     galaxies = hard.labelled_galaxies(root, task, *cuts)
@@ -77,7 +77,7 @@ def main(config: Config) -> int:
         labels = data_io.read_labels(utils.label_path(root, task, plateifu))
         spaxels[plateifu] = np.nonzero(label_classes(labels, task) != LABEL_NONE)
     parts = easy_split(galaxies, spaxels, config.fractions, config.seed)
-    hard.write_checked(config, "easy", galaxies, parts, WARNING)
+    hard.write_checked(config, "easy", folder, galaxies, parts, WARNING)
     log.warning(WARNING)
     return utils.EXIT_DONE
 

@@ -43,7 +43,7 @@ class PatchOptions:
     """How patches are cut."""
 
     patch_norms: tuple[utils.PatchNorm, ...] = ()
-    """Normalisations to write patch files for (global spatial spectral PCA)."""
+    """Normalisations to write patch files for (global spatial spectral PCA); default none."""
     patch_size: int = 7
     """Side of a patch in spaxels."""
     split_dir: str | None = None
@@ -51,6 +51,11 @@ class PatchOptions:
     max_gb: float = 10
     """Refuse to write more patch files than this, in GB: a patch holds each spectrum P x P times.
     Packed cubes (pack_cubes.py), which training reads by default, hold it once."""
+
+    def __post_init__(self) -> None:
+        """Check the size of patches here, before any work is done."""
+        if self.patch_size < 1:
+            raise DataError(f"--patch-size {self.patch_size}: expected 1 or more.")
 
 
 @dataclass(frozen=True)

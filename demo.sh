@@ -69,7 +69,7 @@ step "8/8 maps of all galaxies, figures and summary"
 run map_galaxies.py --run-dir $out/logOH_hard $mine
 tested=$out/logOH_hard/split/test.csv
 run vis_fns.py --run-dir $out/logOH_hard \
-    --plateifu $(awk -F, '!/^#/ && $1 != "plateifu" && ++n <= 2 {print $1}' $tested)
+    --plateifu $(awk -F, '!/^#/ && $1 != "plateifu" && ++n <= 3 {print $1}' $tested)
 tested=$out/BPT_hard/split/test.csv
 most() {  # the test galaxy with the most spaxels of a class, which has a column from the fifth on
     awk -F, -v column=$((5 + $1)) '!/^#/ && $column + 0 > n {n = $column; name = $1} END {print name}' $tested

@@ -214,8 +214,9 @@ def plot_spectrum(
         sigma = np.divide(1, np.sqrt(ivar), out=np.full(ivar.shape, np.nan), where=ivar > 0)
         ax.plot(wave, sigma, color=OTHER_COLOUR, label=r"1$\sigma$ error", **style)
     mark_lines(ax, wave[0], wave[-1])
+    edge = 0.01 * (wave[-1] - wave[0])  # [O III] 5008 is close to the end of the usual range
     ax.set(
-        xlim=(wave[0], wave[-1]),
+        xlim=(wave[0] - edge, wave[-1] + edge),
         xlabel="rest wavelength in vacuum (Angstrom)",
         ylabel="flux density\n" r"($10^{-17}$ erg/s/cm$^2$/$\AA$/spaxel)",
     )
@@ -265,13 +266,13 @@ def plot_class_shares(
 
 
 def plot_histograms(ax: Axes, values: Mapping[str, np.ndarray], label: str, bins: int = 12) -> Axes:
-    """Draw histograms of galaxies side by side, e.g. of the redshifts in each part of a split.
+    """Draw histograms of observations side by side, e.g. of the redshifts in each part of a split.
 
     `values` maps each part to its values, (N,) float; `label` states quantity and unit.
     """
     names = [f"{part}: {len(sample)}" for part, sample in values.items()]
     ax.hist(list(values.values()), bins, label=names, color=[PART_COLOURS[part] for part in values])
-    ax.set(xlabel=label, ylabel="galaxies")
+    ax.set(xlabel=label, ylabel="observations")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False, fontsize=8)
     return ax

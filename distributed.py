@@ -41,6 +41,10 @@ def is_first() -> bool:
     return share()[0] == 0
 
 
+class OthersEnded(DataError):
+    """A process cannot go on, because another one has ended."""
+
+
 @contextlib.contextmanager
 def together(device: torch.device) -> Iterator[None]:
     """Work with the other processes that were started with this one, if there are any.
@@ -66,7 +70,10 @@ def together(device: torch.device) -> Iterator[None]:
         yield
         dist.destroy_process_group()  # after an error, it could wait for the others
     except DataError as error:
-        raise DataError(f"process {share()[0] + 1} of {n}: {error}") from error
+        message = f"process {share()[0] + 1} of {n}: {error}"
+        if not is_first() and not isinstance(error, OthersEnded):
+            log.error(message)  # utils.run_command prints what the first process says
+        raise DataError(message) from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -78,7 +85,7 @@ def _noticing_the_others() -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).partition("\n")[0].rpartition("cc:")[2][:120]  # without gloo's file
-        raise DataError(
+        raise OthersEnded(
             f"another process of this training has ended or cannot be reached ({reason}), expected "
             "all to go on. See what it said, then continue with --resume auto."
         ) from error

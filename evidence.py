@@ -45,15 +45,15 @@ from inference import TrainedModel
 from line_fits import LINES
 from matched_filter_net import MatchedFilterNet, SpaxelSums, Spectra, neighbours, split
 from pack_cubes import NormalisedCube
-from recipe import Recipe, file_digest
+from recipe import Recipe
 
 log = logging.getLogger(__name__)
 
 EVIDENCE_VERSION = 1
-STEPS = 48
-"""Points on the path from the line-free to the observed spectra."""
+STEPS = 32
+"""Steps on the path from the line-free to the observed spectra."""
 PATH_BEND = 6.0
-"""The points are even in asinh(sinh(PATH_BEND) t), as answers follow the logarithms of lines."""
+"""The steps are even in asinh(sinh(PATH_BEND) t), as answers follow the logarithms of lines."""
 SPAXELS_AT_ONCE = 256
 WINDOW_AA = 10.0
 """Bins this near to a line, and to no other line nearer, count as the line's."""
@@ -117,16 +117,20 @@ def explain(model: MatchedFilterNet, spectra: Spectra) -> Evidence:
         full = model.measure(residual, weight, colour)
         free = model.measure(torch.zeros_like(residual), weight, colour)
     gradient, answer, line_free = mean_gradient(model, full, free, colour, near)
-    bins = model.profiles.any(1)
+    bins, shares = model.profiles.any(1), torch.zeros_like(residual)
     with torch.no_grad():
-        # the last row stands for the neighbours that do not exist
-        signal = F.pad((residual * weight)[:, bins], (0, 0, 0, 1))
-        filters = model.profiles[bins].T
-        shares = torch.zeros_like(residual)
-        shares[:, bins] = sum(
-            signal[near[:, k]] * (gradient[:, k] @ filters) for k in range(near.shape[1])
-        )
+        signal, filters = (residual * weight)[:, bins], model.profiles[bins].T
+        for rows in blocks_of(near):
+            shares[rows, bins] = sum(
+                F.embedding(near[rows, k].clamp(min=0), signal) * (gradient[rows, k] @ filters)
+                for k in range(near.shape[1])
+            )
     return Evidence(*(part.cpu().numpy() for part in (shares, answer, line_free)))
+
+
+def blocks_of(rows: Tensor) -> list[slice]:
+    """Divide rows into blocks of SPAXELS_AT_ONCE."""
+    return [slice(k, k + SPAXELS_AT_ONCE) for k in range(0, len(rows), SPAXELS_AT_ONCE)]
 
 
 def mean_gradient(
@@ -146,52 +150,59 @@ def mean_gradient(
     Returns
     -------
     gradient : (Q, P*P, filter)
+        0 where there is no neighbour.
     answer, line_free : (Q,)
         At the ends of the path.
+
+    Notes
+    -----
+    Of each step, the gradient by the features is that in its middle, but the slope of the features
+    is the mean over it: features stop at a largest deviation, and slopes in the middle would miss
+    where.
     """
     middle, some, is_there = near.shape[1] // 2, near.clamp(min=0), near >= 0
     with torch.no_grad():
         predicted = model.answer(model.features(full, near, near[:, middle])).argmax(1)
 
-    def answers(rows: Tensor, own: Tensor, n: Tensor, keys: Tensor) -> Tensor:
-        around = some[rows]
-        out = model.answer(
-            model.combine(own, n, full.d[around], full.level[around, None], keys, is_there[rows])
-        )
+    def inputs(rows: slice, sums: SpaxelSums, keys: Tensor) -> list[Tensor]:
+        around = (F.embedding(some[rows], part) for part in (sums.n, keys))
+        return [sums.features[rows], *around]
+
+    def answers(rows: slice, own: Tensor, n: Tensor, keys: Tensor) -> Tensor:
+        d, level = (F.embedding(some[rows], part) for part in (full.d, full.level[:, None]))
+        out = model.answer(model.combine(own, n, d, level, keys, is_there[rows]))
         if not model.config.classes:
             return model.in_units(out)[0]
         return out.log_softmax(1).gather(1, predicted[rows, None])[:, 0]
 
-    blocks = torch.arange(len(near), device=near.device).split(SPAXELS_AT_ONCE)
     with torch.no_grad():
         ends = []
         for sums in (full, free):
             keys = model.key(sums.features)
-            blockwise = [
-                answers(r, sums.features[r], sums.n[some[r]], keys[some[r]]) for r in blocks
-            ]
-            ends.append(torch.cat(blockwise))
+            ends.append(torch.cat([answers(r, *inputs(r, sums, keys)) for r in blocks_of(near)]))
     gradient = full.n.new_zeros(*near.shape, full.n.shape[1])
-    for u in (np.arange(STEPS) + 0.5) / STEPS:
-        step = PATH_BEND * np.cosh(PATH_BEND * u) / np.sinh(PATH_BEND) / STEPS
-        n = free.n + (full.n - free.n) * (np.sinh(PATH_BEND * u) / np.sinh(PATH_BEND))
-        n.requires_grad_()
-        sums = model.sums(n, full.d, colour, full.level)
-        # two features of each filter, of its own sum alone
-        pairs = sums.features[:, : 2 * n.shape[1]].chunk(2, 1)
-        slopes = torch.cat(
-            [torch.autograd.grad(p.sum(), n, retain_graph=True)[0] for p in pairs], 1
-        )
-        features, n = sums.features.detach(), n.detach()
-        keys = model.key(features).detach()
-        for rows in blocks:
-            around = some[rows]
-            parts = [p.requires_grad_() for p in (features[rows], n[around], keys[around])]
+    of_keys_to_features = model.key.weight.detach()[:, : 2 * full.n.shape[1]]
+    heights = np.sinh(PATH_BEND * np.linspace(0, 1, 2 * STEPS + 1)) / np.sinh(PATH_BEND)
+    after = free
+    for low, half, high in zip(heights[:-1:2], heights[1::2], heights[2::2], strict=True):
+        with torch.no_grad():
+            before = after
+            here, after = (
+                model.sums(torch.lerp(free.n, full.n, t), full.d, colour, full.level)
+                for t in (half, high)
+            )
+            keys = model.key(here.features)
+            # each filter has two features, of its own sum alone
+            moved = (after.n - before.n).repeat(1, 2)
+            slopes = (after.features - before.features)[:, : moved.shape[1]] / moved
+            slopes[moved == 0] = 0
+        for rows in blocks_of(near):
+            parts = [part.requires_grad_() for part in inputs(rows, here, keys)]
             of_own, of_n, of_keys = torch.autograd.grad(answers(rows, *parts).sum(), parts)
-            of_features = of_keys @ model.key.weight.detach()[:, : slopes.shape[1]]
-            of_features[:, middle] += of_own[:, : slopes.shape[1]]
-            through = (of_features * slopes[around]).unflatten(-1, (2, -1)).sum(-2)
-            gradient[rows] += step * (of_n + through)
+            of_features = of_keys @ of_keys_to_features
+            of_features[:, middle] += of_own[:, : moved.shape[1]]
+            first, second = (of_features * F.embedding(some[rows], slopes)).chunk(2, -1)
+            gradient[rows] += (high - low) * (of_n + first + second)
     return gradient * is_there[..., None], ends[0], ends[1]
 
 
@@ -484,7 +495,7 @@ def main(config: Config) -> int:
             "whose evidence can be found. Use another run, or train with --network matched_filters."
         )
     root = run_folder.run_data_dir(config.run_dir, config.data_dir)
-    weights = file_digest(config.run_dir / run_folder.WEIGHTS_FILE)
+    weights = utils.file_digest(config.run_dir / run_folder.WEIGHTS_FILE)
     code = utils.EXIT_DONE
     for plateifu in config.plateifu:
         try:

@@ -38,7 +38,7 @@ from labels import (
     lines_needed,
     metallicity,
 )
-from recipe import Recipe, file_digest, file_stamp
+from recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,11 @@ COPIED_CARDS = {
 }  # fmt: skip
 """Attributes of a cube that are cards of the LOGCUBE's primary header."""
 SKIPPED = "skipped: CRITICAL"
+OTHER_CUBES = (
+    "Replace it with --overwrite, or make the other cube in a second --data-dir, whose raw/ can be "
+    "a link to this one's"
+)
+"""What to do about a cube that was made with other options, as a sentence without its full stop."""
 
 Diagnostic = Literal["O3N2-M13", "N2-M13", "O3N2-PP04", "N2O2-KD02"]
 
@@ -144,29 +149,29 @@ def process_cube(
     wave, bins = resample.target_grid(options.wave_min, options.wave_max, options.n_band)
     chosen, inputs = {**_of(options, CubeOptions), "redshift": redshift}, dict[str, str]()
     if options.remove_gas_velocity and maps is not None and maps.is_file():
-        inputs["MAPS"] = file_digest(maps)
-    stamp = file_stamp(source)
+        inputs["MAPS"] = utils.file_digest(maps)
+    stamp = utils.file_stamp(source)
     if target.is_file() and not overwrite:
         head = data_io.read_cube_head(target)
         made = head.recipe
         if "catalogue" in made.inputs and redshift is None:  # the redshift came from there
-            inputs["catalogue"] = file_digest(catalogue) if catalogue else ""
+            inputs["catalogue"] = utils.file_digest(catalogue) if catalogue else ""
         is_same = head.attrs.get("source_stamp") == stamp  # saves reading a whole survey again
-        inputs["LOGCUBE"] = made.inputs.get("LOGCUBE", "") if is_same else file_digest(source)
+        inputs["LOGCUBE"] = made.inputs.get("LOGCUBE", "") if is_same else utils.file_digest(source)
         if inputs["LOGCUBE"] != made.inputs.get("LOGCUBE"):
             read_hdus(source, archive_files.ESSENTIAL)  # if it is damaged, says that
         today = Recipe("cube", data_io.CUBE_VERSION, chosen, inputs)
-        today.require(made, target, "Replace it with --overwrite")
+        today.require(made, target, OTHER_CUBES)
         return SKIPPED if skip_critical and head.attrs.get("critical") else "up to date"
     with ThreadPoolExecutor(1) as pool:
-        hashing = pool.submit(file_digest, source)
+        hashing = pool.submit(utils.file_digest, source)
         primary = read_hdus(source, ("PRIMARY",))["PRIMARY"].header
         with utils.reading(source, "the header of a LOGCUBE", FETCH_AGAIN):
             plateifu, critical = archive_files.vet_header(primary, source, target)
             if critical and skip_critical:
                 return SKIPPED
             if redshift is None and primary.get("SCINPVEL") is None and catalogue is not None:
-                inputs["catalogue"] = file_digest(catalogue)
+                inputs["catalogue"] = utils.file_digest(catalogue)
             z, mangaid = archive_files.identify(source, primary, plateifu, redshift, catalogue)
             copied = archive_files.plain_cards(primary, COPIED_CARDS)
         edges = resample.log_edges(*archive_files.WAVE_GRID)
@@ -303,7 +308,7 @@ def process_map(
     """
     source, target = Path(getattr(source, "filename", source)), Path(target)
     chosen = {**_of(options, LabelOptions), "label_task": label_task}
-    recipe = Recipe("labels", data_io.LABEL_VERSION, chosen, {"MAPS": file_digest(source)})
+    recipe = Recipe("labels", data_io.LABEL_VERSION, chosen, {"MAPS": utils.file_digest(source)})
     if target.is_file() and not overwrite:
         data_io.read_labels(target)  # a damaged one is not up to date
         made = data_io.read_label_meta(target)
@@ -365,6 +370,7 @@ def process_map(
         "critical": critical,
         **version,
         "source_file": source.name,
+        "source_path": str(source.resolve()),
         "wcs_header": archive_files.celestial(flux_hdu.header),
         **utils.made_now(),
     }

@@ -63,8 +63,7 @@ def write_label_png(
     for k, colour in enumerate(colours):
         image.paste(colour, mask=enlarged(classes == k))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    count = int((classes >= 0).sum())
-    labelled = f"{count} labelled spaxel" + ("s" if count != 1 else "")
+    labelled = utils.counted(int((classes >= 0).sum()), "labelled spaxel")
     draw.text((margin, 8), f"{path.stem}   {TASK_TITLES[label_task]}   {labelled}", "black", font)
     draw.text((margin, 30), note, "black", ImageFont.load_default(13))
     entries: list[tuple[str, str | None]] = list(zip(names, colours, strict=True))

@@ -281,11 +281,18 @@ def in_order(
     """Yield the results of `work` in the order of the items.
 
     `ahead` results are computed in advance, in the pool's threads or processes, and held in memory.
+    A process that is killed is a `DataError`.
     """
     waiting = iter(items)
     running = deque(pool.submit(work, item) for item in itertools.islice(waiting, max(ahead, 1)))
     while running:
-        result = running.popleft().result()
+        try:
+            result = running.popleft().result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a process was killed, probably for lack of memory, expected its results. Use "
+                "fewer --jobs, or ask for more memory."
+            ) from None
         running.extend(pool.submit(work, item) for item in itertools.islice(waiting, 1))
         yield result
 

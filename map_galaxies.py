@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import utils
+from utils import DataError
 
 import numpy as np
 import pandas as pd
 from astropy.io import fits
 
 import data_io
+import fits_stream
 import hsi_proc_fns
 import inference
 import loops
@@ -36,7 +38,7 @@ import run_folder
 from intervals import LEVEL
 from labels import LABEL_NONE, SF
 from pack_cubes import NormalisedCube
-from recipe import Recipe, digest_of, file_digest
+from recipe import Recipe, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +121,11 @@ def spaxel_mask(result: inference.CubePrediction, bpt: np.ndarray | None) -> np.
 
 
 def read_map_header(path: Path) -> fits.Header:
-    """Read the primary header of a map; an empty one if there is no readable map."""
+    """Read the primary header of a map; an empty one if there is no map, or a damaged one."""
     try:
-        return fits.getheader(path)
-    except OSError:
+        return fits_stream.check_whole(path) if path.is_file() else fits.Header()
+    except DataError as error:
+        log.warning("%s", str(error).replace(fits_stream.FETCH_AGAIN, "It has to be made again."))
         return fits.Header()
 
 
@@ -188,7 +191,7 @@ def write_map(
 
 
 def tabulate_maps(folder: Path) -> pd.DataFrame:
-    """Tabulate all maps in a folder from their headers, one row per observation.
+    """Tabulate all sound maps in a folder from their headers, one row per observation.
 
     Returns
     -------
@@ -200,6 +203,8 @@ def tabulate_maps(folder: Path) -> pd.DataFrame:
     rows = []
     for path in utils.files_in(folder, "*.fits"):
         header = read_map_header(path)
+        if not header:  # damaged
+            continue
         row = {k: header.get(k.upper()) for k in ("plateifu", "mangaid", "redshift", "part")}
         row["spaxels"] = header.get("SPAXELS")
         if header.get("TASK") == "logOH":
@@ -214,7 +219,7 @@ def map_galaxies(
 ) -> dict[str, str]:
     """Map observations; say of each whether its map was written, is up to date, or failed."""
     run_dir, folder = config.run_dir, config.run_dir / run_folder.MAPS_FOLDER
-    weights = file_digest(run_dir / run_folder.WEIGHTS_FILE)
+    weights = utils.file_digest(run_dir / run_folder.WEIGHTS_FILE)
     readers = utils.processes(config.jobs) if config.jobs else inference.count_readers()
 
     def read(plateifu: str) -> tuple[NormalisedCube, np.ndarray | None] | Exception | None:
@@ -290,8 +295,9 @@ def main(config: Config) -> int:
             chosen[chosen["part"] == "train"],
             "show galaxies that the model was trained on, not how well it works on new ones",
         )
-    only = folder / f"{galaxies[0]}.fits"
-    where = only if len(galaxies) == 1 and only.is_file() else folder
+    where = folder
+    if len(galaxies) == 1 and outcome[galaxies[0]] != "failed":
+        where = folder / f"{galaxies[0]}.fits"
     return loops.report(outcome, "maps", where)
 
 

@@ -70,7 +70,7 @@ def start_filters(
     model.start_head(together(dataset, order, model.config.window), *chosen)
     log.info(
         "matched filters start at %d places, their head from %d spaxels of %d galaxies",
-        min(len(places), model.config.lines),
+        len(places),
         rows.size,
         len(galaxies),
     )

@@ -8,7 +8,7 @@ Layouts: docs/data_formats.md. Outputs that are up to date are skipped.
 
     python process_single_cube.py --plateifu 8485-1901
     python process_single_cube.py --fits manga-8485-1901-LOGCUBE-SPX-MILESHC-MASTARSSP.fits.gz
-    python process_single_cube.py --plateifu 8485-1901 --like-run runs/a     # for runs/a to map it
+    python process_single_cube.py --plateifu 8485-1901 --like-run runs/a  # then runs/a can map it
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class GalaxyOptions(fits_utils.CubeOptions, fits_utils.LabelOptions, patches.Pat
     """Process the galaxy like the training cubes of this run, so that its model can map it: its
     options of cube and labels replace those given here."""
     label_tasks: tuple[LabelTask, ...] = LABEL_TASKS  # type: ignore[assignment]
-    """Labels to make; an empty --label-tasks makes none."""
+    """Labels to make; --label-tasks without a value makes none."""
     labels_only: bool = False
     """Make the labels alone, for which MAPS suffice; no cube."""
     daptype: str | None = None
@@ -53,8 +53,8 @@ class GalaxyOptions(fits_utils.CubeOptions, fits_utils.LabelOptions, patches.Pat
 
 
 @dataclass(frozen=True)
-class Config(GalaxyOptions, utils.CommandOptions):
-    """Process one galaxy."""
+class OneGalaxy:
+    """Which galaxy to process, and from which files."""
 
     plateifu: str | None = None
     """Galaxy, e.g. 8485-1901; default the one in the name of the --fits file."""
@@ -63,8 +63,14 @@ class Config(GalaxyOptions, utils.CommandOptions):
     maps: Path | None = None
     """MAPS to read; default the one beside the LOGCUBE, else the galaxy's in <data-dir>/raw/."""
     redshift: float | None = None
-    """Redshift to use instead of the header's or the catalogue's; a difference of more than 0.005
-    is warned of."""
+    """Redshift to use instead of the header's or the catalogue's; a warning is logged if they
+    differ by more than 0.005."""
+
+
+@dataclass(frozen=True)
+class Config(GalaxyOptions, utils.CommandOptions, OneGalaxy):  # --help begins with the last
+    """Process one galaxy."""
+
     data_dir: Path | None = None
     """Data folder; default $MANGA_DATA_DIR, else that of the run --like-run, else ./data/manga."""
 
@@ -154,6 +160,8 @@ def vetted(options: Chosen) -> Chosen:
         from archive_files import catalogue_rows  # here: it needs astropy
 
         catalogue_rows(options.catalogue)
+    if not options.min_snr >= 0:  # nan is not, either
+        raise DataError(f"--min-snr {options.min_snr:g}: expected 0 or more.")
     if options.labels_only and (options.patch_norms or not options.label_tasks):
         raise DataError(
             "--labels-only: expected some --label-tasks and no --patch-norms, which need a cube."

@@ -1,6 +1,6 @@
 """What decided the numbers of an output: its `Recipe`, and digests and checksums of contents.
 
->>> made = Recipe("cube", 4, {"n_band": 2040}, {"LOGCUBE": file_digest(path)})
+>>> made = Recipe("cube", 4, {"n_band": 2040}, {"LOGCUBE": utils.file_digest(path)})
 >>> today.require(made, path, "Replace it with --overwrite")
 """
 
@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import utils
 from utils import DataError
 
 import numpy as np
@@ -170,16 +169,3 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 def sealed_text(text: str) -> str:
     """Put the checksum of a text into a comment before it."""
     return f"# checksum: {hashlib.sha256(text.encode()).hexdigest()[:DIGEST_LENGTH]}\n{text}"
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with utils.reading(path, "a file to read", "Check the path."), Path(path).open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def file_stamp(path: Path) -> str:
-    """Size and time of a file: while they stay, it is not read again to see what is in it."""
-    with utils.reading(path, "a file to read", "Check the path."):
-        stat = Path(path).stat()
-        return f"{stat.st_size} {stat.st_mtime_ns}"

@@ -52,7 +52,7 @@ from data_fns import DataOptions
 from HSI_SSFTT import count_parameters
 from inference import pick_device
 from labels import class_middles
-from matched_filter_net import MatchedFilterNet
+from matched_filter_net import MatchedFilterConfig, MatchedFilterNet
 from networks import USUAL, Network
 from recipe import Recipe, digest_of
 from run_folder import ModelCard
@@ -230,7 +230,7 @@ def set_up(config: TrainConfig, run_dir: Path, resuming: bool = False) -> Traini
     with distributed.first_one_ahead():  # which creates what is missing
         create_statistics(data)
         loaders = data_fns.get_dataloaders(data, sampler_seed, ("train", "val"), device)
-    share_batches(config, loaders)
+        share_batches(config, loaders)
     dataset = dataset_of(loaders["train"])
     if min(data.batch_size, len(dataset)) < 2 and data.cutout_size == 1:
         raise DataError(
@@ -314,8 +314,10 @@ def network_sizes(config: TrainConfig, dataset: PatchDataset) -> dict[str, Any]:
         sizes = {"n_classes": n_classes, "patch_size": data.patch_size, "bands": dataset.n_bands}
         return {**sizes, **asdict(config.model)}
     bands = matched_filter_net.split(torch.empty(dataset.n_bands)).residual.numel()
+    known = line_fits.line_places(baselines.wave_of(dataset.samples.options["cube"]))
     return {
         "bands": bands,
+        "lines": len(known) or MatchedFilterConfig.lines,
         "classes": 0 if data.learns_dex else n_classes,
         "window": data.patch_size,
         "dropout": config.model.dropout,

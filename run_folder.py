@@ -47,7 +47,7 @@ from samples import PatchSpec
 log = logging.getLogger(__name__)
 
 RUNS_FOLDER = Path("runs")
-MODEL_SCHEMA, MODEL_VERSION = "manga-model", 5
+MODEL_SCHEMA, MODEL_VERSION = "manga-model", 6
 CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE = "config.json", "environment.json", "log.txt"
 MODEL_FILE, WEIGHTS_FILE, STATS_FILE = "model.json", "best.safetensors", "stats.h5"
 BASELINE_FILE, METRICS_FILE = "baseline.safetensors", "metrics.csv"
@@ -223,6 +223,8 @@ def choose(
                 if not option_differences(own_options(found), options):
                     return found, True
         return RUNS_FOLDER / f"{time.strftime('%Y%m%dT%H%M%S')}_{name}", False
+    if run_dir.is_file():
+        raise DataError(f"{run_dir}: a file, expected a new folder or a run's. Check --run-dir.")
     if (run_dir / CHECKPOINT_FILE).is_file() and not overwrite:
         if not resume:
             raise DataError(

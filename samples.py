@@ -140,7 +140,7 @@ def get_samples(
     found: dict[str, GalaxySpaxels] = {}
     options: dict[str, dict[str, Any]] = {"cube": {}, "labels": {}}
     problems: list[str] = []
-    bar = tqdm(plateifus, desc="listing spaxels", unit="galaxy", leave=False, disable=None)
+    bar = tqdm(plateifus, desc="listing spaxels", unit="observation", leave=False, disable=None)
     for plateifu in bar:
         try:
             if packed is not None:

@@ -359,6 +359,6 @@ def mark_distrusted(ax: Axes, prediction: CubePrediction, bpt: np.ndarray | None
         cross: dict[str, Any] = {"color": "white", "ms": 2.5, "mew": 0.6}
         marks += ax.plot(x, y, "x", **cross, label="unlike the training spectra")
     if marks:
-        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+        place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
         ax.legend(handles=marks, fontsize=7, facecolor="0.8", **place)
     return ax

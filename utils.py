@@ -32,6 +32,8 @@ import difflib
 import errno
 import fcntl
 import functools
+import hashlib
+import io
 import json
 import logging
 import os
@@ -373,6 +375,19 @@ def config_dict(config: Any) -> dict[str, Any]:
     return {k: v for group in (*groups, flat) for k, v in group.items()}
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with reading(path, "a file to read", "Check the path."), Path(path).open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def file_stamp(path: Path) -> str:
+    """Size and time of a file: while they stay, it is not read again to see what is in it."""
+    with reading(path, "a file to read", "Check the path."):
+        stat = Path(path).stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
 # Commands
 
 
@@ -422,12 +437,15 @@ def config_args(path: Path | str, config_class: Any, given: Sequence[str] = ()) 
     return words
 
 
-def with_config_file(args: Sequence[str], config_class: Any) -> list[str]:
-    """Replace `--config FILE` by its flags, placed before the user's own, which take precedence."""
+def split_config_file(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Take `--config FILE` out of the words of a command line: the file, and the user's flags.
+
+    The flags of the file (`config_args`) come before these, which take precedence.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.json")
+    parser.add_argument("--config", metavar="FILE.json", nargs="?", const="")
     found, words = parser.parse_known_args(args)
-    return config_args(found.config, config_class, words) + words if found.config else words
+    return found.config, words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,12 +467,12 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     """Parse the command line into a config, run `main`, and exit with the right code.
 
     A DataError ends the program with its message and code 1 (with a traceback under --debug), a
-    wrong flag with code 2, Ctrl-C with 130, and SIGTERM with 143 unless `main` handles it.
+    wrong flag with code 2, Ctrl-C with 130, and SIGTERM with 143 unless `main` handles it. Of
+    several processes (torchrun), the first one says what is wrong: `distributed.together` logs
+    what another one alone has met.
     """
-    import tyro  # here, so that importing a script's functions does not need it
-
-    argv = sys.argv[1:]
-    debug = "--debug" in argv
+    file, own = split_config_file(sys.argv[1:])
+    debug, from_file = "--debug" in own, list[str]()
     setup_logging()
     logging.getLogger("loops").setLevel(logging.DEBUG if debug else logging.NOTSET)
     description = re.sub(r"\n(?=Writes |Layouts?: )", "\n\n", doc)  # else the help joins lines
@@ -462,12 +480,8 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     config = None
     try:
         try:
-            config = tyro.cli(
-                config_class,
-                args=with_config_file(argv, config_class),
-                description=description,
-                config=(tyro.conf.OmitArgPrefixes,),  # groups of options, but flat flags
-            )
+            from_file = [] if file is None else config_args(file, config_class, own)
+            config = parse([*from_file, *own], config_class, description)
             if getattr(config, "seed", 0) < 0:
                 raise DataError(f"--seed {config.seed}: expected 0 or more.")  # type: ignore[attr-defined]
             code = main(config)
@@ -478,7 +492,12 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
             sys.exit(128 + signal.SIGPIPE)
         if debug:
             traceback.print_exc()
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        message = in_one_line(error)
+        option = re.match(r"--[\w-]+", message)
+        if option and option[0] in from_file and option[0] not in own:
+            message = f"{file}: {message}"
+        if is_first_process() or not isinstance(error, DataError):
+            print(f"error: {message}", file=sys.stderr)
         sys.exit(EXIT_USAGE if config is None else EXIT_DATA)
     except KeyboardInterrupt as stop:
         print(
@@ -489,6 +508,69 @@ def run_command(main: Callable[[Config], int | None], config_class: type[Config]
     finally:
         signal.signal(signal.SIGTERM, before)
     sys.exit(code or EXIT_DONE)
+
+
+def is_first_process() -> bool:
+    """Say whether this process is the first, or the only one, of those that torchrun started."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def parse(words: Sequence[str], config_class: type[Config], description: str) -> Config:
+    """Read the words of a command line into a config; print help, if that is asked for, and exit.
+
+    Raises
+    ------
+    DataError
+        If they cannot be read: one line instead of tyro's box of several.
+    """
+    import tyro  # here, so that importing a script's functions does not need it
+
+    said, before = io.StringIO(), os.environ.get("COLUMNS")
+    if {"-h", "--help"}.isdisjoint(words):
+        os.environ["COLUMNS"] = "9999"  # nothing is wrapped
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return tyro.cli(
+                config_class,
+                args=words,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),  # flat flags
+            )
+    except SystemExit as stop:
+        if stop.code:
+            raise DataError(_usage_error(said.getvalue())) from None
+        no_default = r"\s*\(default:\s*(None)?\)"  # what happens then is in the text
+        print(re.sub(f"{no_default}| +$", "", said.getvalue(), flags=re.MULTILINE).rstrip())
+        raise
+    finally:
+        os.environ.pop("COLUMNS", None)
+        os.environ |= {"COLUMNS": before} if before else {}
+
+
+PLAIN_WORDS = {
+    r"Unrecognized options: (--.*)": r"\1: no such option.",
+    r"Unrecognized options: (.*)": r"\1: no option takes this value.",
+    r"Error parsing (--\S+): (.*)": r"\1: \2.",
+    r"Error parsing \w+: ": "",
+    r"no type matching .*? could be instantiated from \[(.*?)\]\. Got errors: .*": r"found \1.",
+    r"invalid literal for int\(\) with base 10:": "not a whole number:",
+    r"could not convert string to float:": "not a number:",
+    r"invalid choice '(.*)' for argument '(.*)'\. Expected": r"\2 \1: expected",
+    r"Missing value for argument '(.*)'\. Expected (\d+) values": r"\1: too few, expected \2",
+    r"Missing from .*?: (--\S+) .*": r"\1 is missing.",
+}
+"""What tyro says of a command line, and how it is said here: first which option is wrong."""
+
+
+def _usage_error(box: str) -> str:
+    """Make one line of tyro's several: what is wrong, what was expected, where to read more."""
+    _, said, *more = re.split(r"^ *-{9,} *$", box, flags=re.MULTILINE)
+    line = " ".join(said.split())
+    for theirs, ours in PLAIN_WORDS.items():
+        line = re.sub(theirs, ours, line)
+    options = re.findall(r"^ +(--.*?) *$", more[0], re.MULTILINE)
+    expected = f" Expected {' or '.join(options)}." if options else ""
+    return f"{line}{expected} See {Path(sys.argv[0]).name} --help."
 
 
 def in_one_line(error: Exception) -> str:

@@ -38,7 +38,7 @@ from diagrams import (
     plot_training_curves,
 )
 from hsi_proc_fns import Stats, check_label_shape
-from labels import BPT_LINES, TASK_TITLES, detected, label_classes, log_ratio
+from labels import BPT_LINES, SF, TASK_TITLES, detected, label_classes, log_ratio
 
 if TYPE_CHECKING:
     from inference import CubePrediction, TrainedModel
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DPI = 150
+CLOSE_DEX = 0.1
+"""Distance from the truth within which a metallicity counts as right."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def galaxy_figure(
 
     Predicted metallicities of spaxels that BPT labels do not call star-forming are hatched.
     With labels, also these and their difference from the prediction; of a simulated galaxy, also
-    the noiseless truth and the difference from that.
+    the noiseless truth, the difference from that, and how many metallicities are near it.
 
     Raises
     ------
@@ -106,7 +108,13 @@ def galaxy_figure(
     n = 2 + 2 * (labels is not None) + 2 * (truth is not None)
     rows = 2 if n == 6 else 1
     figure, axes = _figure(4.9 * n / rows, 4.1 * rows, rows, n // rows)
-    figure.suptitle(plateifu)
+    title, true_classes = plateifu, true_labels(root, plateifu, "BPT")
+    if not (found.logoh is None or labels is None or truth is None or true_classes is None):
+        counted = found.usable & (true_classes == SF)
+        title += "\n" + reach(found.logoh[counted], labels[counted], truth[counted])
+    figure.suptitle(title)
+    for ax_above in axes:
+        ax_above.tick_params(labelbottom=True)
     ax = iter(axes)
     if labels is not None:
         sky_maps.plot_answer(next(ax), found, labels, "label")
@@ -121,6 +129,15 @@ def galaxy_figure(
         sky_maps.plot_answer(next(ax), found, truth, "truth (simulated, no noise)")
         sky_maps.plot_difference(next(ax), found, truth, "truth")
     return figure, found
+
+
+def reach(predicted: np.ndarray, labels: np.ndarray, truth: np.ndarray) -> str:
+    """Say in how many of n star-forming spaxels predictions and labels (n,) dex are near truth."""
+    close = [int((np.abs(values - truth) < CLOSE_DEX).sum()) for values in (predicted, labels)]
+    return (
+        f"within {CLOSE_DEX} dex of the truth: prediction in {close[0]}, label in {close[1]} of "
+        f"{utils.counted(truth.size, 'star-forming spaxel')}"
+    )
 
 
 def true_labels(root: Path, plateifu: str, label_task: str) -> np.ndarray | None:
@@ -146,7 +163,7 @@ def bpt_figure(root: Path, prediction: CubePrediction, label_task: str) -> Figur
     Raises
     ------
     DataError
-        If the MAPS file is not in the data folder.
+        If the MAPS file is neither in the data folder nor where it was when the labels were made.
     """
     import archive_files
     import fits_utils
@@ -157,9 +174,11 @@ def bpt_figure(root: Path, prediction: CubePrediction, label_task: str) -> Figur
     if name := meta.get("source_file"):
         maps_file = utils.raw_dir(root, plateifu) / name
         if not maps_file.is_file():
+            maps_file = Path(meta.get("source_path", maps_file))
+        if not maps_file.is_file():
             raise DataError(
                 f"{maps_file}: no such file, expected the MAPS file that the labels of {plateifu} "
-                "were made from. Copy or link it there."
+                f"were made from. Copy or link it to {utils.raw_dir(root, plateifu)}."
             )
     else:
         maps_file = utils.find_raw(root, plateifu, "MAPS")
@@ -225,26 +244,15 @@ def run_figures(run_dir: Path, card: ModelCard, part: str = "test") -> dict[str,
     figures = {}
     metrics = run_dir / run_folder.METRICS_FILE
     if metrics.is_file():
-        figures["training_curves"], axes = _figure(11, 3.4, columns=2)
-        plot_training_curves(axes, pd.read_csv(metrics), card)
+        with utils.reading(metrics, "a table with a row per epoch", "Copy it again, or retrain."):
+            figures["training_curves"], axes = _figure(11, 3.4, columns=2)
+            plot_training_curves(axes, pd.read_csv(metrics), card)
     else:
         command = f"python run_SSFTT_training.py --config {run_dir / run_folder.CONFIG_FILE}"
         log.warning("no training curves: no %s; retrain with %s --run-dir NEW", metrics, command)
     evaluation = run_dir / part / run_folder.RESULT_FILE
     if evaluation.is_file():
-        result = json.loads(evaluation.read_text())
-        epochs = (result["best_epoch"], card.best["epoch"])
-        if epochs[0] != epochs[1]:
-            log.warning("%s: epoch %d, the model: epoch %d; evaluate again", evaluation, *epochs)
-        table = pd.read_csv(run_dir / part / run_folder.CONFUSION_FILE, index_col="true")
-        figures[f"confusion_{part}"], (ax,) = _figure(6, 5.6)
-        spaxels = utils.counted(result["spaxels"], "spaxel")
-        galaxies = utils.counted(result["galaxies"], "galaxy", "galaxies")
-        title = (
-            f"{TASK_TITLES[result['label_task']]}, {part} part of the {result['split_kind']} split"
-            f"\naccuracy {result['accuracy']:.3f}: {spaxels}, {galaxies}"
-        )
-        plot_confusion(ax, table.to_numpy(), list(table.columns), title)
+        figures[f"confusion_{part}"] = confusion_figure(run_dir, card, part)
     else:
         command = f"python eval_fns.py --run-dir {run_dir} --part {part}"
         log.warning("no confusion matrix: no %s; create it with %s", evaluation, command)
@@ -254,10 +262,32 @@ def run_figures(run_dir: Path, card: ModelCard, part: str = "test") -> dict[str,
     return figures
 
 
+def confusion_figure(run_dir: Path, card: ModelCard, part: str) -> Figure:
+    """Draw the confusion matrix of an evaluation by eval_fns.py."""
+    import run_folder
+
+    folder, (figure, (ax,)) = run_dir / part, _figure(6, 5.6)
+    remedy = f"Evaluate again: python eval_fns.py --run-dir {run_dir} --part {part}"
+    with utils.reading(folder, "scores and a confusion matrix", remedy):
+        result = json.loads((folder / run_folder.RESULT_FILE).read_text())
+        epochs = (result["best_epoch"], card.best["epoch"])
+        if epochs[0] != epochs[1]:
+            log.warning("%s: epoch %d, the model: epoch %d; evaluate again", folder, *epochs)
+        table = pd.read_csv(folder / run_folder.CONFUSION_FILE, index_col="true")
+        spaxels = utils.counted(result["spaxels"], "spaxel")
+        galaxies = utils.counted(result["galaxies"], "galaxy", "galaxies")
+        title = (
+            f"{TASK_TITLES[result['label_task']]}, {part} part of the {result['split_kind']} split"
+            f"\naccuracy {result['accuracy']:.3f}: {spaxels}, {galaxies}"
+        )
+        plot_confusion(ax, table.to_numpy(), list(table.columns), title)
+    return figure
+
+
 def save(figure: Figure, path: Path) -> None:
     """Save a figure, whole or not at all."""
     with utils.atomic_path(path) as part, mpl.rc_context({"hatch.linewidth": 0.5}):
-        figure.savefig(part, dpi=DPI)
+        figure.savefig(part, dpi=DPI, bbox_inches="tight")  # legends can push labels off the page
     log.info("%s", path)
 
 

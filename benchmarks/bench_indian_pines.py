@@ -39,7 +39,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import measuring
@@ -91,7 +90,7 @@ METRICS = ("OA", "AA", "kappa")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(measuring.Options):
     """Accuracy of this SSFTT on Indian Pines: three splits, simple baselines, and the dense map."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -100,8 +99,6 @@ class Config:
     """Passes over the training pixels."""
     runs: int = 5
     """Timed runs of each map, after one that is not counted."""
-    results: Path = measuring.RESULTS
-    """Folder of the JSON."""
 
 
 class Scene(NamedTuple):

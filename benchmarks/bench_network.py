@@ -9,6 +9,7 @@ Measures on random spectra, whose values do not change the time; what is compare
   run       on a GPU: epochs of run_SSFTT_training.py itself, recommended variant, cutouts 5 wide,
             for several batch sizes, eager and under torch.compile
   map       a whole galaxy from flux to class map: normalised, and inference.map_answer
+  evidence  which wavelengths decided, for every spaxel of a galaxy, against its map
   memory    what a training step adds, for the same number of spaxels patch-wise and dense
   roofline  the training rates against the bound that arithmetic and memory traffic set, from the
             network's sizes and this device's measured ceilings: roofline.py
@@ -26,7 +27,7 @@ import functools
 import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -44,6 +45,7 @@ from torch.utils.data import DataLoader
 
 import batches
 import data_io
+import evidence
 import hsi_proc_fns
 import inference
 import networks
@@ -53,7 +55,14 @@ from batches import Batch, CutoutBatch, PackedDataset, SpaxelBatchSampler
 from data_fns import DataOptions
 from hsi_proc_fns import Stats
 from HSI_SSFTT import SSFTT, SSFTTConfig, count_parameters, get_SSFTT_model
-from matched_filter_net import MatchedFilterConfig, MatchedFilterNet, joined_size
+from line_fits import line_places
+from matched_filter_net import (
+    MatchedFilterConfig,
+    MatchedFilterNet,
+    Spectra,
+    joined_size,
+    split,
+)
 from pack_cubes import PackedCubes
 from recipe import Recipe
 from run_folder import MODEL_VERSION, ModelCard
@@ -92,7 +101,7 @@ RUN_BATCHES = (256, 4096, 16384)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(measuring.Options):
     """The network's speed on this device."""
 
     device: Literal["auto", "cpu", "cuda"] = "cpu"
@@ -121,8 +130,6 @@ class Config:
     """Also measure under torch.compile (needs a C++ compiler; takes minutes)."""
     trace: bool = False
     """Only show where the time of a training step goes, and write it beside the JSON."""
-    results: Path = measuring.RESULTS
-    """Folder of the JSON."""
 
 
 class Bench(NamedTuple):
@@ -344,18 +351,6 @@ def check_device(bench: Bench) -> list[Row]:
 # Rows
 
 
-def rates_of(bench: Bench, works: Mapping[str, Callable[[], float]]) -> dict[str, float]:
-    """Spaxels/s of works that return their number of spaxels, run in turn."""
-    spaxels: dict[str, float] = {}
-
-    def count(name: str) -> None:
-        spaxels[name] = works[name]()
-
-    counted = {name: functools.partial(count, name) for name in works}
-    took = measuring.in_turn(counted, bench.config.runs)
-    return {name: spaxels[name] / seconds for name, seconds in took.items()}
-
-
 def rate_row(name: str, rate: float, base: float, against: str = AGAINST, **more: Any) -> Row:
     """Make a row of rates in spaxels/s."""
     return make_row(name, rate, base, "spaxels/s", against, **more)
@@ -376,7 +371,7 @@ def forward_rows(bench: Bench) -> list[Row]:
         return logits[:, 0].numel()
 
     works = {name: functools.partial(forward, name == "dense") for name in ("patch_wise", "dense")}
-    rates = rates_of(bench, works)
+    rates = measuring.rates_of(works, bench.config.runs)
     against = "forward on patches"
     return [rate_row("dense_forward", rates["dense"], rates["patch_wise"], against)]
 
@@ -387,7 +382,7 @@ Steps = dict[str, Step]
 
 def training_rows(bench: Bench, steps: Steps) -> tuple[list[Row], list[dict[str, Any]]]:
     """Compare training steps, patch-wise and dense, of every variant; and find their roofline."""
-    rates = rates_of(bench, steps)
+    rates = measuring.rates_of(steps, bench.config.runs)
     base = rates[BASE]
     rows = [rate_row("dense_training", rates["published"], base, variant="published")]
     for name, step in steps.items():
@@ -396,7 +391,6 @@ def training_rows(bench: Bench, steps: Steps) -> tuple[list[Row], list[dict[str,
             width = step.bench.config.cutout if step.dense else 1
             row = rate_row(row_name, rates[name], base, variant=step.variant, cutout=width)
             rows.append(row)
-    rows.append(rate_row("recommended_training", rates[RECOMMENDED], base, variant=RECOMMENDED))
     ceilings = roofline.measure_ceilings(bench.device, bench.dtype)
     table, side = list[dict[str, Any]](), bench.config.cutout
     for name in (name for name in VARIANTS if name in steps):
@@ -434,7 +428,9 @@ def matched_filters_rows(bench: Bench, steps: Steps) -> list[Row]:
         return bench.steps * weights.numel()
 
     learn()
-    rates = rates_of(bench, {"ours": learn, **{k: steps[k] for k in (BASE, RECOMMENDED)}})
+    works: dict[str, Callable[[], float]] = {"ours": learn}
+    works |= {k: steps[k] for k in (BASE, RECOMMENDED)}
+    rates = measuring.rates_of(works, bench.config.runs)
     more: dict[str, Any] = {"variant": "matched filters", "cutout": usual.cutout}
     name, against = "matched_filters_training", f"{RECOMMENDED} on cutouts"
     return [
@@ -447,7 +443,7 @@ def compiled_rows(bench: Bench, steps: Steps, variant: str) -> list[Row]:
     """Compare a dense step under torch.compile with itself."""
     eager = steps[variant]
     compiled = Step(bench, variant, dense=True, n=eager.n).compile()
-    rates = rates_of(bench, {"eager": eager, "compiled": compiled})
+    rates = measuring.rates_of({"eager": eager, "compiled": compiled}, bench.config.runs)
     against = "the same, eager"
     return [rate_row(f"compiled_{variant}", rates["compiled"], rates["eager"], against)]
 
@@ -461,7 +457,7 @@ def pipeline_rows(bench: Bench, folder: Path, steps: Steps) -> list[Row]:
         bands, cutout = step.model.config.bands, bench.config.cutout if like.dense else 1
         loader = packed_loader(bench, folder / f"{bands}.h5", bands, cutout, like.n)
         works[name] = functools.partial(step.learn_all, loader)
-    rates = rates_of(bench, works)
+    rates = measuring.rates_of(works, bench.config.runs)
     against = f"{AGAINST}, with its loader"
     return [rate_row(f"training_pipeline_{v}", rates[v], rates[BASE], against) for v in SHOWN]
 
@@ -568,6 +564,34 @@ def map_rows(bench: Bench) -> list[Row]:
         ("map_on_device_recommended", took["on_device"], took[RECOMMENDED], on_cpu),
     ]
     return [make_row(*row[:3], "s", row[3], shape=[side, side]) for row in table]
+
+
+def evidence_rows(bench: Bench, folder: Path) -> list[Row]:
+    """Compare the evidence of a whole galaxy with its map, both from its cube, matched filters."""
+    side, bands = bench.config.map_size, bench.config.bands
+    wave = np.geomspace(5000, 8000, bands)  # Angstrom, as cubes usually have
+    flux = random_spectra(1, side, side, bands)[0, 0].permute(1, 2, 0).numpy()
+    path = folder / "cube.h5"
+    recipe = Recipe("cube", data_io.CUBE_VERSION)
+    data_io.write_cube(path, data_io.Cube(flux, wave, recipe, ivar=np.ones_like(flux)))
+    network = MatchedFilterNet(MatchedFilterConfig(bands))
+
+    def spectra() -> Spectra:
+        values = pack_cubes.read_normalised(path, "residual", None).values
+        return split(torch.from_numpy(values).to(bench.device))
+
+    residual, weight = (part.flatten(0, 1).cpu() for part in spectra()[:2])
+    network.start_filters(residual, weight, line_places(wave))
+    network = network.to(bench.device).eval()
+
+    @torch.inference_mode()
+    def galaxy_map() -> None:
+        network.map(*spectra()).cpu()
+
+    works = {"map": galaxy_map, "evidence": lambda: evidence.explain(network, spectra())}
+    took = measuring.in_turn(works, bench.config.runs)
+    against, more = "its map by the same network", {"shape": [side, side]}
+    return [make_row("evidence", took["evidence"], took["map"], "s", against, **more)]
 
 
 def trained_model(bench: Bench, variant: str) -> inference.TrainedModel:
@@ -722,6 +746,8 @@ def main(config: Config) -> int:
         report.part("pipeline", pipeline_rows, Path(folder), steps)
     steps.clear()
     report.part("map", map_rows)
+    with tempfile.TemporaryDirectory() as folder:
+        report.part("evidence", evidence_rows, Path(folder))
     report.part("memory", memory_rows)
     measuring.print_rows(report.rows)
     if "roofline" in report.more:

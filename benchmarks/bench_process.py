@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 import measuring
 import utils
 
+import bench_storage
 import numpy as np
 
 import archive_files
@@ -32,7 +32,7 @@ import fits_utils
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(measuring.Options):
     """Time from FITS to H5 for one large galaxy."""
 
     fits: Path | None = None
@@ -41,8 +41,6 @@ class Config:
     """Fibres in the bundle of the simulated galaxy (127 gives 74 x 74 spaxels)."""
     runs: int = 5
     """Timed runs of each way, after one that is not counted."""
-    results: Path = measuring.RESULTS
-    """Folder of the JSON."""
 
 
 def array_spans(path: Path) -> list[tuple[bool, int]]:
@@ -120,10 +118,8 @@ def plain_process(path: Path, target: Path) -> None:
 
 def simulate(folder: Path, bundle: int) -> Path:
     """Simulate one galaxy; return its LOGCUBE."""
-    words = ["mock_manga.py", "--data-dir", str(folder), "--n-galaxies", "1"]
-    words += ["--bundles", str(bundle)]
-    subprocess.run([sys.executable, str(measuring.ROOT / words[0]), *words[1:]], check=True)
-    return next((folder / "raw").glob("*/*/*LOGCUBE*.fits.gz"))
+    (plateifu,) = bench_storage.simulate(folder, (bundle,), 1)[bundle]
+    return utils.find_raw(folder, plateifu, "LOGCUBE")
 
 
 def measure(logcube: Path, folder: Path, runs: int) -> tuple[dict[str, float], dict[str, float]]:

@@ -26,7 +26,7 @@ import run_folder
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(measuring.Options):
     """How much faster several processes train than one."""
 
     data_dir: Path = Path("data/demo")
@@ -39,10 +39,6 @@ class Config:
     """Runs of each kind, in turn."""
     device: str = "auto"
     """Where to compute, as in training."""
-    out: Path = measuring.RESULTS / "bench_processes.json"
-    """JSON to write."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def rates(config: Config, processes: int, run_dir: Path) -> list[float]:
@@ -69,7 +65,7 @@ def main(config: Config) -> int:
     name = f"training by {config.processes} processes"
     rows = [make_row(name, several, one, "spaxels/s", "one process", rates=found)]
     measuring.print_rows(rows)
-    measuring.write_rows(config.out, rows)
+    measuring.write_rows(config.results / "bench_processes.json", rows)
     return utils.EXIT_DONE
 
 

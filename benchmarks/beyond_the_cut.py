@@ -39,11 +39,10 @@ import vis_fns
 from labels import BPT_LINES, SF, LineMaps, metallicity
 from mock.truth import read_truth, truth_path
 from sky_maps import Sky, plot_value_map
+from vis_fns import CLOSE_DEX
 
 log = logging.getLogger(__name__)
 
-CLOSE_DEX = 0.1
-"""Distance from the truth at which a value counts as right."""
 N_BOOTSTRAP = 1000
 
 

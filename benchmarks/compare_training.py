@@ -47,7 +47,7 @@ SPLIT = "hard_logOH"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(measuring.Options):
     """Accuracy and speed of training patch by patch and on cutouts, for every front end."""
 
     work_dir: Path
@@ -65,10 +65,6 @@ class Config:
     """Peak learning rate."""
     batch_size: int = 256
     """Labelled spaxels per step; with cutouts on average."""
-    results: Path = measuring.RESULTS
-    """Folder of the JSON."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 def make_survey(root: Path) -> None:

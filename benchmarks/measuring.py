@@ -13,6 +13,7 @@ its parent.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import platform
 import statistics
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,16 @@ PACKAGES = "numpy scipy h5py astropy isal torch scikit-learn tensorly hdf5plugin
 """Packages whose versions are recorded."""
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of every benchmark."""
+
+    results: Path = RESULTS
+    """Folder of the JSON."""
+    debug: bool = False
+    """Show the traceback of an error."""
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -62,6 +74,17 @@ def in_turn(works: Mapping[str, Callable[[], object]], runs: int) -> dict[str, f
             if run:
                 seconds[name].append(took)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def rates_of(works: Mapping[str, Callable[[], float]], runs: int) -> dict[str, float]:
+    """Measure the rates of several ways that return what they count, per second; see `in_turn`."""
+    counts: dict[str, float] = {}
+
+    def count(name: str) -> None:
+        counts[name] = works[name]()
+
+    took = in_turn({name: functools.partial(count, name) for name in works}, runs)
+    return {name: counts[name] / seconds for name, seconds in took.items()}
 
 
 # Memory

@@ -66,7 +66,7 @@ Values = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(measuring.Options):
     """Compare simulated galaxies with real MaNGA files, quantity by quantity."""
 
     real: Path = REAL
@@ -79,10 +79,6 @@ class Config:
     """Fibres in their bundles; the real MAPS file has 37."""
     seed: int = 1
     """Random seed of the galaxies."""
-    results: Path = measuring.RESULTS
-    """Folder of the JSON."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 # Maps

@@ -38,13 +38,11 @@ TABLE_FILE = "bench.json"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(measuring.Options):
     """Run the benchmarks and gather their rows in one table."""
 
     cores: int = 2
     """Maximum number of cores to use."""
-    results: Path = measuring.RESULTS
-    """Folder of the JSON."""
 
 
 def pin(cores: int) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from utils import DataError
+from utils import DataError, file_digest
 
 import numpy as np
 
@@ -47,7 +47,6 @@ from mock.physics import (
     wave_grid,
 )
 from mock.truth import read_recipe, truth_path, truth_recipe, write_truth
-from recipe import file_digest
 
 log = logging.getLogger(__name__)
 

@@ -143,10 +143,24 @@ def trained_run(root, tmp_path_factory) -> Path:
     return train(root, tmp_path_factory.mktemp("runs") / "logOH")
 
 
+@pytest.fixture(scope="session")
+def filters_run(root, tmp_path_factory) -> Path:
+    """A trained run of matched filters; its model may not be changed."""
+    options = {"network": "matched_filters", "packed_type": "float16", "epochs": 4, "cutout": 7}
+    return train(root, tmp_path_factory.mktemp("runs") / "filters", **options)
+
+
 @pytest.fixture
 def own_run(trained_run, tmp_path) -> Path:
     """A copy of the trained run that a test may change."""
     return shutil.copytree(trained_run, tmp_path / "run")
+
+
+def numbers_of(run_dir: Path):
+    """Rows of a run's metrics.csv without the clock's columns."""
+    import pandas as pd
+
+    return pd.read_csv(run_dir / "metrics.csv").drop(columns=["seconds", "spaxels_per_s"])
 
 
 def write_logcube(path: Path, flux, ivar, mask, drop=(), redcorr=None, wave=None, **cards) -> Path:
@@ -185,6 +199,26 @@ def write_maps(path: Path, flux, ivar, mask, lines=LINES, **cards) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     hdus.writeto(path, overwrite=True)
     return path
+
+
+def write_fits(folder: Path, plateifu: str) -> None:
+    """Write LOGCUBE and MAPS of a galaxy of 3 x 4 spaxels."""
+    rng, (ny, nx) = np.random.default_rng(0), (3, 4)
+    flux = (1 + 0.3 * rng.random((N_WAVE, ny, nx))).astype("f4")
+    ivar = (50 + 50 * rng.random(flux.shape)).astype("f4")
+    logcube, maps_file = (folder / f"manga-{plateifu}-{k}-X.fits" for k in ("LOGCUBE", "MAPS"))
+    write_logcube(logcube, flux, ivar, np.zeros(flux.shape, "i2"), PLATEIFU=plateifu)
+    typical = dict(zip(LINES, (60, 80, 35, 30, 100, 30), strict=True))
+    maps = {k: v * (1 + 0.1 * rng.random((ny, nx))) for k, v in typical.items()}
+    ivars, masks = ({k: np.full((ny, nx), value) for k in LINES} for value in (4.0, 0))
+    write_maps(maps_file, maps, ivars, masks, PLATEIFU=plateifu)
+    with fits.open(maps_file, mode="append") as hdus:
+        channels = {f"C{i:02d}": line for i, line in enumerate(LINES, 1)}
+        for name, data in (
+            ("EMLINE_GVEL", rng.normal(0, 80, (6, ny, nx)).astype(">f4")),
+            ("EMLINE_GVEL_MASK", np.zeros((6, ny, nx), ">i4")),
+        ):
+            hdus.append(fits.ImageHDU(data, fits.Header(channels), name=name))
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
+from utils import DataError
+
+import bench_indian_pines as bench
 import numpy as np
 import pytest
 import torch
@@ -14,12 +16,6 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from sklearn import metrics
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-from utils import DataError
-
-import bench_indian_pines as bench
 
 from HSI_SSFTT import get_SSFTT_model
 from labels import LABEL_NONE

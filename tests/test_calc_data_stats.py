@@ -7,8 +7,8 @@ from utils import DataError
 
 import mock_cubes
 import numpy as np
-import pandas as pd
 import pytest
+from mock_cubes import rebuild_cube
 from sklearn.decomposition import PCA
 
 import calc_data_stats as cs
@@ -16,8 +16,7 @@ import cube_patch_processing as patching
 import data_io
 import pack_cubes
 
-WAVE = np.linspace(5000, 8000, 40)
-NAMES = tuple(f"{8000 + i}-1901" for i in range(6))
+TRAIN, TEST = mock_cubes.PLATEIFUS[:4], mock_cubes.PLATEIFUS[6:]
 
 
 @pytest.fixture
@@ -48,60 +47,41 @@ def test_components_equal_sklearns_pca(spectra):
     np.testing.assert_allclose(components * signs[:, None], pca.components_, atol=1e-7)
 
 
-def write_galaxy(root, name, seed, **options):
-    """A cube on the grid WAVE; an option `wave_min` moves the grid."""
-    rng = np.random.default_rng(seed)
-    flux = (5 + rng.normal(size=(6, 6, 40)) * 0.1).astype("f4")
-    flux[0] = np.nan
-    flux[1, 1, 3] = np.nan
-    ivar = np.where(np.isfinite(flux), 100, 0).astype("f4")
-    recipe = mock_cubes.cube_recipe(40, f"{name} {seed}", **options)
-    wave = WAVE + options.get("wave_min", 5000) - 5000
-    data_io.write_cube(utils.cube_path(root, name), data_io.Cube(flux, wave, recipe, ivar))
-    return flux
-
-
 @pytest.fixture
-def survey(tmp_path):
-    fluxes = {name: write_galaxy(tmp_path, name, i) for i, name in enumerate(NAMES)}
-    table = pd.DataFrame({"plateifu": NAMES, "mangaid": [f"1-{i}" for i in range(6)]})
-    parts = {"train": table[:4], "val": table[4:5], "test": table[5:]}
-    mock_cubes.write_split(tmp_path, "hard", parts)
-    return tmp_path, fluxes, parts
+def config(own_data):
+    """Options that the statistics of the hard split were computed with."""
+    return cs.Config("hard", data_dir=own_data, n_components=6, min_snr=0)
 
 
-@pytest.fixture
-def config(survey):
-    return cs.Config("hard", data_dir=survey[0], n_components=5)
+def stats_of(root):
+    return data_io.read_split_stats(root, "hard")
 
 
-@pytest.fixture
-def root(survey, config):
-    """Data folder whose split has statistics."""
+def test_command_uses_the_training_part_only_and_draws(own_data, config):
+    path = utils.stats_path(own_data, "hard")
+    path.unlink()
     assert cs.main(config) == 0
-    return survey[0]
-
-
-def test_command_uses_the_training_part_only_and_draws(survey, root, config):
-    stats = data_io.read_stats(utils.stats_path(root, "hard"))
-    rows = [f[1:].reshape(-1, 40).astype(float) for f in list(survey[1].values())[:4]]
-    for block in rows:
-        block[1, 3] = (block[1, 2] + block[1, 4]) / 2  # the gap, bridged
-    stacked = np.concatenate(rows)
-    stacked /= np.abs(stacked).mean(axis=1, keepdims=True)
-    np.testing.assert_allclose(stats.mean, stacked.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(stats.std, stacked.std(0, ddof=1), rtol=1e-3)
-    assert stats.attrs["n_spaxels"] == 4 * 30
+    flux = [data_io.read_cube(utils.cube_path(own_data, name)).flux for name in TRAIN]
+    rows = np.stack(flux).reshape(-1, mock_cubes.N_BAND).astype(float)
+    rows = rows[np.isfinite(rows).mean(axis=1) > 0.8]
+    gap = np.isnan(rows[:, 5])  # of three bins, bridged
+    rows[gap, 5:8] = np.linspace(rows[gap, 4], rows[gap, 8], 5, axis=1)[:, 1:4]
+    rows /= np.abs(rows).mean(axis=1, keepdims=True)
+    stats = stats_of(own_data)
+    np.testing.assert_allclose(stats.mean, rows.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(stats.std, rows.std(0, ddof=1), rtol=1e-3)
+    assert stats.attrs["n_spaxels"] == len(rows) == 4 * (11 * 12 - 7)
     for name in ("stats_components.png", "stats_variance.png"):
-        assert (utils.split_path(root, "hard") / name).stat().st_size > 5000
-    before = utils.stats_path(root, "hard").stat().st_mtime_ns
+        assert (path.parent / name).stat().st_size > 5000
+    before = path.stat().st_mtime_ns
     assert cs.main(config) == 0
-    assert utils.stats_path(root, "hard").stat().st_mtime_ns == before
+    assert path.stat().st_mtime_ns == before
 
 
 def test_noise_alone_is_left_out():
     flux = np.full((3, 3, 40), 1.0, "f4")
-    cube = data_io.Cube(flux, WAVE, mock_cubes.cube_recipe(40), np.ones_like(flux))  # S/N 1
+    wave, recipe = mock_cubes.wave_grid(), mock_cubes.cube_recipe()
+    cube = data_io.Cube(flux, wave, recipe, np.ones_like(flux))  # S/N 1
     assert len(cs.usable_spectra(cube, 2.0)) == 0
     assert len(cs.usable_spectra(cube, 0.5)) == 9
 
@@ -112,55 +92,52 @@ def test_noise_alone_is_left_out():
         ({"n_components": 0}, 5000, "--n-components 0: expected 1 to 40"),
         ({"n_components": 41}, 5000, "--n-components 41: expected 1 to 40"),
         ({"min_snr": 1e6}, 5000, "0 usable spectra in 4 galaxies"),
-        ({}, 5001, rf"{NAMES[1]}.h5: made with wave_min=5001 \(that .*5000"),
+        ({}, 5001, rf"{TRAIN[1]}.h5: made with wave_min=5001 \(that .*5000"),
     ],
 )
 def test_impossible_statistics_are_refused(config, options, wave_min, message):
-    write_galaxy(config.data_dir, NAMES[1], 1, wave_min=wave_min)
+    rebuild_cube(config.data_dir, TRAIN[1], wave_min=wave_min)
     with pytest.raises(DataError, match=message):
-        cs.main(replace(config, **options))
+        cs.main(replace(config, overwrite=True, **options))
 
 
-def test_statistics_are_not_replaced_unasked(root, config):
-    with pytest.raises(DataError, match=r"n_components=5 \(now 3\)"):
+def test_statistics_are_not_replaced_unasked(own_data, config):
+    with pytest.raises(DataError, match=r"n_components=6 \(now 3\)"):
         cs.main(replace(config, n_components=3))
-    for i, name in enumerate(NAMES):
-        write_galaxy(root, name, i, deredden=False)
+    for name in TRAIN:
+        rebuild_cube(own_data, name, deredden=False)
     with pytest.raises(DataError, match=r"stats\.h5: made with cube\.deredden=True \(now False\)"):
         cs.main(config)
     assert cs.main(replace(config, overwrite=True)) == 0
-    made = data_io.read_split_stats(root, "hard").recipe
-    assert made.options["cube"]["deredden"] is False
+    assert stats_of(own_data).recipe.options["cube"]["deredden"] is False
 
 
-def test_statistics_of_rebuilt_cubes_or_other_galaxies_are_refused(survey, root):
+def test_statistics_of_rebuilt_cubes_or_other_galaxies_are_refused(own_data):
     remedy = r"Re-run calc_data_stats\.py --split-dir hard --overwrite"
-    write_galaxy(root, NAMES[5], 99)  # not a training galaxy
-    assert data_io.read_split_stats(root, "hard").attrs["n_galaxies"] == 4
-    write_galaxy(root, NAMES[0], 99)
+    rebuild_cube(own_data, TEST[0], "another LOGCUBE")  # not a training galaxy
+    assert stats_of(own_data).attrs["n_galaxies"] == 4
+    rebuild_cube(own_data, TRAIN[0], "another LOGCUBE")
     with pytest.raises(DataError, match=rf"made with another set of cubes\. {remedy}"):
-        data_io.read_split_stats(root, "hard")
-    utils.cube_path(root, NAMES[0]).unlink()
-    data_io.read_split_stats(root, "hard")  # a cube that is gone contradicts nothing
-    parts = survey[2]
-    mock_cubes.write_split(root, "hard", {**parts, "train": parts["val"], "val": parts["train"]})
+        stats_of(own_data)
+    utils.cube_path(own_data, TRAIN[0]).unlink()
+    stats_of(own_data)  # a cube that is gone contradicts nothing
+    parts = data_io.read_split(utils.split_path(own_data, "hard"))[0]
+    parts["train"], parts["val"] = parts["val"], parts["train"]
+    mock_cubes.write_split(own_data, "hard", parts)
     with pytest.raises(DataError, match=rf"another list of training galaxies.*\. {remedy}"):
-        data_io.read_split_stats(root, "hard")
+        stats_of(own_data)
 
 
 @pytest.mark.parametrize(("name", "value"), [("wave_min", 4600), ("deredden", False)])
-def test_cubes_of_other_options_than_the_statistics_are_refused(root, name, value):
+def test_cubes_of_other_options_than_the_statistics_are_refused(own_data, name, value):
     """As many bands and another range, or another treatment: the components do not fit."""
-    stats = data_io.read_stats(utils.stats_path(root, "hard"))
-    path, label_path = utils.cube_path(root, NAMES[0]), utils.label_path(root, "logOH", NAMES[0])
-    assert pack_cubes.read_normalised(path, "PCA", stats).values.shape[2] == 5
-    label_path.parent.mkdir(parents=True)
-    np.save(label_path, np.full((6, 6), 8.45, "f4"))
-    write_galaxy(root, NAMES[0], 0, **{name: value})
+    stats, path = stats_of(own_data), utils.cube_path(own_data, TRAIN[0])
+    assert pack_cubes.read_normalised(path, "PCA", stats).values.shape[2] == 6
+    rebuild_cube(own_data, TRAIN[0], **{name: value})
     options = patching.PatchOptions(("PCA",), 3, "hard")
     for function, words in (
         (pack_cubes.read_normalised, (path, "PCA", stats)),
-        (patching.patch_galaxy, (root, NAMES[0], "logOH", options, stats)),
+        (patching.patch_galaxy, (own_data, TRAIN[0], "logOH", options, stats)),
     ):
         with pytest.raises(DataError, match=rf"made with {name}={value} .*the statistics: "):
             function(*words)

@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import numbers_of
 from torch import nn
 
 import distributed
@@ -170,10 +171,6 @@ def train_here(options):
     return script.main(train_config(**options))
 
 
-def numbers_of(run):
-    return pd.read_csv(run / "metrics.csv").drop(columns=["seconds", "spaxels_per_s"])
-
-
 def assert_close(one, other):
     pd.testing.assert_frame_equal(numbers_of(one), numbers_of(other), rtol=1e-5, atol=1e-5)
     weights = [run_folder.read_checkpoint(run)["model"] for run in (one, other)]
@@ -257,6 +254,30 @@ def test_process_that_fails_ends_the_others_with_a_message(root, tmp_path, rank,
     assert "--resume auto" in str(found[1 - rank])
 
 
+@pytest.mark.parametrize(
+    ("error", "rank", "logged"),
+    [
+        (DataError("a broken disk."), 1, ["process 2 of 2: a broken disk."]),
+        (DataError("a broken disk."), 0, []),  # its command says it
+        (distributed.OthersEnded("another process has ended."), 1, []),
+    ],
+)
+def test_what_a_process_other_than_the_first_has_met_is_logged(
+    monkeypatch, caplog, error, rank, logged
+):
+    def fail():
+        raise error
+
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", str(rank))):
+        monkeypatch.setenv(name, value)
+    for name in ("init_process_group", "get_backend"):
+        monkeypatch.setattr(distributed.dist, name, lambda *args, **options: None)
+    monkeypatch.setattr(distributed, "share", lambda: (rank, 2))
+    with pytest.raises(DataError, match=f"process {rank + 1} of 2: "):
+        together(fail)
+    assert caplog.messages == logged
+
+
 def gets_no_number(options):
     real = training.batch_loss
 
@@ -287,20 +308,37 @@ def test_loss_that_is_not_finite_in_one_process_ends_all_with_the_whole_batch(ro
 )
 def test_what_cannot_be_shared_is_refused(root, tmp_path, options, message):
     options = {**USUAL, "data_dir": root, "run_dir": tmp_path / "run", **options}
-    found = in_processes(2, train_here, options)
-    assert all(message in str(error) for error in found)
+    one, other = in_processes(2, train_here, options)
+    assert message in str(one)
+    assert "another process of this training has" in str(other)
     assert not (tmp_path / "run").exists()
+
+
+def torchrun(*words):
+    """Start the training script in two processes."""
+    launch = (sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split())
+    words = [*launch, script.__file__, "--device", "cpu", *words]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_torchrun_says_once_what_is_wrong(root, tmp_path):
+    for words, message in (
+        (["--epochs", "0"], "error: --epochs 0: expected 1 or more."),
+        (["--data-dir", root, "--split-dir", "none"], "splits/none/train.csv: no such file"),
+    ):
+        done = torchrun("--run-dir", tmp_path / "run", *words)
+        assert done.returncode != 0
+        said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(said) == 1, done.stderr
+        assert message in said[0]
 
 
 @pytest.mark.slow
 def test_torchrun_trains_and_packs_once(tmp_path):
     root = mock_cubes.make_data_dir(tmp_path / "data")
-    words = "--split-dir hard --epochs 1 --cutout 7 --device cpu --no-baselines".split()
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         script.__file__, "--data-dir", root, "--run-dir", tmp_path / "run", *words],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words = "--split-dir hard --epochs 1 --cutout 7 --no-baselines".split()
+    done = torchrun("--data-dir", root, "--run-dir", tmp_path / "run", *words)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("epoch 1/1") == 1
     assert len(list((root / "processed/packed/hard").iterdir())) == 1

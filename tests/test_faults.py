@@ -1,23 +1,31 @@
-"""A short campaign of damage (tests/faults.py; the long one is `make test-faults`)."""
+"""A short campaign of damage and interruptions; the long one is `make test-faults`."""
 
 import json
+import time
+from collections import Counter
 
 import faults
+import interruptions
 import pytest
 
 
 @pytest.mark.slow
 def test_damaged_and_forged_files_are_refused_or_harmless():
-    counts, failures = faults.campaign(n_per_target=8, seed=0, n_forged=10)
-    assert counts["mutations"] > 300
-    assert counts["refused"] > 200
+    counts, failures = faults.campaign(n=130, seed=0, n_forged=3)
+    assert counts["mutations"] > 250
+    assert counts["refused"] > 150
     assert failures == []
 
 
 @pytest.mark.slow
-def test_stages_that_are_killed_give_the_same_when_they_are_run_again():
-    counts, failures = faults.kill_stages(1, seed=0)
-    assert counts["kills"] == 6
+def test_interrupted_stages_give_the_same_files_when_they_are_run_again():
+    """The quick ones; a kill and one other interruption of each."""
+    counts, failures = Counter(), []
+    for i, name in enumerate(("download", "cube", "split", "patches", "maps")):
+        other = list(interruptions.WAYS)[1 + i % 4]
+        found, lines = interruptions.interrupt_stages({"kill": 1, other: 1}, i, only=name)
+        counts, failures = counts + found, failures + lines
+    assert (counts["kills"], counts["interruptions"]) == (8, 8)
     assert failures == []
 
 
@@ -41,23 +49,26 @@ def test_a_campaign_that_finds_something_fails(monkeypatch, tmp_path, capsys):
         changes = [(k, lambda path, k=k: path.write_bytes(k.encode())) for k in kinds]
         return [faults.Target("x", read, changes)]
 
-    out = tmp_path / "summary.json"
-
     def append(data):
         with (data / "log").open("a") as f:
             f.write("x")
-        faults.time.sleep(0.3)
+        time.sleep(0.3)
 
-    stages = {"append": (append, lambda data: (data / "log").read_text())}
-    monkeypatch.setattr(faults, "stages", lambda: stages)
+    out = tmp_path / "summary.json"
+    monkeypatch.setattr(interruptions, "stages", lambda _: {"append": append})
+    monkeypatch.setattr(interruptions, "make_data", lambda data: data.mkdir())
     monkeypatch.setattr(faults, "write_files", write_files)
     monkeypatch.setattr(faults, "FOREIGN", {"other": b"other"})
     monkeypatch.setattr(faults, "damaged", lambda *_: ("bit", b"round"))
-    words = ["--mutations", "25", "--kills", "18", "--out", str(out)]
-    monkeypatch.setattr("sys.argv", ["faults.py", *words])
+    monkeypatch.setattr(
+        "sys.argv", ["faults.py", "--mutations", "1", "--kills", "3", "--out", str(out)]
+    )
     assert faults.main() == 1
     found = json.loads(out.read_text())
-    assert [found[k] for k in faults.OUTCOMES] == [0, 0, 1, 1, 1, 1, 1]
-    assert found["mutations"] == 5
-    assert (found["kills"], found["kills_different"] > 0) == (3, True)
+    wrong = ("tracebacks", "silent", "hangs", "over_memory")
+    assert [found[k] for k in ("refused", "same", "other request", "mutations")] == [0, 0, 1, 5]
+    assert [found[k] for k in wrong] == [1, 2, 1, 1]  # two writers, both done: silent, too
+    assert (found["kills"], found["interruptions"]) == (3, 4)
+    assert found["kills_different"] > 0
+    assert found["interruptions_different"] > 0
     assert "tracebacks: x: traceback: KeyError" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import utils
 from utils import DataError
 
 import numpy as np
@@ -219,9 +220,9 @@ def test_cube_of_any_name_records_its_source(tmp_path, plain_arrays):
 def test_existing_cube_is_kept_refused_or_replaced(tmp_path, plain_arrays, monkeypatch):
     path = write_logcube(tmp_path / "8485-1901.fits", *plain_arrays)
     assert process(path, tmp_path)[0] == "written"
-    real, read = fu.file_digest, []
+    real, read = utils.file_digest, []
     with monkeypatch.context() as patch:
-        patch.setattr(fu, "file_digest", lambda p: read.append(p) or real(p))
+        patch.setattr(utils, "file_digest", lambda p: read.append(p) or real(p))
         assert process(path, tmp_path)[0] == "up to date"
         assert read == []  # an untouched source is not read again
         os.utime(path, (1, 1))  # a copy, say

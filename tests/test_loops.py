@@ -229,3 +229,12 @@ def test_results_and_errors_are_in_order_and_few_are_computed_in_advance(ahead):
         with pytest.raises(ZeroDivisionError):
             next(results)
     assert len(begun) == 12
+
+
+def test_results_of_a_process_that_was_killed_are_reported_in_one_line():
+    work = partial(visit_or_die, bad=NAMES[1:2])
+    with loops.worker_pool(2) as pool:
+        results = loops.in_order(pool, work, NAMES, 1)
+        assert next(results) == "written"
+        with pytest.raises(DataError, match="process was killed, probably for lack of memory"):
+            next(results)

@@ -152,6 +152,20 @@ def test_damaged_map_is_noticed_by_its_checksum(own_map):
         assert [hdu.verify_datasum() for hdu in hdus] == [1, 1, 1, 0, 1, 1, 1]
 
 
+def test_damaged_map_is_left_out_of_the_table_and_made_again(root, own_run, caplog):
+    other = mock_cubes.PLATEIFUS[0]
+    assert map_them(own_run, root, TEST_GALAXY, other) == 0
+    path = own_run / "maps" / f"{TEST_GALAXY}.fits"
+    sound, table = path.read_bytes(), table_of(own_run)
+    at = sound.index(b"MEDTRUST") + 20
+    path.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
+    assert map_them(own_run, root, other) == 0
+    assert table_of(own_run).index.tolist() == [other]
+    assert f"{TEST_GALAXY}.fits: the CHECKSUM of a header differs" in caplog.text
+    assert map_them(own_run, root, TEST_GALAXY) == 0
+    pd.testing.assert_frame_equal(table_of(own_run), table)
+
+
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_mask_bits_are_those_that_its_header_names(own_map, part):
     bpt = np.zeros((7, 8), np.int16)

@@ -16,23 +16,26 @@ import metrics
     n=st.integers(1, 60),
     seed=st.integers(0, 999),
     narrow=st.booleans(),
+    weighted=st.booleans(),
 )
-def test_scores_equal_scikit_learns(n_classes, n, seed, narrow):
+def test_scores_equal_scikit_learns(n_classes, n, seed, narrow, weighted):
     rng = np.random.default_rng(seed)
     truth = rng.integers(n_classes, size=n)
     guess = np.where(rng.random(n) < 0.5, truth, rng.integers(1 if narrow else n_classes, size=n))
-    confusion = metrics.confusion_matrix(truth, guess, n_classes)
-    labels = range(n_classes)
-    np.testing.assert_array_equal(confusion, sk.confusion_matrix(truth, guess, labels=labels))
+    weight = rng.random(n) if weighted else None
+    confusion, labels = metrics.confusion_matrix(truth, guess, n_classes, weight), range(n_classes)
+    options = {"labels": labels, "sample_weight": weight}
+    np.testing.assert_allclose(confusion, sk.confusion_matrix(truth, guess, **options))
     overall = metrics.overall_metrics(confusion)
-    assert overall["accuracy"] == pytest.approx(sk.accuracy_score(truth, guess))
-    assert overall["macro_f1"] == pytest.approx(sk.f1_score(truth, guess, average="macro"))
+    only = {"sample_weight": weight}
+    assert overall["accuracy"] == pytest.approx(sk.accuracy_score(truth, guess, **only))
+    assert overall["macro_f1"] == pytest.approx(sk.f1_score(truth, guess, average="macro", **only))
     if np.unique(np.concatenate([truth, guess])).size > 1:
-        assert overall["kappa"] == pytest.approx(sk.cohen_kappa_score(truth, guess))
+        assert overall["kappa"] == pytest.approx(sk.cohen_kappa_score(truth, guess, **only))
     else:
         assert np.isnan(overall["kappa"])
     each = metrics.class_metrics(confusion)
-    options = {"labels": labels, "average": None, "zero_division": 0}
+    options |= {"average": None, "zero_division": 0}
     for name, score in (
         ("precision", sk.precision_score),
         ("recall", sk.recall_score),
@@ -75,18 +78,6 @@ def test_a_bin_counts_once_however_many_its_spaxels(seed):
     assert ours.pop("bins").tolist() == per_galaxy["spaxels"].tolist()
     shown = per_galaxy.columns.drop("spaxels").tolist()
     pd.testing.assert_frame_equal(ours[shown], per_galaxy[shown])
-
-
-def test_weighted_scores_equal_scikit_learns():
-    rng = np.random.default_rng(5)
-    truth, guess, weight = rng.integers(4, size=99), rng.integers(4, size=99), rng.random(99)
-    scores = metrics.overall_metrics(metrics.confusion_matrix(truth, guess, 4, weight))
-    options = {"sample_weight": weight}
-    assert scores["accuracy"] == pytest.approx(sk.accuracy_score(truth, guess, **options))
-    assert scores["macro_f1"] == pytest.approx(
-        sk.f1_score(truth, guess, average="macro", **options)
-    )
-    assert scores["kappa"] == pytest.approx(sk.cohen_kappa_score(truth, guess, **options))
 
 
 def test_undefined_scores_are_nan_not_zero():

@@ -498,6 +498,16 @@ def test_cube_of_real_maps_holds_their_lines_light_and_noise(resynthesised, real
     assert copy.read_bytes() == real_maps.read_bytes()
 
 
+def test_a_resynthesised_cube_can_be_shallower(resynthesised, real_maps, tmp_path):
+    config = mock_manga.MockConfig(data_dir=tmp_path, from_maps=real_maps, seed=1, depth=0.25)
+    mock_manga.main(config)
+    deep, shallow = (
+        fits.getdata(utils.find_raw(folder, "7815-3702", "LOGCUBE"), "IVAR")
+        for folder in (resynthesised, tmp_path)
+    )
+    assert shallow[deep > 0] / deep[deep > 0] == pytest.approx(0.25, rel=1e-5)
+
+
 def test_maps_with_35_channels_give_back_their_lines(survey, galaxies, tmp_path):
     resynthesise(tmp_path, utils.find_raw(survey, "13001-1902", "MAPS"), seed=3)
     with fits.open(utils.find_raw(tmp_path, "13001-1902", "LOGCUBE")) as cube:

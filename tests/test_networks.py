@@ -36,13 +36,6 @@ def value_network(**sizes) -> MatchedFilterNet:
     return network
 
 
-@pytest.fixture(scope="module")
-def run(root, tmp_path_factory):
-    """A trained run of matched filters; not to be changed."""
-    options = {"network": "matched_filters", "packed_type": "float16", "epochs": 4}
-    return train(root, tmp_path_factory.mktemp("networks") / "run", cutout=7, **options)
-
-
 # What outputs mean
 
 
@@ -165,8 +158,8 @@ def test_line_ratios_follow_the_nitrogen_line():
 # A whole run
 
 
-def test_a_run_is_mapped_and_evaluated_with_intervals(root, run):
-    model = inference.load_model(run, "cpu")
+def test_a_run_is_mapped_and_evaluated_with_intervals(root, filters_run):
+    model = inference.load_model(filters_run, "cpu")
     path = utils.cube_path(root, TEST_GALAXY)
     maps = inference.predict_cube(model, path)
     cube = inference.read_cube_for(model, path)
@@ -183,7 +176,7 @@ def test_a_run_is_mapped_and_evaluated_with_intervals(root, run):
     assert (maps.lower[usable] < maps.logoh[usable]).all()
     assert (np.isnan(maps.logoh) == ~usable).all()
     np.testing.assert_allclose(maps.probabilities[usable].sum(1), 1, rtol=1e-5)
-    evaluation = eval_fns.evaluate_split(run, "val", device="cpu")
+    evaluation = eval_fns.evaluate_split(filters_run, "val", device="cpu")
     # calibrated on these very spaxels
     counted = {k: round(v * len(evaluation.predictions)) for k, v in
                evaluation.scores["coverage"].items()}  # fmt: skip
@@ -193,8 +186,8 @@ def test_a_run_is_mapped_and_evaluated_with_intervals(root, run):
     assert "90% intervals contain" in repr(evaluation)
 
 
-def test_the_network_beats_the_constant_on_a_galaxy_never_seen(run):
-    scores = eval_fns.evaluate_split(run, "test", device="cpu").scores
+def test_the_network_beats_the_constant_on_a_galaxy_never_seen(filters_run):
+    scores = eval_fns.evaluate_split(filters_run, "test", device="cpu").scores
     assert scores["mae_dex"] < 0.7 * scores["constant_mae_dex"]
 
 
@@ -208,8 +201,8 @@ def test_the_start_is_kept_if_training_makes_it_worse(root, tmp_path):
     assert (later["val_mae_dex"] > card.best["val_mae_dex"]).all()
 
 
-def test_a_strange_spectrum_is_flagged(own_data, run):
-    model, path = inference.load_model(run, "cpu"), utils.cube_path(own_data, TEST_GALAXY)
+def test_a_strange_spectrum_is_flagged(own_data, filters_run):
+    model, path = inference.load_model(filters_run, "cpu"), utils.cube_path(own_data, TEST_GALAXY)
     before = inference.predict_cube(model, path)
     cube = data_io.read_cube(path)
     cube.flux[5, 5] = np.where(np.arange(mock_cubes.N_BAND) % 7 == 0, 40.0, 1.0)
@@ -229,24 +222,6 @@ def test_classes_are_learned_too(root, tmp_path):
     assert prediction.logoh is None
     assert prediction.unlike is not None
     assert set(np.unique(prediction.classes)) <= {LABEL_NONE, 0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"patch_norm": "PCA"}, "--patch-norm PCA with --network matched_filters"),
-        ({"network": "ssftt", "patch_norm": "residual"}, "--patch-norm residual with --network ss"),
-        ({"source": "patches", "cutout": 1}, "--source patches with .* expected packed cubes"),
-        ({"bands": (0, 9)}, "--bands with .* expected all bands"),
-        ({"patch_size": 4, "augment": False}, "--patch-size 4 with .* expected an odd one"),
-        ({"amp": "bf16"}, "--amp with .* expected with SSFTT alone"),
-        ({"n_tokens": 5}, "--n-tokens with .* expected with SSFTT alone"),
-        ({"label_task": "BPT", "monitor": "mae_dex"}, "--monitor mae_dex with --label-task BPT"),
-    ],
-)
-def test_options_of_the_other_network_are_refused(root, tmp_path, options, message):
-    with pytest.raises(utils.DataError, match=message):
-        train(root, tmp_path / "run", **{"network": "matched_filters", **options})
 
 
 def test_cubes_without_errors_are_refused_in_one_line(own_data, tmp_path):

@@ -17,6 +17,7 @@ from utils import LABEL_TASKS, DataError
 
 import numpy as np
 import pytest
+import real_galaxy
 from astropy.io import fits
 from scipy.special import erf
 
@@ -102,10 +103,17 @@ def test_every_galaxy_has_cube_labels_and_a_place_in_the_splits(survey):
     assert set().union(*(t["plateifu"] for t in parts.values())) <= set(galaxies)
 
 
-def test_default_commands_lead_from_cubes_to_figures(survey, tmp_path, monkeypatch):
-    run_dir = tmp_path / "run"
-    train = partial(run_SSFTT_training.train_config, data_dir=survey, run_dir=run_dir, epochs=1)
-    assert run_SSFTT_training.main(train()) == 0
+@pytest.fixture(scope="module")
+def trained(survey, tmp_path_factory):
+    """A run of one epoch of the default network; only copies of it may be changed."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    config = run_SSFTT_training.train_config(data_dir=survey, run_dir=run_dir, epochs=1)
+    assert run_SSFTT_training.main(config) == 0
+    return run_dir
+
+
+def test_default_commands_lead_from_cubes_to_figures(survey, trained, tmp_path, monkeypatch):
+    run_dir = shutil.copytree(trained, tmp_path / "run")
     assert eval_fns.main(eval_fns.EvalConfig(run_dir)) == 0
     assert map_galaxies.main(map_galaxies.Config(run_dir=run_dir)) == 0
     assert vis_fns.main(vis_fns.VisConfig(run_dir, (galaxies_of(survey)[0],))) == 0
@@ -133,15 +141,8 @@ def test_default_commands_lead_from_cubes_to_figures(survey, tmp_path, monkeypat
     assert (tmp_path / "map.png").stat().st_size > 10_000
 
 
-def test_a_real_galaxy_is_mapped_by_a_model_of_simulated_ones(
-    survey, real_maps, tmp_path, monkeypatch
-):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import real_galaxy
-
-    run_dir = tmp_path / "run"
-    train = run_SSFTT_training.train_config(data_dir=survey, run_dir=run_dir, epochs=1)
-    assert run_SSFTT_training.main(train) == 0
+def test_a_real_galaxy_is_mapped_by_a_model_of_simulated_ones(trained, real_maps, tmp_path):
+    run_dir = shutil.copytree(trained, tmp_path / "run")
     config = real_galaxy.Config(run_dir, tmp_path / "data", real_maps, results=tmp_path)
     with pytest.raises(DataError, match="expected the scores of the run's test part"):
         real_galaxy.main(config)
@@ -376,6 +377,9 @@ def test_one_galaxy_by_name_or_by_files(survey, tmp_path, caplog):
         (("--fits", "manga-8485-1901-MAPS-X.fits"), 1, "MAPS file by its name, expected a LOGCUBE"),
         (("--fits", "README.md"), 1, "README.md: not a FITS file"),
         (("--labels-only", "--plateifu", "7000-1901", "--redshift", "0.1"), 1, "no --redshift"),
+        (("--plateifu", "7000-1901", "--min-snr", "-1"), 1, "--min-snr -1: expected 0 or more"),
+        (("--plateifu", "7000-1901", "--min-snr", "nan"), 1, "--min-snr nan: expected 0 or more"),
+        (("--plateifu", "7000-1901", "--patch-size", "0"), 2, "--patch-size 0: expected 1 or more"),
         (("--plateifu", "7000-1901", "--nband", "3"), 2, "--nband"),
         (("--plateifu", "7000-1901", "--n-band", "x"), 2, "--n-band"),
         (("--config", "absent.json"), 2, "absent.json"),
@@ -394,7 +398,7 @@ def test_bad_command_line_is_one_line_and_its_exit_code(
     assert found == code
     assert expected in said
     assert ("Traceback" in said) == ("--debug" in words)
-    assert code == 2 or "--debug" in words or said.count("\n") == 1
+    assert "--debug" in words or said.count("\n") == 1
     assert not data.exists()
 
 
@@ -428,7 +432,6 @@ def test_scripts_that_need_no_torch_answer_help_without_it(script, tmp_path):
 @pytest.mark.parametrize("script", [*NEED_TORCH, *BENCHMARKS], ids=lambda p: p.stem)
 def test_other_scripts_answer_help(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(script.parent)
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(script), run_name="__main__")

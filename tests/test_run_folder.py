@@ -137,6 +137,12 @@ def test_new_run_keeps_nothing_of_the_old_one_and_copies_split_and_statistics(ro
         assert (run_dir / name).read_bytes() == original.read_bytes()
 
 
+def test_file_is_not_taken_for_the_folder_of_a_run(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(DataError, match=r"run: a file, expected a new folder or a run's"):
+        run_folder.choose(tmp_path / "run", True, True, {}, "")
+
+
 def test_environment_names_what_a_run_depended_on(monkeypatch, tmp_path):
     found = json.loads(json.dumps(run_folder.environment()))
     assert found["packages"]["torch"] == torch.__version__

@@ -116,13 +116,6 @@ def of_another_shape(root):
     write_labels(root, "logOH", TRAIN[0], data_io.read_labels(label_file(root))[:-1])
 
 
-def statistics_without_a_galaxy(root):
-    path = utils.stats_path(root, "hard")
-    stats = data_io.read_stats(path)
-    stats.recipe.inputs.update(data_io.stats_inputs(data_io.cube_digests(root, TRAIN[:1])))
-    data_io.write_stats(path, stats)
-
-
 def other_statistics_and_no_cubes(root):
     rebuild_statistics(root)
     shutil.rmtree(root / "processed" / "cubes")
@@ -152,10 +145,6 @@ REFUSED = {
     "no statistics": (
         lambda root: utils.stats_path(root, "hard").unlink(),
         {}, r"stats\.h5: no such file.*calc_data_stats",
-    ),
-    "statistics of other galaxies": (
-        statistics_without_a_galaxy,
-        {}, r"stats\.h5: made with another list of training galaxies.*calc_data_stats\.py",
     ),
     "training cube with another redshift": (
         later(rebuild_cube, TRAIN[1], redshift=0.5),

@@ -59,10 +59,6 @@ def test_stratified_parts_have_closer_means_than_random_ones():
 @pytest.mark.parametrize(
     ("n", "twins", "fractions", "message"),
     [
-        (10, 0, (0.7, 0.3, 0.0), "summing to 1"),
-        (10, 0, (0.5, 0.1, 0.1), "summing to 1"),
-        (10, 0, (1.2, -0.1, -0.1), "summing to 1"),
-        (10, 0, (0.9, 0.2, 0.2), "summing to 1"),
         (4, 0, (0.05, 0.475, 0.475), "no galaxy of 4 is left for training"),
         (3, 0, (0.05, 0.05, 0.9), "no galaxy of 3 is left for training"),
         (2, 2, FRACTIONS, "2 galaxies: .* at least 3"),
@@ -72,10 +68,23 @@ def test_impossible_parts_are_refused(n, twins, fractions, message):
     table = galaxies(n, twins=twins)
     with pytest.raises(DataError, match=message):
         cds.split_galaxies(table, fractions, 0)
-    if n == 10:
-        spaxels = {p: (np.arange(9), np.arange(9)) for p in table["plateifu"]}
-        with pytest.raises(DataError, match=message):
-            easy.easy_split(table, spaxels, fractions, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            ({"fractions": f}, "--fractions .*: expected three positive numbers summing to 1")
+            for f in ((0.7, 0.3, 0.0), (0.5, 0.1, 0.1), (1.2, -0.1, -0.1), (0.9, 0.2, 0.2))
+        ),
+        ({"min_labelled": 0}, "--min-labelled 0: expected 1 or more"),
+        ({"split_dir": "a/b"}, "--split-dir 'a/b': expected the name of a folder"),
+    ],
+)
+@pytest.mark.parametrize("script", [cds, easy])
+def test_wrong_options_are_refused_before_anything_is_read(tmp_path, script, options, message):
+    with pytest.raises(DataError, match=message):
+        script.main(script.Config(data_dir=tmp_path, **options))
 
 
 def write_labels(root, name, labels, **about):

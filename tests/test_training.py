@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import numbers_of
 from mock_cubes import later, rebuild_cube, rebuild_statistics, relabel
 from mock_network import like_trained
 from safetensors.torch import load_file
@@ -90,11 +92,6 @@ def run_script(command):
 
 def weights_of(run_dir):
     return run_folder.read_checkpoint(run_dir)["model"]
-
-
-def numbers_of(run_dir):
-    """Rows of metrics.csv without the clock's columns."""
-    return pd.read_csv(run_dir / "metrics.csv").drop(columns=["seconds", "spaxels_per_s"])
 
 
 def json_of(run_dir, name="model.json"):
@@ -501,18 +498,24 @@ def test_what_a_config_says_without_naming_the_network_holds_for_any(tmp_path, c
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"amp": "bf16"}, "--amp with --network"),
-        ({"spectral_stride": 2}, "--spectral-stride with --network"),
-        ({"compile": True}, "--compile with --network"),
+        ({"amp": "bf16"}, "--amp with --network matched_filters: expected with SSFTT alone"),
+        ({"compile": True}, "--compile with .* expected with SSFTT alone"),
+        ({"spectral_stride": 2}, "--spectral-stride with .* expected with SSFTT alone"),
+        ({"n_tokens": 5}, "--n-tokens with .* expected with SSFTT alone"),
+        ({"patch_norm": "PCA"}, "--patch-norm PCA with --network matched_filters"),
+        ({"network": "ssftt", "patch_norm": "residual"}, "--patch-norm residual with --network ss"),
         ({"bands": (0, 5)}, "--bands with --network matched_filters: expected all bands"),
-        ({"source": "patches"}, "--source patches with --network matched_filters"),
-        ({"patch_size": 4, "augment": False}, "--patch-size 4 with --network matched_filters"),
+        ({"source": "patches"}, "--source patches with .* expected packed cubes"),
+        ({"patch_size": 4, "augment": False}, "--patch-size 4 with .* expected an odd one"),
+        ({"label_smoothing": 0.1}, "--label-smoothing 0.1: .* without classes to smooth"),
+        ({"label_task": "BPT", "monitor": "mae_dex"}, "--monitor mae_dex with --label-task BPT"),
     ],
 )
-def test_what_matched_filters_cannot_use_is_refused_by_its_name(options, message):
+def test_what_a_network_cannot_use_is_refused_by_its_name(options, message):
     with pytest.raises(DataError, match=message) as caught:
         script.check_options(train_config(**options))
-    assert str(caught.value).count("--") <= 3  # no other option's name, but for the network's
+    own = {f"--{name.replace('_', '-')}" for name in (*options, "network", "config")}
+    assert {*re.findall("--[a-z-]+", str(caught.value))} <= own  # no other option's name
 
 
 def test_run_whose_folder_is_removed_ends_with_an_error(options, monkeypatch):
@@ -746,6 +749,15 @@ def test_a_run_that_diverges_is_never_a_best_model(options, network):
         return
     with pytest.raises(DataError):
         inference.load_model(options["run_dir"], "cpu")
+
+
+@pytest.mark.parametrize(("margin", "kept"), [(0.05, 0), (-0.05, 1)])
+def test_training_that_improves_on_the_start_by_less_than_the_margin_is_not_kept(
+    options, monkeypatch, margin, kept
+):
+    monkeypatch.setattr(training, "START_MARGIN", margin)
+    train(options, network="matched_filters", lr=1e-7, cutout=7, epochs=1)
+    assert json_of(options["run_dir"])["best"]["epoch"] == kept
 
 
 def test_weights_that_are_not_finite_are_no_model(trained, tmp_path):

@@ -1,13 +1,16 @@
 """Paths in both directions, atomic writes, config files, exit codes."""
 
+import dataclasses
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import utils
 from utils import DataError
@@ -152,6 +155,9 @@ class Example:
     names: tuple[str, ...] = ()
     fast: bool = True
     where: Path | None = None
+    """A folder."""
+    limit: int | None = None
+    kind: Literal["a", "b"] = "a"
     seed: int = 0
     debug: bool = False
 
@@ -169,7 +175,8 @@ def test_config_file_or_run_folder_becomes_flags_and_the_users_flags_win(config_
     for path in (config_file, config_file.parent):
         assert tyro.cli(Example, args=utils.config_args(path, Example)) == SAVED
         for words in (["--rate", "7", f"--config={path}"], ["--config", str(path), "--rate", "7"]):
-            found = tyro.cli(Example, args=utils.with_config_file(words, Example))
+            file, own = utils.split_config_file(words)
+            found = utils.parse([*utils.config_args(file, Example, own), *own], Example, "")
             assert found == replace(SAVED, rate=7)
 
 
@@ -187,7 +194,7 @@ def test_unreadable_config_file_is_one_clear_line(config_file, content, message)
     config_file.unlink() if content is None else config_file.write_bytes(content)
     for path in (config_file, config_file.parent):
         with pytest.raises(DataError, match=f"{config_file}: {message}") as refused:
-            utils.with_config_file(["--config", str(path)], Example)
+            utils.config_args(path, Example)
         assert "\n" not in str(refused.value)
 
 
@@ -199,8 +206,16 @@ def test_unreadable_config_file_is_one_clear_line(config_file, content, message)
         (DataError("a.fits: zero bytes."), [], 1, "error: a.fits: zero bytes.\n"),
         (BrokenPipeError("the archive hung up"), [], 1, "error: the archive hung up\n"),
         (None, ["--seed", "-1"], 1, "error: --seed -1: expected 0 or more.\n"),
-        (None, ["--rte", "3"], 2, "--rte"),
-        (None, ["--config"], 2, "--config"),
+        (None, ["--rte", "3"], 2, "error: --rte, 3: no such option. Expected --rate FLOAT. SEE"),
+        (None, ["--rate", "x"], 2, "error: --rate: not a number: 'x'. Expected --rate FLOAT. SEE"),
+        (None, ["--rate"], 2, "error: --rate: too few, expected 1. SEE"),
+        (None, ["--seed", "x"], 2, "error: --seed: not a whole number: 'x'. Expected --seed INT."),
+        (None, ["--where", "--seed"], 2, "error: --where: too few, expected 1. SEE"),
+        (None, ["--limit", "y"], 2, "error: --limit: found 'y'. Expected --limit INT. SEE"),
+        (None, ["--kind", "c"], 2, "error: --kind c: expected one of ('a', 'b'). SEE"),
+        (None, ["x" * 200], 2, f"error: {'x' * 200}: no option takes this value. SEE"),
+        (DataError("--rate 1: too slow."), [], 1, "error: --rate 1: too slow.\n"),
+        (None, ["--config"], 2, "error: config.json: no such file, expected a JSON file"),
     ],
 )
 def test_exit_codes(command, result, words, code, message):
@@ -211,7 +226,58 @@ def test_exit_codes(command, result, words, code, message):
 
     found, said = command(main, Example, *words)
     assert found == code
-    assert said == message or (code == 2 and message in said)
+    assert said.startswith(message.replace("SEE", "See script.py --help.\n"))
+    assert said.count("\n") == (code in (1, 2))
+
+
+def test_missing_option_is_named(command):
+    needs = dataclasses.make_dataclass("Needs", [("run_dir", Path), ("debug", bool, False)])
+    assert command(print, needs) == (2, "error: --run-dir is missing. See script.py --help.\n")
+
+
+def test_config_file_is_named_with_a_value_that_it_alone_gives(command, tmp_path):
+    def main(config):
+        raise DataError(f"--rate {config.rate:g}: too slow.")
+
+    for value, words, message in (
+        ("x", [], "FILE: --rate: not a number: 'x'. Expected --rate FLOAT. See script.py --help."),
+        (3, [], "FILE: --rate 3: too slow."),
+        (3, ["--rate", "2"], "--rate 2: too slow."),
+        (3, ["--seed", "-1"], "--seed -1: expected 0 or more."),
+    ):
+        utils.write_json(tmp_path / "a.json", {"rate": value})
+        _, said = command(main, Example, "--config", tmp_path / "a.json", *words)
+        assert said == f"error: {message.replace('FILE', str(tmp_path / 'a.json'))}\n"
+
+
+def test_help_shows_no_default_that_says_nothing(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.argv", ["script.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        utils.run_command(print, Example, "What it does.")
+    said = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert said.startswith("usage: script.py")
+    assert re.search(r"--where PATH +A folder\.\n", said)
+    assert "(default: 1.0)" in said
+    assert "None" not in said
+    assert "(default: )" not in said
+    assert os.environ["COLUMNS"] == "60"
+
+
+def test_first_of_several_processes_says_what_is_wrong(command, monkeypatch):
+    def main(config):
+        raise DataError("a.fits: zero bytes.")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, message in ((0, "error: a.fits: zero bytes.\n"), (1, "")):
+        monkeypatch.setenv("RANK", str(rank))
+        assert command(main, Example) == (1, message)
+
+    def breaks(config):
+        raise OSError(5, "Input/output error", "/disk")
+
+    assert "error: /disk: Input/output error" in command(breaks, Example)[1]
 
 
 def test_ctrl_c_while_packages_are_imported_leaves_no_traceback():

@@ -124,6 +124,14 @@ def test_maps_without_wcs_have_north_up_and_east_left_and_claim_nothing_unknown(
         assert not ax.patches
 
 
+def test_a_metallicity_near_the_truth_counts_and_a_missing_one_does_not():
+    truth = np.full(4, 8.5)
+    labels, predicted = np.array([8.5, np.nan, 8.7, np.nan]), np.array([8.45, 8.59, 8.3, 8.41])
+    said = vis_fns.reach(predicted, labels, truth)
+    wanted = "prediction in 3, label in 1 of 4 star-forming spaxels"
+    assert said == f"within 0.1 dex of the truth: {wanted}"
+
+
 def test_radius_and_kiloparsecs_are_drawn_where_the_galaxy_is(ax):
     """The scale by Hogg (1999, arXiv:astro-ph/9905116, eqs. 15, 18), flat, Planck 2018."""
     z, h0, matter = 0.05, 67.66, 0.3097
@@ -319,23 +327,30 @@ def test_bpt_figure_shows_the_lines_of_the_maps_that_the_labels_were_derived_fro
         path = utils.label_path(tmp_path, "BPT", plateifu)
         data_io.write_labels(path, labels, 0 * labels, recipe, about)
 
-    write_labels(source_file=f"manga-{plateifu}-MAPS-HYB10.fits")
+    in_raw = raw / f"manga-{plateifu}-MAPS-HYB10.fits"
     classes = np.zeros(shape, np.int16)
     classes[3, 3] = LABEL_NONE
     prediction = prediction_of(classes, 3, plateifu)
-    figure = vis_fns.bpt_figure(tmp_path, prediction, "BPT")
-    assert figure.get_suptitle() == f"{plateifu}: 18 spaxels with S/N > 2 in all four lines"
     keep = np.ones(shape, bool)
     keep[0, 0] = keep[3, 3] = False
     ha, hb, nii, oiii = flux[:, keep]
     wanted = np.log10([nii / ha, oiii / hb]).T
-    for ax, entry in zip(figure.axes, ("composite: 18", "star-forming: 18"), strict=True):
-        assert entry in legend_of(ax)
-        found = ax.collections[0].get_offsets()
-        np.testing.assert_allclose(np.sort(found, axis=0), np.sort(wanted, axis=0), atol=1e-5)
+    own = tmp_path / "my.fits"  # a file that was given as --maps, outside of raw/
+    for about in ({"source_file": in_raw.name}, {"source_file": own.name, "source_path": str(own)}):
+        write_labels(**about)
+        figure = vis_fns.bpt_figure(tmp_path, prediction, "BPT")
+        assert figure.get_suptitle() == f"{plateifu}: 18 spaxels with S/N > 2 in all four lines"
+        for ax, entry in zip(figure.axes, ("composite: 18", "star-forming: 18"), strict=True):
+            assert entry in legend_of(ax)
+            found = ax.collections[0].get_offsets()
+            np.testing.assert_allclose(np.sort(found, axis=0), np.sort(wanted, axis=0), atol=1e-5)
+        own.write_bytes(in_raw.read_bytes())
     for about, message in (
         ({}, "2 MAPS files"),
-        ({"source_file": "my.fits"}, r"my\.fits: no such file.* Copy or link it there"),
+        (
+            {"source_file": "my.fits"},
+            r"8000/101/my\.fits: no such file.* Copy or link it to .*raw/8000/101",
+        ),
     ):
         write_labels(**about)
         with pytest.raises(utils.DataError, match=message):
@@ -453,6 +468,23 @@ def test_what_a_run_lacks_or_what_is_outdated_is_reported(run_dir, card, tmp_pat
     figure = vis_fns.run_figures(tmp_path, card)["confusion_test"]
     assert figure.axes[0].get_title().endswith(": 1 spaxel, 1 galaxy")
     assert f"epoch 7, the model: epoch {card.best['epoch']}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("metrics.csv", "Copy it again, or retrain"),
+        ("test/metrics.json", "python eval_fns.py --run-dir"),
+        ("test/confusion.csv", "python eval_fns.py --run-dir"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"\xff", b"{}", b"a,b\n1"])
+def test_damaged_results_are_refused_in_one_line(run_dir, card, tmp_path, file, remedy, content):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    (run / file).write_bytes(content)
+    with pytest.raises(utils.DataError, match=remedy) as refused:
+        vis_fns.run_figures(run, card)
+    assert "\n" not in str(refused.value)
 
 
 def test_components_and_their_variances_are_drawn_with_the_remainder(run_dir, ax):
