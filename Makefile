@@ -1,8 +1,8 @@
 # make demo         the whole pipeline on simulated galaxies (minutes); moves the previous results/demo aside
-# make demo-real    the same steps on three real galaxies, fetched from the archive (90 MB, a minute of computing)
+# make demo-real    the same steps on three real galaxies, fetched from the archive (about 90 MB)
 # make test         all tests, MaNGA's and ImageExtractor's
 # make test-quick   MaNGA's tests without the slow ones (less than a minute)
-# make test-faults  damages files of every kind, thousands of times (minutes)
+# make test-faults  damages files of every kind, and interrupts every stage (half an hour)
 # make test-slurm   the batch scripts on a real Slurm of one node (minutes); as root, installs it if missing
 # make test-marvin  compares label maps with marvin, the survey's own tool, in an environment of its own
 # make bench        speed, memory and disk space, as ratios (minutes)
@@ -92,7 +92,8 @@ $(ready): requirements.txt requirements-dev.txt
 	$(python) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-clean:  # the environment and folders that make creates, with all that you have put into data/demo and results/demo
-	rm -rf $(if $(STAMP),$(VENV)) .venv-marvin data/demo results/demo results/bench results/marvin
+clean:  # the environment and folders that make creates, with all that you have put there
+	rm -rf $(if $(STAMP),$(VENV)) .venv-marvin data/demo data/real results/demo results/real
+	rm -rf results/bench results/marvin results/faults
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	$(MAKE) -C image-extractor clean

@@ -266,13 +266,13 @@ def plot_class_shares(
 
 
 def plot_histograms(ax: Axes, values: Mapping[str, np.ndarray], label: str, bins: int = 12) -> Axes:
-    """Draw histograms of galaxies side by side, e.g. of the redshifts in each part of a split.
+    """Draw histograms of observations side by side, e.g. of the redshifts in each part of a split.
 
     `values` maps each part to its values, (N,) float; `label` states quantity and unit.
     """
     names = [f"{part}: {len(sample)}" for part, sample in values.items()]
     ax.hist(list(values.values()), bins, label=names, color=[PART_COLOURS[part] for part in values])
-    ax.set(xlabel=label, ylabel="galaxies")
+    ax.set(xlabel=label, ylabel="observations")
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(frameon=False, fontsize=8)
     return ax

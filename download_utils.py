@@ -31,9 +31,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from email.utils import formatdate, parsedate_to_datetime
 from functools import cache, partial
-from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 from urllib.parse import urlsplit
 
 import utils
@@ -194,6 +193,7 @@ def fetch(urls: Sequence[str], path: Path, retries: int = 4, pause_s: float = 2.
                 if url == urls[-1]:
                     raise
                 log.warning(f"{error} Trying the next mirror.")
+        os.utime(part)  # some clusters remove files by their age
         utils.flush(part)
         part.replace(path)
     return path.stat().st_size
@@ -291,7 +291,7 @@ def _fetch_rest(url: str, part: Path) -> None:
                 f"{url}: {length / 1e9:.2f} GB, expected at most {MAX_SIZE / 1e9:.2f}, and "
                 f"{free / 1e9:.2f} GB are free. Check --base-url and the disk."
             )
-        with part.open("ab" if is_rest else "wb", buffering=0) as f:
+        with part.open("ab" if is_rest else "wb") as f:
             _receive(answer, f, stamp if is_rest else _last_modified(answer))
 
 
@@ -303,7 +303,7 @@ def _last_modified(answer: Any) -> int:
         return 0
 
 
-def _receive(answer: Any, f: FileIO, stamp: int) -> None:
+def _receive(answer: Any, f: BinaryIO, stamp: int) -> None:
     """Write what the server sends, unless it is too slow, too much or less than it announced.
 
     The file always has the time `stamp`, by which the next attempt recognises its origin.
@@ -315,6 +315,7 @@ def _receive(answer: Any, f: FileIO, stamp: int) -> None:
     try:
         while block := answer.raw.read1(BLOCK):  # what is there; `read` would wait for all
             f.write(block)
+            f.flush()
             os.utime(f.fileno(), (stamp, stamp))
             n, size = n + len(block), size + len(block)
             if size > MAX_SIZE:
@@ -424,6 +425,8 @@ def main(config: Config) -> int:
     """Fetch or list missing files; return the exit code."""
     root, galaxies = utils.data_dir(config.data_dir), list[str]()
     is_query = bool(config.plate or config.z or config.n is not None)
+    if config.n is not None and config.n < 1:
+        raise DataError(f"--n {config.n}: expected 1 or more galaxies.")
     if is_query:
         if missing_files(root, None, config):
             config = replace(config, base_url=reachable(config.base_url))

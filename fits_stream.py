@@ -61,10 +61,11 @@ class _Checksum:
     def add(self, part: bytes | memoryview) -> None:
         """Add the next bytes of the data unit."""
         lead, n = self.n_bytes % 4, len(part)
-        if lead or n % 4:
-            part = bytes(lead) + bytes(part) + bytes(-(lead + n) % 4)
-        words = np.frombuffer(part, "<u4").byteswap()  # numpy adds big-endian words slowly
-        self.total += int(words.sum(dtype=np.uint64))
+        if lead or n % 8:
+            part = bytes(lead) + bytes(part) + bytes(-(lead + n) % 8)
+        pairs = np.frombuffer(part, ">u4").astype(np.uint32).view(np.uint64)  # faster than words
+        upper, both = int((pairs >> np.uint64(32)).sum()), int(pairs.sum())
+        self.total += upper + (both - (upper << 32)) % (1 << 64)  # numpy's sum is modulo 2**64
         self.n_bytes += n
 
     @property

@@ -25,9 +25,6 @@ EMLINES: dict[str, float] = {
 """Vacuum wavelengths, Angstrom, of the 35 channels of DR17's EMLINE_* HDUs in order (NIST Atomic
 Spectra Database, the values of the DAP's line list ELPMPL11). The names contain them truncated."""
 
-OTHER_FEATURES = (5175.0, 7067.14, 7137.76)
-"""Mg b, He I and [Ar III], vacuum Angstrom: further places where spectra differ."""
-
 NOT_FOLLOWED = ("HeI",)
 """Lines of GROUPS that filters do not start at: He I 5877 lies beside Na D, absorption by stars and
 interstellar gas, and a network that follows them errs more on a real galaxy
@@ -130,8 +127,7 @@ def log_ratios(lines: dict[str, np.ndarray], names: list[str]) -> np.ndarray:
 def line_places(wave: np.ndarray) -> list[list[tuple[float, float]]]:
     """Bins and relative strengths of the lines in a range of wavelengths, doublets together.
 
-    Each line of GROUPS but those NOT_FOLLOWED, then the OTHER_FEATURES; the strongest bin of each
-    comes first.
+    Each line of GROUPS but those NOT_FOLLOWED; the strongest bin of each comes first.
     """
     lines = [
         [(LINES[name], ratio) for name, ratio in parts.items()]
@@ -139,7 +135,6 @@ def line_places(wave: np.ndarray) -> list[list[tuple[float, float]]]:
         for line, parts in group.items()
         if line not in NOT_FOLLOWED
     ]
-    lines += [[(w, 1.0)] for w in OTHER_FEATURES]
     inside = [[(w, ratio) for w, ratio in line if wave[0] < w < wave[-1]] for line in lines]
     bins = np.arange(wave.size)
     return [[(float(np.interp(w, wave, bins)), r) for w, r in line] for line in inside if line]

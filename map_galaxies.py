@@ -295,8 +295,9 @@ def main(config: Config) -> int:
             chosen[chosen["part"] == "train"],
             "show galaxies that the model was trained on, not how well it works on new ones",
         )
-    only = folder / f"{galaxies[0]}.fits"
-    where = only if len(galaxies) == 1 and only.is_file() else folder
+    where = folder
+    if len(galaxies) == 1 and outcome[galaxies[0]] != "failed":
+        where = folder / f"{galaxies[0]}.fits"
     return loops.report(outcome, "maps", where)
 
 

@@ -11,7 +11,8 @@ line: with residual r, weights w (inverse variances) and filter f, the amplitude
 sum(f w r) / sum(f^2 w) (Horne 1986, PASP 98, 609, eq. 8). These sums are kept apart, because they
 add over spaxels: local attention adds those of the neighbours, in several heads of different
 reach, and only then takes logarithms. Line ratios are thus differences of features, and faint
-lines are added up before they are divided. The spaxel's own features bypass the attention.
+lines are added up before they are divided. The squares of these ratios are features, too, so that
+the start in closed form need not be linear. The spaxel's own features bypass the attention.
 
 The network pads nowhere inside and looks at a neighbour only through its sums, so the answer for a
 spaxel is the same on its window, a cutout or a whole map. Spaxels without weight, such as those
@@ -61,9 +62,9 @@ SMALLEST_DEVIATION = 1e-3
 """Deviation that labels have at least, in their unit."""
 ABSENT = -20.0
 """Logit at the start of classes without a training spaxel."""
-STRENGTHS = ((1e-4, 1e-3, 1e-2), *2 * [(1e-3, 1e-2, 0.1, 1.0, 10.0)])
+STRENGTHS = ((1e-3,), (1e-3, 0.1, 10.0), (1e-3, 0.1, 10.0), (0.01, 1.0, 100.0))
 """Strengths of the ridge regressions that are averaged, per sample: for a spaxel's own amplitudes,
-its other features, and its neighbours' features."""
+its other features, its neighbours' features, and the squares of their line ratios."""
 
 
 class Spectra(NamedTuple):
@@ -79,7 +80,7 @@ class Spectra(NamedTuple):
 
 @dataclass(frozen=True)
 class MatchedFilterConfig:
-    """Sizes of the network; the defaults have 75,232 parameters."""
+    """Sizes of the network."""
 
     bands: int = 2040
     """Bins of a spectrum."""
@@ -88,8 +89,8 @@ class MatchedFilterConfig:
     colours: int = COLOURS
     """Broad bands, and whatever else of a spaxel is given in `Spectra.colour`."""
     lines: int = 12
-    """Places in the spectrum that filters start from; two filters at each, with and without
-    side bands."""
+    """Places in the spectrum that filters start from, at least two, in training as many as there
+    are known lines in range; two filters at each, with and without side bands."""
     half_width: int = 60
     """Half-width in bins of the part of the spectrum that a filter sees."""
     reaches: tuple[float, ...] = (0.8, 1.5, 2.5, 4.0)
@@ -106,9 +107,10 @@ class MatchedFilterConfig:
     def __post_init__(self) -> None:
         """Raise a DataError if no network has these sizes."""
         for name in ("bands", "lines", "key", "hidden", "window"):
-            if getattr(self, name) < 1:
+            least = 2 if name == "lines" else 1  # a ratio needs two
+            if getattr(self, name) < least:
                 raise DataError(
-                    f"matched filters: {name} is {getattr(self, name)}, expected at least 1. "
+                    f"matched filters: {name} is {getattr(self, name)}, expected at least {least}. "
                     f"Choose another {name}."
                 )
         if self.window % 2 == 0:
@@ -126,6 +128,16 @@ class MatchedFilterConfig:
     def own_features(self) -> int:
         """Features of a spaxel itself."""
         return 2 * self.filters + self.colours + 1
+
+    @property
+    def near_features(self) -> int:
+        """Features of a spaxel's neighbourhood."""
+        return len(self.reaches) * 2 * self.filters
+
+    @property
+    def squares(self) -> int:
+        """Squares of line ratios: one for each pair of lines and each head."""
+        return len(self.reaches) * math.comb(self.lines, 2)
 
     @property
     def outputs(self) -> int:
@@ -323,8 +335,9 @@ class MatchedFilterNet(nn.Module):
         self.key = nn.Linear(own, heads * config.key, bias=False)
         nn.init.normal_(self.query.weight, std=0.02)
         nn.init.normal_(self.key.weight, std=0.05)
-        self.norm_near = Standardise(heads * 2 * config.filters)
-        total = own + heads * 2 * config.filters
+        self.norm_near = Standardise(config.near_features)
+        self.norm_squares = Standardise(config.squares)
+        total = own + config.near_features + config.squares
         self.linear = nn.Linear(total, config.outputs)
         drop, hidden = nn.Dropout(config.dropout), config.hidden
         last = nn.Linear(hidden, config.outputs)
@@ -393,8 +406,11 @@ class MatchedFilterNet(nn.Module):
         spread = attention.square() @ d  # variance of n; of one spaxel it equals d
         n, d = attention @ n, attention @ d  # (Q, head, filter)
         ratio = d / (spread + EPS)
-        pooled = log_amplitude(n * ratio, d * ratio).flatten(1)
-        return torch.cat([own, self.norm_near(pooled)], 1)
+        pooled = self.norm_near(log_amplitude(n * ratio, d * ratio).flatten(1))
+        lines = pooled.unflatten(1, (heads, -1))[..., : self.config.lines]
+        pairs = itertools.combinations(lines.unbind(-1), 2)
+        squares = torch.stack([(a - b).square() for a, b in pairs], -1).flatten(1)
+        return torch.cat([own, pooled, self.norm_squares(squares)], 1)
 
     def answer(self, features: Tensor) -> Tensor:
         """Answer (Q, outputs) from `features`: standardised value and log scale, or logits."""
@@ -539,8 +555,8 @@ class MatchedFilterNet(nn.Module):
     ) -> None:
         """Fit the normalisation and the linear part of the head in closed form.
 
-        From here, training improves on ridge regressions of the features (`ridge_by_galaxy`), or
-        for classes on a logistic regression.
+        From here, training improves on ridge regressions of the features (`ridge_by_galaxy`), with
+        a scale that follows brightness over noise, or for classes on a logistic regression.
 
         Parameters
         ----------
@@ -555,10 +571,12 @@ class MatchedFilterNet(nn.Module):
         self.eval()
         rows, device, target = [], self.filters.device, target.cpu()
         for i, (spectra, near, centre) in enumerate(batches):
-            self.norm.is_fitting = self.norm_near.is_fitting = i == 0
+            for norm in (self.norm, self.norm_near, self.norm_squares):
+                norm.is_fitting = i == 0
             sums = self.measure(*(part.to(device) for part in spectra))
             rows.append(self.features(sums, near.to(device), centre.to(device)))
-        self.norm.is_fitting = self.norm_near.is_fitting = False
+        for norm in (self.norm, self.norm_near, self.norm_squares):
+            norm.is_fitting = False
         features = torch.cat(rows).cpu()
         own = features[:, : self.config.own_features]
         self.usual_mean.copy_(own.mean(0))
@@ -571,13 +589,20 @@ class MatchedFilterNet(nn.Module):
         self.target_mean.copy_(mean)
         self.target_std.copy_(deviation)
         wanted = ((target - mean) / deviation).double()
-        group = torch.full(features.shape[1:], 2)
-        group[: self.config.own_features] = 1
-        group[: self.config.filters] = 0
+        config = self.config
+        others = config.own_features - config.filters
+        sizes = torch.tensor([config.filters, others, config.near_features, config.squares])
+        group = torch.arange(4).repeat_interleave(sizes)
         coefficients = ridge_by_galaxy(features, wanted, galaxy, group)
-        error = (features @ coefficients[1:] + coefficients[0] - wanted).abs().mean()
+        errors = (features @ coefficients[1:] + coefficients[0] - wanted).abs()
+        at_level = config.own_features - 1
+        level = features[:, at_level] - features[:, at_level].mean()
+        logarithms = errors.clamp(min=0.05 * errors.mean() + EPS).log()
+        slope = (level @ logarithms) / (level @ level + EPS)
+        constant = (errors / (slope * features[:, at_level]).exp()).mean().log()
         self.linear.weight[0] = coefficients[1:].float()
-        self.linear.bias.copy_(torch.stack([coefficients[0], error.log()]))
+        self.linear.weight[1, at_level] = slope
+        self.linear.bias.copy_(torch.stack([coefficients[0], constant]))
 
     def _start_classes(self, features: Tensor, classes: Tensor) -> None:
         """Start the linear part of the head as a logistic regression."""

@@ -52,7 +52,7 @@ from data_fns import DataOptions
 from HSI_SSFTT import count_parameters
 from inference import pick_device
 from labels import class_middles
-from matched_filter_net import MatchedFilterNet
+from matched_filter_net import MatchedFilterConfig, MatchedFilterNet
 from networks import USUAL, Network
 from recipe import Recipe, digest_of
 from run_folder import ModelCard
@@ -314,8 +314,10 @@ def network_sizes(config: TrainConfig, dataset: PatchDataset) -> dict[str, Any]:
         sizes = {"n_classes": n_classes, "patch_size": data.patch_size, "bands": dataset.n_bands}
         return {**sizes, **asdict(config.model)}
     bands = matched_filter_net.split(torch.empty(dataset.n_bands)).residual.numel()
+    known = line_fits.line_places(baselines.wave_of(dataset.samples.options["cube"]))
     return {
         "bands": bands,
+        "lines": len(known) if len(known) > 1 else MatchedFilterConfig.lines,
         "classes": 0 if data.learns_dex else n_classes,
         "window": data.patch_size,
         "dropout": config.model.dropout,

@@ -47,7 +47,7 @@ from samples import PatchSpec
 log = logging.getLogger(__name__)
 
 RUNS_FOLDER = Path("runs")
-MODEL_SCHEMA, MODEL_VERSION = "manga-model", 5
+MODEL_SCHEMA, MODEL_VERSION = "manga-model", 6
 CONFIG_FILE, ENVIRONMENT_FILE, LOG_FILE = "config.json", "environment.json", "log.txt"
 MODEL_FILE, WEIGHTS_FILE, STATS_FILE = "model.json", "best.safetensors", "stats.h5"
 BASELINE_FILE, METRICS_FILE = "baseline.safetensors", "metrics.csv"

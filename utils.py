@@ -548,7 +548,8 @@ def parse(words: Sequence[str], config_class: type[Config], description: str) ->
 
 
 PLAIN_WORDS = {
-    r"Unrecognized options: (.*)": r"\1: no such option.",
+    r"Unrecognized options: (--.*)": r"\1: no such option.",
+    r"Unrecognized options: (.*)": r"\1: no option takes this value.",
     r"Error parsing (--\S+): (.*)": r"\1: \2.",
     r"Error parsing \w+: ": "",
     r"no type matching .*? could be instantiated from \[(.*?)\]\. Got errors: .*": r"found \1.",

@@ -111,14 +111,8 @@ def measure(root: Path, config: Config) -> list[Row]:
         "packed, workers": make_loader(root, config, cutout=1, workers=config.workers),
         "cutouts": make_loader(root, config, cutout=config.cutout),
     }
-    labelled: dict[str, int] = {}
-
-    def work(name: str) -> None:
-        labelled[name] = one_pass(loaders[name])
-
-    works = {name: functools.partial(work, name) for name in loaders}
-    took = measuring.in_turn(works, config.runs)
-    rates = {name: labelled[name] / seconds for name, seconds in took.items()}
+    works = {name: functools.partial(one_pass, loader) for name, loader in loaders.items()}
+    rates = measuring.rates_of(works, config.runs)
     no_workers = "patches from packed cubes, no workers"
     return [
         make_row(name, rates[ours], rates[baseline], "spaxels/s", against)

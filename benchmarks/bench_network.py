@@ -27,7 +27,7 @@ import functools
 import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -351,18 +351,6 @@ def check_device(bench: Bench) -> list[Row]:
 # Rows
 
 
-def rates_of(bench: Bench, works: Mapping[str, Callable[[], float]]) -> dict[str, float]:
-    """Spaxels/s of works that return their number of spaxels, run in turn."""
-    spaxels: dict[str, float] = {}
-
-    def count(name: str) -> None:
-        spaxels[name] = works[name]()
-
-    counted = {name: functools.partial(count, name) for name in works}
-    took = measuring.in_turn(counted, bench.config.runs)
-    return {name: spaxels[name] / seconds for name, seconds in took.items()}
-
-
 def rate_row(name: str, rate: float, base: float, against: str = AGAINST, **more: Any) -> Row:
     """Make a row of rates in spaxels/s."""
     return make_row(name, rate, base, "spaxels/s", against, **more)
@@ -383,7 +371,7 @@ def forward_rows(bench: Bench) -> list[Row]:
         return logits[:, 0].numel()
 
     works = {name: functools.partial(forward, name == "dense") for name in ("patch_wise", "dense")}
-    rates = rates_of(bench, works)
+    rates = measuring.rates_of(works, bench.config.runs)
     against = "forward on patches"
     return [rate_row("dense_forward", rates["dense"], rates["patch_wise"], against)]
 
@@ -394,7 +382,7 @@ Steps = dict[str, Step]
 
 def training_rows(bench: Bench, steps: Steps) -> tuple[list[Row], list[dict[str, Any]]]:
     """Compare training steps, patch-wise and dense, of every variant; and find their roofline."""
-    rates = rates_of(bench, steps)
+    rates = measuring.rates_of(steps, bench.config.runs)
     base = rates[BASE]
     rows = [rate_row("dense_training", rates["published"], base, variant="published")]
     for name, step in steps.items():
@@ -403,7 +391,6 @@ def training_rows(bench: Bench, steps: Steps) -> tuple[list[Row], list[dict[str,
             width = step.bench.config.cutout if step.dense else 1
             row = rate_row(row_name, rates[name], base, variant=step.variant, cutout=width)
             rows.append(row)
-    rows.append(rate_row("recommended_training", rates[RECOMMENDED], base, variant=RECOMMENDED))
     ceilings = roofline.measure_ceilings(bench.device, bench.dtype)
     table, side = list[dict[str, Any]](), bench.config.cutout
     for name in (name for name in VARIANTS if name in steps):
@@ -441,7 +428,9 @@ def matched_filters_rows(bench: Bench, steps: Steps) -> list[Row]:
         return bench.steps * weights.numel()
 
     learn()
-    rates = rates_of(bench, {"ours": learn, **{k: steps[k] for k in (BASE, RECOMMENDED)}})
+    works: dict[str, Callable[[], float]] = {"ours": learn}
+    works |= {k: steps[k] for k in (BASE, RECOMMENDED)}
+    rates = measuring.rates_of(works, bench.config.runs)
     more: dict[str, Any] = {"variant": "matched filters", "cutout": usual.cutout}
     name, against = "matched_filters_training", f"{RECOMMENDED} on cutouts"
     return [
@@ -454,7 +443,7 @@ def compiled_rows(bench: Bench, steps: Steps, variant: str) -> list[Row]:
     """Compare a dense step under torch.compile with itself."""
     eager = steps[variant]
     compiled = Step(bench, variant, dense=True, n=eager.n).compile()
-    rates = rates_of(bench, {"eager": eager, "compiled": compiled})
+    rates = measuring.rates_of({"eager": eager, "compiled": compiled}, bench.config.runs)
     against = "the same, eager"
     return [rate_row(f"compiled_{variant}", rates["compiled"], rates["eager"], against)]
 
@@ -468,7 +457,7 @@ def pipeline_rows(bench: Bench, folder: Path, steps: Steps) -> list[Row]:
         bands, cutout = step.model.config.bands, bench.config.cutout if like.dense else 1
         loader = packed_loader(bench, folder / f"{bands}.h5", bands, cutout, like.n)
         works[name] = functools.partial(step.learn_all, loader)
-    rates = rates_of(bench, works)
+    rates = measuring.rates_of(works, bench.config.runs)
     against = f"{AGAINST}, with its loader"
     return [rate_row(f"training_pipeline_{v}", rates[v], rates[BASE], against) for v in SHOWN]
 
@@ -585,14 +574,15 @@ def evidence_rows(bench: Bench, folder: Path) -> list[Row]:
     path = folder / "cube.h5"
     recipe = Recipe("cube", data_io.CUBE_VERSION)
     data_io.write_cube(path, data_io.Cube(flux, wave, recipe, ivar=np.ones_like(flux)))
-    network = MatchedFilterNet(MatchedFilterConfig(bands))
+    places = line_places(wave)
+    network = MatchedFilterNet(MatchedFilterConfig(bands, lines=len(places)))
 
     def spectra() -> Spectra:
         values = pack_cubes.read_normalised(path, "residual", None).values
         return split(torch.from_numpy(values).to(bench.device))
 
     residual, weight = (part.flatten(0, 1).cpu() for part in spectra()[:2])
-    network.start_filters(residual, weight, line_places(wave))
+    network.start_filters(residual, weight, places)
     network = network.to(bench.device).eval()
 
     @torch.inference_mode()

@@ -5,6 +5,7 @@ Simulates DR17-format galaxies, --galaxies of each bundle size, and measures:
            galaxies/s and the peak memory of the largest process
   size     the time of process_galaxy (cube, both label maps) and the bytes of FITS, H5 and labels
            for each bundle size; weighted with DR17's fractions, the extrapolation to a survey
+  checksums  reading the largest galaxy's cube and LOGCUBE with and without them
   layouts  flux and ivar of the largest galaxy in HDF5 with various chunk shapes and compressions:
            file size, and the seconds to write, to read whole, to read the spectrum of one spaxel,
            and to read one band; files are in the page cache. blosc, lz4 and zstd are included if
@@ -22,10 +23,12 @@ import itertools
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import MagicMock, patch
 
 import measuring
 import utils
@@ -36,6 +39,7 @@ import h5py
 import numpy as np
 
 import data_io
+import fits_stream
 import process_single_cube as single
 from mock.galaxy import BUNDLES, GalaxyParams, draw_params, simulate_galaxy
 from mock.survey import write_galaxy
@@ -46,6 +50,8 @@ SEED = 1
 N_SPECTRA = 30
 """Spaxels, and N_BANDS bands, that are read one by one for the mean time of one."""
 N_BANDS = 5
+ARRAYS = ("FLUX", "IVAR", "MASK", "WAVE", "REDCORR")
+"""Of a LOGCUBE, what a cube is made from."""
 SHUFFLED = {"shuffle": True}
 
 
@@ -158,6 +164,39 @@ def extrapolate(
     hours, core_hours = (survey * mean.pop(key) / 3600 for key in ("seconds", "cpu_seconds"))
     out = {"galaxies": float(survey), "hours": hours, "core_hours": core_hours}
     return {**out, **{k.replace("_mb", "_gb"): survey * v / 1e3 for k, v in mean.items()}}
+
+
+# Checksums
+
+
+def measure_checksums(root: Path, plateifu: str, runs: int) -> list[Row]:
+    """Compare reading with and without checksums: an H5 cube, and a LOGCUBE that becomes one."""
+    path, logcube = utils.cube_path(root, plateifu), utils.find_raw(root, plateifu, "LOGCUBE")
+    everything = ("wave", "cube", "ivar", "good_fraction")
+
+    def plain(names: tuple[str, ...]) -> None:
+        with h5py.File(path) as f:
+            for name in names:
+                f[name][()]
+
+    def unchecked() -> None:
+        with patch.object(fits_stream, "_Checksum", lambda: MagicMock(value=0xFFFFFFFF)):
+            fits_stream.read_hdus(logcube, ARRAYS)
+
+    works: dict[str, Callable[[], object]] = {
+        "cube_read": lambda: data_io.read_cube(path),
+        "cube_read_plain": lambda: plain(everything),
+        "flux_read": lambda: data_io.read_cube(path, with_errors=False),
+        "flux_read_plain": lambda: plain(everything[:2]),
+        "logcube_read": lambda: fits_stream.read_hdus(logcube, ARRAYS),
+        "logcube_read_plain": unchecked,
+    }
+    found = measuring.in_turn(works, runs)
+    against = {"cube": "h5py alone", "flux": "h5py alone", "logcube": "no checksums"}
+    return [
+        make_row(f"{name}_checked", found[f"{name}_read"], found[f"{name}_read_plain"], "s", what)
+        for name, what in against.items()
+    ]
 
 
 # Layouts
@@ -315,6 +354,7 @@ def main(config: Config) -> int:
         }
         shares = {b: share for b, (_, _, share) in BUNDLES.items()}
         survey = extrapolate(by_bundle, shares)
+        rows += measure_checksums(root, names[max(names)][0], 3 * config.runs)
         cube = data_io.read_cube(utils.cube_path(root, names[max(names)][0]))
         assert cube.ivar is not None
         table = [

@@ -550,6 +550,7 @@ def campaign(n: int, seed: int, n_forged: int, only: str = "") -> tuple[Counter,
                 path.unlink()
                 path.write_bytes(content)
             shutil.rmtree(path.parent / "out", ignore_errors=True)
+            print(f"damaged: {target.file}; faults so far: {len(failures)}", flush=True)
     return counts, failures
 
 

@@ -80,7 +80,7 @@ def stages(archive: str) -> dict[str, Callable[[Path], object]]:
         "download": on(
             download_utils, plateifu=GALAXIES[1:], kinds=("DRPCUBE",), base_url=(archive,)
         ),
-        "simulate": on(mock_manga, "MockConfig", n_galaxies=2, bundles=(19,)),
+        "simulate": on(mock_manga, "MockConfig", n_galaxies=1, bundles=(19,)),
         "one cube": on(process_single_cube, plateifu=GALAXIES[0], n_band=200),
         "all cubes": on(cube_processing, n_band=200, jobs=2, splits=False),
         "hard split": on(create_data_splits, **split),
@@ -334,4 +334,5 @@ def interrupt_stages(times: dict[str, int], seed: int, only: str = "") -> tuple[
                     counts["kills" if way == "kill" else "interruptions"] += 1
                     counts.update(line.partition(":")[0] for line in found)
                     failures += [f"{line} ({name}, {way})" for line in found]
+            print(f"interrupted: {name}; faults so far: {len(failures)}", flush=True)
     return counts, failures

@@ -26,12 +26,14 @@ import roofline
 import run_all
 import torch
 from astropy.io import fits
+from conftest import write_fits
 from mock_cubes import cube_recipe, make_data_dir, write_patch_files
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 import data_io
+import process_single_cube
 import SSFTT_dense
 from run_SSFTT_training import train_config
 
@@ -66,15 +68,14 @@ def test_ways_run_in_turn_and_the_first_round_does_not_count(monkeypatch):
     works = {name: functools.partial(calls.append, name) for name in "ab"}
     assert measuring.in_turn(works, runs=3) == {"a": 2, "b": 20}
     assert calls == ["a", "b"] * 4
-
-
-def allocate(megabytes):
-    np.ones(megabytes * 125_000)
+    clock = iter([9, 9, 1, 10, 2, 30, 6, 20])
+    counts = {"a": lambda: 6, "b": lambda: 10}
+    assert measuring.rates_of(counts, runs=3) == {"a": 3, "b": 0.5}
 
 
 def test_peak_memory_is_of_the_process_in_question_and_not_of_its_parent():
     held = np.ones(50_000_000)  # 400 MB, which rusage would count
-    peak, added = measuring.peak_in_child(allocate, 100)
+    peak, added = measuring.peak_in_child(np.ones, 12_500_000)  # 100 MB
     assert 0.09 < added < 0.15
     assert peak > added
     child = "import time; x = bytearray(200_000_000); time.sleep(0.3)"
@@ -152,6 +153,14 @@ def test_extrapolation_weights_bundle_sizes_with_their_fractions():
     assert out == pytest.approx(expected)
 
 
+def test_checksums_cost_what_reading_without_them_does_not(tmp_path):
+    galaxy = "8485-1901"
+    write_fits(utils.raw_dir(tmp_path, galaxy), galaxy)
+    process_single_cube.process_galaxy(galaxy, tmp_path, process_single_cube.GalaxyOptions())
+    rows = bench_storage.measure_checksums(tmp_path, galaxy, runs=1)
+    assert set(ratios(rows)) == {"cube_checked", "flux_checked", "logcube_checked"}
+
+
 def test_layouts_return_what_was_written_and_the_first_is_the_pipelines(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     flux = rng.normal(size=(9, 10, 40)).astype("f4")
@@ -214,13 +223,15 @@ def tiny_run(tmp_path_factory):
     """Result of what `make bench-gpu` does, on a CPU: bfloat16, several steps per timing."""
     results = tmp_path_factory.mktemp("results")
     config = bench_network.Config(**TINY, amp="bf16", steps=2, results=results)
-    assert bench_network.main(config) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CPUS_PER_TASK", "1")  # of torch's threads, also in later tests
+        assert bench_network.main(config) == 0
     return json.loads((results / "bench_network_cpu.json").read_text())
 
 
 def test_network_rows_cover_every_front_end(tiny_run):
     front_ends = {f"front_end_{v}" for v in bench_network.VARIANTS if v != "published"}
-    names = {"dense_forward", "dense_training", "recommended_training", "map_latency", "evidence"}
+    names = {"dense_forward", "dense_training", "map_latency", "evidence"}
     names |= {"matched_filters_training", "matched_filters_training_vs_pca30"}
     assert set(ratios(tiny_run["rows"])) >= front_ends | names | {"training_memory"}
     assert [row["variant"] for row in tiny_run["roofline"]] == list(bench_network.VARIANTS)

@@ -2,10 +2,13 @@
 
 import base64
 import contextlib
+import errno
 import functools
 import gzip
 import io
 import itertools
+import os
+import resource
 import subprocess
 import sys
 import threading
@@ -62,6 +65,8 @@ class Archive(BaseHTTPRequestHandler):
     """Bytes sent every 10 ms; 0: all at once."""
     modified: str | None = "Mon, 06 Dec 2021 08:49:37 GMT"
     """Last-Modified; None: the server does not say."""
+    says_sizes = True
+    """Answer HEAD."""
     shift = 0
     """Bytes by which a rest begins too late."""
     log: list[tuple[str, str | None]] = []  # noqa: RUF012
@@ -70,7 +75,7 @@ class Archive(BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         self.asked_sizes.append(self.path)
-        content = self.files.get(self.path)
+        content = self.files.get(self.path) if self.says_sizes else None
         self.send_response(404 if content is None else 200)
         if content is not None:
             self.send_header("Content-Length", str(len(content)))
@@ -332,6 +337,8 @@ def test_a_random_choice_is_always_the_same_and_part_of_a_larger_one(archive, tm
     assert sorted(halves[0] + halves[1]) == chosen[1]
     with pytest.raises(DataError, match="no such galaxy with a redshift"):
         du.choose_galaxies(tmp_path, replace(config, z=(3, 4)))
+    with pytest.raises(DataError, match="--n 0: expected 1 or more"):
+        du.main(replace(config, n=0))
 
 
 def test_the_total_size_is_said_before_and_refused_if_the_disk_is_too_small(
@@ -355,6 +362,14 @@ def test_the_total_size_is_said_before_and_refused_if_the_disk_is_too_small(
         du.main(config)
     assert "6 files to fetch, about 0.01 GB" in caplog.text
     assert len(archive.asked_sizes) == 3  # the root and two files
+
+
+def test_a_server_that_says_no_sizes_is_fetched_from_all_the_same(archive, tmp_path, caplog):
+    put_galaxy(archive, "8485-1901")
+    archive.says_sizes = False
+    caplog.set_level("INFO")
+    assert du.main(config_of(tmp_path, archive, plateifu=("8485-1901",))) == 0
+    assert "2 files to fetch, of unknown size" in caplog.text
 
 
 def test_a_mirror_takes_over_whatever_the_archive_does(archive, mirror, tmp_path):
@@ -502,6 +517,23 @@ def test_a_server_that_drips_counts_as_failed_and_is_resumed(archive, tmp_path, 
     assert archive.log[1][1] is not None
     archive.step = 0
     assert du.fetch(put(archive), tmp_path / "a.fits.gz", retries=0) == len(CONTENT)
+
+
+def test_a_full_disk_is_no_damaged_file_and_what_came_is_kept(archive, tmp_path):
+    urls, path, code = put(archive), tmp_path / "a.fits.gz", 0
+    pid = os.fork()
+    if not pid:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+        try:
+            du.fetch(urls, path)
+        except OSError as error:
+            code = error.errno
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == errno.EFBIG
+    assert (tmp_path / ".a.fits.gz.part").read_bytes() == CONTENT[:200_000]
+    assert du.fetch(urls, path) == len(CONTENT)
+    assert archive.log[1][1] == "bytes=200000-"
 
 
 @pytest.mark.parametrize("length", [None, ""])

@@ -205,20 +205,33 @@ def test_spaxels_without_weight_do_not_matter():
 
 def test_equal_neighbours_add_up_as_independent_measurements():
     """Nine equal spaxels have the amplitude of one, and three times its signal-to-noise ratio."""
-    model = MatchedFilterNet(small_config(window=3, reaches=(1e6,)))
+    config = small_config(window=3, reaches=(1e6,))
+    model = MatchedFilterNet(config)
     torch.nn.init.zeros_(model.key.weight)
     one = random_spectra(1)
     nine = Spectra(*(p.expand(9, -1) for p in one))
     near, centre = torch.arange(9)[None], torch.tensor([4])
     sums = model.measure(*nine)
-    pooled = model.features(sums, near, centre)[0, model.config.own_features :]
-    k = model.config.filters
+    pooled = model.features(sums, near, centre)[0, config.own_features : -config.squares]
+    k = config.filters
     wanted = log_amplitude(9 * sums.n[0], 9 * sums.d[0])
     torch.testing.assert_close(pooled, wanted.clamp(-6, 6), rtol=1e-4, atol=1e-4)
     ratio = (pooled[k:].sinh() / torch.asinh(sums.n[0] / sums.d[0].sqrt()).sinh())[
         wanted[k:].abs() < 6
     ]
     torch.testing.assert_close(ratio, torch.full_like(ratio, 3.0), rtol=1e-3, atol=1e-3)
+
+
+def test_squares_are_those_of_line_ratios_of_each_pair_and_head():
+    model = MatchedFilterNet(small_config(window=1, reaches=(1.0, 2.0)))
+    spectra = random_spectra(5)
+    near, centre = torch.arange(5)[:, None], torch.arange(5)
+    features = model.features(model.measure(*spectra), near, centre)
+    own, squares = model.config.own_features, model.config.squares
+    lines = features[:, own:-squares].view(5, 2, -1)[..., :3]
+    wanted = [(lines[..., i] - lines[..., j]) ** 2 for i, j in ((0, 1), (0, 2), (1, 2))]
+    wanted = torch.stack(wanted, -1).flatten(1).clamp(max=6)
+    torch.testing.assert_close(features[:, -squares:], wanted)
 
 
 # Starting values
@@ -313,6 +326,21 @@ def test_the_network_starts_as_a_ridge_regression_of_its_features():
     assert float(scale.mean()) == pytest.approx(float((value - target).abs().mean()), rel=0.05)
 
 
+def test_the_scale_starts_wider_for_faint_spaxels_than_for_bright_ones():
+    torch.manual_seed(0)
+    model = MatchedFilterNet(small_config(window=1))
+    residual, weight = planted_lines(400, (60, 150, 230))
+    weight[200:] /= 25
+    model.start_filters(residual, weight)
+    spectra = Spectra(residual, weight, torch.zeros(400, COLOURS))
+    near, centre = torch.arange(400)[:, None], torch.arange(400)
+    error = torch.randn(400) * torch.tensor([0.02, 0.1]).repeat_interleave(200)
+    model.start_head([(spectra, near, centre)], 8.5 + error, torch.arange(400) % 20)
+    out = model.answer(model.features(model.measure(*spectra), near, centre))
+    scale = model.in_units(out)[1].detach()
+    assert (scale[200:].mean() / scale[:200].mean()).item() == pytest.approx(5, rel=0.2)
+
+
 # Loss and sizes
 
 
@@ -332,7 +360,7 @@ def test_the_default_network_has_fewer_than_300000_parameters():
     assert count_parameters(MatchedFilterNet(MatchedFilterConfig())) < 300_000
 
 
-@pytest.mark.parametrize("sizes", [{"window": 4}, {"lines": 0}])
+@pytest.mark.parametrize("sizes", [{"window": 4}, {"lines": 1}])
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(DataError, match="Choose another"):
         small_config(**sizes)

@@ -28,6 +28,7 @@ def execute(name: str, folder: Path, monkeypatch) -> str:
     book = nbformat.reads(text, as_version=4)
     resources = {"metadata": {"path": str(folder)}}
     client = NotebookClient(book, timeout=1800, startup_timeout=600, resources=resources)
+    client.comm_open_handlers = {}  # its stand-in for widgets may block: jupyter/nbclient#312
     client.execute(env={**os.environ})
     outputs = [o for cell in book.cells if cell.cell_type == "code" for o in cell.outputs]
     figures = sum("image/png" in o.get("data", {}) for o in outputs)
@@ -45,7 +46,7 @@ def test_demo_notebook_runs_from_a_clean_clone(clean_clone, monkeypatch):
         "  majority class",
     ):
         assert words in printed
-    assert "figures: 4" in printed
+    assert "figures: 6" in printed  # two of them of the widget
     assert (clean_clone / "results/demo/logOH_hard/test/metrics.json").is_file()
 
 

@@ -751,6 +751,15 @@ def test_a_run_that_diverges_is_never_a_best_model(options, network):
         inference.load_model(options["run_dir"], "cpu")
 
 
+@pytest.mark.parametrize(("margin", "kept"), [(0.05, 0), (-0.05, 1)])
+def test_training_that_improves_on_the_start_by_less_than_the_margin_is_not_kept(
+    options, monkeypatch, margin, kept
+):
+    monkeypatch.setattr(training, "START_MARGIN", margin)
+    train(options, network="matched_filters", lr=1e-7, cutout=7, epochs=1)
+    assert json_of(options["run_dir"])["best"]["epoch"] == kept
+
+
 def test_weights_that_are_not_finite_are_no_model(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     weights, about = run_folder.read_tensors(run / "best.safetensors")

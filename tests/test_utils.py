@@ -213,7 +213,7 @@ def test_unreadable_config_file_is_one_clear_line(config_file, content, message)
         (None, ["--where", "--seed"], 2, "error: --where: too few, expected 1. SEE"),
         (None, ["--limit", "y"], 2, "error: --limit: found 'y'. Expected --limit INT. SEE"),
         (None, ["--kind", "c"], 2, "error: --kind c: expected one of ('a', 'b'). SEE"),
-        (None, ["x" * 200], 2, f"error: {'x' * 200}: no such option. SEE"),
+        (None, ["x" * 200], 2, f"error: {'x' * 200}: no option takes this value. SEE"),
         (DataError("--rate 1: too slow."), [], 1, "error: --rate 1: too slow.\n"),
         (None, ["--config"], 2, "error: config.json: no such file, expected a JSON file"),
     ],

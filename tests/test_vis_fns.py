@@ -470,6 +470,23 @@ def test_what_a_run_lacks_or_what_is_outdated_is_reported(run_dir, card, tmp_pat
     assert f"epoch 7, the model: epoch {card.best['epoch']}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("file", "remedy"),
+    [
+        ("metrics.csv", "Copy it again, or retrain"),
+        ("test/metrics.json", "python eval_fns.py --run-dir"),
+        ("test/confusion.csv", "python eval_fns.py --run-dir"),
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"\xff", b"{}", b"a,b\n1"])
+def test_damaged_results_are_refused_in_one_line(run_dir, card, tmp_path, file, remedy, content):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    (run / file).write_bytes(content)
+    with pytest.raises(utils.DataError, match=remedy) as refused:
+        vis_fns.run_figures(run, card)
+    assert "\n" not in str(refused.value)
+
+
 def test_components_and_their_variances_are_drawn_with_the_remainder(run_dir, ax):
     stats = data_io.read_stats(run_dir / "stats.h5")
     figure = vis_fns.components_figure(stats, n=3)

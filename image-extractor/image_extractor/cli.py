@@ -534,8 +534,9 @@ def _merge(args: argparse.Namespace) -> int:
             args.files, args.output, args.overwrite, command, count, **arrangement
         )
     for path, (n, repeated, same) in zip(args.files, counts, strict=True):
+        out = f", {repeated} of them in an earlier file and left out" if repeated else ""
         also = f", {same} kept beside others with their numbers" if same else ""
-        print(f"{path}: {n} events, {repeated} of them in an earlier file and left out{also}")
+        print(f"{path}: {n} events{out}{also}")
     total = sum(n - repeated for n, repeated, _ in counts)
     print(f"{args.output}: {total} events, {args.output.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -235,6 +235,16 @@ def test_an_event_with_an_impossible_number_is_reported(tmp_path):
     assert (report.problem, report.events_written) == ("an event has the impossible number -5", 0)
 
 
+def test_a_second_run_in_a_file_is_reported_and_not_read(tmp_path):
+    raw = decompressed(real_file("proton"))
+    (tmp_path / "two.simtel").write_bytes(raw + raw)
+    report = extract(tmp_path / "two.simtel", tmp_path / "out.h5")
+    assert report.events_written == 6
+    assert report.problem == "a second run begins in the middle of the file and is not read"
+    with layout.open_layout(tmp_path / "out.h5") as h5:
+        assert layout.runs_table(h5)["complete"].tolist() == [0]
+
+
 def test_a_damaged_gzip_stream_is_reported(tmp_path):
     raw = bytearray(real_file("sst").read_bytes())
     raw[len(raw) // 2] ^= 0xFF
