@@ -50,7 +50,7 @@ from recipe import Recipe
 log = logging.getLogger(__name__)
 
 EVIDENCE_VERSION = 2
-STEPS = 24
+STEPS = 32
 """Steps on the path from the line-free to the observed spectra."""
 PATH_BEND = 6.0
 """The steps are even in asinh(sinh(PATH_BEND) t), as answers follow the logarithms of lines."""
