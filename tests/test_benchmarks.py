@@ -26,12 +26,14 @@ import roofline
 import run_all
 import torch
 from astropy.io import fits
+from conftest import write_fits
 from mock_cubes import cube_recipe, make_data_dir, write_patch_files
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 import data_io
+import process_single_cube
 import SSFTT_dense
 from run_SSFTT_training import train_config
 
@@ -151,6 +153,14 @@ def test_extrapolation_weights_bundle_sizes_with_their_fractions():
     assert out == pytest.approx(expected)
 
 
+def test_checksums_cost_what_reading_without_them_does_not(tmp_path):
+    galaxy = "8485-1901"
+    write_fits(utils.raw_dir(tmp_path, galaxy), galaxy)
+    process_single_cube.process_galaxy(galaxy, tmp_path, process_single_cube.GalaxyOptions())
+    rows = bench_storage.measure_checksums(tmp_path, galaxy, runs=1)
+    assert set(ratios(rows)) == {"cube_checked", "flux_checked", "logcube_checked"}
+
+
 def test_layouts_return_what_was_written_and_the_first_is_the_pipelines(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     flux = rng.normal(size=(9, 10, 40)).astype("f4")
@@ -213,7 +223,9 @@ def tiny_run(tmp_path_factory):
     """Result of what `make bench-gpu` does, on a CPU: bfloat16, several steps per timing."""
     results = tmp_path_factory.mktemp("results")
     config = bench_network.Config(**TINY, amp="bf16", steps=2, results=results)
-    assert bench_network.main(config) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CPUS_PER_TASK", "1")  # of torch's threads, also in later tests
+        assert bench_network.main(config) == 0
     return json.loads((results / "bench_network_cpu.json").read_text())
 
 
