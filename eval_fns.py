@@ -13,6 +13,7 @@ Writes  <run_dir>/<part>/: metrics.json, confusion.csv, per_class.csv, per_galax
 from __future__ import annotations
 
 import functools
+import gzip
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -100,8 +101,9 @@ class Evaluation:
             (self.per_galaxy, run_folder.PER_GALAXY_FILE),
             (self.predictions, run_folder.PREDICTIONS_FILE),
         ):
-            with utils.atomic_path(folder / name) as temporary:
-                content.to_csv(temporary, index=False)
+            text = content.to_csv(index=False).encode()
+            with utils.atomic_path(folder / name) as temporary:  # equal tables give equal bytes
+                temporary.write_bytes(gzip.compress(text, mtime=0) if name.endswith("gz") else text)
         utils.write_json(folder / run_folder.RESULT_FILE, self.scores)
 
     def __repr__(self) -> str:
