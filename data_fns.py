@@ -155,6 +155,12 @@ class DataOptions:
                     f"{flag} with --network matched_filters: expected {expected}. Leave it out, or "
                     "use --network ssftt."
                 )
+        first, end = self.bands or (0, 1)
+        if not 0 <= first < end:
+            raise DataError(
+                f"--bands {first} {end}: expected a band and, after it, the one after the last, "
+                "e.g. 900 1300."
+            )
         if self.augment and size % 2 == 0:
             raise DataError(
                 f"--patch-size {size}: an even patch has no central spaxel to turn about. Choose "

@@ -49,12 +49,12 @@ from recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-EVIDENCE_VERSION = 1
-STEPS = 32
+EVIDENCE_VERSION = 2
+STEPS = 24
 """Steps on the path from the line-free to the observed spectra."""
 PATH_BEND = 6.0
 """The steps are even in asinh(sinh(PATH_BEND) t), as answers follow the logarithms of lines."""
-SPAXELS_AT_ONCE = 256
+SPAXELS_AT_ONCE = 512
 WINDOW_AA = 10.0
 """Bins this near to a line, and to no other line nearer, count as the line's."""
 ZOOMS = 3

@@ -89,8 +89,8 @@ class MatchedFilterConfig:
     colours: int = COLOURS
     """Broad bands, and whatever else of a spaxel is given in `Spectra.colour`."""
     lines: int = 12
-    """Places in the spectrum that filters start from, as many as there are known lines in range;
-    two filters at each, with and without side bands."""
+    """Places in the spectrum that filters start from, at least two, in training as many as there
+    are known lines in range; two filters at each, with and without side bands."""
     half_width: int = 60
     """Half-width in bins of the part of the spectrum that a filter sees."""
     reaches: tuple[float, ...] = (0.8, 1.5, 2.5, 4.0)
@@ -107,9 +107,10 @@ class MatchedFilterConfig:
     def __post_init__(self) -> None:
         """Raise a DataError if no network has these sizes."""
         for name in ("bands", "lines", "key", "hidden", "window"):
-            if getattr(self, name) < 1:
+            least = 2 if name == "lines" else 1  # a ratio needs two
+            if getattr(self, name) < least:
                 raise DataError(
-                    f"matched filters: {name} is {getattr(self, name)}, expected at least 1. "
+                    f"matched filters: {name} is {getattr(self, name)}, expected at least {least}. "
                     f"Choose another {name}."
                 )
         if self.window % 2 == 0:
@@ -407,9 +408,8 @@ class MatchedFilterNet(nn.Module):
         ratio = d / (spread + EPS)
         pooled = self.norm_near(log_amplitude(n * ratio, d * ratio).flatten(1))
         lines = pooled.unflatten(1, (heads, -1))[..., : self.config.lines]
-        pairs = itertools.combinations(range(self.config.lines), 2)
-        first, second = torch.tensor(list(pairs), device=lines.device).view(-1, 2).T
-        squares = (lines[..., first] - lines[..., second]).square().flatten(1)
+        pairs = itertools.combinations(lines.unbind(-1), 2)
+        squares = torch.stack([(a - b).square() for a, b in pairs], -1).flatten(1)
         return torch.cat([own, pooled, self.norm_squares(squares)], 1)
 
     def answer(self, features: Tensor) -> Tensor:
@@ -555,8 +555,8 @@ class MatchedFilterNet(nn.Module):
     ) -> None:
         """Fit the normalisation and the linear part of the head in closed form.
 
-        From here, training improves on ridge regressions of the features (`ridge_by_galaxy`), or
-        for classes on a logistic regression.
+        From here, training improves on ridge regressions of the features (`ridge_by_galaxy`), with
+        a scale that follows brightness over noise, or for classes on a logistic regression.
 
         Parameters
         ----------
@@ -594,9 +594,15 @@ class MatchedFilterNet(nn.Module):
         sizes = torch.tensor([config.filters, others, config.near_features, config.squares])
         group = torch.arange(4).repeat_interleave(sizes)
         coefficients = ridge_by_galaxy(features, wanted, galaxy, group)
-        error = (features @ coefficients[1:] + coefficients[0] - wanted).abs().mean()
+        errors = (features @ coefficients[1:] + coefficients[0] - wanted).abs()
+        at_level = config.own_features - 1
+        level = features[:, at_level] - features[:, at_level].mean()
+        logarithms = errors.clamp(min=0.05 * errors.mean() + EPS).log()
+        slope = (level @ logarithms) / (level @ level + EPS)
+        constant = (errors / (slope * features[:, at_level]).exp()).mean().log()
         self.linear.weight[0] = coefficients[1:].float()
-        self.linear.bias.copy_(torch.stack([coefficients[0], error.log()]))
+        self.linear.weight[1, at_level] = slope
+        self.linear.bias.copy_(torch.stack([coefficients[0], constant]))
 
     def _start_classes(self, features: Tensor, classes: Tensor) -> None:
         """Start the linear part of the head as a logistic regression."""

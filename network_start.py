@@ -39,13 +39,14 @@ def start_filters(
 ) -> None:
     """Start matched filters at the known lines, and their head as a regression (`start_head`).
 
-    Without a line in range, they start where the training spectra vary most.
+    Without two lines in range, they start where the training spectra vary most.
     """
     assert isinstance(dataset, PackedDataset)
     samples, rng = dataset.samples, np.random.default_rng(seed)
     _, some = baselines.sample_spectra(dataset, seed, START_SPECTRA)
     spectra = matched_filter_net.split(torch.from_numpy(some))
     known = line_fits.line_places(baselines.wave_of(card.recipe.options["cube"]))
+    known = known if len(known) > 1 else []
     places = model.start_filters(spectra.residual, spectra.weight, known)
     groups = list(samples.by_galaxy())
     order = [groups[i] for i in rng.permutation(len(groups))]

@@ -317,7 +317,7 @@ def network_sizes(config: TrainConfig, dataset: PatchDataset) -> dict[str, Any]:
     known = line_fits.line_places(baselines.wave_of(dataset.samples.options["cube"]))
     return {
         "bands": bands,
-        "lines": len(known) or MatchedFilterConfig.lines,
+        "lines": len(known) if len(known) > 1 else MatchedFilterConfig.lines,
         "classes": 0 if data.learns_dex else n_classes,
         "window": data.patch_size,
         "dropout": config.model.dropout,

@@ -574,14 +574,15 @@ def evidence_rows(bench: Bench, folder: Path) -> list[Row]:
     path = folder / "cube.h5"
     recipe = Recipe("cube", data_io.CUBE_VERSION)
     data_io.write_cube(path, data_io.Cube(flux, wave, recipe, ivar=np.ones_like(flux)))
-    network = MatchedFilterNet(MatchedFilterConfig(bands))
+    places = line_places(wave)
+    network = MatchedFilterNet(MatchedFilterConfig(bands, lines=len(places)))
 
     def spectra() -> Spectra:
         values = pack_cubes.read_normalised(path, "residual", None).values
         return split(torch.from_numpy(values).to(bench.device))
 
     residual, weight = (part.flatten(0, 1).cpu() for part in spectra()[:2])
-    network.start_filters(residual, weight, line_places(wave))
+    network.start_filters(residual, weight, places)
     network = network.to(bench.device).eval()
 
     @torch.inference_mode()

@@ -223,7 +223,9 @@ def tiny_run(tmp_path_factory):
     """Result of what `make bench-gpu` does, on a CPU: bfloat16, several steps per timing."""
     results = tmp_path_factory.mktemp("results")
     config = bench_network.Config(**TINY, amp="bf16", steps=2, results=results)
-    assert bench_network.main(config) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CPUS_PER_TASK", "1")  # of torch's threads, also in later tests
+        assert bench_network.main(config) == 0
     return json.loads((results / "bench_network_cpu.json").read_text())
 
 

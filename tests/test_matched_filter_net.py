@@ -326,6 +326,21 @@ def test_the_network_starts_as_a_ridge_regression_of_its_features():
     assert float(scale.mean()) == pytest.approx(float((value - target).abs().mean()), rel=0.05)
 
 
+def test_the_scale_starts_wider_for_faint_spaxels_than_for_bright_ones():
+    torch.manual_seed(0)
+    model = MatchedFilterNet(small_config(window=1))
+    residual, weight = planted_lines(400, (60, 150, 230))
+    weight[200:] /= 25
+    model.start_filters(residual, weight)
+    spectra = Spectra(residual, weight, torch.zeros(400, COLOURS))
+    near, centre = torch.arange(400)[:, None], torch.arange(400)
+    error = torch.randn(400) * torch.tensor([0.02, 0.1]).repeat_interleave(200)
+    model.start_head([(spectra, near, centre)], 8.5 + error, torch.arange(400) % 20)
+    out = model.answer(model.features(model.measure(*spectra), near, centre))
+    scale = model.in_units(out)[1].detach()
+    assert (scale[200:].mean() / scale[:200].mean()).item() == pytest.approx(5, rel=0.2)
+
+
 # Loss and sizes
 
 
@@ -345,7 +360,7 @@ def test_the_default_network_has_fewer_than_300000_parameters():
     assert count_parameters(MatchedFilterNet(MatchedFilterConfig())) < 300_000
 
 
-@pytest.mark.parametrize("sizes", [{"window": 4}, {"lines": 0}])
+@pytest.mark.parametrize("sizes", [{"window": 4}, {"lines": 1}])
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(DataError, match="Choose another"):
         small_config(**sizes)

@@ -65,7 +65,7 @@ def half(path):
         (
             "model.json",
             edited(schema_version=1),
-            r"version 1, .* 5\. Retrain .* --config .* --over",
+            r"version 1, .* 6\. Retrain .* --config .* --over",
         ),
         ("model.json", edited(spec="gone"), r"model\.json: not readable"),
         ("model.json", edited(colour="red"), r"model\.json: not readable"),

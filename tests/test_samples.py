@@ -138,6 +138,7 @@ REFUSED = {
     "cutouts of patch files": (None, {**FILES, "cutout": 3}, "--cutout 3: .*--source packed"),
     "even cutouts": (None, {"cutout": 4}, "--cutout 4: expected an odd number"),
     "negative cutouts": (None, {"cutout": -1}, "--cutout -1: expected an odd number"),
+    "bands the wrong way round": (None, {"bands": (5, 2)}, "--bands 5 2: expected a band and"),
     "too many bands": (None, {"bands": (3, 99)}, "--bands 3 99: .* has 6 bands"),
     "no split": (None, {"split_dir": "no"}, r"train\.csv: no such file.*create_data_splits"),
     "no patch files": (None, {**FILES, "patch_norm": "global"}, "no such file.*cube_patch_proc"),

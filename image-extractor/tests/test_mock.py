@@ -165,7 +165,8 @@ def test_a_split_by_event_is_reported_as_a_leak(camera, tmp_path, caplog):
 def prepare(mock):
     """All events, with four parameters that are 1."""
     data = Events(mock)
-    ones = np.ones((len(data), 4), np.float32), np.ones((len(data), 4, 4), np.float32)
+    shapes = {"event_parameters": (4,), "image_parameters": (4, 4), "boosted": (2,)}
+    ones = {name: np.ones((len(data), *shape)) for name, shape in shapes.items()}
     directions = np.array([sample["direction"] for sample in data])
     return train_cta.Prepared(data, train_cta.Lattice(mock), directions, ones)
 
@@ -176,9 +177,10 @@ def test_the_network_ignores_padding(mock):
     many = max(range(len(prepared)), key=lambda i: len(prepared[i]["images"]))
     n = len(prepared[few]["images"])
     assert n < len(prepared[many]["images"])
-    batch = torch_reader.collate([prepared[few], prepared[many]])
-    of_event, of_image = (torch.from_numpy(x[[few, many]]) for x in prepared.scaled)
-    both = {**batch, "event_parameters": of_event, "image_parameters": of_image}
+    for head in network.heads:
+        torch.nn.init.ones_(head[-1].weight)  # 0 before training
+    tables = {k: torch.from_numpy(x[[few, many]]).float() for k, x in prepared.tables.items()}
+    both = torch_reader.collate([prepared[few], prepared[many]]) | tables
     alone = {k: v[:1] for k, v in both.items()}
     alone |= {k: alone[k][:, :n] for k in ("mask", "images", "image_parameters")}
     with torch.no_grad():
