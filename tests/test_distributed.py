@@ -273,7 +273,10 @@ def test_what_a_process_other_than_the_first_has_met_is_logged(
     for name in ("init_process_group", "get_backend"):
         monkeypatch.setattr(distributed.dist, name, lambda *args, **options: None)
     monkeypatch.setattr(distributed, "share", lambda: (rank, 2))
-    with pytest.raises(DataError, match=f"process {rank + 1} of 2: "):
+    with (
+        caplog.at_level("ERROR"),
+        pytest.raises(DataError, match=f"process {rank + 1} of 2: "),
+    ):
         together(fail)
     assert caplog.messages == logged
 
