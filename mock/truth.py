@@ -82,7 +82,8 @@ def read_truth(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """
     maker = "mock_manga.py --overwrite"
     with open_h5(path, TRUTH_SCHEMA, TRUTH_VERSION, maker) as (f, _, attrs):
-        names = [k for k in f if k != "line_flux"] + [f"line_flux/{k}" for k in f["line_flux"]]
+        lines = f["line_flux"].keys()  # of a group: a dataset has none
+        names = [k for k in f if k != "line_flux"] + [f"line_flux/{k}" for k in lines]
         return {name: read_dataset(f, name) for name in names}, attrs
 
 

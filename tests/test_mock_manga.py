@@ -23,11 +23,13 @@ from scipy import optimize, stats
 import mock.dr17_files as dr17
 import mock.physics as physics
 import mock_manga
+from h5_files import new_h5
 from labels import demarcate, label_classes
 from mock.from_maps import resynthesise
 from mock.galaxy import BUNDLES, DAPTYPE, build_scene, draw_params, simulate_galaxy
 from mock.survey import DAPALL, DAPTYPES
-from mock.truth import read_truth, truth_path
+from mock.truth import TRUTH_SCHEMA, TRUTH_VERSION, read_truth, truth_path
+from recipe import Recipe
 
 pytestmark = pytest.mark.slow
 
@@ -542,3 +544,11 @@ def test_what_is_not_a_maps_file_is_refused_and_nothing_written(
 def test_cards_that_the_archive_does_not_have_are_refused():
     with pytest.raises(KeyError, match="PLATEIFOO"):
         dr17.primary_hdu("MAPS", {"PLATEIFOO": "1-1"})
+
+
+def test_a_truth_file_with_a_dataset_for_its_group_of_lines_is_refused(tmp_path):
+    path = tmp_path / "truth.h5"
+    with new_h5(path, TRUTH_SCHEMA, TRUTH_VERSION, Recipe("simulated galaxy", 1), {}, 0) as f:
+        f["line_flux"] = np.zeros(3)
+    with pytest.raises(DataError, match="not readable"):
+        read_truth(path)
