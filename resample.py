@@ -21,8 +21,6 @@ the variances are computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from utils import DataError
 
 import numpy as np
@@ -33,9 +31,6 @@ MIN_GOOD_FRACTION = 1e-6
 
 HALF_BELOW_ONE = 1 - 2.0**-12
 """Smallest number that is rounded to 1 in float16."""
-
-AT_A_TIME = 16
-"""Spectra that are resampled together: so few that their arrays stay in the processor's cache."""
 
 
 def log_edges(log_first: float, log_step: float, n: int) -> np.ndarray:
@@ -131,15 +126,31 @@ def resample_spectra(
     good : (N, m) float16
         Fraction of the bin's width covered by good pixels.
     """
-    out = _empty_spectra(flux.shape[1], widths.size)
+    flux_out, ivar_out, good_out = out = _empty_spectra(flux.shape[1], widths.size)
+    used = np.flatnonzero(~bad.all(axis=0))
+    if not used.size:
+        return out
+    span = slice(used[0], used[-1] + 1)
+    flux, ivar, bad = flux[:, span], ivar[:, span], bad[:, span]
+    scale = np.broadcast_to(factor, matrix.shape[1])
     scaled = matrix.copy()
-    scaled.data *= np.broadcast_to(factor, matrix.shape[1])[matrix.indices]
-    squared = scaled.power(2)
-    for some in _blocks(bad):
-        value, variance, is_good = _prepare(flux[:, some], ivar[:, some], bad[:, some])
-        sums = matrix @ is_good, scaled @ value, squared @ variance
-        for whole, found in zip(out, _divide(*sums, widths[:, None]), strict=True):
-            whole[some] = found.T
+    scaled.data *= scale[matrix.indices]
+    value = flux.astype(float)
+    value[bad] = 0.0
+    covered = matrix @ (~bad).astype(float)  # (m, N), Angstrom
+    empty = covered < MIN_GOOD_FRACTION * widths[:, None]
+    covered[empty] = np.nan
+    flux_out[span] = (scaled @ value / covered).T
+    with np.errstate(divide="ignore", over="ignore"):
+        variance = (1 / ivar).astype(float)
+        variance[bad] = 0.0
+        inverse = np.square(covered) / (scaled.power(2) @ variance)
+    inverse[~np.isfinite(inverse)] = 0
+    ivar_out[span] = inverse.T
+    good = covered / widths[:, None]
+    good_out[span] = 1
+    partly = ~(good >= HALF_BELOW_ONE)  # NaN too; rounding to float16 is slow, all others are 1
+    good_out[span].T[partly] = np.where(empty[partly], 0.0, good[partly])
     return out
 
 
@@ -147,40 +158,6 @@ def _empty_spectra(n: int, n_band: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     """Make flux, ivar and good fraction of n spectra without a good pixel."""
     shape = (n, n_band)
     return np.full(shape, np.nan, "f4"), np.zeros(shape, "f4"), np.zeros(shape, "f2")
-
-
-def _blocks(bad: np.ndarray) -> list[np.ndarray]:
-    """Divide the columns that have a good pixel into blocks of at most AT_A_TIME."""
-    used = np.flatnonzero(~bad.all(axis=0))
-    return np.split(used, np.arange(AT_A_TIME, used.size, AT_A_TIME)) if used.size else []
-
-
-def _prepare(flux: np.ndarray, ivar: np.ndarray, bad: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Make float64 flux, variance and 1 for good, all 0 in bad pixels, of the same shape."""
-    with np.errstate(divide="ignore", over="ignore"):
-        variance = (1 / ivar).astype(float)
-    variance[bad] = 0.0
-    value = flux.astype(float)
-    value[bad] = 0.0
-    return value, variance, (~bad).astype(float)
-
-
-def _divide(
-    covered: np.ndarray, total: np.ndarray, noise: np.ndarray, widths: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Make flux, ivar and good fraction of the three sums over pixels; all of one shape.
-
-    `widths` are those of the bins, in the unit of `covered`.
-    """
-    empty = covered < MIN_GOOD_FRACTION * widths
-    covered[empty] = np.nan
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = (np.square(covered) / noise).astype("f4")
-    inverse[~np.isfinite(inverse)] = 0
-    fraction, good = covered / widths, np.ones(covered.shape, "f2")
-    partly = ~(fraction >= HALF_BELOW_ONE)  # NaN too; rounding to float16 is slow, all others are 1
-    good[partly] = np.where(empty[partly], 0.0, fraction[partly])
-    return total / covered, inverse, good
 
 
 def resample_shifted(
@@ -206,56 +183,12 @@ def resample_shifted(
         Observed over rest-frame wavelength of each spectrum; its flux density is multiplied by it,
         besides `factor`.
     """
-    out = _empty_spectra(flux.shape[1], target.size - 1)
-    factor = np.broadcast_to(factor, source.size - 1)[:, None]
-    for some in _blocks(bad):
-        stretch = one_plus_z[some]
-        value, variance, is_good = _prepare(flux[:, some], ivar[:, some], bad[:, some])
-        value *= factor * stretch
-        variance *= np.square(factor * stretch)
-        bins = target * stretch[:, None]  # observed
-        sums = _overlap_sums(source, bins, (is_good.T, value.T), (variance.T,))
-        for whole, found in zip(out, _divide(*sums, np.diff(bins)), strict=True):
-            whole[some] = found
+    widths = np.diff(target)
+    out = _empty_spectra(flux.shape[1], widths.size)
+    for i in np.flatnonzero(~bad.all(axis=0)):
+        matrix = overlap_matrix(source / one_plus_z[i], target)
+        one, scale = slice(i, i + 1), np.asarray(factor) * one_plus_z[i]
+        rows = resample_spectra(flux[:, one], ivar[:, one], bad[:, one], matrix, widths, scale)
+        for whole, row in zip(out, rows, strict=True):
+            whole[i] = row[0]
     return out
-
-
-def _overlap_sums(
-    source: np.ndarray, bins: np.ndarray, plain: Sequence[np.ndarray], squared: Sequence[np.ndarray]
-) -> list[np.ndarray]:
-    """Sum pixels, times their overlap with each bin or its square, where bins differ by spectrum.
-
-    What `overlap_matrix` and a product do for one spectrum, for several at once: in each step all
-    bins take the next pixel that they overlap.
-
-    Parameters
-    ----------
-    source : (n + 1,) array
-        Pixel edges, increasing.
-    bins : (N, m + 1) array
-        Bin edges of each spectrum, increasing.
-    plain, squared : sequences of (N, n) array
-        Pixels to sum with overlaps, and with squares of overlaps.
-
-    Returns
-    -------
-    list of (N, m) float64
-        The sums of `plain`, then those of `squared`.
-    """
-    low, high = bins[:, :-1], bins[:, 1:]
-    pixel = np.searchsorted(source, bins, "right") - 1  # in which the edges lie
-    np.clip(pixel, 0, source.size - 2, out=pixel)
-    steps = int(np.diff(pixel).max()) + 1
-    edges = np.pad(source, (0, steps), mode="edge")  # what lies beyond has no width
-    pixels = [np.pad(a, ((0, 0), (0, steps))).ravel() for a in (*plain, *squared)]
-    pixel = pixel[:, :-1]
-    where = pixel + np.arange(len(bins))[:, None] * (edges.size - 1)
-    sums = [np.zeros(low.shape) for _ in pixels]
-    cut = np.clip(edges.take(pixel), low, high)
-    for step in range(steps):
-        before, cut = cut, np.clip(edges.take(pixel + (step + 1)), low, high)
-        overlap = cut - before
-        weights = [overlap] * len(plain) + [np.square(overlap)] * len(squared)
-        for total, weight, values in zip(sums, weights, pixels, strict=True):
-            total += weight * values.take(where + step)
-    return sums
