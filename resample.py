@@ -11,8 +11,8 @@ bin is the mean over the part of its width that good pixels cover:
 
 so the integral over wavelength is conserved where all pixels are good, and the value of a bad pixel
 has no influence (same principle: Carnall 2017, arXiv:1705.05165, eqs. 3-4). The overlaps form one
-sparse matrix for a whole cube. Neighbouring bins share pixels, so their errors are correlated; only
-the variances are computed.
+sparse matrix for a whole cube, or a list for each spectrum that has a redshift of its own.
+Neighbouring bins share pixels, so their errors are correlated; only the variances are computed.
 
     >>> wave, bins = target_grid(5000, 8000, 2040)
     >>> matrix = overlap_matrix(log_edges(3.5589, 1e-4, 4563) / (1 + z), bins)
@@ -57,8 +57,8 @@ def target_grid(wave_min: float, wave_max: float, n_band: int) -> tuple[np.ndarr
     return np.sqrt(edges[:-1] * edges[1:]), edges
 
 
-def overlap_matrix(source: np.ndarray, target: np.ndarray) -> sparse.csr_array:
-    """Overlap of every target bin with every source pixel.
+def overlaps(source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """List the overlaps of target bins with source pixels, in order; about m + n of them.
 
     Parameters
     ----------
@@ -69,20 +69,27 @@ def overlap_matrix(source: np.ndarray, target: np.ndarray) -> sparse.csr_array:
 
     Returns
     -------
-    (m, n) CSR float64, Angstrom
-        About m + n non-zero overlaps.
+    bins, pixels : (k,) int
+        Which bin overlaps which pixel.
+    widths : (k,) float64
+        By how much, Angstrom; above 0.
     """
-    # the merged edges of both grids cut the axis into pieces, each within one pixel and one bin
-    low, high = max(source[0], target[0]), min(source[-1], target[-1])
+    # The edges of both grids cut the axis into pieces, each within one pixel and one bin.
+    edges = np.concatenate((target, source))
+    order = np.argsort(edges, kind="stable")  # merges the two
+    widths = np.diff(edges[order])
+    bins = np.cumsum(order < target.size)[:-1] - 1
+    pixels = np.arange(bins.size) - bins - 1
+    inside = (bins >= 0) & (bins < target.size - 1) & (pixels >= 0) & (pixels < source.size - 1)
+    inside &= widths > 0
+    return bins[inside], pixels[inside], widths[inside]
+
+
+def overlap_matrix(source: np.ndarray, target: np.ndarray) -> sparse.csr_array:
+    """Make `overlaps` a matrix: (m, n) CSR float64, Angstrom."""
+    bins, pixels, widths = overlaps(source, target)
     shape = (target.size - 1, source.size - 1)
-    if low >= high:
-        return sparse.csr_array(shape, dtype=np.float64)
-    cuts = np.union1d(source, target)
-    cuts = cuts[(cuts >= low) & (cuts <= high)]
-    middle = (cuts[:-1] + cuts[1:]) / 2
-    row = np.searchsorted(target, middle) - 1
-    column = np.searchsorted(source, middle) - 1
-    return sparse.csr_array((np.diff(cuts), (row, column)), shape=shape)
+    return sparse.csr_array((widths, (bins, pixels)), shape=shape)
 
 
 def used_pixels(matrix: sparse.csr_array) -> slice:
@@ -126,31 +133,17 @@ def resample_spectra(
     good : (N, m) float16
         Fraction of the bin's width covered by good pixels.
     """
-    flux_out, ivar_out, good_out = out = _empty_spectra(flux.shape[1], widths.size)
+    out = _empty_spectra(flux.shape[1], widths.size)
     used = np.flatnonzero(~bad.all(axis=0))
     if not used.size:
         return out
     span = slice(used[0], used[-1] + 1)
-    flux, ivar, bad = flux[:, span], ivar[:, span], bad[:, span]
-    scale = np.broadcast_to(factor, matrix.shape[1])
+    value, variance, is_good = _prepare(flux[:, span], ivar[:, span], bad[:, span])
     scaled = matrix.copy()
-    scaled.data *= scale[matrix.indices]
-    value = flux.astype(float)
-    value[bad] = 0.0
-    covered = matrix @ (~bad).astype(float)  # (m, N), Angstrom
-    empty = covered < MIN_GOOD_FRACTION * widths[:, None]
-    covered[empty] = np.nan
-    flux_out[span] = (scaled @ value / covered).T
-    with np.errstate(divide="ignore", over="ignore"):
-        variance = (1 / ivar).astype(float)
-        variance[bad] = 0.0
-        inverse = np.square(covered) / (scaled.power(2) @ variance)
-    inverse[~np.isfinite(inverse)] = 0
-    ivar_out[span] = inverse.T
-    good = covered / widths[:, None]
-    good_out[span] = 1
-    partly = ~(good >= HALF_BELOW_ONE)  # NaN too; rounding to float16 is slow, all others are 1
-    good_out[span].T[partly] = np.where(empty[partly], 0.0, good[partly])
+    scaled.data *= np.broadcast_to(factor, matrix.shape[1])[matrix.indices]
+    sums = matrix @ is_good, scaled @ value, scaled.power(2) @ variance
+    for whole, found in zip(out, _divide(widths[:, None], *sums), strict=True):
+        whole[span] = found.T
     return out
 
 
@@ -158,6 +151,34 @@ def _empty_spectra(n: int, n_band: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     """Make flux, ivar and good fraction of n spectra without a good pixel."""
     shape = (n, n_band)
     return np.full(shape, np.nan, "f4"), np.zeros(shape, "f4"), np.zeros(shape, "f2")
+
+
+def _prepare(flux: np.ndarray, ivar: np.ndarray, bad: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Make float64 flux, variance and 1 for good, all 0 in bad pixels, of the same shape."""
+    with np.errstate(divide="ignore", over="ignore"):
+        variance = (1 / ivar).astype(float)
+    variance[bad] = 0.0
+    value = flux.astype(float)
+    value[bad] = 0.0
+    return value, variance, (~bad).astype(float)
+
+
+def _divide(
+    widths: np.ndarray, covered: np.ndarray, total: np.ndarray, noise: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Make flux, ivar and good fraction of the three sums over pixels, all of one shape.
+
+    `widths` are those of the bins, in the unit of `covered`, which is changed.
+    """
+    empty = covered < MIN_GOOD_FRACTION * widths
+    covered[empty] = np.nan
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = (np.square(covered) / noise).astype("f4")
+    inverse[~np.isfinite(inverse)] = 0
+    fraction, good = covered / widths, np.ones(covered.shape, "f2")
+    partly = ~(fraction >= HALF_BELOW_ONE)  # NaN too; rounding to float16 is slow, all others are 1
+    good[partly] = np.where(empty[partly], 0.0, fraction[partly])
+    return total / covered, inverse, good
 
 
 def resample_shifted(
@@ -183,12 +204,15 @@ def resample_shifted(
         Observed over rest-frame wavelength of each spectrum; its flux density is multiplied by it,
         besides `factor`.
     """
-    widths = np.diff(target)
+    widths, factor = np.diff(target), np.broadcast_to(factor, source.size - 1)
     out = _empty_spectra(flux.shape[1], widths.size)
     for i in np.flatnonzero(~bad.all(axis=0)):
-        matrix = overlap_matrix(source / one_plus_z[i], target)
-        one, scale = slice(i, i + 1), np.asarray(factor) * one_plus_z[i]
-        rows = resample_spectra(flux[:, one], ivar[:, one], bad[:, one], matrix, widths, scale)
-        for whole, row in zip(out, rows, strict=True):
-            whole[i] = row[0]
+        bins, pixels, overlap = overlaps(source / one_plus_z[i], target)
+        value, variance, is_good = _prepare(flux[:, i], ivar[:, i], bad[:, i])
+        scaled = overlap * (factor * one_plus_z[i])[pixels]
+        terms = overlap * is_good[pixels], scaled * value[pixels], scaled**2 * variance[pixels]
+        # whole numbers if there is no overlap at all
+        sums = (np.bincount(bins, term, widths.size).astype(float) for term in terms)
+        for whole, found in zip(out, _divide(widths, *sums), strict=True):
+            whole[i] = found
     return out

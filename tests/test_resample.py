@@ -98,9 +98,9 @@ def test_bins_beyond_the_edge_are_missing_not_zero_with_zero_error():
 def test_individual_redshifts_equal_one_common_redshift():
     source = resample.log_edges(3.69, 1e-4, 1500)
     _, target = resample.target_grid(5000, 6500, 700)
-    flux, ivar = random_spectra(1500, 2, 5)
+    flux, ivar = random_spectra(1500, 3, 5)
     bad = np.random.default_rng(0).random(flux.shape) < 0.02
-    stretch = np.array([1.01, 1.03])
+    stretch = np.array([1.01, 1.03, 1e3])  # the last one lies outside of the bins
     each = resample.resample_shifted(flux, ivar, bad, source, target, stretch)
     for i, factor in enumerate(stretch):
         spectrum = (a[:, i : i + 1] for a in (flux, ivar, bad))
