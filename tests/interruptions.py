@@ -33,6 +33,7 @@ from utils import DataError
 import mock_cubes
 import numpy as np
 import pandas as pd
+import torch
 from astropy.io.fits.hdu.base import _ValidHDU
 from conftest import train, write_fits
 from test_download_utils import Archive, fits_file
@@ -147,6 +148,8 @@ def start(act: Act, before: Act = lambda: None) -> tuple[int, int]:
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
             hold_time()
+            # In a fork, the first such call makes a new pool; two threads at once would fail.
+            torch.set_num_threads(1)
             before()
             word = "refused" if act() else "done"
         except (DataError, OSError, MemoryError) as error:
