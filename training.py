@@ -405,8 +405,9 @@ def keep_start(training: Training) -> None:
     error = {"mae_dex": value, "loss": 1.0}.get(monitor, 1 - value)
     training.progress.best += START_MARGIN * error
     log.info(
-        "start: %s",
+        "start: %s; kept unless an epoch is better by %.0f %%",
         in_words({f"val_{k}": scores[f"val_{k}"] for k in SHOWN if f"val_{k}" in scores}),
+        100 * START_MARGIN,
     )
 
 
