@@ -135,7 +135,8 @@ def plot_training_curves(
         if best == 0:
             ax.plot(0, about[f"val_{name}"], "D", color=MODEL_COLOUR, label="validation, start")
         if best is not None:
-            ax.axvline(best, color="k", lw=0.8, ls=":", label=f"best epoch: {best}")
+            kept = f"best epoch: {best}" if best else "kept: the start"
+            ax.axvline(best, color="k", lw=0.8, ls=":", label=kept)
         ax.set(xlabel="epoch", ylabel=SCORE_TITLES[name])
         ax.set(xlim=(first - 0.03 * last, 1.03 * last), xticks=ticks)
     baselines = card.baselines if card is not None else {}

@@ -432,7 +432,7 @@ def test_training_curves_show_every_epoch_the_best_and_the_baselines(card, epoch
         np.testing.assert_allclose(point.get_xydata(), [[0, at_start]])
         assert ax.get_ylabel().startswith(title)
     assert set(axes[1].lines[0].get_ydata()) == {0.02}
-    wanted = ["training", "validation", "validation, start", "best epoch: 0"]
+    wanted = ["training", "validation", "validation, start", "kept: the start"]
     assert legend_of(axes[1]) == [*wanted, "validation, line ratios"]
     axes = diagrams.plot_training_curves(Figure().subplots(1, 2), metrics)
     assert legend_of(axes[1]) == ["training", "validation"]  # all that metrics.csv alone says
