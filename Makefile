@@ -2,7 +2,7 @@
 # make demo-real    the same steps on three real galaxies, fetched from the archive (about 90 MB)
 # make test         all tests, MaNGA's and ImageExtractor's
 # make test-quick   MaNGA's tests without the slow ones (less than a minute)
-# make test-faults  damages files of every kind, and interrupts every stage (half an hour)
+# make test-faults  damages files of every kind, and interrupts every stage (a quarter of an hour)
 # make test-slurm   the batch scripts on a real Slurm of one node (minutes); as root, installs it if missing
 # make test-marvin  compares label maps with marvin, the survey's own tool, in an environment of its own
 # make bench        speed, memory and disk space, as ratios (minutes)
