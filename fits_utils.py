@@ -42,10 +42,9 @@ from recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-THREADS = 2
-"""Threads that resample rows of spaxels; numpy and sparse products release the interpreter."""
 LOOK_AHEAD = 8
-"""Rows resampled in advance, so that writing and resampling overlap."""
+"""Rows resampled in advance, in one thread beside the one that writes: with a second one, both wait
+for the interpreter."""
 
 COPIED_CARDS = {
     "drp3qual": "DRP3QUAL", "dapqual": "DAPQUAL", "drp_version": "VERSDRP3",
@@ -268,7 +267,7 @@ def _resampled_rows(
         )
 
     any_good = False
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(1) as pool:
         rows = loops.in_order(pool, one_row, range(ny), LOOK_AHEAD)
         while block := list(itertools.islice(rows, data_io.CHUNK_SPAXELS)):
             stacked = data_io.Rows(*(np.stack(a) for a in zip(*block, strict=True)))
