@@ -321,7 +321,7 @@ def interrupt(stage: Stage, way: str, rng: np.random.Generator) -> list[str]:
 
 
 def interrupt_stages(times: dict[str, int], seed: int, only: str = "") -> tuple[Counter, list[str]]:
-    """Interrupt each stage in each way, so many times; return counts and lines about failures."""
+    """Interrupt each stage `times[way]` times in each way; return counts and a line per failure."""
     counts: Counter = Counter(kills=0, kills_different=0)
     failures, rng = [], np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as scratch, local_archive() as archive:
